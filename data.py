@@ -1,0 +1,210 @@
+"""
+Text to tokens to tensors: the one shift, the one collate, tokenizers, the prompts of the task.
+
+    tokens   (B, T+1)   p0 p1 p2 r0 r1 EOS pad pad
+    inputs   (B, T)     p0 p1 p2 r0 r1 EOS pad          tokens[:, :-1]
+    targets  (B, T)     p1 p2 r0 r1 EOS pad pad         tokens[:, 1:]
+    mask     (B, T)     0  0  1  1  1   0   0           1 where the target is a response token
+
+Tokenizers are tiktoken encodings whose one special token is the EOS. The one that a run uses is
+written as tokenizer.json beside its checkpoints, and its fingerprint stands in each of them.
+"""
+
+import base64
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import tiktoken
+import torch
+
+import reviews
+
+EOS = "<|endoftext|>"
+PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")      # GPT-2's
+
+
+# --------------------------------------------------------------------------------------------------
+# Tensors
+
+def shift(tokens):
+    """(B, T+1) tokens -> inputs (B, T), targets (B, T). The only place where anything is shifted."""
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def collate(prompts, responses):
+    """
+    Lists of token lists -> inputs, targets, mask, each (B, T), padded on the right with 0.
+
+    A response carries its own EOS, where it has one; all its tokens are in the mask, no prompt's is.
+
+    >>> inputs, targets, mask = collate([[5, 6], [7]], [[8, 9], [9]])
+    >>> inputs.tolist(), targets.tolist(), mask.tolist()
+    ([[5, 6, 8], [7, 9, 0]], [[6, 8, 9], [9, 0, 0]], [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+    """
+    if not prompts or len(prompts) != len(responses):
+        raise ValueError(f"got {len(prompts)} prompts and {len(responses)} responses; they come in "
+                         "pairs, at least one")
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        if not prompt or not response:
+            raise ValueError(f"row {i} has an empty {'response' if prompt else 'prompt'}; an empty "
+                             "prompt becomes [eos_id], a response has at least its EOS")
+    rows = [prompt + response for prompt, response in zip(prompts, responses)]
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])  # (B, T+1)
+    starts = torch.tensor([len(prompt) for prompt in prompts])[:, None]      # (B, 1)
+    ends = torch.tensor([len(row) for row in rows])[:, None]                 # (B, 1)
+    columns = torch.arange(1, width)                                         # of targets, in tokens
+    mask = ((columns >= starts) & (columns < ends)).float()                  # (B, T)
+    return *shift(tokens), mask
+
+
+def responses_of(tokens, mask):
+    """Collate's inverse for a rollout: tokens (B, T+1), mask (B, T) -> list of response token lists"""
+    targets = shift(tokens)[1]
+    return [row[m > 0].tolist() for row, m in zip(targets.cpu(), mask.cpu())]
+
+
+def batch_rows(n, batch_size, step, seed):
+    """
+    Which of n rows make up batch number `step`, in a fresh order each epoch -> list of indices
+
+    A function of the step alone, so that a resumed run has no cursor to lose. What is left over at
+    the end of an epoch is dropped.
+    """
+    if not 1 <= batch_size <= n:
+        raise ValueError(f"got batch size {batch_size} for {n} rows; it must be from 1 to {n}")
+    epoch, batch = divmod(step, n // batch_size)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(n, generator=generator)
+    return order[batch * batch_size:(batch + 1) * batch_size].tolist()
+
+
+def draw(items, n, generator):
+    """n of the items, drawn alike with replacement."""
+    return [items[i] for i in torch.randint(len(items), (n,), generator=generator).tolist()]
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizers
+
+def train_tokenizer(texts, vocab_size=1024):
+    """Byte-level BPE learned from texts -> tiktoken.Encoding; smaller if no more merges are left."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    every_byte = sorted(pre_tokenizers.ByteLevel.alphabet())     # so that any text can be encoded
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=every_byte, show_progress=False))
+    return make_encoding("trained", bpe.get_vocab())
+
+
+def gpt2_tokenizer(folder=None):
+    """GPT-2's encoding: from a folder with its vocab.json and merges.txt, else tiktoken's own copy."""
+    if folder is None:
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as error:
+            raise ValueError("tiktoken could not fetch GPT-2's vocabulary, which needs the network "
+                             "once; give a folder that holds GPT-2's vocab.json and merges.txt "
+                             f"instead ({type(error).__name__}: {error})") from error
+    vocab_file, merges_file = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
+    for path in (vocab_file, merges_file):
+        if not path.is_file():
+            raise ValueError(f"{path} is not there; a GPT-2 tokenizer folder has vocab.json and "
+                             "merges.txt")
+    vocab = json.loads(vocab_file.read_text(encoding="utf-8"))
+    vocab.pop(EOS, None)
+    merges = [line.replace(" ", "") for line in merges_file.read_text(encoding="utf-8").split("\n")
+              if line and not line.startswith("#version")]
+    if sorted(vocab, key=vocab.get)[256:] != merges:
+        raise ValueError(f"{folder}: vocab.json does not number the merges in the order of "
+                         "merges.txt, as GPT-2's does")
+    return make_encoding("gpt2", vocab)
+
+
+def make_encoding(name, vocab):
+    """{token in byte-level BPE's printable characters: id}, ids in merge order -> tiktoken.Encoding"""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]        # stand for themselves,
+    others = [byte for byte in range(256) if byte not in printable]          # the rest for chr(256 + i)
+    to_byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    ranks = {bytes(to_byte[c] for c in token): i for token, i in vocab.items()}
+    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks,
+                             special_tokens={EOS: len(ranks)})
+
+
+def fingerprint(tokenizer):
+    """A digest of all that decides how text becomes ids."""
+    ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
+    content = repr((tokenizer._pat_str, ranks, tokenizer.eot_token))
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def save_tokenizer(tokenizer, folder):
+    ranks = {base64.b64encode(token).decode(): i for token, i in tokenizer._mergeable_ranks.items()}
+    content = {"name": tokenizer.name, "pattern": tokenizer._pat_str, "eos": tokenizer.eot_token,
+               "ranks": ranks}
+    path = Path(folder) / "tokenizer.json"
+    path.with_suffix(".tmp").write_text(json.dumps(content))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_tokenizer(folder):
+    path = Path(folder) / "tokenizer.json"
+    try:
+        content = json.loads(path.read_text())
+        ranks = {base64.b64decode(token): i for token, i in content["ranks"].items()}
+        return tiktoken.Encoding(content["name"], pat_str=content["pattern"], mergeable_ranks=ranks,
+                                 special_tokens={EOS: content["eos"]})
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"error: {path} cannot be read as a tokenizer ({type(error).__name__}); it "
+                         "stands beside every checkpoint, copy both or make the stage again")
+
+
+def check_vocabulary(wanted, tokenizer, folder):
+    """Stops where a checkpoint's fingerprint is not that of the tokenizer it is used with."""
+    if wanted != fingerprint(tokenizer):
+        raise SystemExit(f"error: {folder}/checkpoint.pt was trained with another vocabulary than "
+                         "the one it meets here; use stages of one run, or make this one again")
+
+
+def check_room(tokenizer, prompts, max_new_tokens, block_size):
+    """Stops where some prompt leaves no room for a response in what the model can read."""
+    longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
+    if longest + max_new_tokens > block_size:
+        raise SystemExit(f"error: prompts of up to {longest} tokens and --max_new_tokens "
+                         f"{max_new_tokens} exceed the model's block_size {block_size}; lower that "
+                         f"to {block_size - longest} or train a model that reads more "
+                         "(sft.py --block_size)")
+
+
+def encode_prompt(tokenizer, text):
+    """Ids of a prompt; an empty one is [eos_id]. What looks like a special token is plain text."""
+    return tokenizer.encode_ordinary(text) or [tokenizer.eot_token]
+
+
+def encode_texts(tokenizer, prompts, responses):
+    """Texts -> prompts, responses as lists of token lists, the responses with their EOS"""
+    return ([encode_prompt(tokenizer, prompt) for prompt in prompts],
+            [tokenizer.encode_ordinary(text) + [tokenizer.eot_token] for text in responses])
+
+
+def decode_response(tokenizer, ids):
+    """Ids -> text without the EOS, whether there was one"""
+    finished = bool(ids) and ids[-1] == tokenizer.eot_token
+    return tokenizer.decode(ids[:-1] if finished else ids), finished
+
+
+# --------------------------------------------------------------------------------------------------
+# The prompts of the built-in task
+
+def held_out(prompt):
+    """Whether a prompt belongs to the held-out eighth, which a hash of its text fixes for ever."""
+    return hashlib.sha256(prompt.encode()).digest()[0] < 32
+
+
+def review_prompts():
+    """-> training prompts, held-out prompts"""
+    prompts = reviews.all_prompts()
+    return [p for p in prompts if not held_out(p)], [p for p in prompts if held_out(p)]

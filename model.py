@@ -1,0 +1,334 @@
+"""
+The models: one small GPT, shared by every stage.
+
+    GPT                 GPT-2's architecture with its language-model head: actor and reference
+    ScalarGPT           the same trunk with one number per position: reward model and critic
+
+    masked_mean         the mean that every loss and metric goes through
+    token_logprobs      log pi(targets | inputs), computed only where the mask asks for it
+    sequence_scores     the scalar in the state after the last response token
+    generate            the sampler: KV cache, prompts of any lengths, stops at EOS
+
+There is one alignment, padded on the right only:
+
+    tokens   (B, T+1)   p0 p1 p2 r0 r1 EOS pad pad
+    inputs   (B, T)     p0 p1 p2 r0 r1 EOS pad          tokens[:, :-1]
+    targets  (B, T)     p1 p2 r0 r1 EOS pad pad         tokens[:, 1:]
+    mask     (B, T)     0  0  1  1  1   0   0           1 where the target is a response token
+
+Column t means: having read inputs[:, :t+1], the policy chose targets[:, t]. What stands after a
+row's end is 0, a valid id that nothing reads: causal attention never looks right, so that no
+forward needs an attention mask or position ids, and the mask keeps it out of every mean.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 50257
+    block_size: int = 1024     # the longest row of tokens that the model can read
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0       # for SFT; every later stage runs in eval mode, where it is off
+
+
+# --------------------------------------------------------------------------------------------------
+# The architecture; modules are named as in transformers' GPT-2, so that weights go in and out
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        assert config.n_embd % config.n_head == 0, "n_embd must be a multiple of n_head"
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache=None, positions=None, visible=None):
+        B, T, C = x.shape
+        heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)                               # (B, heads, T, C/heads)
+        if positions is None:                            # whole rows, from column 0
+            if cache is not None:
+                cache[0, :, :, :T], cache[1, :, :, :T] = k, v
+            y = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        else:                                            # one token a row, each at its own position
+            rows = torch.arange(B, device=x.device)
+            cache[0, rows, :, positions], cache[1, rows, :, positions] = k[:, :, 0], v[:, :, 0]
+            keys, values = cache[:, :, :, :visible.shape[-1]]
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
+        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, *cache):
+        x = x + self.drop(self.attn(self.ln_1(x), *cache))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class Transformer(nn.Module):
+    """Token ids (B, T) -> hidden states (B, T, C)"""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, p in self.named_parameters():          # GPT-2's initialisation
+            if p.dim() == 2:
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, ids, caches=None, positions=None):
+        """
+        caches, one (2, B, heads, width, C/heads) a layer, are filled with keys and values; with
+        positions (B,) as well, ids is one token a row, which reads them up to its own position.
+        """
+        T, visible = ids.shape[1], None
+        if T > self.config.block_size:
+            raise ValueError(f"got rows of {T} tokens, the model reads at most block_size = "
+                             f"{self.config.block_size}")
+        if positions is None:
+            x = self.wte(ids) + self.wpe.weight[:T]                          # (B, T, C)
+        else:
+            x = self.wte(ids) + self.wpe(positions)[:, None]                 # (B, 1, C)
+            columns = torch.arange(int(positions.max()) + 1, device=ids.device)
+            visible = (columns <= positions[:, None])[:, None, None]         # (B, 1, 1, columns)
+        x = self.drop(x)
+        for block, cache in zip(self.h, caches or [None] * len(self.h)):
+            x = block(x, cache, positions, visible)
+        return self.ln_f(x)
+
+
+class GPT(nn.Module):
+    """`transformer` gives hidden states, `lm_head`, tied to the token embedding, their logits."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+
+    def lm_head(self, hidden):
+        return hidden @ self.transformer.wte.weight.T
+
+    def forward(self, ids):
+        """(B, T) ids -> (B, T, V) logits of the token after ids[:, t]"""
+        return self.lm_head(self.transformer(ids))
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder):
+        """GPT-2 weights, from a folder that transformers saved or by name from its hub."""
+        from transformers import GPT2LMHeadModel         # here, because it takes seconds to import
+        theirs = GPT2LMHeadModel.from_pretrained(name_or_folder, dtype=torch.float32)
+        c = theirs.config
+        computed = (c.activation_function == "gelu_new" and c.n_inner in (None, 4 * c.n_embd)
+                    and c.scale_attn_weights and not c.scale_attn_by_inverse_layer_idx
+                    and c.tie_word_embeddings and c.layer_norm_epsilon == 1e-5)
+        if not computed:
+            raise ValueError(f"{name_or_folder} is a variant of GPT-2 that model.py does not compute; "
+                             "it wants gelu_new, MLPs four times as wide as the embedding, attention "
+                             "scaled by head size alone, layer_norm_epsilon 1e-5, tied embeddings")
+        model = cls(GPTConfig(c.vocab_size, c.n_positions, c.n_layer, c.n_head, c.n_embd))
+        copy_weights(theirs, model)
+        return model
+
+    def save_pretrained(self, folder, eos_id=None):
+        """Write config.json and model.safetensors for transformers' AutoModelForCausalLM."""
+        from transformers import GPT2Config, GPT2LMHeadModel
+        c = self.config
+        theirs = GPT2LMHeadModel(GPT2Config(
+            vocab_size=c.vocab_size, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head,
+            n_embd=c.n_embd, resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
+            bos_token_id=eos_id, eos_token_id=eos_id))
+        copy_weights(self, theirs)
+        theirs.save_pretrained(folder)
+
+
+def copy_weights(source, target):
+    """Between our GPT and transformers': the same names, but its Conv1D stores weights transposed."""
+    source, target = ({name: weight for name, weight in model.state_dict().items()
+                       if name != "lm_head.weight"} for model in (source, target))
+    if source.keys() != target.keys():
+        raise ValueError(f"weights on one side only: {sorted(source.keys() ^ target.keys())[:5]}")
+    for name, weight in source.items():
+        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            weight = weight.T
+        if weight.shape != target[name].shape:
+            raise ValueError(f"{name}: got {tuple(weight.shape)}, wanted {tuple(target[name].shape)}")
+        target[name].copy_(weight)
+
+
+class ScalarGPT(nn.Module):
+    """
+    The trunk with one number per position, gain * head(hidden) + bias: (B, T) ids -> (B, T)
+
+    As a reward model its head starts at random with standard deviation 1 / sqrt(n_embd + 1), and
+    gain and bias normalise its scores (Ziegler et al. 2019). As a critic its head starts at zero,
+    so that V = 0 at first.
+    """
+
+    def __init__(self, config, init_from=None, zero_head=False):
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.head = nn.Linear(config.n_embd, 1)
+        nn.init.normal_(self.head.weight, std=0.0 if zero_head else 1 / math.sqrt(config.n_embd + 1))
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("gain", torch.tensor(1.0))
+        self.register_buffer("bias", torch.tensor(0.0))
+        if init_from is not None:                        # a GPT or another ScalarGPT
+            self.transformer.load_state_dict(init_from.transformer.state_dict())
+
+    def normalise(self, gain, bias):
+        self.gain.fill_(gain)
+        self.bias.fill_(bias)
+
+    def forward(self, ids):
+        return self.gain * self.head(self.transformer(ids)).squeeze(-1).float() + self.bias
+
+
+# --------------------------------------------------------------------------------------------------
+# What every stage uses
+
+def masked_mean(x, mask):
+    """
+    sum(x mask) / sum(mask) -> 0-d; the mask may hold fractional weights, but not only zeros
+
+    >>> masked_mean(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[1.0, 1.0, 0.0]]))
+    tensor(1.5000)
+    """
+    total = mask.sum()
+    if total == 0:
+        raise ValueError("masked_mean got a mask of zeros: there is nothing to take the mean of")
+    return (x * mask).sum() / total
+
+
+def token_logprobs(policy, inputs, targets, mask, temperature=1.0, return_entropy=False):
+    """
+    log pi(targets[:, t] | inputs[:, :t+1]) -> (B, T), 0 where the mask is 0
+
+    pi is the softmax of logits / temperature over the whole vocabulary, from which `generate`
+    samples, in fp32 whatever the model computes in. Only masked columns go through the output head.
+    With return_entropy also the entropy of pi in nats -> (B, T). Both carry gradients.
+    """
+    if temperature <= 0:
+        raise ValueError(f"got temperature {temperature}; log-probabilities want one above 0")
+    at = mask > 0                                                            # (B, T)
+    hidden = policy.transformer(inputs)                                      # (B, T, C)
+    logits = policy.lm_head(hidden[at]).float() / temperature                # (N, V)
+    logprobs = torch.zeros(mask.shape, device=mask.device)                   # (B, T)
+    logprobs[at] = -F.cross_entropy(logits, targets[at], reduction="none")
+    if not return_entropy:
+        return logprobs
+    log_pi = logits.log_softmax(dim=-1)                                      # (N, V)
+    entropy = torch.zeros(mask.shape, device=mask.device)                    # (B, T)
+    entropy[at] = -(log_pi.exp() * log_pi).sum(dim=-1)
+    return logprobs, entropy
+
+
+def sequence_scores(reward_model, inputs, targets, mask):
+    """
+    The reward model's number in the state after each row's last response token -> (B,)
+
+    That state has read the last masked target, so it stands one column further, on the tokens
+    before they were shifted.
+    """
+    tokens = torch.cat([inputs, targets[:, -1:]], dim=1)                     # (B, T+1)
+    columns = torch.arange(1, tokens.shape[1], device=mask.device)           # of targets, in tokens
+    last = (columns * (mask > 0)).amax(dim=1)                                # (B,)
+    if (last == 0).any():
+        raise ValueError(f"row {int((last == 0).nonzero()[0])} has no response token to read the "
+                         "score after")
+    return reward_model(tokens).gather(1, last[:, None]).squeeze(1)
+
+
+@torch.no_grad()
+def generate(policy, prompts, max_new_tokens, eos_id, temperature=1.0, generator=None):
+    """
+    Sample a response to each prompt -> tokens (B, T+1), mask (B, T), aligned as drawn above
+
+    prompts are lists of token ids of any lengths, an empty one becoming [eos_id]. A response ends
+    with EOS, or after max_new_tokens without. Sampling is by temperature alone, so that what is
+    sampled from is what `token_logprobs` returns; temperature 0 takes the likeliest token.
+
+    Uniforms (B, max_new_tokens) are drawn once from `generator`, and tokens come by inverse CDF: a
+    row's sample depends neither on the other rows nor on when finished rows are dropped.
+    """
+    device = policy.transformer.wte.weight.device
+    prompts = [list(prompt) or [eos_id] for prompt in prompts]
+    B, longest = len(prompts), max(map(len, prompts))
+    width = longest + max_new_tokens
+    if width > policy.config.block_size:
+        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed "
+                         f"block_size {policy.config.block_size}; cut the prompt or lower "
+                         "max_new_tokens")
+    uniforms = torch.rand(B, max_new_tokens, generator=generator).to(device)
+    tokens = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)         # (B,)
+    ends = lengths + max_new_tokens                                          # (B,) past the last token
+
+    # Prefill: all prompts at once, padded on the right. What the padding leaves in the caches is
+    # never seen: a row sees columns up to its own position only, and its new tokens overwrite them.
+    # Zeros, not uninitialised memory: a masked key still enters the product, and 0 * nan is nan.
+    c, weights = policy.config, policy.transformer.wte.weight
+    caches = [torch.zeros(2, B, c.n_head, width, c.n_embd // c.n_head, device=device,
+                          dtype=weights.dtype) for _ in range(c.n_layer)]
+    rows = torch.arange(B, device=device)                                    # those not dropped yet
+    hidden = policy.transformer(tokens[:, :longest], caches)[rows, lengths - 1]             # (B, C)
+
+    done = torch.zeros(B, dtype=torch.bool, device=device)
+    for t in range(max_new_tokens):
+        positions = lengths[rows] + t                                        # of the new tokens
+        new = pick(policy.lm_head(hidden), temperature, uniforms[rows, t])   # (rows,)
+        tokens[rows, positions] = torch.where(done, 0, new)
+        ends[rows] = torch.where(~done & (new == eos_id), positions + 1, ends[rows])
+        done |= new == eos_id
+        running = int((~done).sum())
+        if running == 0 or t + 1 == max_new_tokens:
+            break
+        if running <= 0.75 * len(rows):                  # drop finished rows a quarter at a time
+            caches = [cache[:, ~done] for cache in caches]
+            rows, positions, new, done = (x[~done] for x in (rows, positions, new, done))
+        hidden = policy.transformer(new[:, None], caches, positions)[:, 0]
+
+    tokens = tokens[:, :max(int(ends.max()), 2)]
+    columns = torch.arange(1, tokens.shape[1], device=device)                # of targets, in tokens
+    return tokens, ((columns >= lengths[:, None]) & (columns < ends[:, None])).float()
+
+
+def pick(logits, temperature, uniforms):
+    """The token where the cumulative distribution passes the uniform: (B, V), (B,) -> (B,)"""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    cumulative = (logits.float() / temperature).softmax(dim=-1).cumsum(dim=-1)              # (B, V)
+    level = uniforms[:, None] * cumulative[:, -1:]       # the sum may miss 1 by rounding
+    return torch.searchsorted(cumulative, level, right=True).squeeze(1).clamp_max(
+        logits.shape[-1] - 1)

@@ -1,0 +1,511 @@
+"""
+Stage 3: PPO with KL-shaped rewards.
+
+Maximises  E_{x, y ~ pi_theta}[ r_phi(x, y) ] - beta KL(pi_theta, pi_ref)  with four models: the
+actor pi_theta and the frozen reference pi_ref start as the SFT policy, the reward model r_phi is
+frozen, the critic V_psi has its own trunk and a head that starts at zero. A step of the decision
+process is one response token: s_t = prompt and y_<t, a_t = y_t. Every update does this:
+
+    1. roll out     responses y ~ pi_old, the actor as it stands, to a batch of prompts x
+    2. score        r_phi(x, y) on the sampled ids; a fixed low score where there is no EOS
+    3. logprobs     log pi_old, log pi_ref and V_old of every token, by the training forward
+    4. rewards      R_t = - beta (log pi_old - log pi_ref)(a_t | s_t), plus r_phi at the last token
+                    (Ziegler et al. 2019, equation 2)
+    5. advantages   A_t = sum_l (gamma lambda)^l delta_{t+l},  delta_t = R_t + gamma V_{t+1} - V_t
+                    (Schulman et al. 2016); the critic's targets G_t = A_t + V_t; then A is whitened
+    6. update       some epochs of shuffled minibatches, rho_t = pi_theta / pi_old (a_t | s_t).
+                    Actor: - mean min(rho A, clip(rho, 1 - eps, 1 + eps) A)
+                    (Schulman et al. 2017, equation 7), or - mean (rho A - coef KL(pi_old, pi_theta))
+                    (equation 8). Critic: 0.5 mean max((V - G)^2, (V clipped around V_old - G)^2)
+    7. control      beta follows kl_ref, the KL to the reference; coef follows kl_old, that to pi_old
+    8. log          one line
+
+Departures from Ziegler et al.: the critic is a model of its own with its own learning rate,
+responses end at EOS, lambda is 1, and the horizon of the KL controller suits a run of minutes.
+
+    python ppo.py --config small
+        -> out/small/ppo: checkpoint.pt, log.jsonl, curves.png, report.txt
+"""
+
+import copy
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+
+import data
+import experiment
+import reviews
+import reward_model as rm
+import sft
+from model import ScalarGPT, generate, masked_mean, sequence_scores, token_logprobs
+
+
+@dataclass
+class Config(experiment.Common):
+    steps: int = 100                # updates, each on fresh responses
+    batch_size: int = 128           # responses per update
+    minibatch_size: int = 32        # responses per gradient step
+    epochs: int = 1                 # passes over the responses of an update
+    max_new_tokens: int = 48        # longest response sampled
+    temperature: float = 1.0        # of the policy, where it samples and where it is scored
+    missing_eos_score: float | None = -3.0      # of a response without EOS; none: score what there is
+    score_clip: float | None = None             # largest size of a score
+    whiten_rewards: bool = False    # scale rewards to unit variance, mean kept
+    kl_control: Literal["proportional", "fixed"] = "proportional"   # whether beta follows kl_ref
+    beta: float = 0.4               # strength of the KL to the reference, at first
+    kl_target: float = 3.0          # nats per response that beta steers to
+    kl_horizon: float = 640.0       # responses it takes; 10000 in Ziegler et al., for longer runs
+    kl_bound: float = 25.0          # nats per response above which to warn
+    gamma: float = 1.0              # discount
+    lam: float = 1.0                # lambda of GAE
+    critic_init: Literal["rm", "sft"] = "rm"                        # trunk of the critic
+    critic_target: Literal["gae", "td", "mc", "score"] = "gae"      # what the critic predicts
+    surrogate: Literal["clip", "kl_penalty"] = "clip"               # loss of the actor
+    clip_eps: float = 0.2           # of the ratio, for surrogate clip
+    kl_penalty_coef: float = 1.0    # at first, for surrogate kl_penalty
+    kl_old_target: float = 0.002    # nats per token, for surrogate kl_penalty
+    value_clip_eps: float = 0.2     # of the critic's change; 0 turns it off
+    entropy_coef: float = 0.0       # entropy bonus
+    lr: float = 7e-4                # AdamW's learning rate at its peak, actor
+    critic_lr: float = 1e-3         # critic
+    warmup: int = 2                 # updates of linear warm-up, then linear decay
+    lr_floor: float = 0.02          # to this share of the peak
+    grad_clip: float = 1.0          # largest gradient norm, actor and critic each
+    n_eval: int = 512               # held-out prompts for the final comparison
+
+
+PRESETS = {
+    "small": {},
+    "tiny": dict(steps=8, batch_size=32, minibatch_size=16, max_new_tokens=24, lr=2e-3, n_eval=64,
+                 save_every=3),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# The maths. Everything is (B, T) in the one alignment: column t is the choice of targets[:, t].
+
+def whiten(x, mask, shift_mean=True):
+    """(x - mean) / std over masked cells, population variance, 0 elsewhere; or with the mean kept"""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return (whitened if shift_mean else whitened + mean) * (mask > 0)
+
+
+def kl_estimate(logprobs, ref_logprobs, kind="k1"):
+    """
+    Estimates of KL(pi, pi_ref) at each token that was sampled from pi; d = logprobs - ref_logprobs.
+
+    k1   d                  unbiased, negative at times
+    k2   d^2 / 2            biased, small variance
+    k3   exp(-d) - 1 + d    unbiased, never negative        (Schulman 2020, joschu.net/blog/kl-approx)
+    """
+    d = logprobs - ref_logprobs
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return 0.5 * d ** 2
+    if kind == "k3":
+        return torch.expm1(-d) + d
+    raise ValueError(f"got kind {kind!r}; it is k1, k2 or k3")
+
+
+def shape_rewards(scores, logprobs, ref_logprobs, mask, beta):
+    """
+    R_t = - beta (logprobs - ref_logprobs), plus the score at the last response token.
+
+    Ziegler et al. 2019, equation 2. scores is (B,). No gradient passes: a reward is a number.
+
+    >>> zero, one = torch.zeros(1, 3), torch.ones(1, 3)
+    >>> shape_rewards(torch.tensor([5.0]), one, zero, torch.tensor([[0.0, 1.0, 1.0]]), beta=0.1)
+    tensor([[-0.0000, -0.1000,  4.9000]])
+    """
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    last = (columns * (mask > 0)).amax(dim=1)                                # (B,)
+    rewards = -beta * (logprobs - ref_logprobs) * (mask > 0)                 # (B, T)
+    rewards[torch.arange(len(rewards), device=mask.device), last] += scores
+    return rewards.detach()
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+    """
+    Generalised advantage estimation, backwards over rows of different length -> advantages, returns
+
+    delta_t = R_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   G_t = A_t + V_t
+    (Schulman et al. 2016). After a row's last token V and A are 0: the episode is over.
+
+    >>> gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), torch.ones(1, 2), lam=0.5)[0]
+    tensor([[0.2500, 0.5000]])
+    """
+    at = (mask > 0).to(values.dtype)
+    advantages = torch.zeros_like(values)
+    next_advantage = next_value = torch.zeros_like(values[:, 0])             # (B,)
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = (delta + gamma * lam * next_advantage) * at[:, t]
+        next_value = values[:, t] * at[:, t]
+        advantages[:, t] = next_advantage
+    return advantages, (advantages + values) * at
+
+
+def critic_targets(rewards, values, scores, mask, kind="gae", gamma=1.0, lam=0.95):
+    """
+    What the critic should say at each response token.
+
+    gae     A_t + V_t, the lambda-return  G_t = R_t + gamma ((1 - lam) V_{t+1} + lam G_{t+1})
+    td      R_t + gamma V_{t+1}, which is lam = 0
+    mc      sum_l gamma^l R_{t+l}, the discounted reward-to-go, which is lam = 1
+    score   the score at every token, without any KL
+    """
+    at = (mask > 0).to(values.dtype)
+    if kind == "score":
+        return scores[:, None] * at
+    if kind not in ("gae", "td", "mc"):
+        raise ValueError(f"got kind {kind!r}; it is gae, td, mc or score")
+    lam = {"gae": lam, "td": 0.0, "mc": 1.0}[kind]
+    targets = torch.zeros_like(values)
+    next_target = next_value = torch.zeros_like(values[:, 0])                # (B,)
+    for t in reversed(range(values.shape[1])):
+        follows = (1 - lam) * next_value + lam * next_target
+        next_target = (rewards[:, t] + gamma * follows) * at[:, t]
+        next_value = values[:, t] * at[:, t]
+        targets[:, t] = next_target
+    return targets
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2):
+    """
+    - mean of min(rho A, clip(rho, 1 - eps, 1 + eps) A),   rho = exp(logprobs - old_logprobs)
+
+    Schulman et al. 2017, equation 7. Where the clip decides, the gradient is 0.
+    -> loss, {policy_loss, clip_fraction: share of tokens where the clip decides, ratio: mean rho}
+    """
+    ratio = torch.exp(logprobs - old_logprobs)
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
+    loss = -masked_mean(torch.minimum(unclipped, clipped), mask)
+    return loss, {"policy_loss": loss.detach(), "ratio": masked_mean(ratio.detach(), mask),
+                  "clip_fraction": masked_mean((clipped < unclipped).float(), mask)}
+
+
+def kl_penalty_loss(logprobs, old_logprobs, advantages, mask, coef):
+    """
+    - mean of rho A - coef KL(pi_old, pi_theta),   the KL by k3 on tokens that pi_old sampled
+
+    Schulman et al. 2017, equation 8. -> loss, metrics as policy_loss; nothing is clipped
+    """
+    log_ratio = logprobs - old_logprobs
+    ratio = torch.exp(log_ratio)
+    kl_old = ratio - 1 - log_ratio
+    loss = -masked_mean(ratio * advantages - coef * kl_old, mask)
+    return loss, {"policy_loss": loss.detach(), "ratio": masked_mean(ratio.detach(), mask),
+                  "clip_fraction": torch.zeros(())}
+
+
+def value_loss(values, old_values, returns, mask, clip_eps=0.2):
+    """
+    0.5 mean of max((V - G)^2, (V_old + clip(V - V_old, -eps, eps) - G)^2); eps 0 leaves out the clip
+
+    -> loss, {value_loss, value_clip_fraction: share of tokens where the clipped error is the larger}
+    """
+    errors = (values - returns) ** 2
+    change = (values - old_values).clamp(-clip_eps, clip_eps)
+    clipped_errors = (old_values + change - returns) ** 2 if clip_eps else errors
+    loss = 0.5 * masked_mean(torch.maximum(errors, clipped_errors), mask)
+    return loss, {"value_loss": loss.detach(),
+                  "value_clip_fraction": masked_mean((clipped_errors > errors).float(), mask)}
+
+
+def explained_variance(values, returns, mask):
+    """1 - Var(G - V) / Var(G): 1 for a perfect critic, 0 for one no better than a constant -> 0-d"""
+    def variance(x):
+        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+    return 1 - variance(returns - values) / variance(returns).clamp_min(1e-8)
+
+
+class ProportionalKL:
+    """
+    beta *= 1 + clip(KL / target - 1, -0.2, 0.2) n / horizon    (Ziegler et al. 2019, section 2.2)
+
+    update takes nats per response against the reference, not per token, and the number of responses.
+    """
+
+    def __init__(self, beta, target, horizon):
+        self.beta, self.target, self.horizon = beta, target, horizon
+
+    def update(self, kl_per_sequence, n):
+        error = min(max(kl_per_sequence / self.target - 1, -0.2), 0.2)
+        self.beta *= 1 + error * n / self.horizon
+
+    def state_dict(self):
+        return {"beta": self.beta}
+
+    def load_state_dict(self, state):
+        self.beta = state["beta"]
+
+
+class ThresholdKL:
+    """
+    coef doubles where KL(pi_old, pi_theta) after an update is above 1.5 target, and halves where it
+    is below target / 1.5    (Schulman et al. 2017, section 4). kl_old is in nats per token.
+    """
+
+    def __init__(self, coef, target):
+        self.coef, self.target = coef, target
+
+    def update(self, kl_old):
+        if kl_old > 1.5 * self.target:
+            self.coef *= 2
+        elif kl_old < self.target / 1.5:
+            self.coef /= 2
+
+    def state_dict(self):
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state):
+        self.coef = state["coef"]
+
+
+# --------------------------------------------------------------------------------------------------
+# The rollout
+
+@torch.no_grad()
+def roll_out(actor, prompts, cfg, eos_id, generator):
+    """Responses to prompts (token lists) -> inputs, targets, mask (B, T), finished (B,): met EOS"""
+    tokens, mask = generate(actor, prompts, cfg.max_new_tokens, eos_id, cfg.temperature, generator)
+    inputs, targets = data.shift(tokens)
+    finished = ((targets == eos_id) & (mask > 0)).any(dim=1)
+    return inputs, targets, mask, finished
+
+
+@torch.no_grad()
+def score_responses(reward_model, inputs, targets, mask, finished, cfg):
+    """The reward of whole responses, before any KL -> (B,)"""
+    scores = sequence_scores(reward_model, inputs, targets, mask)
+    if cfg.missing_eos_score is not None:
+        scores = torch.where(finished, scores, cfg.missing_eos_score)
+    if cfg.score_clip is not None:
+        scores = scores.clamp(-cfg.score_clip, cfg.score_clip)
+    return scores
+
+
+def read_gold(tokenizer, prompts, targets, mask):
+    """The true utility (B,) and the texts of responses: for the log alone, training never sees it."""
+    texts = [data.decode_response(tokenizer, ids[m > 0].tolist())
+             for ids, m in zip(targets.cpu(), mask.cpu())]
+    return torch.tensor([reviews.gold(p, *text) for p, text in zip(prompts, texts)]), texts
+
+
+def check_first_minibatch(logprobs, old_logprobs, kl_ref, clip_fraction):
+    """Before the first gradient step actor, pi_old and reference are one policy; else stop."""
+    drift = (logprobs - old_logprobs).abs().max().item()
+    if drift > 1e-4 or clip_fraction > 0:
+        experiment.stop(f"at the first minibatch the ratio should be 1, but log ratio reaches "
+                        f"{drift:.1e} (clip fraction {clip_fraction:.3f}): old_logprobs were taken "
+                        "another way than logprobs. Look for dropout, a temperature or a mask that "
+                        "differs, or a step taken in between")
+    if kl_ref.abs().max() > 1e-4:
+        experiment.stop(f"at the first update kl_ref should be 0, but reaches {kl_ref.abs().max():.1e}"
+                        " nats: actor and reference do not start from the same weights")
+
+
+def check_rollout(scores, kl_ref, bound, step):
+    """Stops on scores or KLs that are no numbers, warns on KLs that cannot be or are too large."""
+    for name, x in (("scores", scores), ("kl_ref", kl_ref)):
+        if not torch.isfinite(x).all():
+            experiment.stop(f"{name} of update {step} hold {int((~torch.isfinite(x)).sum())} values "
+                            "that are not finite. The last checkpoint is from before that; --resume "
+                            "with a lower --lr or a --score_clip goes on from there")
+    mean, standard_error = kl_ref.mean(), kl_ref.std(correction=0) / len(kl_ref) ** 0.5
+    if mean < -3 * standard_error - 1e-4:
+        print(f"warning: kl_ref is {mean:.2f} +- {standard_error:.2f} nats, but a KL is never "
+              "negative: the policy scored is not the one that sampled")
+    if mean > bound:
+        print(f"warning: kl_ref is {mean:.1f} nats a response, above --kl_bound {bound}: the policy "
+              "is leaving what the reward model knows; raise --beta or lower --lr")
+
+
+@torch.no_grad()
+def evaluate(policy, reference, reward_model, tokenizer, prompts, cfg):
+    """A policy on prompts (texts) -> {metric: mean}, scores, gold, response texts"""
+    ids = [data.encode_prompt(tokenizer, prompt) for prompt in prompts]
+    generator = torch.Generator().manual_seed(cfg.seed)          # the same uniforms for every policy
+    inputs, targets, mask, finished = roll_out(policy, ids, cfg, tokenizer.eot_token, generator)
+    logprobs, entropy = token_logprobs(policy, inputs, targets, mask, cfg.temperature, True)
+    ref_logprobs = token_logprobs(reference, inputs, targets, mask, cfg.temperature)
+    scores = score_responses(reward_model, inputs, targets, mask, finished, cfg)
+    gold, texts = read_gold(tokenizer, prompts, targets, mask)
+    good = sum(map(reviews.grammatical, prompts, *zip(*texts)))
+    metrics = {"score": scores.mean().item(), "gold": gold.mean().item(),
+               "kl_ref": kl_estimate(logprobs, ref_logprobs).sum(1).mean().item(),
+               "entropy": masked_mean(entropy, mask).item(),
+               "response_length": mask.sum(1).mean().item(),
+               "eos_rate": finished.float().mean().item(), "grammatical": good / len(prompts)}
+    return metrics, scores, gold, [text for text, _ in texts]
+
+
+CURVES = [                                                       # heading, unit, logged metrics
+    ("reward and true utility", "score, gold", ["score", "gold"]),
+    ("KL to the reference", "nats per response", ["kl_ref"]),
+    ("KL strength", "beta", ["beta"]),
+    ("entropy of the policy", "nats per token", ["entropy"]),
+    ("KL to the policy that sampled", "nats per token", ["kl_old"]),
+    ("share of tokens clipped", "", ["clip_fraction", "value_clip_fraction"]),
+    ("critic: explained variance", "", ["explained_variance"]),
+    ("response length", "tokens", ["response_length"]),
+    ("gradient norm", "", ["grad_norm", "critic_grad_norm"])]
+
+
+def compare(actor, reference, reward_model, tokenizer, cfg):
+    """SFT and PPO on the same held-out prompts, with the same uniforms -> text, results"""
+    prompts = data.draw(data.review_prompts()[1], cfg.n_eval, torch.Generator().manual_seed(cfg.seed))
+    sft_metrics, sft_scores, sft_gold, sft_texts = evaluate(
+        reference, reference, reward_model, tokenizer, prompts, cfg)
+    ppo_metrics, ppo_scores, ppo_gold, ppo_texts = evaluate(
+        actor, reference, reward_model, tokenizer, prompts, cfg)
+    gain = ((ppo_gold.mean() - sft_gold.mean()) / sft_gold.std()).item()
+    lines = [experiment.table([
+        [f"{cfg.n_eval} held-out prompts", "SFT", "PPO"],
+        *([name, sft_metrics[name], ppo_metrics[name]] for name in sft_metrics)]), "",
+        f"The true utility, gold, which training never saw, is {gain:+.2f} standard deviations of",
+        f"the SFT policy's gold above that policy's, at {ppo_metrics['kl_ref']:.2f} nats of KL per "
+        "response.", ""]
+    for i, prompt in enumerate(prompts[:4]):
+        lines += [prompt,
+                  f"    SFT  score {sft_scores[i]:5.2f}  gold {sft_gold[i]:5.2f} {sft_texts[i]}",
+                  f"    PPO  score {ppo_scores[i]:5.2f}  gold {ppo_gold[i]:5.2f} {ppo_texts[i]}"]
+    return "\n".join(lines), {**ppo_metrics, "gold_gain": gain, "sft": sft_metrics}
+
+
+def main(cfg):
+    run = experiment.Run(cfg, "ppo")
+    if run.finished:
+        return run.show()
+    device, generator = run.device, run.generator
+
+    # ---- the four models, all in eval mode for good: dropout would make the first ratio differ from 1
+    actor, tokenizer = sft.load_policy(experiment.ensure(cfg, sft), device)
+    reward_model = rm.load_reward_model(experiment.ensure(cfg, rm), tokenizer, device)
+    reference = copy.deepcopy(actor).requires_grad_(False)
+    critic = ScalarGPT(reward_model.config if cfg.critic_init == "rm" else actor.config, zero_head=True,
+                       init_from=reward_model if cfg.critic_init == "rm" else actor).to(device).eval()
+    adam = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
+    actor_optimizer = torch.optim.AdamW(actor.parameters(), lr=cfg.lr, **adam)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, **adam)
+    control = ProportionalKL(cfg.beta, cfg.kl_target, cfg.kl_horizon)
+    penalty = ThresholdKL(cfg.kl_penalty_coef, cfg.kl_old_target)
+    state = dict(policy=actor, critic=critic, actor_optimizer=actor_optimizer,
+                 critic_optimizer=critic_optimizer, control=control, penalty=penalty,
+                 gpt=asdict(actor.config), tokenizer=data.fingerprint(tokenizer))
+    data.save_tokenizer(tokenizer, run.folder)
+    train_prompts, _ = data.review_prompts()
+    data.check_room(tokenizer, reviews.all_prompts(), cfg.max_new_tokens, actor.config.block_size)
+
+    for step in run.steps(run.restore(**state), cfg.steps):
+        clock = experiment.Clock(device)
+
+        # ---- 1. roll out
+        prompts = data.draw(train_prompts, cfg.batch_size, generator)
+        ids = [data.encode_prompt(tokenizer, prompt) for prompt in prompts]
+        inputs, targets, mask, finished = roll_out(actor, ids, cfg, tokenizer.eot_token, generator)
+        clock.lap("rollout")
+
+        # ---- 2. score
+        scores = score_responses(reward_model, inputs, targets, mask, finished, cfg)        # (B,)
+        gold, _ = read_gold(tokenizer, prompts, targets, mask)                              # (B,)
+
+        # ---- 3. logprobs
+        with torch.no_grad():
+            old_logprobs, entropy = token_logprobs(                                         # (B, T) x 2
+                actor, inputs, targets, mask, cfg.temperature, return_entropy=True)
+            ref_logprobs = token_logprobs(reference, inputs, targets, mask, cfg.temperature)
+            old_values = critic(inputs) * mask                                              # (B, T)
+        kl_ref = kl_estimate(old_logprobs, ref_logprobs).sum(dim=1)                         # (B,)
+        check_rollout(scores, kl_ref, cfg.kl_bound, step)
+        clock.lap("score")
+
+        # ---- 4. rewards
+        rewards = shape_rewards(scores, old_logprobs, ref_logprobs, mask, control.beta)     # (B, T)
+        if cfg.whiten_rewards:
+            rewards = whiten(rewards, mask, shift_mean=False)
+
+        # ---- 5. advantages
+        advantages, _ = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)                  # (B, T)
+        returns = critic_targets(rewards, old_values, scores, mask, cfg.critic_target, cfg.gamma,
+                                 cfg.lam)                                                   # (B, T)
+        advantages = whiten(advantages, mask)
+
+        # ---- 6. update
+        decay = experiment.learning_rate(step, cfg.steps, 1.0, cfg.warmup, cfg.lr_floor)
+        experiment.set_learning_rate(actor_optimizer, decay * cfg.lr)
+        experiment.set_learning_rate(critic_optimizer, decay * cfg.critic_lr)
+        history = []
+        for _ in range(cfg.epochs):
+            for rows in torch.randperm(cfg.batch_size, generator=generator).split(cfg.minibatch_size):
+                rows_mask = mask[rows]                                                      # (b, T)
+                logprobs, new_entropy = token_logprobs(
+                    actor, inputs[rows], targets[rows], rows_mask, cfg.temperature, True)
+                if cfg.surrogate == "clip":
+                    loss, metrics = policy_loss(logprobs, old_logprobs[rows], advantages[rows],
+                                                rows_mask, cfg.clip_eps)
+                else:
+                    loss, metrics = kl_penalty_loss(logprobs, old_logprobs[rows], advantages[rows],
+                                                    rows_mask, penalty.coef)
+                if step == 0 and not history:
+                    check_first_minibatch(logprobs, old_logprobs[rows], kl_ref,
+                                          metrics["clip_fraction"])
+                loss = loss - cfg.entropy_coef * masked_mean(new_entropy, rows_mask)
+                critic_loss, critic_metrics = value_loss(critic(inputs[rows]), old_values[rows],
+                                                         returns[rows], rows_mask, cfg.value_clip_eps)
+                loss.backward()
+                critic_loss.backward()
+                metrics |= critic_metrics
+                metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(
+                    actor.parameters(), cfg.grad_clip)
+                metrics["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(
+                    critic.parameters(), cfg.grad_clip)
+                for optimizer in (actor_optimizer, critic_optimizer):
+                    optimizer.step()
+                    optimizer.zero_grad()
+                history.append(metrics)
+        clock.lap("update")
+
+        # ---- 7. control
+        beta, coef = control.beta, penalty.coef
+        with torch.no_grad():
+            logprobs = token_logprobs(actor, inputs, targets, mask, cfg.temperature)
+            kl_old = masked_mean(kl_estimate(old_logprobs, logprobs, "k3"), mask)           # 0-d
+        if cfg.kl_control == "proportional":
+            control.update(kl_ref.mean().item(), cfg.batch_size)
+        if cfg.surrogate == "kl_penalty":
+            penalty.update(kl_old.item())
+        clock.lap("control")
+
+        # ---- 8. log
+        metrics = {name: sum(m[name].item() for m in history) / len(history) for name in history[0]}
+        metrics |= {"score": scores.mean(), "gold": gold.mean(), "kl_ref": kl_ref.mean(),
+                    "kl_ref_k3": kl_estimate(old_logprobs, ref_logprobs, "k3").sum(1).mean(),
+                    "kl_old": kl_old, "beta": beta, "kl_penalty_coef": coef,
+                    "entropy": masked_mean(entropy, mask),
+                    "explained_variance": explained_variance(old_values, returns, mask),
+                    "response_length": mask.sum(1).mean(), "eos_rate": finished.float().mean(),
+                    "lr": decay * cfg.lr, "critic_lr": decay * cfg.critic_lr} | clock.seconds
+        metrics["tokens_per_second"] = mask.sum().item() / sum(clock.seconds.values())
+        run.log(step, metrics, ["score", "gold", "kl_ref", "beta", "kl_old", "entropy",
+                                "clip_fraction", "explained_variance", "response_length"])
+        run.checkpoint(step + 1, **state)
+
+    # ---- the result
+    text, results = compare(actor, reference, reward_model, tokenizer, cfg)
+    picture = experiment.curves(run.folder, f"PPO, --config {cfg.config}", CURVES)
+    return run.finish("\n".join([
+        text, "",
+        f"curves      {picture}", f"log         {run.folder}/log.jsonl",
+        f"checkpoint  {run.folder}/checkpoint.pt",
+        f"next        python ppo.py --config {cfg.config} --base {run.folder.parts[-2]} "
+        "--out weak-kl --kl_control fixed --beta 0.05"]), results)
+
+
+if __name__ == "__main__":
+    experiment.launch(main, Config, PRESETS, __doc__)

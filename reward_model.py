@@ -1,0 +1,257 @@
+"""
+Stage 2: a reward model from comparisons.
+
+    1. sample       K responses y_1 .. y_K to each prompt x from the SFT policy
+    2. annotate     the annotators rank them: P(i before j) = sigmoid((gold_i - gold_j) / temperature)
+                    (Bradley and Terry 1952). A ranking gives K (K - 1) / 2 comparisons for K forwards
+    3. train        the SFT weights with a scalar head r(x, y), read after the last response token:
+                    - mean over comparisons of log sigmoid(r(x, y_w) - r(x, y_l))
+                    (Ouyang et al. 2022, equation 1)
+    4. held out     expected accuracy beside the Bayes accuracy, which nobody can beat; calibration
+    5. normalise    gain and bias, so that scores have mean 0 and standard deviation 1 on the SFT
+                    policy's samples (Ziegler et al. 2019): then a KL strength beta means the same
+                    for every reward model
+
+Departures from Ouyang et al.: K = 4 where they have 4 to 9; simulated annotators, known exactly.
+
+    python reward_model.py --config small
+        -> out/small/reward_model: checkpoint.pt, comparisons.json
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+
+import data
+import experiment
+import reviews
+import sft
+from model import GPTConfig, ScalarGPT, generate, masked_mean, sequence_scores
+
+
+@dataclass
+class Config(experiment.Common):
+    n_prompts: int = 2400           # rankings to train on
+    n_held_out: int = 700           # rankings to measure on
+    n_responses: int = 4            # K, responses to a ranking; 2 is the plain case
+    max_new_tokens: int = 48        # longest response sampled
+    annotator_temperature: float = 0.6      # of the annotators; the lower, the more they follow gold
+    loss: Literal["bradley_terry", "fidelity"] = "bradley_terry"    # of a comparison
+    margin: float = 0.0             # by which the chosen score should lead
+    token_wise: bool = False        # compare at every column where two rows differ (DeepSpeed-Chat)
+    epochs: int = 1                 # passes over the rankings; reward models overfit soon
+    batch_size: int = 8             # rankings per update
+    lr: float = 2e-3                # AdamW's learning rate at its peak
+    warmup: int = 20                # updates of linear warm-up, then linear decay
+    lr_floor: float = 0.02          # to this share of the peak
+    weight_decay: float = 0.0       # of AdamW
+    grad_clip: float = 1.0          # largest gradient norm
+
+
+PRESETS = {
+    "small": {},
+    "tiny": dict(n_prompts=160, n_held_out=40, max_new_tokens=24, batch_size=4, save_every=10),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# The maths
+
+def preference_loss(chosen_scores, rejected_scores, kind="bradley_terry", margin=None, weights=None):
+    """
+    Mean loss of comparisons with p = sigmoid(chosen_scores - rejected_scores - margin).
+
+    bradley_terry   - log p         negative log-likelihood     (Ouyang et al. 2022, equation 1)
+    fidelity        1 - sqrt(p)     bounded: a wrong label costs at most 1  (Tsai et al. 2007)
+
+    Scores, margin and weights have one shape; with weights, the mean is weighted.
+    -> loss, {loss, accuracy, margin}; a tie counts one half
+
+    >>> preference_loss(torch.tensor([0.3]), torch.tensor([0.3]))[0]
+    tensor(0.6931)
+    """
+    difference = chosen_scores - rejected_scores
+    shifted = difference if margin is None else difference - margin
+    if kind == "bradley_terry":
+        losses = -torch.nn.functional.logsigmoid(shifted)
+    elif kind == "fidelity":
+        losses = 1 - torch.exp(0.5 * torch.nn.functional.logsigmoid(shifted))
+    else:
+        raise ValueError(f"got kind {kind!r}; it is bradley_terry or fidelity")
+    weights = torch.ones_like(difference) if weights is None else weights
+    loss = masked_mean(losses, weights)
+    with torch.no_grad():
+        metrics = {"loss": loss.detach(), "margin": masked_mean(difference, weights),
+                   "accuracy": masked_mean(0.5 + 0.5 * difference.sign(), weights)}
+    return loss, metrics
+
+
+def token_wise_scores(chosen_values, rejected_values, chosen_targets, rejected_targets,
+                      chosen_mask, rejected_mask):
+    """
+    What to compare, column by column, in DeepSpeed-Chat's variant: all (N, T).
+
+    Values stand in the state after each target. A pair is compared from the first column where its
+    targets differ to the end of the longer row; a row that has ended keeps its last score.
+    -> chosen scores, rejected scores, weights that sum to 1 a pair (0 for two equal rows)
+    """
+    columns = torch.arange(chosen_mask.shape[1], device=chosen_mask.device)                 # (T,)
+    chosen_end = (columns * (chosen_mask > 0)).amax(1, keepdim=True)                        # (N, 1)
+    rejected_end = (columns * (rejected_mask > 0)).amax(1, keepdim=True)
+    differ = (chosen_targets != rejected_targets) | (chosen_mask != rejected_mask)
+    differ &= (chosen_mask > 0) | (rejected_mask > 0)
+    compared = (differ.cumsum(1) > 0) & (columns <= torch.maximum(chosen_end, rejected_end))
+    weights = compared / compared.sum(1, keepdim=True).clamp_min(1)                         # (N, T)
+    return (chosen_values.gather(1, torch.minimum(columns, chosen_end)),
+            rejected_values.gather(1, torch.minimum(columns, rejected_end)), weights)
+
+
+def calibration(scores, gold, temperature):
+    """How often annotators prefer the higher score, by what sigmoid(difference) says -> table rows"""
+    i, j = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1)
+    difference = (scores[:, i] - scores[:, j]).flatten()                     # (pairs,)
+    truth = reviews.preference(gold[:, i], gold[:, j], temperature).flatten()
+    truth = torch.where(difference >= 0, truth, 1 - truth)
+    predicted = torch.sigmoid(difference.abs())
+    rows = [["P(higher score preferred)", "predicted", "true", "pairs"]]
+    for low in (0.5, 0.6, 0.7, 0.8, 0.9):
+        at = (predicted >= low) & (predicted < (low + 0.1 if low < 0.9 else 1.1))
+        if at.any():
+            rows.append([f"{low:.1f} to {low + 0.1:.1f}", predicted[at].mean().item(),
+                         truth[at].mean().item(), int(at.sum())])
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# Comparisons
+
+def make_comparisons(policy, tokenizer, prompts, cfg, generator):
+    """
+    Rankings of sampled responses: dicts of prompt, prompt_ids, responses, response_ids, gold, the
+    last three best first. Ids are kept as they were sampled: encoding the text may give others.
+    """
+    K, comparisons = cfg.n_responses, []
+    chunks = [prompts[i:i + 128] for i in range(0, len(prompts), 128)]
+    for chunk in experiment.progress(chunks, f"sampling {K} responses to {len(prompts)} prompts"):
+        prompt_ids = [data.encode_prompt(tokenizer, prompt) for prompt in chunk]
+        tokens, mask = generate(policy, [ids for ids in prompt_ids for _ in range(K)],
+                                cfg.max_new_tokens, tokenizer.eot_token, generator=generator)
+        response_ids = data.responses_of(tokens, mask)
+        texts = [data.decode_response(tokenizer, ids) for ids in response_ids]
+        gold = torch.tensor([reviews.gold(chunk[i // K], *text) for i, text in enumerate(texts)])
+        order = reviews.rank(gold.view(-1, K), generator, cfg.annotator_temperature)
+        for n, prompt in enumerate(chunk):
+            best_first = [n * K + k for k in order[n].tolist()]
+            comparisons.append({"prompt": prompt, "prompt_ids": prompt_ids[n],
+                                "responses": [texts[i][0] for i in best_first],
+                                "response_ids": [response_ids[i] for i in best_first],
+                                "gold": [gold[i].item() for i in best_first]})
+    return comparisons
+
+
+def rows_of(comparisons, device):
+    """Rankings -> inputs, targets, mask, with the K responses of a prompt in K rows, best first"""
+    prompts = [c["prompt_ids"] for c in comparisons for _ in c["response_ids"]]
+    responses = [ids for c in comparisons for ids in c["response_ids"]]
+    return [t.to(device) for t in data.collate(prompts, responses)]
+
+
+@torch.no_grad()
+def score_all(reward_model, comparisons, device, batch_size=64):
+    """Scores of all responses of rankings -> (N, K)"""
+    batches = [rows_of(comparisons[i:i + batch_size], device)
+               for i in range(0, len(comparisons), batch_size)]
+    scores = torch.cat([sequence_scores(reward_model, *batch) for batch in batches])
+    return scores.view(len(comparisons), -1).cpu()
+
+
+def load_reward_model(folder, tokenizer, device):
+    """The reward model of a finished stage, in eval mode; its vocabulary must be the tokenizer's."""
+    saved = experiment.load_checkpoint(folder)
+    data.check_vocabulary(saved["tokenizer"], tokenizer, folder)
+    reward_model = ScalarGPT(GPTConfig(**saved["gpt"]))
+    reward_model.load_state_dict(saved["reward_model"])
+    return reward_model.eval().to(device)
+
+
+def main(cfg):
+    run = experiment.Run(cfg, "reward_model")
+    if run.finished:
+        return run.show()
+    device, K = run.device, cfg.n_responses
+    sft_policy, tokenizer = sft.load_policy(experiment.ensure(cfg, sft), device)
+    data.check_room(tokenizer, reviews.all_prompts(), cfg.max_new_tokens, sft_policy.config.block_size)
+    data.save_tokenizer(tokenizer, run.folder)
+
+    # ---- 1. sample, 2. annotate
+    if run.resuming:
+        comparisons, held_out = experiment.read_json(run.folder / "comparisons.json")
+    else:
+        comparisons, held_out = (
+            make_comparisons(sft_policy, tokenizer, data.draw(prompts, n, run.generator), cfg,
+                             run.generator)
+            for prompts, n in zip(data.review_prompts(), (cfg.n_prompts, cfg.n_held_out)))
+        experiment.write(run.folder / "comparisons.json", json.dumps([comparisons, held_out]))
+
+    # ---- 3. train
+    reward_model = ScalarGPT(sft_policy.config, init_from=sft_policy).to(device)
+    optimizer = torch.optim.AdamW(reward_model.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
+                                  weight_decay=cfg.weight_decay, fused=True)
+    state = dict(reward_model=reward_model, optimizer=optimizer, gpt=asdict(sft_policy.config),
+                 tokenizer=data.fingerprint(tokenizer))
+    steps = cfg.epochs * (cfg.n_prompts // cfg.batch_size)
+    better, worse = torch.triu_indices(K, K, offset=1)                       # all pairs of a ranking
+    for step in run.steps(run.restore(**state), steps):
+        lr = experiment.learning_rate(step, steps, cfg.lr, cfg.warmup, cfg.lr_floor)
+        experiment.set_learning_rate(optimizer, lr)
+        rows = data.batch_rows(cfg.n_prompts, cfg.batch_size, step, cfg.seed)
+        inputs, targets, mask = rows_of([comparisons[i] for i in rows], device)             # (B K, T)
+        if cfg.token_wise:
+            tokens = torch.cat([inputs, targets[:, -1:]], dim=1)                            # (B K, T+1)
+            by_rank = [x.view(cfg.batch_size, K, -1) for x in
+                       (reward_model(tokens)[:, 1:], targets, mask)]                        # (B, K, T)
+            pairs = [x[:, k].flatten(0, 1) for x in by_rank for k in (better, worse)]       # (pairs, T)
+            chosen, rejected, weights = token_wise_scores(*pairs)
+        else:
+            scores = sequence_scores(reward_model, inputs, targets, mask).view(-1, K)       # (B, K)
+            chosen, rejected, weights = scores[:, better], scores[:, worse], None
+        loss, metrics = preference_loss(chosen, rejected, cfg.loss, cfg.margin, weights)
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(reward_model.parameters(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        metrics.update(lr=lr, grad_norm=grad_norm)
+        run.log(step, metrics, ["loss", "accuracy", "margin", "lr", "grad_norm"], every=20)
+        run.checkpoint(step + 1, **state)
+
+    # ---- 4. held out
+    reward_model.eval()
+    reward_model.normalise(gain=1.0, bias=0.0)
+    gold = torch.tensor([c["gold"] for c in held_out])                       # (N, K)
+    scores = score_all(reward_model, held_out, device)                       # (N, K), as trained
+    accuracy = reviews.agreement(scores, gold, cfg.annotator_temperature).item()
+    bayes = reviews.agreement(gold, gold, cfg.annotator_temperature).item()
+
+    # ---- 5. normalise
+    gain, bias = 1 / scores.std().item(), -(scores.mean() / scores.std()).item()
+    reward_model.normalise(gain, bias)
+    run.save(steps, **state)
+
+    picture = experiment.curves(run.folder, "Reward model", [
+        ("loss", "nats per comparison", ["loss"]), ("accuracy on noisy labels", "", ["accuracy"])])
+    return run.finish("\n".join([
+        f"expected accuracy   {accuracy:.3f} on {len(held_out) * len(better)} held-out comparisons",
+        f"Bayes accuracy      {bayes:.3f}, the most anybody can agree with these annotators",
+        f"ratio               {accuracy / bayes:.3f}",
+        "", experiment.table(calibration(scores, gold, cfg.annotator_temperature)), "",
+        f"normalised by       gain {gain:.3f}, bias {bias:.3f}",
+        f"curves      {picture}", f"checkpoint  {run.folder}/checkpoint.pt",
+        f"next        python ppo.py --config {cfg.config}"]),
+        {"accuracy": accuracy, "bayes_accuracy": bayes, "ratio": accuracy / bayes,
+         "gain": gain, "bias": bias})
+
+
+if __name__ == "__main__":
+    experiment.launch(main, Config, PRESETS, __doc__)

@@ -1,0 +1,989 @@
+"""
+Every formula against an independent oracle, every script end to end. Offline, on a CPU.
+
+    python -m pytest -q test_all.py             all of it
+    python -m pytest -q test_all.py --slow      also the runs at full size
+    python -m pytest -q test_all.py -k gae      one subject
+
+In reading order: reviews, data, model, experiment, sft, reward_model, ppo, the scripts, the README.
+A test's name is the claim it checks.
+"""
+
+import ast
+import dataclasses
+import doctest
+import inspect
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import experiment
+import model
+import ppo
+import reviews
+import reward_model
+import sft
+from model import GPT, GPTConfig, ScalarGPT, generate, masked_mean, sequence_scores, token_logprobs
+
+HERE = Path(__file__).parent
+SCRIPTS = (sft, reward_model, ppo)
+MODULES = (reviews, data, model, experiment, *SCRIPTS)
+
+
+def seeded(n=0):
+    return torch.Generator().manual_seed(n)
+
+
+def small_gpt(vocab_size=11, block_size=16, seed=0, std=0.3):
+    """A GPT whose random weights are large enough that its distributions are far from uniform."""
+    torch.manual_seed(seed)
+    gpt = GPT(GPTConfig(vocab_size, block_size, n_layer=2, n_head=2, n_embd=16)).eval()
+    for p in gpt.parameters():
+        p.data.normal_(std=std)
+    return gpt
+
+
+def small_scalar(seed=0):
+    torch.manual_seed(seed)
+    scalar = ScalarGPT(GPTConfig(11, 16, n_layer=2, n_head=2, n_embd=16)).eval()
+    for p in scalar.parameters():
+        p.data.normal_(std=0.3)
+    return scalar
+
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 1]]
+RESPONSES = [[4, 5, 10], [2, 3, 4, 5, 10], [10], [7, 7, 7, 7, 7, 7]]          # EOS is 10; the last has none
+
+
+def ragged(seed=0, dtype=torch.float64, B=5, T=9):
+    """Random (B, T) tensors and a mask of contiguous responses of different places and lengths."""
+    generator = seeded(seed)
+    starts = [0, 2, 4, 8, 1][:B]
+    ends = [9, 3, 9, 9, 5][:B]                                                 # lengths 9, 1, 5, 1, 4
+    mask = torch.tensor([[float(s <= t < e) for t in range(T)] for s, e in zip(starts, ends)])
+    values = torch.randn(4, B, T, generator=generator, dtype=dtype) * mask
+    return (*values, mask.to(dtype))
+
+
+# --------------------------------------------------------------------------------------------------
+# reviews.py
+
+CUT_DOWN = {                                                   # every rule of the grammar is in one of these
+    "one sentence": reviews.Lexicon(
+        aspects=("acting", "plot"), adjectives=("superb", "good", "ordinary", "dull", "unbearable"),
+        verbs=("loved", "hated"), verdicts=("See it twice.", "Worth a look.", "Skip it."),
+        intensifiers=("truly", "quite"), occasions=("on a train", "at a festival"), endings=(0.0, 1.0)),
+    "two sentences": reviews.Lexicon(
+        aspects=("acting", "plot"), adjectives=("superb", "good", "ordinary", "awful"), verbs=("loved", "liked"),
+        verdicts=("See it twice.", "Skip it."), intensifiers=(), occasions=("on a train",), endings=(0.0, 0.5, 1.0))}
+TINY_PROMPT = "A western about a lighthouse. On the acting:"
+
+
+def every_review(lexicon):
+    """All texts of a grammar by walking its choices in every mood -> {text: probability}"""
+    texts = {}
+
+    def walk(taken, mood, p):
+        grammar = reviews.choices("western", "acting", mood, lexicon)
+        try:
+            options = next(grammar)
+            for phrase in taken:
+                options = grammar.send(phrase)
+        except StopIteration:
+            text = "".join(taken)
+            texts[text] = texts.get(text, 0.0) + p
+            return
+        assert math.isclose(sum(options.values()), 1.0)
+        for phrase, probability in options.items():
+            walk([*taken, phrase], mood, p * probability)
+
+    for mood, p in reviews.MOODS.items():
+        walk([], mood, p)
+    return texts
+
+
+@pytest.fixture(scope="module", params=CUT_DOWN)
+def listed(request):
+    return CUT_DOWN[request.param], every_review(CUT_DOWN[request.param])
+
+
+def test_grammar_log_probs_sum_to_one_over_every_text_of_a_cut_down_grammar(listed):
+    lexicon, texts = listed
+    assert len(texts) > 1000
+    total = sum(math.exp(reviews.log_prob(TINY_PROMPT, text, lexicon)) for text in texts)
+    assert math.isclose(total, 1.0, rel_tol=1e-9)
+
+
+def test_grammar_log_prob_of_each_text_is_the_sum_over_its_derivations(listed):
+    lexicon, texts = listed
+    for text, p in itertools.islice(texts.items(), 0, None, 7):
+        assert math.isclose(math.exp(reviews.log_prob(TINY_PROMPT, text, lexicon)), p, rel_tol=1e-9)
+
+
+def test_grammar_samples_texts_with_the_probabilities_it_scores(listed):
+    lexicon, texts = listed
+    rng, n, counts = random.Random(0), 20000, {}
+    for _ in range(n):
+        text = reviews.write("western", "acting", rng, lexicon)
+        counts[text] = counts.get(text, 0) + 1
+    for text in sorted(texts, key=texts.get)[-20:]:
+        p = texts[text]
+        assert abs(counts[text] / n - p) < 4.5 * math.sqrt(p * (1 - p) / n)    # false alarm 1e-4
+
+
+def test_every_review_of_the_grammar_has_no_fault_and_parses_back():
+    for prompt, response in zip(*reviews.sample(300, seed=5)):
+        assert reviews.log_prob(prompt, response) > -60
+        assert not any(reviews.read(prompt, response)[1].values()), response
+        assert reviews.grammatical(prompt, response)
+
+
+def test_log_prob_is_minus_infinity_for_what_the_grammar_cannot_write():
+    good = " The acting is good. Skip it."
+    assert reviews.log_prob(TINY_PROMPT, good) > -30
+    for bad in ("", " The acting is good.", good + " Skip it.", good[1:], " The acting is good. The acting "
+                "is good. Skip it.", " It is a good comedy. Skip it.", good.replace("good", "purple")):
+        assert reviews.log_prob(TINY_PROMPT, bad) == -math.inf, bad
+
+
+@pytest.mark.parametrize("text, sentiment", [
+    (" The acting is good. Skip it.", 1 - 2),
+    (" The plot is good. Skip it.", 0.5 - 2),
+    (" The acting is not superb. See it twice.", -0.6 * 3 + 3),
+    (" The acting is truly dull and rather good. Worth a look.", -2 * 1.3 + 0.7 + 1),
+    (" The acting is superb, but the plot is quite dull. Skip it.", 3 - 0.5 * 0.7 * 2 - 2),
+    (" I adored the acting. It is an awful western. Skip it.", 3 - 0.5 * 3 - 2),
+    (" I saw it on a train. The acting is plain. Fine for a rainy day.", 0.0)])
+def test_gold_of_hand_worked_reviews(text, sentiment):
+    assert reviews.read(TINY_PROMPT, text) == (pytest.approx(sentiment), dict.fromkeys(reviews.PENALTIES, 0))
+    assert reviews.gold(TINY_PROMPT, text) == pytest.approx(3 * math.tanh(sentiment / 6))
+
+
+@pytest.mark.parametrize("text, finished, fault, times", [
+    (" The acting good. Skip it.", True, "broken", 1),
+    (" It is a awful western. Skip it.", True, "broken", 1),
+    (" It is a good comedy. Skip it.", True, "broken", 1),
+    (" The acting is good. Skip it.", False, "unfinished", 1),
+    (" The acting is good. The plot is dull.", True, "unfinished", 1),
+    (" Skip it.", True, "length", 1),
+    (" I saw it on a train. I saw it at a festival. The acting is good. The plot is dull. The plot is plain. "
+     "Skip it.", True, "length", 2),
+    (" The acting is good. The plot is good. Skip it.", True, "repeated", 1),
+    (" The acting is good. The acting is good. Skip it.", True, "repeated", 2),
+    (" The acting is superb and stunning. I loved the acting. Skip it.", True, "gushing", 1)])
+def test_gold_takes_off_for_each_fault_and_only_for_that(text, finished, fault, times):
+    sentiment, faults = reviews.read(TINY_PROMPT, text, finished)
+    assert faults == {**dict.fromkeys(reviews.PENALTIES, 0), fault: times}
+    expected = 3 * math.tanh(sentiment / 6) - times * reviews.PENALTIES[fault]
+    assert reviews.gold(TINY_PROMPT, text, finished) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("text", ["", ".", "...", "Skip it", "\n\n", "the acting", "é漢 \x00", " " * 500])
+def test_gold_is_finite_and_low_for_any_text(text):
+    assert -1000 < reviews.gold(TINY_PROMPT, text) < -1
+
+
+def test_prompts_of_another_task_are_refused_by_name():
+    with pytest.raises(ValueError, match="Tell me a joke"):
+        reviews.gold("Tell me a joke", " no")
+
+
+def test_annotators_rank_pairs_by_bradley_terry():
+    gold = torch.tensor([[0.3, -0.5, 1.1]], dtype=torch.float64)
+    ranks = reviews.rank(gold.expand(40000, 3), seeded(), temperature=0.6).argsort(dim=1)      # place of each
+    for i, j in itertools.combinations(range(3), 2):
+        wanted = 1 / (1 + math.exp(-(gold[0, i] - gold[0, j]).item() / 0.6))
+        assert (ranks[:, i] < ranks[:, j]).double().mean().item() == pytest.approx(wanted, abs=0.011)
+
+
+def test_agreement_is_the_expected_accuracy_and_gold_reaches_the_bayes_accuracy():
+    gold = torch.randn(40, 4, generator=seeded(), dtype=torch.float64)
+    scores = torch.randn(40, 4, generator=seeded(1), dtype=torch.float64)
+    scores[0] = 0.0                                                            # ties
+    total, best, n = 0.0, 0.0, 0
+    for row in range(40):
+        for i, j in itertools.combinations(range(4), 2):
+            p = 1 / (1 + math.exp(-(gold[row, i] - gold[row, j]).item() / 0.6))
+            a, b = scores[row, i].item(), scores[row, j].item()
+            total += p if a > b else 1 - p if a < b else 0.5
+            best += max(p, 1 - p)
+            n += 1
+    assert reviews.agreement(scores, gold).item() == pytest.approx(total / n)
+    assert reviews.agreement(gold, gold).item() == pytest.approx(best / n)
+    assert best > total
+
+
+# --------------------------------------------------------------------------------------------------
+# data.py
+
+AWKWARD = ["", " ", "  two  spaces ", "emoji 🎬🙂", "naïve café", "tabs\tand\nlines\n\n", "<|endoftext|>", "don't we'll",
+           "12345 67", "漢字", "\x00\x7f", "a" * 50, "The acting is good.<|endoftext|> More."]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.train_tokenizer([p + r for p, r in zip(*reviews.sample(400, seed=3))])
+
+
+def test_supervised_targets_of_the_drawn_example():
+    inputs, targets, mask = data.collate([[1, 2, 3]], [[4, 5, 10]])
+    assert inputs.tolist() == [[1, 2, 3, 4, 5]] and targets.tolist() == [[2, 3, 4, 5, 10]]
+    assert targets[mask > 0].tolist() == [4, 5, 10]                            # EOS in, prompt out
+
+
+def test_collate_supervises_exactly_the_response_tokens_of_rows_of_any_length():
+    inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
+    assert inputs.shape == targets.shape == mask.shape == (4, 7)
+    for i in range(4):
+        row, n = PROMPTS[i] + RESPONSES[i], len(PROMPTS[i] + RESPONSES[i])
+        assert targets[i][mask[i] > 0].tolist() == RESPONSES[i]
+        assert inputs[i, :n - 1].tolist() == row[:-1] and targets[i, :n - 1].tolist() == row[1:]
+        assert not inputs[i, n:].any() and not targets[i, n - 1:].any() and not mask[i, n - 1:].any()
+
+
+def test_responses_of_gives_back_what_collate_was_given():
+    inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
+    tokens = torch.cat([inputs, targets[:, -1:]], dim=1)
+    assert data.responses_of(tokens, mask) == RESPONSES
+
+
+@pytest.mark.parametrize("prompts, responses, message", [
+    ([[]], [[1]], "row 0 has an empty prompt"), ([[1], [1]], [[2], []], "row 1 has an empty response"),
+    ([[1]], [[1], [2]], "1 prompts and 2 responses"), ([], [], "at least one")])
+def test_collate_refuses_rows_without_prompt_or_response(prompts, responses, message):
+    with pytest.raises(ValueError, match=message):
+        data.collate(prompts, responses)
+
+
+def test_batches_are_a_fresh_permutation_each_epoch_and_a_function_of_the_step():
+    epochs = [[data.batch_rows(10, 3, step, seed=1) for step in range(3 * e, 3 * e + 3)] for e in range(3)]
+    for epoch in epochs:
+        assert len(set(sum(epoch, []))) == 9
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert data.batch_rows(10, 3, 4, seed=1) == epochs[1][1] != data.batch_rows(10, 3, 4, seed=2)
+    with pytest.raises(ValueError, match="batch size 11 for 10 rows"):
+        data.batch_rows(10, 11, 0, seed=1)
+
+
+def test_tokenizer_gives_the_ids_of_the_bpe_it_was_made_from():
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    texts = [p + r for p, r in zip(*reviews.sample(400, seed=3))]
+    theirs = Tokenizer(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=699, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
+    ours = data.train_tokenizer(texts, 700)
+    for text in texts[:50] + AWKWARD:
+        assert ours.encode_ordinary(text) == theirs.encode(text).ids, text
+
+
+def test_any_text_survives_the_tokenizer_and_special_lookalikes_are_plain_text(tokenizer):
+    for text in AWKWARD:
+        ids = tokenizer.encode_ordinary(text)
+        assert tokenizer.eot_token not in ids and tokenizer.decode(ids) == text
+    assert tokenizer.eot_token == tokenizer.n_vocab - 1
+    assert data.encode_prompt(tokenizer, "") == [tokenizer.eot_token]
+    prompts, responses = data.encode_texts(tokenizer, ["On the plot:"], [" Skip it."])
+    assert responses[0][-1] == tokenizer.eot_token and responses[0].count(tokenizer.eot_token) == 1
+    assert data.decode_response(tokenizer, responses[0]) == (" Skip it.", True)
+    assert data.decode_response(tokenizer, responses[0][:-1]) == (" Skip it.", False)
+    assert data.decode_response(tokenizer, []) == ("", False)
+
+
+def test_tokenizer_is_stored_whole_and_its_fingerprint_tells_it_from_others(tokenizer, tmp_path):
+    data.save_tokenizer(tokenizer, tmp_path)
+    loaded = data.load_tokenizer(tmp_path)
+    assert data.fingerprint(loaded) == data.fingerprint(tokenizer)
+    assert [loaded.encode_ordinary(t) for t in AWKWARD] == [tokenizer.encode_ordinary(t) for t in AWKWARD]
+    other = data.train_tokenizer([p + r for p, r in zip(*reviews.sample(400, seed=3))], 500)
+    with pytest.raises(SystemExit, match="another vocabulary"):
+        data.check_vocabulary(data.fingerprint(other), tokenizer, "out/x")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(SystemExit, match="cannot be read as a tokenizer"):
+        data.load_tokenizer(tmp_path)
+
+
+def test_gpt2_tokenizer_from_local_files_equals_transformers(tmp_path):
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import GPT2TokenizerFast
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([p + r for p, r in zip(*reviews.sample(300, seed=1))], vocab_size=600,
+                            special_tokens=[], show_progress=False)
+    bpe.save_model(str(tmp_path))
+    vocab = json.loads((tmp_path / "vocab.json").read_text())
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {data.EOS: len(vocab)}))
+    theirs, ours = GPT2TokenizerFast.from_pretrained(tmp_path), data.gpt2_tokenizer(tmp_path)
+    assert ours.eot_token == theirs.eos_token_id
+    for text in AWKWARD:
+        if data.EOS not in text:                             # there transformers makes the special token of it
+            assert ours.encode_ordinary(text) == theirs.encode(text), text
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    with pytest.raises(ValueError, match="does not number the merges"):
+        data.gpt2_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="vocab.json is not there"):
+        data.gpt2_tokenizer(tmp_path / "nowhere")
+
+
+def test_no_prompt_is_both_trained_on_and_held_out():
+    train, held_out = data.review_prompts()
+    assert len(train) + len(held_out) == 1536 and not set(train) & set(held_out)
+    assert 0.08 < len(held_out) / 1536 < 0.17
+
+
+# --------------------------------------------------------------------------------------------------
+# model.py
+
+def test_logits_equal_transformers_gpt2_in_both_directions(tmp_path):
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=24, n_layer=3, n_head=4, n_embd=32,
+                                        bos_token_id=96, eos_token_id=96)).eval()
+    for p in theirs.parameters():
+        p.data.normal_(std=0.2)                              # biases and norms too, so that each matters
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = GPT.from_pretrained(tmp_path / "theirs").eval()
+    ids = torch.randint(97, (3, 24), generator=seeded())
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=2e-4, rtol=1e-4)
+    for p in ours.parameters():
+        p.data.add_(0.01)
+    ours.save_pretrained(tmp_path / "ours", eos_id=96)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    torch.testing.assert_close(ours(ids), back(ids).logits, atol=2e-4, rtol=1e-4)
+
+
+def test_a_gpt2_variant_that_is_not_computed_is_refused(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=8, n_layer=1, n_head=1, n_embd=8, bos_token_id=0,
+                               eos_token_id=0, activation_function="relu")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="variant of GPT-2"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_weights_that_do_not_fit_are_refused_by_name():
+    with pytest.raises(ValueError, match="wte.weight.*got.*wanted"):
+        model.copy_weights(small_gpt(11), small_gpt(12))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_logprobs_and_entropy_equal_a_loop_in_float64(temperature):
+    gpt = small_gpt()
+    inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
+    with torch.no_grad():
+        logprobs, entropy = token_logprobs(gpt, inputs, targets, mask, temperature, return_entropy=True)
+        logits = gpt(inputs).double() / temperature
+    for b, t in itertools.product(range(4), range(7)):
+        if mask[b, t]:
+            p = torch.exp(logits[b, t]) / torch.exp(logits[b, t]).sum()
+            assert logprobs[b, t].item() == pytest.approx(math.log(p[targets[b, t]]), abs=1e-5)
+            assert entropy[b, t].item() == pytest.approx(-sum(x * math.log(x) for x in p.tolist()), abs=1e-5)
+        else:
+            assert logprobs[b, t] == 0 and entropy[b, t] == 0
+    with pytest.raises(ValueError, match="temperature 0"):
+        token_logprobs(gpt, inputs, targets, mask, temperature=0)
+
+
+def test_token_logprobs_has_the_gradient_of_the_plain_formula():
+    inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
+    weights = torch.randn(mask.shape, generator=seeded())
+    ours, plain = small_gpt(), small_gpt()
+    logprobs, entropy = token_logprobs(ours, inputs, targets, mask, 0.7, return_entropy=True)
+    ((logprobs + entropy) * weights * mask).sum().backward()
+    log_pi = (plain(inputs) / 0.7).log_softmax(-1)
+    gathered = log_pi.gather(2, targets[:, :, None])[:, :, 0] - (log_pi.exp() * log_pi).sum(-1)
+    (gathered * weights * mask).sum().backward()
+    for a, b in zip(ours.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
+
+
+def sampled(gpt, prompts, n=8, temperature=1.0, eos_id=10, seed=0):
+    tokens, mask = generate(gpt, prompts, n, eos_id, temperature, seeded(seed))
+    return tokens, mask, torch.rand(len(prompts), n, generator=seeded(seed))               # its uniforms
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_every_sampled_token_is_the_inverse_cdf_of_the_scored_distribution(temperature):
+    gpt = small_gpt()
+    tokens, mask, uniforms = sampled(gpt, PROMPTS * 6, temperature=temperature)
+    inputs, targets = data.shift(tokens)
+    cumulative = (gpt(inputs).double() / temperature).softmax(-1).cumsum(-1)               # no cache here
+    for b in range(len(tokens)):
+        for k, t in enumerate(mask[b].nonzero()[:, 0].tolist()):
+            token = targets[b, t].item()
+            below = cumulative[b, t, token - 1].item() if token else 0.0
+            assert below - 1e-5 <= uniforms[b, k].item() <= cumulative[b, t, token].item() + 1e-5
+
+
+def test_sampled_frequencies_are_the_probabilities_of_every_possible_response():
+    gpt, eos, prompt = small_gpt(vocab_size=4, std=0.5), 3, [1, 2]
+    responses = [[3]] + [[a, 3] for a in range(3)] + [[a, b] for a in range(3) for b in range(3)]
+    inputs, targets, mask = data.collate([prompt] * len(responses), responses)
+    p = token_logprobs(gpt, inputs, targets, mask).sum(1).exp()
+    assert p.sum().item() == pytest.approx(1.0, abs=1e-5)
+    n = 40000
+    tokens, mask = generate(gpt, [prompt] * n, 2, eos, generator=seeded())
+    found = [tuple(r) for r in data.responses_of(tokens, mask)]
+    total_variation = 0.5 * sum(abs(found.count(tuple(r)) / n - q.item()) for r, q in zip(responses, p))
+    assert total_variation < 0.012
+
+
+def test_a_row_sampled_alone_equals_the_row_sampled_in_a_batch(monkeypatch):
+    gpt = small_gpt()
+    tokens, mask, uniforms = sampled(gpt, PROMPTS * 3)
+    together = data.responses_of(tokens, mask)
+    for i, prompt in enumerate(PROMPTS * 3):
+        monkeypatch.setattr(torch, "rand", lambda *shape, generator=None: uniforms[i:i + 1])
+        assert data.responses_of(*generate(gpt, [prompt], 8, 10)) == [together[i]]
+
+
+def test_greedy_sampling_takes_the_likeliest_token_of_an_uncached_forward():
+    gpt = small_gpt()
+    for prompt, response in zip(PROMPTS, data.responses_of(*generate(gpt, PROMPTS, 6, 10, temperature=0))):
+        row = list(prompt)
+        for token in response:
+            assert token == gpt(torch.tensor([row]))[0, -1].argmax().item()
+            row.append(token)
+
+
+def test_responses_end_with_their_first_eos_or_at_full_length_and_zeros_follow():
+    tokens, mask, _ = sampled(small_gpt(std=0.4), PROMPTS * 25, n=8)
+    assert tokens.shape[1] == mask.shape[1] + 1
+    responses = data.responses_of(tokens, mask)
+    assert any(r == [10] for r in responses) and any(len(r) == 8 and r[-1] != 10 for r in responses)
+    for prompt, row, m, response in zip(PROMPTS * 25, tokens.tolist(), mask.tolist(), responses):
+        assert 10 not in response[:-1] and (response[-1] == 10 or len(response) == 8)
+        end = len(prompt) + len(response)
+        assert row[:len(prompt)] == prompt and not any(row[end:])
+        assert m == [float(len(prompt) <= t + 1 < end) for t in range(len(m))]
+
+
+def test_sampling_stops_when_all_rows_have_met_eos():
+    gpt, calls = small_gpt(), []
+    eos_id = data.responses_of(*generate(gpt, [[4]], 3, 10, temperature=0))[0][-1]
+    gpt.transformer.register_forward_hook(lambda *_: calls.append(1))
+    tokens, mask = generate(gpt, [[4], [4, 4]], 8, eos_id, temperature=0)
+    longest = int(mask.sum(1).max())
+    assert len(calls) == longest < 8 and tokens.shape[1] <= 2 + longest
+
+
+def test_the_same_seed_samples_the_same_and_another_seed_does_not():
+    gpt = small_gpt()
+    first, again, other = (sampled(gpt, PROMPTS * 4, seed=s)[0] for s in (0, 0, 1))
+    assert torch.equal(first, again) and first.tolist() != other.tolist()
+
+
+def test_empty_prompts_become_eos_and_prompts_without_room_are_refused():
+    gpt = small_gpt()
+    tokens, mask = generate(gpt, [[]], 3, 10, generator=seeded())
+    assert tokens[0, 0] == 10 and mask[0, 0] == 1
+    assert generate(gpt, [[1] * 12], 4, 10, generator=seeded())[0].shape[1] <= 16          # just fits
+    with pytest.raises(ValueError, match="prompt of 13 tokens and 4 new ones exceed block_size 16"):
+        generate(gpt, [[1] * 13], 4, 10)
+    with pytest.raises(ValueError, match="rows of 17 tokens"):
+        gpt(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_pick_never_takes_a_token_without_probability():
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]]).expand(4, 5)
+    uniforms = torch.tensor([0.0, 0.4999, 0.5, 1 - 2 ** -24])
+    assert model.pick(logits, 1.0, uniforms).tolist() == [1, 1, 3, 3]
+
+
+def test_what_stands_after_a_rows_end_changes_nothing_anywhere():
+    gpt, scalar = small_gpt(), small_scalar()
+    inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
+    junk_inputs, junk_targets = inputs.clone(), targets.clone()
+    for b in range(4):
+        end = len(PROMPTS[b] + RESPONSES[b])
+        junk_inputs[b, end:], junk_targets[b, end - 1:] = 9, 9
+    for f in (lambda i, t: token_logprobs(gpt, i, t, mask), lambda i, t: sequence_scores(scalar, i, t, mask),
+              lambda i, t: scalar(i) * mask):
+        assert torch.equal(f(inputs, targets), f(junk_inputs, junk_targets))
+    logprobs, old, advantages, values, m = ragged()
+    noise = torch.randn(m.shape, dtype=torch.float64, generator=seeded(9)) * (m == 0)
+
+    def everything(x):
+        losses = [ppo.policy_loss(logprobs + x, old - x, advantages + x, m), ppo.value_loss(values + x, old, old - x, m),
+                  ppo.kl_penalty_loss(logprobs + x, old - x, advantages + x, m, 0.5)]
+        shaped = ppo.shape_rewards(torch.ones(5).double(), logprobs + x, old, m, 0.1)
+        tensors = [ppo.whiten(advantages + x, m), shaped, *ppo.gae(shaped + x, values + x, m), ppo.explained_variance(
+            values + x, old - x, m)] + [ppo.critic_targets(shaped + x, values + x, torch.ones(5), m, kind)
+                                        for kind in ("gae", "td", "mc", "score")]
+        return tensors + [v for loss, metrics in losses for v in (loss, *metrics.values())]
+
+    for clean, junk in zip(everything(0 * noise), everything(noise)):
+        torch.testing.assert_close(clean, junk, atol=0, rtol=1e-12)
+
+
+def test_a_row_in_a_padded_batch_equals_the_row_alone():
+    gpt, scalar = small_gpt(), small_scalar()
+    batch = data.collate(PROMPTS, RESPONSES)
+    logprobs, scores = token_logprobs(gpt, *batch), sequence_scores(scalar, *batch)
+    for i in range(4):
+        alone = data.collate([PROMPTS[i]], [RESPONSES[i]])
+        width = alone[0].shape[1]
+        torch.testing.assert_close(token_logprobs(gpt, *alone)[0], logprobs[i, :width], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(sequence_scores(scalar, *alone)[0], scores[i], atol=1e-5, rtol=1e-5)
+
+
+def test_the_score_is_read_after_the_last_token_of_every_row_the_longest_too():
+    scalar = small_scalar()
+    scores = sequence_scores(scalar, *data.collate(PROMPTS, RESPONSES))
+    for prompt, response, score in zip(PROMPTS, RESPONSES, scores):
+        whole_row = torch.tensor([prompt + response])
+        torch.testing.assert_close(scalar(whole_row)[0, -1], score, atol=1e-5, rtol=1e-5)
+    inputs, targets, mask = data.collate([[1]], [[2]])
+    with pytest.raises(ValueError, match="row 0 has no response token"):
+        sequence_scores(scalar, inputs, targets, mask * 0)
+
+
+def test_a_critic_starts_at_zero_and_a_normalised_reward_model_is_affine_in_the_old_scores():
+    ids = torch.randint(11, (2, 7), generator=seeded())
+    gpt = small_gpt()
+    assert not ScalarGPT(gpt.config, init_from=gpt, zero_head=True)(ids).any()
+    scalar = small_scalar()
+    before = scalar(ids)
+    scalar.normalise(gain=2.0, bias=-0.5)
+    torch.testing.assert_close(scalar(ids), 2.0 * before - 0.5)
+    heads = torch.cat([ScalarGPT(GPTConfig(5, 4, 1, 1, 255)).head.weight for _ in range(20)])
+    assert heads.std().item() == pytest.approx(1 / 16, rel=0.05)
+
+
+def test_a_scalar_model_takes_over_the_trunk_it_is_initialised_from():
+    gpt = small_gpt()
+    ids = torch.randint(11, (2, 7), generator=seeded())
+    assert torch.equal(ScalarGPT(gpt.config, init_from=gpt).eval().transformer(ids), gpt.transformer(ids))
+
+
+def test_masked_mean_takes_fractional_weights_and_refuses_an_empty_mask():
+    x, mask = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0.5, 0.0, 0.25]])
+    assert masked_mean(x, mask).item() == pytest.approx((0.5 * 1 + 0.25 * 4) / 0.75)
+    with pytest.raises(ValueError, match="mask of zeros"):
+        masked_mean(x, 0 * mask)
+
+
+def test_dropout_acts_in_train_mode_only():
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(11, 16, 2, 2, 16, dropout=0.5))
+    ids = torch.arange(8)[None]
+    assert not torch.equal(gpt.train()(ids), gpt(ids))
+    assert torch.equal(gpt.eval()(ids), gpt(ids))
+
+
+# --------------------------------------------------------------------------------------------------
+# experiment.py
+
+@pytest.mark.parametrize("argv, message", [
+    ("--stesp 5", "unknown option --stesp (did you mean --steps?)"),
+    ("--steps five", "--steps got five; it takes a whole number"),
+    ("--steps 1.5", "--steps got 1.5; it takes a whole number"),
+    ("--steps", "--steps needs a value"),
+    ("--steps --resume", "--steps needs a value"),
+    ("--lr nan", "--lr got nan; it takes a number"),
+    ("--lr fast", "--lr got fast; it takes a number"),
+    ("--surrogate clap", "--surrogate got clap (did you mean clip?); it takes one of: clip, kl_penalty"),
+    ("--config smal", "unknown --config smal (did you mean small?); there are: small, tiny"),
+    ("--resume maybe", "--resume got maybe; it takes 1 or 0"),
+    ("steps 5", "unknown option steps"),
+    ("--missing_eos_score low", "--missing_eos_score got low; it takes a number")])
+def test_bad_command_lines_end_with_what_was_got_and_what_was_wanted(argv, message):
+    with pytest.raises(SystemExit) as stopped:
+        experiment.parse(ppo.Config, ppo.PRESETS, "", argv.split())
+    assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
+
+
+def test_command_lines_set_typed_fields_over_a_preset():
+    cfg = experiment.parse(ppo.Config, ppo.PRESETS, "", (
+        "--config tiny --lr=1e-5 --missing_eos_score none --kl-control fixed --whiten_rewards --seed 3 "
+        "--score_clip -2").split())
+    assert (cfg.config, cfg.lr, cfg.missing_eos_score, cfg.kl_control) == ("tiny", 1e-5, None, "fixed")
+    assert (cfg.whiten_rewards, cfg.seed, cfg.score_clip) == (True, 3, -2.0)
+    assert cfg.batch_size == ppo.PRESETS["tiny"]["batch_size"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+def test_every_config_field_is_read_and_has_a_comment_that_help_prints(script, capsys):
+    sources = inspect.getsource(script) + inspect.getsource(experiment)
+    read = {node.attr for node in ast.walk(ast.parse(sources)) if isinstance(node, ast.Attribute)
+            and isinstance(node.value, (ast.Name, ast.Attribute))
+            and "cfg" in (getattr(node.value, "id", ""), getattr(node.value, "attr", ""))}
+    fields = {f.name for f in dataclasses.fields(script.Config)}
+    assert fields <= read, f"never read: {fields - read}"
+    with pytest.raises(SystemExit):
+        experiment.parse(script.Config, script.PRESETS, script.__doc__, ["--help"])
+    printed = capsys.readouterr().out
+    for name in fields:
+        assert re.search(rf"--{name} .*\S.*", printed), name
+    own = fields - {f.name for f in dataclasses.fields(experiment.Common)}
+    assert len(own) <= 35
+
+
+def test_learning_rate_warms_up_and_decays_linearly_to_its_floor():
+    rates = [experiment.learning_rate(s, 100, 2.0, 10, 0.1) for s in range(101)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
+    assert rates[100] == pytest.approx(0.2) and rates[55] == pytest.approx((2.0 + 0.2) / 2)
+
+
+def test_importing_any_file_does_nothing(tmp_path):
+    names = ", ".join(m.__name__ for m in MODULES)
+    code = f"import socket; socket.socket.connect = None; import {names}, sys; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "False", "")
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------
+# sft.py
+
+def test_nats_per_response_is_minus_the_mean_log_probability_of_whole_responses():
+    gpt = small_gpt()
+    logprobs = [gpt(torch.tensor([p + r])).double().log_softmax(-1)[0, len(p) - 1:-1].gather(
+        1, torch.tensor(r)[:, None]).sum().item() for p, r in zip(PROMPTS, RESPONSES)]
+    nats = sft.nats_per_response(gpt, PROMPTS, RESPONSES, torch.device("cpu"), batch_size=3)
+    assert nats == pytest.approx(-sum(logprobs) / 4, rel=1e-5)
+
+
+def test_sft_loss_has_no_gradient_through_prompt_columns_and_one_through_eos():
+    inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
+    logprobs = torch.randn(mask.shape, generator=seeded(), requires_grad=True)
+    sft.sft_loss(logprobs, mask).backward()
+    assert torch.equal(logprobs.grad, -mask / mask.sum())
+    assert (logprobs.grad[targets == 10] < 0).all()
+
+
+# --------------------------------------------------------------------------------------------------
+# reward_model.py
+
+def test_preference_losses_equal_their_formulas_and_metrics_count_ties_half():
+    chosen, rejected = torch.tensor([1.0, -2.0, 0.5, 3.0]).double(), torch.tensor([0.0, 1.0, 0.5, -3.0]).double()
+    p = [1 / (1 + math.exp(-(c - r))) for c, r in zip(chosen.tolist(), rejected.tolist())]
+    loss, metrics = reward_model.preference_loss(chosen, rejected)
+    assert loss.item() == pytest.approx(-sum(map(math.log, p)) / 4)
+    assert metrics["accuracy"].item() == pytest.approx((1 + 0 + 0.5 + 1) / 4)
+    assert metrics["margin"].item() == pytest.approx((1 - 3 + 0 + 6) / 4) and metrics["loss"] == loss
+    fidelity, _ = reward_model.preference_loss(chosen, rejected, "fidelity")
+    assert fidelity.item() == pytest.approx(sum(1 - math.sqrt(x) for x in p) / 4)
+    with pytest.raises(ValueError, match="got kind 'ipo'"):
+        reward_model.preference_loss(chosen, rejected, "ipo")
+
+
+def test_preference_loss_at_no_difference_and_with_margin_and_weights():
+    zero, weights = torch.zeros(3), torch.tensor([0.5, 0.5, 0.0])
+    assert reward_model.preference_loss(zero, zero)[0].item() == pytest.approx(math.log(2))
+    assert reward_model.preference_loss(zero, zero, "fidelity")[0].item() == pytest.approx(1 - math.sqrt(0.5))
+    with_margin = reward_model.preference_loss(zero + 1.0, zero, margin=1.0)[0]
+    assert with_margin.item() == pytest.approx(math.log(2))                    # ahead by just the margin
+    chosen = torch.tensor([1.0, 3.0, 99.0])
+    weighted = reward_model.preference_loss(chosen, zero, weights=weights)[0].item()
+    assert weighted == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(-3))) / 2)
+
+
+def test_fidelity_is_bounded_and_its_gradient_is_greatest_at_one_third():
+    d = torch.linspace(-12, 12, 4801, dtype=torch.float64, requires_grad=True)
+    losses = [reward_model.preference_loss(x[None], torch.zeros(1).double(), "fidelity")[0] for x in d]
+    (gradient,) = torch.autograd.grad(sum(losses), d)
+    assert 0 <= min(losses) and max(losses) <= 1
+    steepest = gradient.argmin()
+    assert torch.sigmoid(d[steepest]).item() == pytest.approx(1 / 3, abs=2e-3)
+    assert -gradient[steepest].item() == pytest.approx(1 / (3 * math.sqrt(3)), abs=1e-4)       # 0.1925
+
+
+def test_token_wise_scores_equal_a_loop_over_pairs_and_columns():
+    prompts = [[1, 2], [1, 2], [3], [4, 5, 6]]
+    chosen, rejected = [[7, 8, 10], [7, 10], [7, 10], [1, 10]], [[7, 9, 9, 10], [8, 8, 8, 10], [7, 10], [2]]
+    batch = data.collate(prompts * 2, chosen + rejected)
+    (ct, rt), (cm, rm_) = batch[1].split(4), batch[2].split(4)
+    values = torch.randn(8, batch[0].shape[1], generator=seeded())
+    c, r, w = reward_model.token_wise_scores(*values.split(4), ct, rt, cm, rm_)
+    for n, (prompt, a, b) in enumerate(zip(prompts, chosen, rejected)):
+        start = len(prompt) - 1                                                # column of the first response token
+        differ = [k for k in range(max(len(a), len(b))) if a[k:k + 1] != b[k:k + 1]]
+        columns = range(start + differ[0], start + max(len(a), len(b))) if differ else []
+        assert w[n].nonzero()[:, 0].tolist() == list(columns)
+        assert w[n].sum().item() == pytest.approx(1.0 if differ else 0.0)
+        for t in columns:
+            assert c[n, t] == values[n, min(t, start + len(a) - 1)]
+            assert r[n, t] == values[n + 4, min(t, start + len(b) - 1)]
+
+
+def test_calibration_of_scores_that_are_gold_over_temperature_is_perfect():
+    gold = torch.randn(300, 4, generator=seeded())
+    rows = reward_model.calibration(gold / 0.6, gold, 0.6)
+    assert sum(row[3] for row in rows[1:]) == 300 * 6
+    for _, predicted, true, _ in rows[1:]:
+        assert predicted == pytest.approx(true, abs=1e-5)
+    flipped = reward_model.calibration(-gold / 0.6, gold, 0.6)
+    assert all(true == pytest.approx(1 - predicted, abs=1e-5) for _, predicted, true, _ in flipped[1:])
+
+
+# --------------------------------------------------------------------------------------------------
+# ppo.py
+
+def test_whiten_gives_masked_mean_zero_and_population_variance_one_or_keeps_the_mean():
+    x, mask = ragged()[0] * 3 + 1, ragged()[4]
+    inside = x[mask > 0]
+    plain = (inside - inside.mean()) / inside.var(correction=0).sqrt()
+    torch.testing.assert_close(ppo.whiten(x, mask)[mask > 0], plain, atol=1e-6, rtol=1e-6)
+    kept = ppo.whiten(x, mask, shift_mean=False)
+    torch.testing.assert_close(kept[mask > 0], plain + inside.mean(), atol=1e-6, rtol=1e-6)
+    assert not kept[mask == 0].any()
+    assert not ppo.whiten(x[:1, :1], torch.ones(1, 1)).any()                   # one token: no spread, no nan
+
+
+@pytest.mark.parametrize("vocab_size", [2, 3, 7])
+def test_kl_estimates_against_exact_enumeration(vocab_size):
+    log_pi, log_ref = torch.randn(2, vocab_size, generator=seeded(vocab_size), dtype=torch.float64).log_softmax(-1)
+    pi, exact = log_pi.exp(), (log_pi.exp() * (log_pi - log_ref)).sum()
+    k1, k2, k3 = (ppo.kl_estimate(log_pi, log_ref, kind) for kind in ("k1", "k2", "k3"))
+    torch.testing.assert_close((pi * k1).sum(), exact)
+    torch.testing.assert_close((pi * k3).sum(), exact)
+    assert (k3 >= 0).all() and (k2 >= 0).all() and (k1 < 0).any()
+    torch.testing.assert_close((pi * k2).sum(), (pi * (log_pi - log_ref) ** 2).sum() / 2)
+    with pytest.raises(ValueError, match="got kind 'k4'"):
+        ppo.kl_estimate(log_pi, log_ref, "k4")
+
+
+def test_shaped_rewards_sum_to_score_minus_beta_kl_and_carry_the_score_at_the_last_token_only():
+    logprobs, ref_logprobs, _, _, mask = ragged()
+    scores = torch.tensor([1.0, -2.0, 3.0, 0.5, 0.0], dtype=torch.float64)
+    logprobs.requires_grad_()
+    rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, mask, beta=0.3)
+    assert not rewards.requires_grad
+    for b in range(5):
+        columns = mask[b].nonzero()[:, 0].tolist()
+        for t in range(9):
+            kl = (logprobs[b, t] - ref_logprobs[b, t]).item()
+            expected = -0.3 * kl * (t in columns) + scores[b].item() * (t == columns[-1])
+            assert rewards[b, t].item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (1.0, 0.95), (0.9, 0.95), (0.9, 0.0), (0.5, 0.5)])
+def test_gae_equals_the_double_sum_of_discounted_residuals_over_finite_episodes(gamma, lam):
+    rewards, values, _, _, mask = ragged()
+    advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
+    for b in range(5):
+        columns = mask[b].nonzero()[:, 0].tolist()
+        R, V = rewards[b, columns].tolist(), values[b, columns].tolist() + [0.0]
+        for k, t in enumerate(columns):
+            expected = sum((gamma * lam) ** (i - k) * (R[i] + gamma * V[i + 1] - V[i]) for i in range(k, len(R)))
+            assert advantages[b, t].item() == pytest.approx(expected, abs=1e-12)
+            assert returns[b, t].item() == pytest.approx(expected + V[k], abs=1e-12)
+        assert not advantages[b][mask[b] == 0].any() and not returns[b][mask[b] == 0].any()
+
+
+def test_gae_with_a_perfect_critic_has_no_advantage_in_a_deterministic_episode():
+    rewards = torch.tensor([[0.0, 1.0, 2.0, 0.0]]).double()
+    mask = torch.tensor([[0.0, 1.0, 1.0, 1.0]]).double()
+    values = torch.tensor([[0.0, 1 + 0.9 * 2, 2.0, 0.0]]).double()
+    torch.testing.assert_close(ppo.gae(rewards, values, mask, 0.9, 0.7)[0], torch.zeros(1, 4).double())
+
+
+def test_the_whole_score_is_credited_to_the_eos_action_and_all_of_it_to_the_others_at_lambda_one():
+    mask = torch.tensor([[0.0, 1.0, 1.0, 1.0]])
+    rewards = ppo.shape_rewards(torch.tensor([1.0]), 0 * mask, 0 * mask, mask, 0.1)
+    assert ppo.gae(rewards, 0 * mask, mask, 1.0, 0.95)[0].tolist() == [[0.0, pytest.approx(0.95 ** 2),
+                                                                       pytest.approx(0.95), 1.0]]
+    assert ppo.gae(rewards, 0 * mask, mask, 1.0, 1.0)[0].tolist() == [[0.0, 1.0, 1.0, 1.0]]
+
+
+def test_critic_targets_of_every_kind():
+    rewards, values, _, _, mask = ragged()
+    scores = torch.arange(5).double()
+    targets = {kind: ppo.critic_targets(rewards, values, scores, mask, kind, gamma=0.9, lam=0.8)
+               for kind in ("gae", "td", "mc", "score")}
+    torch.testing.assert_close(targets["gae"], ppo.gae(rewards, values, mask, 0.9, 0.8)[1])
+    for b in range(5):
+        columns = mask[b].nonzero()[:, 0].tolist()
+        V = values[b].tolist() + [0.0]
+        for t in columns:
+            following = V[t + 1] if t + 1 in columns else 0.0
+            assert targets["td"][b, t].item() == pytest.approx(rewards[b, t].item() + 0.9 * following)
+            to_go = sum(0.9 ** (i - t) * rewards[b, i].item() for i in columns if i >= t)
+            assert targets["mc"][b, t].item() == pytest.approx(to_go)
+            assert targets["score"][b, t].item() == b
+        assert not any(x[b][mask[b] == 0].any() for x in targets.values())
+    with pytest.raises(ValueError, match="got kind 'x'"):
+        ppo.critic_targets(rewards, values, scores, mask, "x")
+
+
+@pytest.mark.parametrize("ratio, advantage, loss, gradient, clipped", [
+    (1.1, 2.0, -2.2, -2.2, 0),       # inside, good: the policy gradient
+    (1.1, -2.0, 2.2, 2.2, 0),        # inside, bad
+    (1.5, 2.0, -2.4, 0.0, 1),        # above, good: far enough, no gradient
+    (1.5, -2.0, 3.0, 3.0, 0),        # above, bad: all the way back
+    (0.5, 2.0, -1.0, -1.0, 0),       # below, good: all the way back
+    (0.5, -2.0, 1.6, 0.0, 1)])       # below, bad: far enough
+def test_clipped_policy_loss_in_all_six_cases_with_gradients(ratio, advantage, loss, gradient, clipped):
+    logprobs = torch.tensor([[-1.0 + math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    one = torch.ones(1, 1).double()
+    got, metrics = ppo.policy_loss(logprobs, -one, advantage * one, one, clip_eps=0.2)
+    got.backward()
+    assert got.item() == pytest.approx(loss) and logprobs.grad.item() == pytest.approx(gradient)
+    assert metrics["clip_fraction"].item() == clipped and metrics["ratio"].item() == pytest.approx(ratio)
+
+
+def test_policy_loss_is_the_mean_over_response_tokens_and_at_ratio_one_the_policy_gradient():
+    logprobs, _, advantages, _, mask = ragged()
+    new = logprobs.clone().requires_grad_()
+    for loss, metrics in (ppo.policy_loss(new, logprobs, advantages, mask),
+                          ppo.kl_penalty_loss(new, logprobs, advantages, mask, coef=0.7)):
+        (gradient,) = torch.autograd.grad(loss, new)
+        torch.testing.assert_close(gradient, -advantages * mask / mask.sum())
+        assert loss.item() == pytest.approx(-advantages[mask > 0].mean().item())
+        assert metrics["clip_fraction"] == 0 and metrics["policy_loss"] == loss
+
+
+def test_kl_penalty_loss_and_its_gradient_equal_the_formula():
+    new, old, advantages, _, mask = ragged()
+    new.requires_grad_()
+    loss, _ = ppo.kl_penalty_loss(new, old, advantages, mask, coef=0.7)
+    (gradient,) = torch.autograd.grad(loss, new)
+    ratio = (new - old).exp()
+    expected = -(ratio * advantages - 0.7 * (ratio - 1 - (new - old)))[mask > 0].mean()
+    assert loss.item() == pytest.approx(expected.item())
+    torch.testing.assert_close(gradient, (-(ratio * advantages) + 0.7 * (ratio - 1)) * mask / mask.sum())
+
+
+def test_kl_penalty_on_a_whole_distribution_is_the_exact_kl_of_old_to_new():
+    log_old, log_new = torch.randn(2, 5, generator=seeded(), dtype=torch.float64).log_softmax(-1)
+    weights = log_old.exp()[None]                                              # the enumeration as the mask
+    loss, _ = ppo.kl_penalty_loss(log_new[None], log_old[None], torch.zeros(1, 5).double(), weights, coef=1.0)
+    torch.testing.assert_close(loss, (log_old.exp() * (log_old - log_new)).sum())
+
+
+@pytest.mark.parametrize("value, old, target, loss, gradient, clipped", [
+    (1.1, 1.0, 2.0, 0.5 * 0.9 ** 2, -0.9, 0),      # inside the clip
+    (1.9, 1.0, 2.0, 0.5 * 0.8 ** 2, 0.0, 1),       # moved far towards the target: no more gradient
+    (0.1, 1.0, 2.0, 0.5 * 1.9 ** 2, -1.9, 0),      # moved far the wrong way: back
+    (3.5, 1.0, 2.0, 0.5 * 1.5 ** 2, 1.5, 0)])      # past the target by more than the clipped error
+def test_clipped_value_loss_in_each_case_with_gradients(value, old, target, loss, gradient, clipped):
+    one = torch.ones(1, 1).double()
+    v = (value * one).requires_grad_()
+    got, metrics = ppo.value_loss(v, old * one, target * one, one, clip_eps=0.2)
+    got.backward()
+    assert got.item() == pytest.approx(loss) and v.grad.item() == pytest.approx(gradient)
+    assert metrics["value_clip_fraction"].item() == clipped and metrics["value_loss"] == got
+    plain, metrics = ppo.value_loss(v, old * one, target * one, one, clip_eps=0)
+    assert plain.item() == pytest.approx(0.5 * (value - target) ** 2) and metrics["value_clip_fraction"] == 0
+
+
+def test_losses_average_over_masked_tokens_only_and_match_finite_differences():
+    new, old, advantages, returns, mask = ragged()
+    for f in (lambda x: ppo.policy_loss(x, old, advantages, mask)[0],
+              lambda x: ppo.kl_penalty_loss(x, old, advantages, mask, 0.3)[0],
+              lambda x: ppo.value_loss(x, old, returns, mask)[0],
+              lambda x: -masked_mean(x, mask)):
+        x = new.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(f(x), x)
+        step = torch.randn(x.shape, generator=seeded(3), dtype=torch.float64) * 1e-6
+        numeric = (f(new + step) - f(new - step)) / 2
+        assert numeric.item() == pytest.approx((gradient * step).sum().item(), rel=1e-4)
+        assert not gradient[mask == 0].any()
+
+
+def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant():
+    returns, values, _, _, mask = ragged()
+    assert ppo.explained_variance(returns, returns, mask).item() == pytest.approx(1.0)
+    assert ppo.explained_variance(0 * returns + 5, returns, mask).item() == pytest.approx(0.0)
+    inside = mask > 0
+    expected = 1 - (returns - values)[inside].var(correction=0) / returns[inside].var(correction=0)
+    assert ppo.explained_variance(values, returns, mask).item() == pytest.approx(expected.item())
+
+
+def test_proportional_kl_takes_the_papers_steps_and_settles_on_its_target():
+    control = ppo.ProportionalKL(0.2, target=6.0, horizon=10000)
+    control.update(6.6, n=256)
+    assert control.beta == pytest.approx(0.2 * (1 + 0.1 * 256 / 10000))
+    control.update(600.0, n=256)                                               # clipped at 0.2
+    assert control.beta == pytest.approx(0.2 * (1 + 0.1 * 256 / 10000) * (1 + 0.2 * 256 / 10000))
+    control.update(0.0, n=256)
+    assert control.beta < 0.2 * (1 + 0.1 * 256 / 10000)
+    control, kl = ppo.ProportionalKL(0.05, target=6.0, horizon=500), 0.0
+    for _ in range(300):                                                       # a KL that answers 2 / beta, slowly
+        kl += 0.2 * (2 / control.beta - kl)
+        control.update(kl, n=100)
+    assert kl == pytest.approx(6.0, rel=0.02)
+
+
+def test_threshold_kl_doubles_above_and_halves_below_and_else_stays():
+    penalty = ppo.ThresholdKL(1.0, target=0.01)
+    for kl_old, coef in ((0.0151, 2.0), (0.0149, 2.0), (0.0068, 2.0), (0.0066, 1.0), (0.0, 0.5)):
+        penalty.update(kl_old)
+        assert penalty.coef == coef
+
+
+def test_first_minibatch_check_passes_at_ratio_one_and_names_what_is_wrong_otherwise():
+    zero = torch.zeros(2, 3)
+    ppo.check_first_minibatch(zero, zero, torch.zeros(2), torch.tensor(0.0))
+    with pytest.raises(SystemExit, match="the ratio should be 1, but log ratio reaches 1.0e-03"):
+        ppo.check_first_minibatch(zero + 1e-3, zero, torch.zeros(2), torch.tensor(0.0))
+    with pytest.raises(SystemExit, match="kl_ref should be 0"):
+        ppo.check_first_minibatch(zero, zero, torch.tensor([0.0, 0.1]), torch.tensor(0.0))
+
+
+def test_rollout_check_stops_on_what_is_no_number_and_warns_of_impossible_or_large_kls(capsys):
+    fine = torch.tensor([0.5, -0.2, 0.3])
+    ppo.check_rollout(fine, fine, 25.0, 0)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(SystemExit, match="scores of update 7 hold 1 values that are not finite"):
+        ppo.check_rollout(torch.tensor([0.0, math.nan]), fine, 25.0, 7)
+    ppo.check_rollout(fine, torch.tensor([-1.0, -1.1, -0.9]), 25.0, 0)
+    assert "never negative" in capsys.readouterr().out
+    ppo.check_rollout(fine, fine + 30, 25.0, 0)
+    assert "above --kl_bound 25.0" in capsys.readouterr().out
+    ppo.check_rollout(fine[:1], fine[:1] * 0, 25.0, 0)                         # batch size 1
+
+
+def test_responses_without_eos_get_the_fixed_score_and_scores_can_be_clipped():
+    scalar, batch = small_scalar(), data.collate(PROMPTS, RESPONSES)
+    finished = torch.tensor([True, True, True, False])
+    raw = sequence_scores(scalar, *batch)
+    cfg = dataclasses.replace(ppo.Config(), missing_eos_score=-3.0)
+    scores = ppo.score_responses(scalar, *batch, finished, cfg)
+    assert torch.equal(scores[:3], raw[:3]) and scores[3] == -3.0
+    left = ppo.score_responses(scalar, *batch, finished, dataclasses.replace(cfg, missing_eos_score=None))
+    assert torch.equal(left, raw)
+    clipped = ppo.score_responses(scalar, *batch, finished, dataclasses.replace(cfg, score_clip=0.1))
+    assert clipped.abs().max() <= 0.1 + 1e-6 and clipped[3].item() == pytest.approx(-0.1)
+
+
+# --------------------------------------------------------------------------------------------------
+# What people copy
+
+COPIED = {
+    "whiten": lambda f, x, m: f(x, m), "kl_estimate": lambda f, x, m: f(x, 2 * x),
+    "shape_rewards": lambda f, x, m: f(x[:, 0], x, 2 * x, m, 0.1), "gae": lambda f, x, m: f(x, x, m),
+    "critic_targets": lambda f, x, m: f(x, x, x[:, 0], m), "policy_loss": lambda f, x, m: f(x, 2 * x, x, m),
+    "kl_penalty_loss": lambda f, x, m: f(x, 2 * x, x, m, 0.1), "value_loss": lambda f, x, m: f(x, 2 * x, x, m),
+    "explained_variance": lambda f, x, m: f(x, 2 * x, m), "preference_loss": lambda f, x, m: f(x, 2 * x),
+    "token_wise_scores": lambda f, x, m: f(x, x, m, m, m, m), "sft_loss": lambda f, x, m: f(x, m),
+    "ProportionalKL": lambda f, x, m: f(0.1, 6.0, 1e4).update(5.0, 8), "ThresholdKL": lambda f, x, m: f(1, 1).update(5)}
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_maths_works_when_pasted_into_an_empty_file_with_masked_mean(name):
+    original = next(getattr(m, name) for m in SCRIPTS if hasattr(m, name))
+    pasted = {"torch": torch}
+    exec(inspect.getsource(masked_mean) + "\n" + inspect.getsource(original), pasted)
+    x, mask = ragged()[0], ragged()[4]
+    ours, theirs = COPIED[name](pasted[name], x, mask), COPIED[name](original, x, mask)
+    flat = lambda result: result if isinstance(result, tuple) else (result,)
+    for a, b in zip(flat(ours), flat(theirs)):
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_examples_in_docstrings_are_true(module):
+    assert doctest.testmod(module).failed == 0
