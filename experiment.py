@@ -158,8 +158,9 @@ def ensure(cfg, script):
     if begun:                                                    # perhaps with settings of its own
         theirs = script.Config(**read_json(here / "config.json"))
     print(f"{here} is not {'finished' if begun else 'there'} yet: making it first\n")
-    script.main(dataclasses.replace(theirs, out=cfg.out, device=cfg.device, resume=True,
-                                    overwrite=False))
+    with torch.random.fork_rng():                        # its random numbers are not this stage's
+        script.main(dataclasses.replace(theirs, out=cfg.out, device=cfg.device, resume=True,
+                                        overwrite=False))
     print()
     return here
 

@@ -43,7 +43,7 @@ from model import ScalarGPT, generate, masked_mean, sequence_scores, token_logpr
 
 @dataclass
 class Config(experiment.Common):
-    steps: int = 100                # updates, each on fresh responses
+    steps: int = 80                 # updates, each on fresh responses
     batch_size: int = 128           # responses per update
     minibatch_size: int = 32        # responses per gradient step
     epochs: int = 1                 # passes over the responses of an update

@@ -34,7 +34,7 @@ class Config(experiment.Common):
     dropout: float = 0.0            # here only: all later stages run with it off
     vocab_size: int = 1024          # asked of the tokenizer, which may need fewer
     n_texts: int = 20000            # reviews to train on
-    steps: int = 3000               # updates
+    steps: int = 2500               # updates
     batch_size: int = 16            # reviews per update
     lr: float = 3e-3                # AdamW's learning rate at its peak
     warmup: int = 100               # updates of linear warm-up, then linear decay

@@ -987,3 +987,274 @@ def test_maths_works_when_pasted_into_an_empty_file_with_masked_mean(name):
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
 def test_examples_in_docstrings_are_true(module):
     assert doctest.testmod(module).failed == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# The scripts, end to end at --config tiny
+
+def tiny(script, **changes):
+    return experiment.preset(script.Config, script.PRESETS, "tiny", **changes)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """python ppo.py --config tiny, which makes all three stages; -> its folder, its results"""
+    home = tmp_path_factory.mktemp("whole_run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        results = ppo.main(tiny(ppo))
+    return home / "out" / "tiny", results
+
+
+@pytest.fixture
+def beside(whole_run, monkeypatch):
+    """Work where the whole run stands, so that --base tiny finds its stages -> out/"""
+    monkeypatch.chdir(whole_run[0].parent.parent)
+    return whole_run[0].parent
+
+
+def test_one_command_makes_every_stage_with_all_its_files(whole_run):
+    folder, _ = whole_run
+    for stage in ("sft", "reward_model", "ppo"):
+        for name in ("checkpoint.pt", "log.jsonl", "config.json", "report.txt", "results.json", "tokenizer.json"):
+            assert (folder / stage / name).stat().st_size > 0
+        assert (folder / stage / "curves.png").read_bytes()[:4] == b"\x89PNG"
+        steps = [line["step"] for line in log_of(folder / stage)]
+        assert steps == list(range(len(steps))) and len(steps) >= 8
+        assert not list((folder / stage).glob("*.tmp"))
+
+
+def test_sft_learns(whole_run):
+    log, results = log_of(whole_run[0] / "sft"), experiment.read_json(whole_run[0] / "sft" / "results.json")
+    assert log[0]["held_out"] > 100 and results["held_out"] < 40
+    assert results["above_entropy"] == pytest.approx(results["held_out"] - results["entropy"])
+    assert 14 < results["entropy"] < 18
+
+
+def test_reward_model_agrees_with_annotators_and_is_normalised(whole_run, beside):
+    results = experiment.read_json(whole_run[0] / "reward_model" / "results.json")
+    assert 0.6 < results["accuracy"] < results["bayes_accuracy"] < 1
+    tokenizer = data.load_tokenizer(whole_run[0] / "sft")
+    scorer = reward_model.load_reward_model(whole_run[0] / "reward_model", tokenizer, "cpu")
+    held_out = experiment.read_json(whole_run[0] / "reward_model" / "comparisons.json")[1]
+    scores = reward_model.score_all(scorer, held_out, "cpu")
+    assert scores.mean().item() == pytest.approx(0, abs=1e-4) and scores.std().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_comparisons_hold_the_ids_that_were_sampled_best_first(whole_run):
+    tokenizer = data.load_tokenizer(whole_run[0] / "sft")
+    comparisons, held_out = experiment.read_json(whole_run[0] / "reward_model" / "comparisons.json")
+    assert len(comparisons) == 160 and len(held_out) == 40
+    firsts, lasts = [], []
+    for c in comparisons + held_out:
+        assert tokenizer.encode_ordinary(c["prompt"]) == c["prompt_ids"]
+        for text, ids, gold in zip(c["responses"], c["response_ids"], c["gold"]):
+            assert data.decode_response(tokenizer, ids)[0] == text
+            assert gold == pytest.approx(reviews.gold(c["prompt"], *data.decode_response(tokenizer, ids)), abs=1e-5)
+        firsts.append(c["gold"][0])
+        lasts.append(c["gold"][-1])
+    assert sum(firsts) > sum(lasts) + 100
+    assert all(data.held_out(c["prompt"]) for c in held_out)
+    assert not any(data.held_out(c["prompt"]) for c in comparisons)
+
+
+def test_ppo_raises_the_score_and_starts_where_it_should(whole_run):
+    folder, results = whole_run
+    log = log_of(folder / "ppo")
+    assert results["score"] > results["sft"]["score"] + 0.4 and results["kl_ref"] > 0.1
+    assert results["sft"]["kl_ref"] == 0 == log[0]["kl_ref"] == log[0]["kl_ref_k3"]
+    assert log[0]["explained_variance"] == pytest.approx(0, abs=1e-5)          # the critic says 0
+    assert all(line["kl_ref_k3"] >= 0 and line["kl_old"] >= 0 for line in log)
+    assert log[1]["beta"] == pytest.approx(log[0]["beta"] * (1 - 0.2 * 32 / 640))
+
+
+def test_actor_started_as_the_sft_policy_and_the_reference_did_not_move(whole_run):
+    sft_weights = experiment.load_checkpoint(whole_run[0] / "sft")["policy"]
+    ppo_weights = experiment.load_checkpoint(whole_run[0] / "ppo")["policy"]
+    changes = [(ppo_weights[k] - sft_weights[k]).abs().max().item() for k in sft_weights]
+    assert 1e-4 < max(changes) < 0.1
+
+
+def test_a_finished_stage_is_shown_again_and_not_run_again(whole_run, beside, capsys):
+    before = (beside / "tiny" / "ppo" / "checkpoint.pt").stat().st_mtime_ns
+    assert ppo.main(tiny(ppo)) == whole_run[1]
+    assert "already finished" in capsys.readouterr().out
+    assert (beside / "tiny" / "ppo" / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_settings_that_differ_from_those_in_the_folder_are_an_error_that_names_the_field(beside):
+    with pytest.raises(SystemExit, match=r"ppo holds a run with lr 0.002, this one has lr 0.001; --out NAME"):
+        ppo.main(tiny(ppo, lr=0.001))
+    with pytest.raises(SystemExit, match="made with --config tiny, this is --config small"):
+        reward_model.main(experiment.preset(reward_model.Config, reward_model.PRESETS, "small", out="other", base="tiny"))
+    with pytest.raises(SystemExit, match="--base nowhere has no finished"):
+        ppo.main(tiny(ppo, out="other", base="nowhere"))
+
+
+def test_a_missing_device_is_an_error_that_says_what_works(beside):
+    with pytest.raises(SystemExit, match="--device cuda:99 cannot be used here .*--device cpu always can"):
+        sft.main(tiny(sft, out="device", device="cuda:99"))
+
+
+def test_no_room_for_a_response_ends_at_once_with_both_numbers(beside):
+    for script in (reward_model, ppo):
+        with pytest.raises(SystemExit, match="--max_new_tokens 70 exceed the model's block_size 72; lower that to 5"):
+            script.main(tiny(script, out="room", base="tiny", max_new_tokens=70))
+    with pytest.raises(SystemExit, match="exceed --block_size 20; raise that"):
+        sft.main(tiny(sft, out="room", block_size=20))
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(beside, tmp_path):
+    import shutil
+    for stage in ("sft", "reward_model"):
+        shutil.copytree(beside / "tiny" / stage, tmp_path / "out" / "tiny" / stage)
+    os.chdir(tmp_path)                                                         # monkeypatch in `beside` goes back
+    other = data.train_tokenizer(["another vocabulary"], 300)
+    data.save_tokenizer(other, Path("out/tiny/sft"))
+    with pytest.raises(SystemExit, match="out/tiny/sft/checkpoint.pt was trained with another vocabulary"):
+        ppo.main(tiny(ppo))
+    Path("out/tiny/sft/checkpoint.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(SystemExit, match="out/tiny/sft/checkpoint.pt cannot be read as a checkpoint"):
+        ppo.main(tiny(ppo))
+
+
+def test_loading_a_checkpoint_runs_no_code(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "owned"),))
+    torch.save({"policy": Malicious()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="cannot be read as a checkpoint"):
+        experiment.load_checkpoint(tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("script, at", [(sft, 33), (reward_model, 17), (ppo, 4)], ids=lambda x: getattr(x, "__name__", ""))
+def test_an_interrupted_and_resumed_stage_ends_with_the_same_bits(script, at, beside, monkeypatch):
+    """Stopped between two checkpoints, as a crash would: the steps since the last one come again."""
+    name, original = f"resumed_{script.__name__}", experiment.Run.log
+
+    def crash(run, step, *args, **kwargs):
+        original(run, step, *args, **kwargs)
+        if step == at:
+            raise RuntimeError("the power went")
+
+    base = "" if script is sft else "tiny"
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.Run, "log", crash)
+        with pytest.raises(RuntimeError, match="the power went"):
+            script.main(tiny(script, out=name, base=base))
+    with pytest.raises(SystemExit, match="unfinished run; --resume goes on with it, --overwrite starts again"):
+        script.main(tiny(script, out=name, base=base))
+    script.main(tiny(script, out=name, base=base, resume=True))
+
+    stage = script.__name__
+    ours, theirs = (experiment.load_checkpoint(beside / run / stage) for run in (name, "tiny"))
+    assert_same_bits(ours, theirs)
+    timed = re.compile("_seconds$|_per_second$")
+    logs = [[{k: v for k, v in line.items() if not timed.search(k)} for line in log_of(beside / run / stage)]
+            for run in (name, "tiny")]
+    assert logs[0] == logs[1]
+    assert (beside / name / stage / "results.json").read_text() == (beside / "tiny" / stage / "results.json").read_text()
+
+
+def assert_same_bits(a, b):
+    assert type(a) is type(b)
+    if torch.is_tensor(a):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for k in a:
+            assert_same_bits(a[k], b[k])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same_bits(x, y)
+    else:
+        assert a == b
+
+
+def test_overwrite_keeps_the_old_stage_until_the_new_one_is_complete(beside, monkeypatch):
+    cfg = tiny(sft, out="twice", steps=12)
+    first = sft.main(cfg)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.Run, "finish", lambda *_: (_ for _ in ()).throw(RuntimeError("crash")))
+        with pytest.raises(RuntimeError):
+            sft.main(dataclasses.replace(cfg, overwrite=True, lr=0.001))
+    assert experiment.read_json(beside / "twice" / "sft.old" / "results.json") == first
+    second = sft.main(dataclasses.replace(cfg, overwrite=True, lr=0.001))
+    assert second["held_out"] != first["held_out"] and not (beside / "twice" / "sft.old").exists()
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on_and_that_works(tmp_path):
+    command = [sys.executable, "-u", str(HERE / "sft.py"), "--config", "tiny", "--steps", "3000", "--save_every", "9999"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("   100"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and "Traceback" not in err
+    assert re.search(r"saved after \d+ of 3000 steps in out/tiny/sft; the same command with --resume", err)
+    done = experiment.load_checkpoint(tmp_path / "out/tiny/sft")["step"]
+    assert done >= 101 and len(log_of(tmp_path / "out/tiny/sft")) == done
+    with subprocess.Popen(command + ["--resume"], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert any(line == f"going on from step {done}\n" for line in process.stdout)
+        process.kill()
+
+
+@pytest.mark.parametrize("changes", [
+    dict(surrogate="kl_penalty"), dict(kl_control="fixed", whiten_rewards=True, score_clip=1.0, entropy_coef=0.01),
+    dict(critic_init="sft", critic_target="mc", missing_eos_score=None), dict(critic_target="td", value_clip_eps=0.0),
+    dict(critic_target="score", lam=0.95, gamma=0.99, epochs=2), dict(temperature=0.7),
+    dict(batch_size=1, minibatch_size=1), dict(batch_size=5, minibatch_size=3, max_new_tokens=1)],
+    ids=lambda c: "-".join(c))
+def test_every_option_of_ppo_runs(changes, beside):
+    name = "option_" + "_".join(f"{k}-{v}" for k, v in changes.items())
+    results = ppo.main(tiny(ppo, out=name, base="tiny", steps=2, n_eval=8, **changes))
+    assert math.isfinite(results["score"]) and math.isfinite(results["kl_ref"])
+    log = log_of(beside / name / "ppo")
+    assert log[0]["kl_ref"] == 0
+    if changes.get("surrogate") == "kl_penalty":
+        assert log[0]["kl_penalty_coef"] != log[1]["kl_penalty_coef"] and log[0]["clip_fraction"] == 0
+    if changes.get("kl_control") == "fixed":
+        assert log[0]["beta"] == log[1]["beta"]
+
+
+def test_with_a_learning_rate_of_zero_nothing_moves_over_all_epochs(beside):
+    ppo.main(tiny(ppo, out="still", base="tiny", steps=2, epochs=3, lr=0.0, n_eval=8))
+    for line in log_of(beside / "still" / "ppo"):
+        assert line["ratio"] == pytest.approx(1, abs=1e-6) and line["clip_fraction"] == 0
+        assert line["kl_ref"] == line["kl_old"] == 0
+
+
+@pytest.mark.parametrize("changes", [dict(loss="fidelity"), dict(token_wise=True), dict(n_responses=2, margin=0.5),
+                                     dict(batch_size=1, epochs=2)], ids=lambda c: "-".join(c))
+def test_every_option_of_the_reward_model_runs(changes, beside):
+    name = "rm_" + "-".join(changes)
+    results = reward_model.main(tiny(reward_model, out=name, base="tiny", **{"n_prompts": 40, **changes}))
+    assert 0.4 < results["accuracy"] < results["bayes_accuracy"]
+    pairs = 40 * (1 if "n_responses" in changes else 6)
+    assert f"on {pairs} held-out comparisons" in (beside / name / "reward_model" / "report.txt").read_text()
+
+
+def test_a_beta_raised_a_hundredfold_keeps_the_policy_at_the_reference(beside):
+    kls = [ppo.main(tiny(ppo, out=f"beta{beta}", base="tiny", kl_control="fixed", beta=beta))["kl_ref"]
+           for beta in (0.02, 2.0)]
+    assert kls[1] < 0.5 * kls[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1337, 1, 2])
+def test_the_small_run_reaches_its_figures(seed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    begun = time.time()
+    results = ppo.main(experiment.preset(ppo.Config, ppo.PRESETS, "small", seed=seed))
+    assert time.time() - begun < 240
+    sft_results = experiment.read_json(tmp_path / "out/small/sft/results.json")
+    assert sft_results["above_entropy"] < 0.8 and sft_results["grammatical"] > 0.95
+    assert experiment.read_json(tmp_path / "out/small/reward_model/results.json")["ratio"] > 0.95
+    assert results["gold_gain"] > 1.3 and results["kl_ref"] < 5
