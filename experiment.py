@@ -240,7 +240,7 @@ class Run:
             self.interrupted = True
             print("\nfinishing this step, then saving; Ctrl-C again leaves at once", flush=True)
 
-        self.first, self.last, self.begun = first, last, time.time()
+        self.first, self.last = first, last
         before = signal.signal(signal.SIGINT, interrupt)
         try:
             yield from range(first, last)
@@ -252,16 +252,19 @@ class Run:
         metrics = {k: v.item() if torch.is_tensor(v) else v for k, v in metrics.items()}
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps({"step": step} | metrics) + "\n")
+        if step == self.first:                           # which is slow: time left is told after it
+            self.begun = time.time()
         if step % every and step + 1 < self.last:
             return
         widths = [max(len(name), 6) + 2 for name in columns]
         if self.lines % 20 == 0:
             print("  step" + "".join(map(str.rjust, columns, widths)) + "      left")
         self.lines += 1
-        left = (time.time() - self.begun) / (step + 1 - self.first) * (self.last - step - 1)
+        pace = (time.time() - self.begun) / max(1, step - self.first)
+        left = f"{pace * (self.last - step - 1):.0f}" if step > self.first else "?"
         values = (f"{metrics[k]:.3f}" if abs(metrics[k]) > 0.01 or metrics[k] == 0
                   else f"{metrics[k]:.0e}" for k in columns)
-        print(f"{step:6d}" + "".join(map(str.rjust, values, widths)) + f"{left:8.0f} s", flush=True)
+        print(f"{step:6d}" + "".join(map(str.rjust, values, widths)) + f"{left:>8} s", flush=True)
 
     def checkpoint(self, done, **state):
         """After `done` updates: save when it is time to, or at Ctrl-C, and then leave."""

@@ -503,8 +503,8 @@ def main(cfg):
         text, "",
         f"curves      {picture}", f"log         {run.folder}/log.jsonl",
         f"checkpoint  {run.folder}/checkpoint.pt",
-        f"next        python ppo.py --config {cfg.config} --base {run.folder.parts[-2]} "
-        "--out weak-kl --kl_control fixed --beta 0.05"]), results)
+        f"next        python ppo.py --config {cfg.config} --base {cfg.base or run.folder.parts[-2]} "
+        "--out hacked --kl_control fixed --beta 0   (what happens without a KL penalty)"]), results)
 
 
 if __name__ == "__main__":

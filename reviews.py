@@ -13,7 +13,7 @@ all those about the aspect that was asked for. What follows from the grammar:
     preference, rank        annotators: Bradley-Terry on gold                  what reward models see
     agreement               expected accuracy against them; with scores = gold, the Bayes accuracy
 
-gold = 3 tanh(sentiment / 6) - penalties, for repetition, gushing, run-ons, broken grammar and no
+gold = sentiment / 3 - penalties, for repetition, gushing, run-ons, broken grammar and no
 end: for what the grammar never writes. A reward model hardly meets such texts and cannot learn the
 penalties; a policy that follows it too far runs into them. So over-optimisation can be watched.
 """
@@ -258,11 +258,11 @@ def probability(grammar, text):
 # The true utility of any text
 
 PENALTIES = {
-    "broken": 1.5,        # each sentence that is none
-    "unfinished": 1.5,    # no verdict at the end, or no EOS
-    "length": 1.0,        # each sentence under two or over four
-    "repeated": 0.7,      # each graded word, and each whole sentence, that was there before
-    "gushing": 0.8}       # each superlative over two
+    "broken": 2.0,        # each sentence that is none
+    "unfinished": 2.0,    # no verdict at the end, or no EOS
+    "length": 2.0,        # each sentence under two or over four
+    "repeated": 1.5,      # each graded word, and each whole sentence, that was there before
+    "gushing": 2.0}       # each superlative over two
 
 
 @functools.lru_cache(maxsize=None)
@@ -309,13 +309,13 @@ def read(prompt, response, finished=True):
 
 def gold(prompt, response, finished=True):
     """
-    The true utility: 3 tanh(sentiment / 6) - penalties.
+    The true utility: sentiment / 3 - penalties.
 
     sentiment sums weight * factor * grade over the graded words: weight 1 about the aspect asked for
     and in the verdict, 0.5 elsewhere; factor 0.7 or 1.3 by intensifier, -0.6 by negation.
     """
     sentiment, faults = read(prompt, response, finished)
-    return 3.0 * math.tanh(sentiment / 6.0) - sum(PENALTIES[f] * n for f, n in faults.items())
+    return sentiment / 3.0 - sum(PENALTIES[fault] * n for fault, n in faults.items())
 
 
 def grammatical(prompt, response, finished=True):

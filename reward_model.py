@@ -34,7 +34,7 @@ from model import GPTConfig, ScalarGPT, generate, masked_mean, sequence_scores
 @dataclass
 class Config(experiment.Common):
     n_prompts: int = 2400           # rankings to train on
-    n_held_out: int = 700           # rankings to measure on
+    n_held_out: int = 1000          # rankings to measure on
     n_responses: int = 4            # K, responses to a ranking; 2 is the plain case
     max_new_tokens: int = 48        # longest response sampled
     annotator_temperature: float = 0.6      # of the annotators; the lower, the more they follow gold
@@ -43,7 +43,7 @@ class Config(experiment.Common):
     token_wise: bool = False        # compare at every column where two rows differ (DeepSpeed-Chat)
     epochs: int = 1                 # passes over the rankings; reward models overfit soon
     batch_size: int = 8             # rankings per update
-    lr: float = 2e-3                # AdamW's learning rate at its peak
+    lr: float = 7e-4                # AdamW's learning rate at its peak
     warmup: int = 20                # updates of linear warm-up, then linear decay
     lr_floor: float = 0.02          # to this share of the peak
     weight_decay: float = 0.0       # of AdamW
@@ -52,7 +52,7 @@ class Config(experiment.Common):
 
 PRESETS = {
     "small": {},
-    "tiny": dict(n_prompts=160, n_held_out=40, max_new_tokens=24, batch_size=4, save_every=10),
+    "tiny": dict(lr=3e-3, n_prompts=160, n_held_out=40, max_new_tokens=24, batch_size=4, save_every=10),
 }
 
 

@@ -168,7 +168,7 @@ def test_log_prob_is_minus_infinity_for_what_the_grammar_cannot_write():
     (" I saw it on a train. The acting is plain. Fine for a rainy day.", 0.0)])
 def test_gold_of_hand_worked_reviews(text, sentiment):
     assert reviews.read(TINY_PROMPT, text) == (pytest.approx(sentiment), dict.fromkeys(reviews.PENALTIES, 0))
-    assert reviews.gold(TINY_PROMPT, text) == pytest.approx(3 * math.tanh(sentiment / 6))
+    assert reviews.gold(TINY_PROMPT, text) == pytest.approx(sentiment / 3)
 
 
 @pytest.mark.parametrize("text, finished, fault, times", [
@@ -186,7 +186,7 @@ def test_gold_of_hand_worked_reviews(text, sentiment):
 def test_gold_takes_off_for_each_fault_and_only_for_that(text, finished, fault, times):
     sentiment, faults = reviews.read(TINY_PROMPT, text, finished)
     assert faults == {**dict.fromkeys(reviews.PENALTIES, 0), fault: times}
-    expected = 3 * math.tanh(sentiment / 6) - times * reviews.PENALTIES[fault]
+    expected = sentiment / 3 - times * reviews.PENALTIES[fault]
     assert reviews.gold(TINY_PROMPT, text, finished) == pytest.approx(expected)
 
 
@@ -1258,3 +1258,55 @@ def test_the_small_run_reaches_its_figures(seed, tmp_path, monkeypatch):
     assert sft_results["above_entropy"] < 0.8 and sft_results["grammatical"] > 0.95
     assert experiment.read_json(tmp_path / "out/small/reward_model/results.json")["ratio"] > 0.95
     assert results["gold_gain"] > 1.3 and results["kl_ref"] < 5
+
+
+# --------------------------------------------------------------------------------------------------
+# README.md
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+ROW = re.compile(r"\| `(\w+)\.(\w+)` \| \[\w+\.py:(\d+)\]\(\w+\.py#L\d+\) \| `(\w+)` \|")
+
+
+def line_of(module_name, name):
+    return inspect.getsourcelines(getattr(sys.modules[module_name], name))[1]
+
+
+def test_the_maths_table_points_at_the_right_lines_and_at_tests_that_exist():
+    rows = ROW.findall(README)
+    assert len(rows) > 15
+    for module_name, name, line, test in rows:
+        assert int(line) == line_of(module_name, name), "python test_all.py rewrites the line numbers"
+        assert test in globals(), test
+    pasted = {name for _, name, _, _ in rows}
+    assert set(COPIED) <= pasted, "every function people copy stands in the table"
+
+
+def test_every_command_in_the_readme_parses():
+    commands = re.findall(r"python (sft|reward_model|ppo)\.py((?: --[\w-]+(?: (?!--)[\w.+-]+)?)+)", README)
+    assert len(commands) >= 5
+    for name, arguments in commands:
+        script = sys.modules[name]
+        words = [word.replace("N", "1") if word == "N" else word for word in arguments.split()]
+        if "--help" not in words:
+            experiment.parse(script.Config, script.PRESETS, "", words)
+    for flag, value in re.findall(r"`--(\w+)(?: ([\w.]+))?", README):
+        assert any(flag in {f.name for f in dataclasses.fields(s.Config)} for s in SCRIPTS), flag
+
+
+def test_every_metric_that_is_logged_is_in_the_readme(whole_run):
+    for stage in ("sft", "reward_model", "ppo"):
+        for name in set().union(*log_of(whole_run[0] / stage)) - {"step"}:
+            assert f"`{name}`" in README, name
+
+
+def test_files_pictures_and_links_in_the_readme_exist():
+    for path in re.findall(r"\]\((?!http|#)([^)#]+)", README):
+        assert (HERE / path).exists(), path
+
+
+if __name__ == "__main__":
+    def row(match):
+        module_name, name, _, test = match.groups()
+        line = line_of(module_name, name)
+        return f"| `{module_name}.{name}` | [{module_name}.py:{line}]({module_name}.py#L{line}) | `{test}` |"
+    (HERE / "README.md").write_text(ROW.sub(row, README), encoding="utf-8")
