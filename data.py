@@ -22,7 +22,8 @@ import torch
 import reviews
 
 EOS = "<|endoftext|>"
-PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")      # GPT-2's
+# How GPT-2 cuts text into words before it merges bytes within them
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class Common:
     base: str = ""              # run whose earlier stages to build on; by default this run
     seed: int = 1337            # of everything random
     device: str = "auto"        # auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, mps
-    save_every: int = 500       # updates between checkpoints; Ctrl-C saves at any
+    save_every: int = 100       # updates between checkpoints; Ctrl-C saves at any
     resume: bool = False        # go on with an unfinished run
     overwrite: bool = False     # start again where a run stands already
 

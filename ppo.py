@@ -15,9 +15,9 @@ process is one response token: s_t = prompt and y_<t, a_t = y_t. Every update do
                     (Schulman et al. 2016); the critic's targets G_t = A_t + V_t; then A is whitened
     6. update       some epochs of shuffled minibatches, rho_t = pi_theta / pi_old (a_t | s_t).
                     Actor: - mean min(rho A, clip(rho, 1 - eps, 1 + eps) A)
-                    (Schulman et al. 2017, equation 7), or - mean (rho A - coef KL(pi_old, pi_theta))
-                    (equation 8). Critic: 0.5 mean max((V - G)^2, (V clipped around V_old - G)^2)
-    7. control      beta follows kl_ref, the KL to the reference; coef follows kl_old, that to pi_old
+                    (Schulman et al. 2017, equation 7), or - mean (rho A - coef KL(pi_old,
+                    pi_theta)) (equation 8). Critic: 0.5 mean max((V - G)^2, (V_clipped - G)^2)
+    7. control      beta follows kl_ref, the KL to the reference; coef kl_old, the KL to pi_old
     8. log          one line
 
 Departures from Ziegler et al.: the critic is a model of its own with its own learning rate,
@@ -49,7 +49,7 @@ class Config(experiment.Common):
     epochs: int = 1                 # passes over the responses of an update
     max_new_tokens: int = 48        # longest response sampled
     temperature: float = 1.0        # of the policy, where it samples and where it is scored
-    missing_eos_score: float | None = -3.0      # of a response without EOS; none: score what there is
+    missing_eos_score: float | None = -3.0      # of a response without EOS; none: as it is
     score_clip: float | None = None             # largest size of a score
     whiten_rewards: bool = False    # scale rewards to unit variance, mean kept
     kl_control: Literal["proportional", "fixed"] = "proportional"   # whether beta follows kl_ref
@@ -76,7 +76,7 @@ class Config(experiment.Common):
 
 
 PRESETS = {
-    "small": {},
+    "small": dict(save_every=20),
     "tiny": dict(steps=8, batch_size=32, minibatch_size=16, max_new_tokens=24, lr=2e-3, n_eval=64,
                  save_every=3),
 }
@@ -384,12 +384,12 @@ def main(cfg):
         return run.show()
     device, generator = run.device, run.generator
 
-    # ---- the four models, all in eval mode for good: dropout would make the first ratio differ from 1
+    # ---- the four models, all in eval mode for good: with dropout the first ratio would not be 1
     actor, tokenizer = sft.load_policy(experiment.ensure(cfg, sft), device)
     reward_model = rm.load_reward_model(experiment.ensure(cfg, rm), tokenizer, device)
     reference = copy.deepcopy(actor).requires_grad_(False)
-    critic = ScalarGPT(reward_model.config if cfg.critic_init == "rm" else actor.config, zero_head=True,
-                       init_from=reward_model if cfg.critic_init == "rm" else actor).to(device).eval()
+    trunk = reward_model if cfg.critic_init == "rm" else actor
+    critic = ScalarGPT(trunk.config, init_from=trunk, zero_head=True).to(device).eval()
     adam = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
     actor_optimizer = torch.optim.AdamW(actor.parameters(), lr=cfg.lr, **adam)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, **adam)
@@ -498,7 +498,7 @@ def main(cfg):
 
     # ---- the result
     text, results = compare(actor, reference, reward_model, tokenizer, cfg)
-    picture = experiment.curves(run.folder, f"PPO, --config {cfg.config}", CURVES)
+    picture = experiment.curves(run.folder, f"PPO, {run.folder}", CURVES)
     return run.finish("\n".join([
         text, "",
         f"curves      {picture}", f"log         {run.folder}/log.jsonl",

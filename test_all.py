@@ -143,6 +143,20 @@ def test_grammar_samples_texts_with_the_probabilities_it_scores(listed):
         assert abs(counts[text] / n - p) < 4.5 * math.sqrt(p * (1 - p) / n)    # false alarm 1e-4
 
 
+def test_the_mood_shows_most_in_what_is_said_about_the_aspect_asked_for():
+    def mean_grade(mood, about):
+        grammar = reviews.choices("western", "acting", mood)
+        next(grammar)
+        for phrase in (" The", about, " is", ""):
+            options = grammar.send(phrase)
+        options = grammar.send("")                           # no intensifier
+        return sum(p * reviews.GRADES[word[1:]] for word, p in options.items())
+    for mood in (-2, -1, 1, 2):
+        asked, other = mean_grade(mood, " acting"), mean_grade(mood, " plot")
+        assert asked * mood > other * mood > 0
+        assert 0.5 < asked / (reviews.LEAN * mood) < 1.3
+
+
 def test_every_review_of_the_grammar_has_no_fault_and_parses_back():
     for prompt, response in zip(*reviews.sample(300, seed=5)):
         assert reviews.log_prob(prompt, response) > -60
@@ -355,12 +369,12 @@ def test_logits_equal_transformers_gpt2_in_both_directions(tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     ours = GPT.from_pretrained(tmp_path / "theirs").eval()
     ids = torch.randint(97, (3, 24), generator=seeded())
-    torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=2e-4, rtol=1e-4)
-    for p in ours.parameters():
+    torch.testing.assert_close(ours.double()(ids), theirs.double()(ids).logits, atol=1e-9, rtol=1e-9)
+    for p in ours.float().parameters():
         p.data.add_(0.01)
     ours.save_pretrained(tmp_path / "ours", eos_id=96)
-    back = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
-    torch.testing.assert_close(ours(ids), back(ids).logits, atol=2e-4, rtol=1e-4)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float64).eval()
+    torch.testing.assert_close(ours.double()(ids), back(ids).logits, atol=1e-9, rtol=1e-9)
 
 
 def test_a_gpt2_variant_that_is_not_computed_is_refused(tmp_path):
