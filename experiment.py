@@ -5,19 +5,20 @@ A run: config from the command line, output folder, log and progress, checkpoint
 
 A stage writes to out/RUN/STAGE/: config.json, log.jsonl (one object per update), checkpoint.pt,
 report.txt, pictures. The checkpoint holds everything that decides how the run goes on, random
-states included, so that a resumed run ends with the same bits as one never interrupted. It is
-written beside the old one and renamed over it.
+states included, so that (shown on CPUs) a resumed run ends with the same bits as one that was
+never interrupted. It is written beside the old one and renamed over it.
 
-Every script uses these and nothing else from here:
+What the scripts use of it:
 
     Common                          the fields that every stage has; its own Config adds to them
     launch, stop                    parse the command line and run main(cfg); end with one message
     Run, ensure, load_checkpoint    a stage's folder; an earlier stage's, made where it is missing
-    learning_rate, Clock, progress, table, curves       small things for the loop and the report
+    learning_rate, Clock, ...       small things for the loop and the report
 """
 
 import dataclasses
 import difflib
+import hashlib
 import inspect
 import json
 import os
@@ -37,11 +38,11 @@ import torch
 class Common:
     config: str = "small"       # preset to start from
     out: str = ""               # name of the run, out/RUN/STAGE; by default the preset's
-    base: str = ""              # run whose earlier stages to build on; by default this run
+    base: str = ""              # run to take earlier stages from that this run has not got
     seed: int = 1337            # of everything random
     device: str = "auto"        # auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, mps
     save_every: int = 100       # updates between checkpoints; Ctrl-C saves at any
-    resume: bool = False        # go on with an unfinished run
+    resume: bool = False        # go on with an unfinished run, even under --overwrite
     overwrite: bool = False     # start again where a run stands already
 
 
@@ -79,9 +80,11 @@ def parse(Config, presets, doc, argv):
         if missing and types[name] is bool:
             given[name] = True                                               # a bare --resume
         elif missing:
-            stop(f"{flag} needs a value, as in {flag} {getattr(Config, name) or 'NAME'}")
+            stop(f"{flag} needs a value, as in {flag} "
+                 f"{'NAME' if types[name] is str else getattr(Config, name) or 0.1}")
         else:
             given[name] = read_value(flag, words.pop(0), types[name])
+            check_range(flag, given[name])
     return preset(Config, presets, given.pop("config", Config.config), **given)
 
 
@@ -112,6 +115,18 @@ def read_value(flag, text, kind):
         return kind(text)
     except ValueError:
         stop(f"{flag} got {text}; it takes {'a whole number' if kind is int else 'a number'}")
+
+
+def check_range(flag, value):
+    """Whole numbers are counts, from 1; other numbers are not negative; some may not be 0 either."""
+    name = flag[2:].replace("-", "_")
+    if type(value) is int and value < (0 if name in ("seed", "warmup") else 1):
+        stop(f"{flag} got {value}; it takes a whole number from {int(name not in ('seed', 'warmup'))}")
+    if type(value) is float and name not in ("missing_eos_score", "margin"):
+        above_zero = ("temperature", "annotator_temperature", "kl_target", "kl_horizon",
+                      "kl_old_target", "kl_penalty_coef", "grad_clip", "score_clip")
+        if value < 0 or value == 0 and name in above_zero:
+            stop(f"{flag} got {value}; it takes a number {'above' if name in above_zero else 'from'} 0")
 
 
 def nearest(word, known):
@@ -158,9 +173,8 @@ def ensure(cfg, script):
     if begun:                                                    # perhaps with settings of its own
         theirs = script.Config(**read_json(here / "config.json"))
     print(f"{here} is not {'finished' if begun else 'there'} yet: making it first\n")
-    with torch.random.fork_rng():                        # its random numbers are not this stage's
-        script.main(dataclasses.replace(theirs, out=cfg.out, device=cfg.device, resume=True,
-                                        overwrite=False))
+    script.main(dataclasses.replace(theirs, out=cfg.out, device=cfg.device, resume=True,
+                                    overwrite=False))
     print()
     return here
 
@@ -169,9 +183,11 @@ class Run:
     """
     The folder out/RUN/STAGE of one stage, and what is written there.
 
-        run = Run(cfg, "sft")
+        run = Run(cfg, "sft")                   # looks what is there, writes nothing
         if run.finished:
             return run.show()
+        ...                                     # whatever may stop for bad input
+        run.begin()                             # from here on there are files and random numbers
         for step in run.steps(run.restore(policy=policy, optimizer=optimizer), cfg.steps):
             ...
             run.log(step, metrics, columns)
@@ -186,30 +202,34 @@ class Run:
         self.folder = Path("out") / (cfg.out or cfg.config) / stage
         self.old = self.folder.with_name(stage + ".old")
         self.finished = (self.folder / "report.txt").exists()
-        started = self.finished or (self.folder / "checkpoint.pt").exists()
-        if started and cfg.overwrite:                    # kept as STAGE.old until the new one is done
-            if self.finished:
-                shutil.rmtree(self.old, ignore_errors=True)
-                os.replace(self.folder, self.old)
-            self.finished = started = False
-        if started:
+        self.resuming = (self.folder / "checkpoint.pt").exists() and not self.finished
+        self.replacing = cfg.overwrite and not (self.resuming and cfg.resume)
+        self.interrupted, self.lines = False, 0
+        if self.replacing:
+            self.finished = self.resuming = False
+        if self.finished or self.resuming:
             stored = read_json(self.folder / "config.json")
             for name, value in asdict(cfg).items():
                 if name not in FREE and stored.get(name) != value:
                     stop(f"{self.folder} holds a run with {name} {stored.get(name)}, this one has "
                          f"{name} {value}; --out NAME keeps both, --overwrite replaces that one")
-            if not self.finished and not cfg.resume:
-                stop(f"{self.folder} holds an unfinished run; --resume goes on with it, "
-                     "--overwrite starts again")
-        else:
-            shutil.rmtree(self.folder, ignore_errors=True)       # nothing that could be gone on from
-            self.folder.mkdir(parents=True)
-            write(self.folder / "config.json", json.dumps(asdict(cfg), indent=1))
-        self.resuming, self.interrupted, self.lines = started, False, 0
-        torch.manual_seed(cfg.seed)
-        self.generator = torch.Generator().manual_seed(cfg.seed)
+        if self.resuming and not cfg.resume:
+            stop(f"{self.folder} holds an unfinished run; --resume goes on with it, "
+                 "--overwrite starts again")
         print(f"== {stage}   {self.folder}   seed {cfg.seed}   {self.device}   "
               f"{torch.get_num_threads()} threads" + ("   already finished" * self.finished))
+
+    def begin(self):
+        """Make the folder ready to be written to, and start the random numbers."""
+        if self.replacing and (self.folder / "report.txt").exists():
+            shutil.rmtree(self.old, ignore_errors=True)
+            os.replace(self.folder, self.old)            # kept until the new one is finished
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.resuming:
+            (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+            write(self.folder / "config.json", json.dumps(asdict(self.cfg), indent=1))
+        torch.manual_seed(self.cfg.seed)
+        self.generator = torch.Generator().manual_seed(self.cfg.seed)
 
     # ---- the loop
 
@@ -223,6 +243,9 @@ class Run:
         for name, thing in state.items():
             if hasattr(thing, "load_state_dict"):
                 thing.load_state_dict(saved[name])
+            elif saved[name] != thing:
+                stop(f"{self.folder} was begun with another {name}: the stages before it have "
+                     "changed since. --overwrite starts it again, --out NAME beside it")
         self.generator.set_state(saved["random"]["run"])
         torch.set_rng_state(saved["random"]["torch"])
         if self.device.type == "cuda" and "cuda" in saved["random"]:
@@ -283,7 +306,7 @@ class Run:
             random["cuda"] = torch.cuda.get_rng_state(self.device)
         path = self.folder / "checkpoint.pt"
         with open(path.with_suffix(".tmp"), "wb") as file:
-            torch.save({"step": done, "random": random, **saved}, file)
+            torch.save({"step": done, "config": asdict(self.cfg), "random": random, **saved}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(path.with_suffix(".tmp"), path)
@@ -314,6 +337,29 @@ def pick_device(name):
         stop(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); "
              "--device cpu always can")
     return torch.device(name)
+
+
+def command(cfg, stage):
+    """The command that runs another stage of the same run."""
+    return f"python {stage}.py --config {cfg.config}" + "".join(
+        f" --{name} {getattr(cfg, name)}" for name in ("out", "base", "seed")
+        if getattr(cfg, name) != getattr(Common, name))
+
+
+def must_be_finite(step, **values):
+    """Stops before a number that is none gets into the weights and into a checkpoint."""
+    for name, value in values.items():
+        if not torch.isfinite(value).all():
+            stop(f"{name} of update {step} is not finite. The last checkpoint is from before that; "
+                 "try a lower --lr, with --overwrite or another --out")
+
+
+def fingerprint(module):
+    """A digest of a module's weights, by which later stages know what they were made from."""
+    digest = hashlib.sha256()
+    for name, weight in module.state_dict().items():
+        digest.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_checkpoint(folder):

@@ -20,8 +20,9 @@ process is one response token: s_t = prompt and y_<t, a_t = y_t. Every update do
     7. control      beta follows kl_ref, the KL to the reference; coef kl_old, the KL to pi_old
     8. log          one line
 
-Departures from Ziegler et al.: the critic is a model of its own with its own learning rate,
-responses end at EOS, lambda is 1, and the horizon of the KL controller suits a run of minutes.
+Departures from Ziegler et al. and their code: the critic is a model of its own with its own
+learning rate, responses end at EOS, rewards are not whitened (--whiten_rewards 1), one epoch for
+their four, lambda 1 for 0.95, and a horizon of the KL controller that suits a run of minutes.
 
     python ppo.py --config small
         -> out/small/ppo: checkpoint.pt, log.jsonl, curves.png, report.txt
@@ -226,8 +227,9 @@ def explained_variance(values, returns, mask):
 
 class ProportionalKL:
     """
-    beta *= 1 + clip(KL / target - 1, -0.2, 0.2) n / horizon    (Ziegler et al. 2019, section 2.2)
+    beta *= 1 + clip(KL / target - 1, -0.2, 0.2) n / horizon
 
+    Ziegler et al. 2019, section 2.2, with the gain n / horizon of their code for the paper's K_beta.
     update takes nats per response against the reference, not per token, and the number of responses.
     """
 
@@ -312,13 +314,9 @@ def check_first_minibatch(logprobs, old_logprobs, kl_ref, clip_fraction):
 
 def check_rollout(scores, kl_ref, bound, step):
     """Stops on scores or KLs that are no numbers, warns on KLs that cannot be or are too large."""
-    for name, x in (("scores", scores), ("kl_ref", kl_ref)):
-        if not torch.isfinite(x).all():
-            experiment.stop(f"{name} of update {step} hold {int((~torch.isfinite(x)).sum())} values "
-                            "that are not finite. The last checkpoint is from before that; --resume "
-                            "with a lower --lr or a --score_clip goes on from there")
+    experiment.must_be_finite(step, scores=scores, kl_ref=kl_ref)
     mean, standard_error = kl_ref.mean(), kl_ref.std(correction=0) / len(kl_ref) ** 0.5
-    if mean < -3 * standard_error - 1e-4:
+    if mean < -3 * standard_error - 1e-4 and len(kl_ref) >= 16:
         print(f"warning: kl_ref is {mean:.2f} +- {standard_error:.2f} nats, but a KL is never "
               "negative: the policy scored is not the one that sampled")
     if mean > bound:
@@ -382,11 +380,13 @@ def main(cfg):
     run = experiment.Run(cfg, "ppo")
     if run.finished:
         return run.show()
-    device, generator = run.device, run.generator
+    device = run.device
 
     # ---- the four models, all in eval mode for good: with dropout the first ratio would not be 1
     actor, tokenizer = sft.load_policy(experiment.ensure(cfg, sft), device)
-    reward_model = rm.load_reward_model(experiment.ensure(cfg, rm), tokenizer, device)
+    reward_model = rm.load_reward_model(experiment.ensure(cfg, rm), actor, tokenizer, device)
+    data.check_room(tokenizer, reviews.all_prompts(), cfg.max_new_tokens, actor.config.block_size)
+    run.begin()
     reference = copy.deepcopy(actor).requires_grad_(False)
     trunk = reward_model if cfg.critic_init == "rm" else actor
     critic = ScalarGPT(trunk.config, init_from=trunk, zero_head=True).to(device).eval()
@@ -397,10 +397,10 @@ def main(cfg):
     penalty = ThresholdKL(cfg.kl_penalty_coef, cfg.kl_old_target)
     state = dict(policy=actor, critic=critic, actor_optimizer=actor_optimizer,
                  critic_optimizer=critic_optimizer, control=control, penalty=penalty,
-                 gpt=asdict(actor.config), tokenizer=data.fingerprint(tokenizer))
+                 gpt=asdict(actor.config), tokenizer=data.fingerprint(tokenizer),
+                 sft=experiment.fingerprint(actor), reward=experiment.fingerprint(reward_model))
     data.save_tokenizer(tokenizer, run.folder)
-    train_prompts, _ = data.review_prompts()
-    data.check_room(tokenizer, reviews.all_prompts(), cfg.max_new_tokens, actor.config.block_size)
+    (train_prompts, _), generator = data.review_prompts(), run.generator
 
     for step in run.steps(run.restore(**state), cfg.steps):
         clock = experiment.Clock(device)
@@ -465,6 +465,8 @@ def main(cfg):
                     actor.parameters(), cfg.grad_clip)
                 metrics["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(
                     critic.parameters(), cfg.grad_clip)
+                experiment.must_be_finite(step, **{name: metrics[name] for name in (
+                    "policy_loss", "value_loss", "grad_norm", "critic_grad_norm")})
                 for optimizer in (actor_optimizer, critic_optimizer):
                     optimizer.step()
                     optimizer.zero_grad()
@@ -503,7 +505,7 @@ def main(cfg):
         text, "",
         f"curves      {picture}", f"log         {run.folder}/log.jsonl",
         f"checkpoint  {run.folder}/checkpoint.pt",
-        f"next        python ppo.py --config {cfg.config} --base {cfg.base or run.folder.parts[-2]} "
+        f"next        python ppo.py --config {cfg.config} --base {cfg.base or cfg.out or cfg.config} "
         "--out hacked --kl_control fixed --beta 0   (what happens without a KL penalty)"]), results)
 
 

@@ -284,7 +284,8 @@ def read(prompt, response, finished=True):
     """-> the text's sentiment, {penalty: how many times}; finished says whether it ended with EOS"""
     genre, aspect = read_prompt(prompt)
     sentences = re.findall(r"[^.]*\.|[^.]+$", response)
-    verdict = VERDICTS.get(sentences[-1][1:]) if sentences else None
+    last = sentences[-1] if sentences else ""
+    verdict = VERDICTS.get(last[1:]) if last.startswith(" ") else None
     sentiment, broken, used = float(verdict or 0), 0, []
     for sentence in sentences if verdict is None else sentences[:-1]:
         broken += not sentence_pattern(genre).fullmatch(sentence)

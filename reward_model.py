@@ -94,16 +94,17 @@ def token_wise_scores(chosen_values, rejected_values, chosen_targets, rejected_t
     What to compare, column by column, in DeepSpeed-Chat's variant: all (N, T).
 
     Values stand in the state after each target. A pair is compared from the first column where its
-    targets differ to the end of the longer row; a row that has ended keeps its last score.
-    -> chosen scores, rejected scores, weights that sum to 1 a pair (0 for two equal rows)
+    targets differ to the end of the longer row, two equal rows at their last column; a row that has
+    ended keeps its last score. -> chosen scores, rejected scores, weights that sum to 1 a pair
     """
     columns = torch.arange(chosen_mask.shape[1], device=chosen_mask.device)                 # (T,)
     chosen_end = (columns * (chosen_mask > 0)).amax(1, keepdim=True)                        # (N, 1)
     rejected_end = (columns * (rejected_mask > 0)).amax(1, keepdim=True)
     differ = (chosen_targets != rejected_targets) | (chosen_mask != rejected_mask)
     differ &= (chosen_mask > 0) | (rejected_mask > 0)
-    compared = (differ.cumsum(1) > 0) & (columns <= torch.maximum(chosen_end, rejected_end))
-    weights = compared / compared.sum(1, keepdim=True).clamp_min(1)                         # (N, T)
+    end = torch.maximum(chosen_end, rejected_end)
+    compared = ((differ.cumsum(1) > 0) & (columns <= end)) | (columns == end)
+    weights = compared / compared.sum(1, keepdim=True)                                      # (N, T)
     return (chosen_values.gather(1, torch.minimum(columns, chosen_end)),
             rejected_values.gather(1, torch.minimum(columns, rejected_end)), weights)
 
@@ -167,10 +168,13 @@ def score_all(reward_model, comparisons, device, batch_size=64):
     return scores.view(len(comparisons), -1).cpu()
 
 
-def load_reward_model(folder, tokenizer, device):
-    """The reward model of a finished stage, in eval mode; its vocabulary must be the tokenizer's."""
+def load_reward_model(folder, sft_policy, tokenizer, device):
+    """The reward model of a finished stage, in eval mode. It must share the policy's vocabulary."""
     saved = experiment.load_checkpoint(folder)
     data.check_vocabulary(saved["tokenizer"], tokenizer, folder)
+    if saved["sft"] != experiment.fingerprint(sft_policy):
+        print(f"warning: {folder} was made from another SFT policy than the one here: its scores "
+              "are not normalised for this one")
     reward_model = ScalarGPT(GPTConfig(**saved["gpt"]))
     reward_model.load_state_dict(saved["reward_model"])
     return reward_model.eval().to(device)
@@ -183,6 +187,9 @@ def main(cfg):
     device, K = run.device, cfg.n_responses
     sft_policy, tokenizer = sft.load_policy(experiment.ensure(cfg, sft), device)
     data.check_room(tokenizer, reviews.all_prompts(), cfg.max_new_tokens, sft_policy.config.block_size)
+    if K < 2:
+        experiment.stop(f"--n_responses got {K}; a comparison takes at least 2")
+    run.begin()
     data.save_tokenizer(tokenizer, run.folder)
 
     # ---- 1. sample, 2. annotate
@@ -200,7 +207,7 @@ def main(cfg):
     optimizer = torch.optim.AdamW(reward_model.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     state = dict(reward_model=reward_model, optimizer=optimizer, gpt=asdict(sft_policy.config),
-                 tokenizer=data.fingerprint(tokenizer))
+                 tokenizer=data.fingerprint(tokenizer), sft=experiment.fingerprint(sft_policy))
     steps = cfg.epochs * (cfg.n_prompts // cfg.batch_size)
     better, worse = torch.triu_indices(K, K, offset=1)                       # all pairs of a ranking
     for step in run.steps(run.restore(**state), steps):
@@ -220,6 +227,7 @@ def main(cfg):
         loss, metrics = preference_loss(chosen, rejected, cfg.loss, cfg.margin, weights)
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(reward_model.parameters(), cfg.grad_clip)
+        experiment.must_be_finite(step, loss=loss, grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         metrics.update(lr=lr, grad_norm=grad_norm)
@@ -248,7 +256,7 @@ def main(cfg):
         "", experiment.table(calibration(scores, gold, cfg.annotator_temperature)), "",
         f"normalised by       gain {gain:.3f}, bias {bias:.3f}",
         f"curves      {picture}", f"checkpoint  {run.folder}/checkpoint.pt",
-        f"next        python ppo.py --config {cfg.config}"]),
+        f"next        {experiment.command(cfg, 'ppo')}"]),
         {"accuracy": accuracy, "bayes_accuracy": bayes, "ratio": accuracy / bayes,
          "gain": gain, "bias": bias})
 

@@ -66,13 +66,13 @@ def sft_loss(logprobs, mask):
 @torch.no_grad()
 def nats_per_response(policy, prompts, responses, device, batch_size=256):
     """Mean over rows of - log pi(response | prompt), EOS included, of token lists."""
+    training, total = policy.training, 0.0
     policy.eval()
-    total = 0.0
     for i in range(0, len(prompts), batch_size):
         rows = slice(i, i + batch_size)
         inputs, targets, mask = (t.to(device) for t in data.collate(prompts[rows], responses[rows]))
         total -= token_logprobs(policy, inputs, targets, mask).sum().item()
-    policy.train()
+    policy.train(training)
     return total / len(prompts)
 
 
@@ -99,7 +99,6 @@ def main(cfg):
     train_texts = reviews.sample(cfg.n_texts, cfg.seed, train_prompts)       # prompts, responses
     held_out_texts = reviews.sample(cfg.n_eval, cfg.seed + 1, held_out_prompts)
     tokenizer = data.train_tokenizer([p + r for p, r in zip(*train_texts)], cfg.vocab_size)
-    data.save_tokenizer(tokenizer, run.folder)
     prompts, responses = data.encode_texts(tokenizer, *train_texts)          # lists of token lists
     held_out = data.encode_texts(tokenizer, *held_out_texts)
     longest_prompt = max(map(len, prompts + held_out[0]))
@@ -114,6 +113,8 @@ def main(cfg):
           f"{tokenizer.n_vocab} token ids; the grammar needs {entropy:.2f} nats a response")
 
     # ---- 2. model
+    run.begin()
+    data.save_tokenizer(tokenizer, run.folder)
     policy = GPT(GPTConfig(tokenizer.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd,
                            cfg.dropout)).to(device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
@@ -131,15 +132,18 @@ def main(cfg):
         loss = sft_loss(token_logprobs(policy, inputs, targets, mask), mask)
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
+        experiment.must_be_finite(step, loss=loss, grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
         if step % cfg.eval_every == 0:
+            policy.eval()
             metrics["held_out"] = nats_per_response(policy, *held_out, device)
             tokens, mask = generate(policy, held_out[0][:1], cfg.max_new_tokens,
                                     tokenizer.eot_token, generator=run.generator)
             print(f"held out: {metrics['held_out']:.2f} nats a response. {held_out_texts[0][0]}"
                   f"{tokenizer.decode(data.responses_of(tokens, mask)[0])}")
+            policy.train()
         run.log(step, metrics, ["loss", "lr", "grad_norm"], every=100)
         run.checkpoint(step + 1, **state)
 
@@ -160,7 +164,7 @@ def main(cfg):
         f"grammatical samples    {good:6.1%}",
         "", *examples, "",
         f"curves      {picture}", f"checkpoint  {run.folder}/checkpoint.pt",
-        f"next        python reward_model.py --config {cfg.config}"]),
+        f"next        {experiment.command(cfg, 'reward_model')}"]),
         {"held_out": nats, "entropy": entropy, "above_entropy": nats - entropy,
          "grammatical": good})
 

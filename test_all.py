@@ -19,6 +19,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -610,7 +611,13 @@ def test_dropout_acts_in_train_mode_only():
     ("--config smal", "unknown --config smal (did you mean small?); there are: small, tiny"),
     ("--resume maybe", "--resume got maybe; it takes 1 or 0"),
     ("steps 5", "unknown option steps"),
-    ("--missing_eos_score low", "--missing_eos_score got low; it takes a number")])
+    ("--missing_eos_score low", "--missing_eos_score got low; it takes a number"),
+    ("--score_clip", "--score_clip needs a value, as in --score_clip 0.1"),
+    ("--batch_size 0", "--batch_size got 0; it takes a whole number from 1"),
+    ("--save_every -1", "--save_every got -1; it takes a whole number from 1"),
+    ("--beta -0.1", "--beta got -0.1; it takes a number from 0"),
+    ("--temperature 0", "--temperature got 0.0; it takes a number above 0"),
+    ("--kl_target 0", "--kl_target got 0.0; it takes a number above 0")])
 def test_bad_command_lines_end_with_what_was_got_and_what_was_wanted(argv, message):
     with pytest.raises(SystemExit) as stopped:
         experiment.parse(ppo.Config, ppo.PRESETS, "", argv.split())
@@ -620,9 +627,9 @@ def test_bad_command_lines_end_with_what_was_got_and_what_was_wanted(argv, messa
 def test_command_lines_set_typed_fields_over_a_preset():
     cfg = experiment.parse(ppo.Config, ppo.PRESETS, "", (
         "--config tiny --lr=1e-5 --missing_eos_score none --kl-control fixed --whiten_rewards --seed 3 "
-        "--score_clip -2").split())
+        "--score_clip 2 --warmup 0").split())
     assert (cfg.config, cfg.lr, cfg.missing_eos_score, cfg.kl_control) == ("tiny", 1e-5, None, "fixed")
-    assert (cfg.whiten_rewards, cfg.seed, cfg.score_clip) == (True, 3, -2.0)
+    assert (cfg.whiten_rewards, cfg.seed, cfg.score_clip) == (True, 3, 2.0)
     assert cfg.batch_size == ppo.PRESETS["tiny"]["batch_size"]
 
 
@@ -724,9 +731,10 @@ def test_token_wise_scores_equal_a_loop_over_pairs_and_columns():
     for n, (prompt, a, b) in enumerate(zip(prompts, chosen, rejected)):
         start = len(prompt) - 1                                                # column of the first response token
         differ = [k for k in range(max(len(a), len(b))) if a[k:k + 1] != b[k:k + 1]]
-        columns = range(start + differ[0], start + max(len(a), len(b))) if differ else []
+        end = start + max(len(a), len(b))
+        columns = range(start + differ[0] if differ else end - 1, end)         # two equal rows: at their last
         assert w[n].nonzero()[:, 0].tolist() == list(columns)
-        assert w[n].sum().item() == pytest.approx(1.0 if differ else 0.0)
+        assert w[n].sum().item() == pytest.approx(1.0)
         for t in columns:
             assert c[n, t] == values[n, min(t, start + len(a) - 1)]
             assert r[n, t] == values[n + 4, min(t, start + len(b) - 1)]
@@ -951,13 +959,14 @@ def test_rollout_check_stops_on_what_is_no_number_and_warns_of_impossible_or_lar
     fine = torch.tensor([0.5, -0.2, 0.3])
     ppo.check_rollout(fine, fine, 25.0, 0)
     assert capsys.readouterr().out == ""
-    with pytest.raises(SystemExit, match="scores of update 7 hold 1 values that are not finite"):
+    with pytest.raises(SystemExit, match="scores of update 7 is not finite. The last checkpoint is from before"):
         ppo.check_rollout(torch.tensor([0.0, math.nan]), fine, 25.0, 7)
-    ppo.check_rollout(fine, torch.tensor([-1.0, -1.1, -0.9]), 25.0, 0)
+    ppo.check_rollout(fine, torch.tensor([-1.0, -1.1, -0.9] * 6), 25.0, 0)
     assert "never negative" in capsys.readouterr().out
     ppo.check_rollout(fine, fine + 30, 25.0, 0)
     assert "above --kl_bound 25.0" in capsys.readouterr().out
-    ppo.check_rollout(fine[:1], fine[:1] * 0, 25.0, 0)                         # batch size 1
+    ppo.check_rollout(fine[:1], fine[:1] * 0 - 1, 25.0, 0)                     # one response proves nothing
+    assert capsys.readouterr().out == ""
 
 
 def test_responses_without_eos_get_the_fixed_score_and_scores_can_be_clipped():
@@ -1053,7 +1062,8 @@ def test_reward_model_agrees_with_annotators_and_is_normalised(whole_run, beside
     results = experiment.read_json(whole_run[0] / "reward_model" / "results.json")
     assert 0.6 < results["accuracy"] < results["bayes_accuracy"] < 1
     tokenizer = data.load_tokenizer(whole_run[0] / "sft")
-    scorer = reward_model.load_reward_model(whole_run[0] / "reward_model", tokenizer, "cpu")
+    policy, _ = sft.load_policy(whole_run[0] / "sft", "cpu")
+    scorer = reward_model.load_reward_model(whole_run[0] / "reward_model", policy, tokenizer, "cpu")
     held_out = experiment.read_json(whole_run[0] / "reward_model" / "comparisons.json")[1]
     scores = reward_model.score_all(scorer, held_out, "cpu")
     assert scores.mean().item() == pytest.approx(0, abs=1e-4) and scores.std().item() == pytest.approx(1, abs=1e-4)
@@ -1086,11 +1096,63 @@ def test_ppo_raises_the_score_and_starts_where_it_should(whole_run):
     assert log[1]["beta"] == pytest.approx(log[0]["beta"] * (1 - 0.2 * 32 / 640))
 
 
-def test_actor_started_as_the_sft_policy_and_the_reference_did_not_move(whole_run):
-    sft_weights = experiment.load_checkpoint(whole_run[0] / "sft")["policy"]
-    ppo_weights = experiment.load_checkpoint(whole_run[0] / "ppo")["policy"]
-    changes = [(ppo_weights[k] - sft_weights[k]).abs().max().item() for k in sft_weights]
-    assert 1e-4 < max(changes) < 0.1
+def test_the_reported_comparison_is_that_of_the_two_checkpoints_so_the_reference_did_not_move(whole_run):
+    folder, results = whole_run
+    reference, tokenizer = sft.load_policy(folder / "sft", "cpu")
+    actor, _ = sft.load_policy(folder / "ppo", "cpu")
+    scorer = reward_model.load_reward_model(folder / "reward_model", reference, tokenizer, "cpu")
+    cfg = tiny(ppo)
+    prompts = data.draw(data.review_prompts()[1], cfg.n_eval, seeded(cfg.seed))
+    again, scores, gold, texts = ppo.evaluate(actor, reference, scorer, tokenizer, prompts, cfg)
+    assert again == {name: results[name] for name in again}
+    assert scores.mean().item() == again["score"] and gold.mean().item() == again["gold"]
+
+
+def test_an_update_wires_rollout_rewards_advantages_and_losses_together(beside, monkeypatch):
+    """One run of two updates, every call of the maths recorded and compared with the definitions."""
+    calls = {}
+
+    def spy(name, owner=ppo):
+        original = getattr(owner, name)
+
+        def recorded(*args, **kwargs):
+            result = original(*args, **kwargs)
+            calls.setdefault(name, []).append((args, result))
+            return result
+        monkeypatch.setattr(owner, name, recorded)
+
+    for name in ("ScalarGPT", "roll_out", "score_responses", "gae", "policy_loss", "value_loss", "shape_rewards"):
+        spy(name)
+    spied, critic_values = ppo.gae, []
+
+    def gae(rewards, values, mask, gamma, lam):              # before the critic moves on
+        inputs = calls["roll_out"][-1][1][0]
+        critic_values.append((calls["ScalarGPT"][0][1](inputs) * mask).detach())
+        return spied(rewards, values, mask, gamma, lam)
+
+    monkeypatch.setattr(ppo, "gae", gae)
+    ppo.main(tiny(ppo, out="wired", base="tiny", steps=2, batch_size=16, minibatch_size=16, n_eval=8, lam=0.9,
+                  gamma=0.98, beta=0.3, kl_control="fixed"))
+    for update in range(2):
+        inputs, targets, mask, finished = calls["roll_out"][update][1]
+        scores = calls["score_responses"][update][1]
+        (given, old_logprobs, ref_logprobs, rewards_mask, beta), rewards = calls["shape_rewards"][update]
+        assert torch.equal(given, scores) and torch.equal(rewards_mask, mask) and beta == 0.3
+        (gae_rewards, values, _, gamma, lam), (advantages, returns) = calls["gae"][update]
+        assert torch.equal(gae_rewards, rewards) and (gamma, lam) == (0.98, 0.9)
+        assert torch.equal(values, critic_values[update]) and values.any() == (update > 0)
+        (logprobs, loss_old, whitened, loss_mask, clip_eps), _ = calls["policy_loss"][update]
+        rows = [next(b for b in range(16) if torch.equal(old_logprobs[b], row)) for row in loss_old]     # shuffled
+        torch.testing.assert_close(whitened, ppo.whiten(advantages, mask)[rows])
+        torch.testing.assert_close(logprobs.detach(), loss_old, atol=1e-5, rtol=0)
+        assert torch.equal(loss_mask, mask[rows]) and clip_eps == 0.2
+        (new_values, old_values, targets_of_critic, _, eps), _ = calls["value_loss"][update]
+        torch.testing.assert_close(targets_of_critic, returns[rows])
+        assert torch.equal(old_values, values[rows]) and new_values.requires_grad and eps == 0.2
+        reference, _ = sft.load_policy(beside / "tiny" / "sft", "cpu")
+        torch.testing.assert_close(ref_logprobs, token_logprobs(reference, inputs, targets, mask).detach())
+    critic = experiment.load_checkpoint(beside / "wired" / "ppo")["critic"]
+    assert critic["head.weight"].abs().max() > 0
 
 
 def test_a_finished_stage_is_shown_again_and_not_run_again(whole_run, beside, capsys):
@@ -1123,7 +1185,6 @@ def test_no_room_for_a_response_ends_at_once_with_both_numbers(beside):
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(beside, tmp_path):
-    import shutil
     for stage in ("sft", "reward_model"):
         shutil.copytree(beside / "tiny" / stage, tmp_path / "out" / "tiny" / stage)
     os.chdir(tmp_path)                                                         # monkeypatch in `beside` goes back
@@ -1167,6 +1228,7 @@ def test_an_interrupted_and_resumed_stage_ends_with_the_same_bits(script, at, be
 
     stage = script.__name__
     ours, theirs = (experiment.load_checkpoint(beside / run / stage) for run in (name, "tiny"))
+    assert ours.pop("config")["out"] == name and theirs.pop("config")["out"] == ""
     assert_same_bits(ours, theirs)
     timed = re.compile("_seconds$|_per_second$")
     logs = [[{k: v for k, v in line.items() if not timed.search(k)} for line in log_of(beside / run / stage)]
@@ -1189,6 +1251,67 @@ def assert_same_bits(a, b):
             assert_same_bits(x, y)
     else:
         assert a == b
+
+
+def test_overwrite_that_ends_in_an_error_leaves_the_finished_stage_where_it_is(beside):
+    first = sft.main(tiny(sft, out="kept", steps=12))
+    with pytest.raises(SystemExit, match="exceed --block_size 20"):
+        sft.main(tiny(sft, out="kept", steps=12, block_size=20, overwrite=True))
+    assert sft.main(tiny(sft, out="kept", steps=12)) == first
+
+
+def test_a_folder_of_ones_own_is_not_emptied(beside):
+    (beside / "mine" / "sft").mkdir(parents=True)
+    (beside / "mine" / "sft" / "notes.txt").write_text("precious")
+    sft.main(tiny(sft, out="mine", steps=2))
+    assert (beside / "mine" / "sft" / "notes.txt").read_text() == "precious"
+
+
+def test_resume_goes_on_even_where_the_command_says_overwrite(beside, monkeypatch, capsys):
+    cfg = tiny(sft, out="both", steps=12, save_every=5, overwrite=True)
+    original = experiment.Run.log
+
+    def crash(run, step, *args, **kwargs):
+        original(run, step, *args, **kwargs)
+        if step == 7:
+            raise RuntimeError("crash")
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.Run, "log", crash)
+        with pytest.raises(RuntimeError):
+            sft.main(cfg)
+    sft.main(dataclasses.replace(cfg, resume=True))
+    assert "going on from step 5" in capsys.readouterr().out
+
+
+def test_stages_that_do_not_belong_together_are_noticed(beside, capsys):
+    sft.main(tiny(sft, out="mixed", steps=5))
+    ppo.main(tiny(ppo, out="mixed", base="tiny", steps=2, n_eval=8))             # its own SFT, tiny's reward model
+    assert "reward_model was made from another SFT policy than the one here" in capsys.readouterr().out
+    ppo_folder = beside / "mixed" / "ppo"
+    (ppo_folder / "report.txt").unlink()                                         # as if it had not finished
+    sft.main(tiny(sft, out="mixed", steps=6, overwrite=True))
+    with pytest.raises(SystemExit, match="was begun with another sft: the stages before it have changed"):
+        ppo.main(tiny(ppo, out="mixed", base="tiny", steps=2, n_eval=8, resume=True))
+
+
+def test_numbers_that_are_none_stop_the_run_and_keep_the_last_good_checkpoint(beside, monkeypatch):
+    for script, name, at in ((sft, "sft_loss", 25), (reward_model, "preference_loss", 12), (ppo, "value_loss", 10)):
+        original, calls = getattr(script, name), []
+
+        def broken(*args, **kwargs):
+            calls.append(1)
+            result = original(*args, **kwargs)
+            loss = result[0] if isinstance(result, tuple) else result
+            loss = loss * (math.nan if len(calls) > at else 1.0)
+            return (loss, result[1]) if isinstance(result, tuple) else loss
+        with monkeypatch.context() as patch:
+            patch.setattr(script, name, broken)
+            with pytest.raises(SystemExit, match="is not finite. The last checkpoint is from before that"):
+                script.main(tiny(script, out="nan", base="" if script is sft else "tiny"))
+        saved = experiment.load_checkpoint(beside / "nan" / script.__name__)
+        weights = saved["policy" if script is not reward_model else "reward_model"]
+        assert saved["step"] > 0 and all(torch.isfinite(w).all() for w in weights.values())
+        shutil.rmtree(beside / "nan")
 
 
 def test_overwrite_keeps_the_old_stage_until_the_new_one_is_complete(beside, monkeypatch):
@@ -1220,22 +1343,47 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_that_works(tmp_path):
         process.kill()
 
 
-@pytest.mark.parametrize("changes", [
-    dict(surrogate="kl_penalty"), dict(kl_control="fixed", whiten_rewards=True, score_clip=1.0, entropy_coef=0.01),
-    dict(critic_init="sft", critic_target="mc", missing_eos_score=None), dict(critic_target="td", value_clip_eps=0.0),
-    dict(critic_target="score", lam=0.95, gamma=0.99, epochs=2), dict(temperature=0.7),
-    dict(batch_size=1, minibatch_size=1), dict(batch_size=5, minibatch_size=3, max_new_tokens=1)],
-    ids=lambda c: "-".join(c))
-def test_every_option_of_ppo_runs(changes, beside):
+@pytest.fixture(scope="module")
+def two_updates(whole_run):
+    """The log of two updates by default settings, to compare options with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(whole_run[0].parent.parent)
+        ppo.main(tiny(ppo, out="default", base="tiny", steps=2, n_eval=8))
+    return log_of(whole_run[0].parent / "default" / "ppo")
+
+
+@pytest.mark.parametrize("changes, update, metric", [
+    (dict(surrogate="kl_penalty"), 1, "policy_loss"), (dict(kl_control="fixed"), 1, "beta"),
+    (dict(whiten_rewards=True), 0, "value_loss"), (dict(score_clip=0.5), 0, "score"),
+    (dict(entropy_coef=1.0), 0, "grad_norm"), (dict(critic_init="sft"), 1, "value_loss"),
+    (dict(critic_target="td"), 0, "value_loss"), (dict(critic_target="score"), 1, "value_loss"),
+    (dict(critic_target="mc", lam=0.9), 1, "explained_variance"), (dict(lam=0.9), 0, "value_loss"),
+    (dict(gamma=0.9), 0, "value_loss"), (dict(value_clip_eps=0.001), 0, "value_clip_fraction"), (dict(epochs=2), 0, "kl_old"),
+    (dict(temperature=0.7), 0, "entropy"), (dict(missing_eos_score=None), 0, "score"), (dict(beta=1.0), 1, "value_loss"),
+    (dict(clip_eps=0.01), 0, "clip_fraction"), (dict(grad_clip=0.01), 1, "score"), (dict(critic_lr=1e-2), 1, "value_loss"),
+    (dict(batch_size=1, minibatch_size=1), 0, "score"), (dict(batch_size=5, minibatch_size=3, max_new_tokens=1), 0, "score")],
+    ids=lambda c: "-".join(c) if isinstance(c, dict) else "")
+def test_every_option_of_ppo_acts_on_the_quantity_it_names(changes, update, metric, beside, two_updates):
     name = "option_" + "_".join(f"{k}-{v}" for k, v in changes.items())
     results = ppo.main(tiny(ppo, out=name, base="tiny", steps=2, n_eval=8, **changes))
     assert math.isfinite(results["score"]) and math.isfinite(results["kl_ref"])
     log = log_of(beside / name / "ppo")
     assert log[0]["kl_ref"] == 0
-    if changes.get("surrogate") == "kl_penalty":
-        assert log[0]["kl_penalty_coef"] != log[1]["kl_penalty_coef"] and log[0]["clip_fraction"] == 0
-    if changes.get("kl_control") == "fixed":
-        assert log[0]["beta"] == log[1]["beta"]
+    assert log[update][metric] != pytest.approx(two_updates[update][metric], rel=1e-4)
+
+
+def test_kl_penalty_coefficient_follows_kl_old(beside):
+    ppo.main(tiny(ppo, out="penalised", base="tiny", surrogate="kl_penalty", kl_old_target=0.01, steps=8, n_eval=8))
+    log = log_of(beside / "penalised" / "ppo")
+    for before, after in zip(log, log[1:]):
+        factor = 2 if before["kl_old"] > 0.015 else 0.5 if before["kl_old"] < 0.01 / 1.5 else 1
+        assert after["kl_penalty_coef"] == before["kl_penalty_coef"] * factor
+    assert len({line["kl_penalty_coef"] for line in log}) > 1
+
+
+def test_an_entropy_bonus_raises_the_entropy(beside):
+    entropies = [ppo.main(tiny(ppo, out=f"bonus{c}", base="tiny", entropy_coef=c, n_eval=32))["entropy"] for c in (0.0, 3.0)]
+    assert entropies[1] > entropies[0] + 0.1
 
 
 def test_with_a_learning_rate_of_zero_nothing_moves_over_all_epochs(beside):
