@@ -400,15 +400,16 @@ def main(cfg):
                  gpt=asdict(actor.config), tokenizer=data.fingerprint(tokenizer),
                  sft=experiment.fingerprint(actor), reward=experiment.fingerprint(reward_model))
     data.save_tokenizer(tokenizer, run.folder)
-    (train_prompts, _), generator = data.review_prompts(), run.generator
+    train_prompts, _ = data.review_prompts()
 
     for step in run.steps(run.restore(**state), cfg.steps):
         clock = experiment.Clock(device)
 
         # ---- 1. roll out
-        prompts = data.draw(train_prompts, cfg.batch_size, generator)
+        prompts = data.draw(train_prompts, cfg.batch_size, run.generator)
         ids = [data.encode_prompt(tokenizer, prompt) for prompt in prompts]
-        inputs, targets, mask, finished = roll_out(actor, ids, cfg, tokenizer.eot_token, generator)
+        inputs, targets, mask, finished = roll_out(actor, ids, cfg, tokenizer.eot_token,
+                                                   run.generator)
         clock.lap("rollout")
 
         # ---- 2. score
@@ -442,7 +443,8 @@ def main(cfg):
         experiment.set_learning_rate(critic_optimizer, decay * cfg.critic_lr)
         history = []
         for _ in range(cfg.epochs):
-            for rows in torch.randperm(cfg.batch_size, generator=generator).split(cfg.minibatch_size):
+            order = torch.randperm(cfg.batch_size, generator=run.generator)
+            for rows in order.split(cfg.minibatch_size):
                 rows_mask = mask[rows]                                                      # (b, T)
                 logprobs, new_entropy = token_logprobs(
                     actor, inputs[rows], targets[rows], rows_mask, cfg.temperature, True)
