@@ -127,6 +127,8 @@ def check_range(flag, value):
                       "kl_old_target", "kl_penalty_coef", "grad_clip", "score_clip")
         if value < 0 or value == 0 and name in above_zero:
             stop(f"{flag} got {value}; it takes a number {'above' if name in above_zero else 'from'} 0")
+        if value > 1 and name in ("gamma", "lam", "lr_floor", "dropout"):
+            stop(f"{flag} got {value}; it takes a number from 0 to 1")
 
 
 def nearest(word, known):
@@ -167,8 +169,8 @@ def ensure(cfg, script):
             print(f"using {folder} (seed {made_by['seed']})")
             return folder
     if cfg.base and not begun:
-        stop(f"--base {cfg.base} has no finished {folder}; python {stage}.py --config {cfg.config} "
-             f"--out {cfg.base} makes it")
+        stop(f"--base {cfg.base} has no finished {folder}; check the name, or make it: "
+             f"python {stage}.py --config {cfg.config} --out {cfg.base} --resume")
     theirs = preset(script.Config, script.PRESETS, cfg.config, seed=cfg.seed)
     if begun:                                                    # perhaps with settings of its own
         theirs = script.Config(**read_json(here / "config.json"))
@@ -323,8 +325,8 @@ class Run:
 
     def show(self):
         """Print again what a finished stage printed at its end -> its results"""
-        print("\n" + (self.folder / "report.txt").read_text()
-              + "\n(--overwrite runs it again, --out NAME beside it)")
+        print("This is the result of then, whatever has changed in the code since; --overwrite runs it "
+              "again, --out NAME beside it.\n\n" + (self.folder / "report.txt").read_text())
         return read_json(self.folder / "results.json")
 
 

@@ -51,12 +51,12 @@ class Config(experiment.Common):
     max_new_tokens: int = 48        # longest response sampled
     temperature: float = 1.0        # of the policy, where it samples and where it is scored
     missing_eos_score: float | None = -3.0      # of a response without EOS; none: as it is
-    score_clip: float | None = None             # largest size of a score
+    score_clip: float | None = None             # scores are clipped to plus and minus this
     whiten_rewards: bool = False    # scale rewards to unit variance, mean kept
     kl_control: Literal["proportional", "fixed"] = "proportional"   # whether beta follows kl_ref
     beta: float = 0.4               # strength of the KL to the reference, at first
     kl_target: float = 3.0          # nats per response that beta steers to
-    kl_horizon: float = 640.0       # responses it takes; 10000 in Ziegler et al., for longer runs
+    kl_horizon: float = 640.0       # in responses: the smaller, the faster beta moves
     kl_bound: float = 25.0          # nats per response above which to warn
     gamma: float = 1.0              # discount
     lam: float = 1.0                # lambda of GAE
@@ -66,10 +66,10 @@ class Config(experiment.Common):
     clip_eps: float = 0.2           # of the ratio, for surrogate clip
     kl_penalty_coef: float = 1.0    # at first, for surrogate kl_penalty
     kl_old_target: float = 0.002    # nats per token, for surrogate kl_penalty
-    value_clip_eps: float = 0.2     # of the critic's change; 0 turns it off
+    value_clip_eps: float = 0.2     # clips the critic's change in an update; 0 turns it off
     entropy_coef: float = 0.0       # entropy bonus
     lr: float = 7e-4                # AdamW's learning rate at its peak, actor
-    critic_lr: float = 1e-3         # critic
+    critic_lr: float = 1e-3         # the same for the critic
     warmup: int = 2                 # updates of linear warm-up, then linear decay
     lr_floor: float = 0.02          # to this share of the peak
     grad_clip: float = 1.0          # largest gradient norm, actor and critic each
@@ -293,7 +293,7 @@ def score_responses(reward_model, inputs, targets, mask, finished, cfg):
 
 
 def read_gold(tokenizer, prompts, targets, mask):
-    """The true utility (B,) and the texts of responses: for the log alone, training never sees it."""
+    """For the log alone: the responses' true utility (B,), and their (text, whether it ended)"""
     texts = [data.decode_response(tokenizer, ids[m > 0].tolist())
              for ids, m in zip(targets.cpu(), mask.cpu())]
     return torch.tensor([reviews.gold(p, *text) for p, text in zip(prompts, texts)]), texts
@@ -330,11 +330,12 @@ def evaluate(policy, reference, reward_model, tokenizer, prompts, cfg):
     ids = [data.encode_prompt(tokenizer, prompt) for prompt in prompts]
     generator = torch.Generator().manual_seed(cfg.seed)          # the same uniforms for every policy
     inputs, targets, mask, finished = roll_out(policy, ids, cfg, tokenizer.eot_token, generator)
-    logprobs, entropy = token_logprobs(policy, inputs, targets, mask, cfg.temperature, True)
+    logprobs, entropy = token_logprobs(policy, inputs, targets, mask, cfg.temperature,
+                                       return_entropy=True)
     ref_logprobs = token_logprobs(reference, inputs, targets, mask, cfg.temperature)
     scores = score_responses(reward_model, inputs, targets, mask, finished, cfg)
     gold, texts = read_gold(tokenizer, prompts, targets, mask)
-    good = sum(map(reviews.grammatical, prompts, *zip(*texts)))
+    good = sum(reviews.grammatical(prompt, *text) for prompt, text in zip(prompts, texts))
     metrics = {"score": scores.mean().item(), "gold": gold.mean().item(),
                "kl_ref": kl_estimate(logprobs, ref_logprobs).sum(1).mean().item(),
                "entropy": masked_mean(entropy, mask).item(),
@@ -386,6 +387,9 @@ def main(cfg):
     actor, tokenizer = sft.load_policy(experiment.ensure(cfg, sft), device)
     reward_model = rm.load_reward_model(experiment.ensure(cfg, rm), actor, tokenizer, device)
     data.check_room(tokenizer, reviews.all_prompts(), cfg.max_new_tokens, actor.config.block_size)
+    if cfg.minibatch_size > cfg.batch_size:
+        experiment.stop(f"--minibatch_size {cfg.minibatch_size} is more than --batch_size "
+                        f"{cfg.batch_size}; lower it to that or less")
     run.begin()
     reference = copy.deepcopy(actor).requires_grad_(False)
     trunk = reward_model if cfg.critic_init == "rm" else actor
@@ -402,7 +406,8 @@ def main(cfg):
     data.save_tokenizer(tokenizer, run.folder)
     train_prompts, _ = data.review_prompts()
 
-    for step in run.steps(run.restore(**state), cfg.steps):
+    first = run.restore(**state)                                 # 0, or where the checkpoint stands
+    for step in run.steps(first, cfg.steps):
         clock = experiment.Clock(device)
 
         # ---- 1. roll out
@@ -422,7 +427,7 @@ def main(cfg):
                 actor, inputs, targets, mask, cfg.temperature, return_entropy=True)
             ref_logprobs = token_logprobs(reference, inputs, targets, mask, cfg.temperature)
             old_values = critic(inputs) * mask                                              # (B, T)
-        kl_ref = kl_estimate(old_logprobs, ref_logprobs).sum(dim=1)                         # (B,)
+        kl_ref = kl_estimate(old_logprobs, ref_logprobs).sum(dim=1)     # (B,) both 0 off the mask
         check_rollout(scores, kl_ref, cfg.kl_bound, step)
         clock.lap("score")
 
@@ -432,22 +437,24 @@ def main(cfg):
             rewards = whiten(rewards, mask, shift_mean=False)
 
         # ---- 5. advantages
+        # The critic's targets may be of another kind than A + V: --critic_target
         advantages, _ = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)                  # (B, T)
         returns = critic_targets(rewards, old_values, scores, mask, cfg.critic_target, cfg.gamma,
                                  cfg.lam)                                                   # (B, T)
         advantages = whiten(advantages, mask)
 
         # ---- 6. update
-        decay = experiment.learning_rate(step, cfg.steps, 1.0, cfg.warmup, cfg.lr_floor)
-        experiment.set_learning_rate(actor_optimizer, decay * cfg.lr)
-        experiment.set_learning_rate(critic_optimizer, decay * cfg.critic_lr)
+        lr_factor = experiment.learning_rate(step, cfg.steps, 1.0, cfg.warmup, cfg.lr_floor)
+        experiment.set_learning_rate(actor_optimizer, lr_factor * cfg.lr)
+        experiment.set_learning_rate(critic_optimizer, lr_factor * cfg.critic_lr)
         history = []
         for _ in range(cfg.epochs):
             order = torch.randperm(cfg.batch_size, generator=run.generator)
             for rows in order.split(cfg.minibatch_size):
                 rows_mask = mask[rows]                                                      # (b, T)
                 logprobs, new_entropy = token_logprobs(
-                    actor, inputs[rows], targets[rows], rows_mask, cfg.temperature, True)
+                    actor, inputs[rows], targets[rows], rows_mask, cfg.temperature,
+                    return_entropy=True)
                 if cfg.surrogate == "clip":
                     loss, metrics = policy_loss(logprobs, old_logprobs[rows], advantages[rows],
                                                 rows_mask, cfg.clip_eps)
@@ -494,7 +501,7 @@ def main(cfg):
                     "entropy": masked_mean(entropy, mask),
                     "explained_variance": explained_variance(old_values, returns, mask),
                     "response_length": mask.sum(1).mean(), "eos_rate": finished.float().mean(),
-                    "lr": decay * cfg.lr, "critic_lr": decay * cfg.critic_lr} | clock.seconds
+                    "lr": lr_factor * cfg.lr, "critic_lr": lr_factor * cfg.critic_lr} | clock.seconds
         metrics["tokens_per_second"] = mask.sum().item() / sum(clock.seconds.values())
         run.log(step, metrics, ["score", "gold", "kl_ref", "beta", "kl_old", "entropy",
                                 "clip_fraction", "explained_variance", "response_length"])
@@ -508,7 +515,7 @@ def main(cfg):
         f"curves      {picture}", f"log         {run.folder}/log.jsonl",
         f"checkpoint  {run.folder}/checkpoint.pt",
         f"next        python ppo.py --config {cfg.config} --base {cfg.base or cfg.out or cfg.config} "
-        "--out hacked --kl_control fixed --beta 0   (what happens without a KL penalty)"]), results)
+        f"--out {cfg.out or cfg.config}-hacked --kl_control fixed --beta 0   (no KL penalty)"]), results)
 
 
 if __name__ == "__main__":

@@ -1372,6 +1372,22 @@ def test_every_option_of_ppo_acts_on_the_quantity_it_names(changes, update, metr
     assert log[update][metric] != pytest.approx(two_updates[update][metric], rel=1e-4)
 
 
+def test_beta_follows_kl_ref_of_each_update(beside):
+    ppo.main(tiny(ppo, out="followed", base="tiny", kl_target=0.5, kl_horizon=100.0, n_eval=8))
+    log = log_of(beside / "followed" / "ppo")
+    for before, after in zip(log, log[1:]):
+        error = min(max(before["kl_ref"] / 0.5 - 1, -0.2), 0.2)
+        assert after["beta"] == pytest.approx(before["beta"] * (1 + error * 32 / 100))
+    assert any(after["beta"] > before["beta"] for before, after in zip(log, log[1:]))
+
+
+def test_an_eos_in_the_prompt_does_not_finish_the_response():
+    gpt, cfg = small_gpt(std=0.4), dataclasses.replace(ppo.Config(), max_new_tokens=2)
+    _, targets, mask, finished = ppo.roll_out(gpt, [[1, 10, 2]] * 60, cfg, 10, seeded())
+    assert finished.tolist() == [10 in t[m > 0].tolist() for t, m in zip(targets, mask)]
+    assert finished.any() and not finished.all()
+
+
 def test_kl_penalty_coefficient_follows_kl_old(beside):
     ppo.main(tiny(ppo, out="penalised", base="tiny", surrogate="kl_penalty", kl_old_target=0.01, steps=8, n_eval=8))
     log = log_of(beside / "penalised" / "ppo")
