@@ -11,6 +11,7 @@ written as tokenizer.json beside its checkpoints, and its fingerprint stands in 
 """
 
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -77,9 +78,14 @@ def batch_rows(n, batch_size, step, seed):
     if not 1 <= batch_size <= n:
         raise ValueError(f"got batch size {batch_size} for {n} rows; it must be from 1 to {n}")
     epoch, batch = divmod(step, n // batch_size)
+    return epoch_order(n, seed, epoch)[batch * batch_size:(batch + 1) * batch_size]
+
+
+@functools.lru_cache(maxsize=1)
+def epoch_order(n, seed, epoch):
+    """The order of n rows in an epoch -> list of indices; drawn once, not at each of its batches"""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(n, generator=generator)
-    return order[batch * batch_size:(batch + 1) * batch_size].tolist()
+    return torch.randperm(n, generator=generator).tolist()
 
 
 def draw(items, n, generator):
