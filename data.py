@@ -68,6 +68,11 @@ def responses_of(tokens, mask):
     return [row[m > 0].tolist() for row, m in zip(targets.cpu(), mask.cpu())]
 
 
+def met_eos(targets, mask, eos_id):
+    """Which rows' responses hold an EOS; one in the prompt does not count -> (B,) bool"""
+    return ((targets == eos_id) & (mask > 0)).any(dim=1)
+
+
 def batch_rows(n, batch_size, step, seed):
     """
     Which of n rows make up batch number `step`, in a fresh order each epoch -> list of indices
@@ -215,3 +220,12 @@ def review_prompts():
     """-> training prompts, held-out prompts"""
     prompts = reviews.all_prompts()
     return [p for p in prompts if not held_out(p)], [p for p in prompts if held_out(p)]
+
+
+def held_out_prompts(n, seed):
+    """n different held-out prompts"""
+    prompts = review_prompts()[1]
+    if n > len(prompts):
+        raise SystemExit(f"error: got {n} held-out prompts to evaluate on; there are {len(prompts)}")
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
+    return [prompts[i] for i in order[:n]]

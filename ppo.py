@@ -29,6 +29,7 @@ their four, lambda 1 for 0.95, and a horizon of the KL controller that suits a r
 """
 
 import copy
+import functools
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -36,10 +37,11 @@ import torch
 
 import data
 import experiment
+import frontier
 import reviews
 import reward_model as rm
 import sft
-from model import ScalarGPT, generate, masked_mean, sequence_scores, token_logprobs
+from model import ScalarGPT, generate, masked_mean, token_logprobs
 
 
 @dataclass
@@ -73,13 +75,14 @@ class Config(experiment.Common):
     warmup: int = 2                 # updates of linear warm-up, then linear decay
     lr_floor: float = 0.02          # to this share of the peak
     grad_clip: float = 1.0          # largest gradient norm, actor and critic each
-    n_eval: int = 512               # held-out prompts for the final comparison
+    n_eval: int = 64                # held-out prompts for the final comparison
+    n_samples: int = 32             # responses to each of them, from SFT and from PPO
 
 
 PRESETS = {
     "small": dict(save_every=20),
-    "tiny": dict(steps=8, batch_size=32, minibatch_size=16, max_new_tokens=24, lr=2e-3, n_eval=64,
-                 save_every=3),
+    "tiny": dict(steps=8, batch_size=32, minibatch_size=16, max_new_tokens=24, lr=2e-3, n_eval=16,
+                 n_samples=16, save_every=3),
 }
 
 
@@ -277,26 +280,7 @@ def roll_out(actor, prompts, cfg, eos_id, generator):
     """Responses to prompts (token lists) -> inputs, targets, mask (B, T), finished (B,): met EOS"""
     tokens, mask = generate(actor, prompts, cfg.max_new_tokens, eos_id, cfg.temperature, generator)
     inputs, targets = data.shift(tokens)
-    finished = ((targets == eos_id) & (mask > 0)).any(dim=1)
-    return inputs, targets, mask, finished
-
-
-@torch.no_grad()
-def score_responses(reward_model, inputs, targets, mask, finished, cfg):
-    """The reward of whole responses, before any KL -> (B,)"""
-    scores = sequence_scores(reward_model, inputs, targets, mask)
-    if cfg.missing_eos_score is not None:
-        scores = torch.where(finished, scores, cfg.missing_eos_score)
-    if cfg.score_clip is not None:
-        scores = scores.clamp(-cfg.score_clip, cfg.score_clip)
-    return scores
-
-
-def read_gold(tokenizer, prompts, targets, mask):
-    """For the log alone: the responses' true utility (B,), and their (text, whether it ended)"""
-    texts = [data.decode_response(tokenizer, ids[m > 0].tolist())
-             for ids, m in zip(targets.cpu(), mask.cpu())]
-    return torch.tensor([reviews.gold(p, *text) for p, text in zip(prompts, texts)]), texts
+    return inputs, targets, mask, data.met_eos(targets, mask, eos_id)
 
 
 def check_first_minibatch(logprobs, old_logprobs, kl_ref, clip_fraction):
@@ -324,26 +308,6 @@ def check_rollout(scores, kl_ref, bound, step):
               "is leaving what the reward model knows; raise --beta or lower --lr")
 
 
-@torch.no_grad()
-def evaluate(policy, reference, reward_model, tokenizer, prompts, cfg):
-    """A policy on prompts (texts) -> {metric: mean}, scores, gold, response texts"""
-    ids = [data.encode_prompt(tokenizer, prompt) for prompt in prompts]
-    generator = torch.Generator().manual_seed(cfg.seed)          # the same uniforms for every policy
-    inputs, targets, mask, finished = roll_out(policy, ids, cfg, tokenizer.eot_token, generator)
-    logprobs, entropy = token_logprobs(policy, inputs, targets, mask, cfg.temperature,
-                                       return_entropy=True)
-    ref_logprobs = token_logprobs(reference, inputs, targets, mask, cfg.temperature)
-    scores = score_responses(reward_model, inputs, targets, mask, finished, cfg)
-    gold, texts = read_gold(tokenizer, prompts, targets, mask)
-    good = sum(reviews.grammatical(prompt, *text) for prompt, text in zip(prompts, texts))
-    metrics = {"score": scores.mean().item(), "gold": gold.mean().item(),
-               "kl_ref": kl_estimate(logprobs, ref_logprobs).sum(1).mean().item(),
-               "entropy": masked_mean(entropy, mask).item(),
-               "response_length": mask.sum(1).mean().item(),
-               "eos_rate": finished.float().mean().item(), "grammatical": good / len(prompts)}
-    return metrics, scores, gold, [text for text, _ in texts]
-
-
 CURVES = [                                                       # heading, unit, logged metrics
     ("reward and true utility", "score, gold", ["score", "gold"]),
     ("KL to the reference", "nats per response", ["kl_ref"]),
@@ -354,27 +318,6 @@ CURVES = [                                                       # heading, unit
     ("critic: explained variance", "", ["explained_variance"]),
     ("response length", "tokens", ["response_length"]),
     ("gradient norm", "", ["grad_norm", "critic_grad_norm"])]
-
-
-def compare(actor, reference, reward_model, tokenizer, cfg):
-    """SFT and PPO on the same held-out prompts, with the same uniforms -> text, results"""
-    prompts = data.draw(data.review_prompts()[1], cfg.n_eval, torch.Generator().manual_seed(cfg.seed))
-    sft_metrics, sft_scores, sft_gold, sft_texts = evaluate(
-        reference, reference, reward_model, tokenizer, prompts, cfg)
-    ppo_metrics, ppo_scores, ppo_gold, ppo_texts = evaluate(
-        actor, reference, reward_model, tokenizer, prompts, cfg)
-    gain = ((ppo_gold.mean() - sft_gold.mean()) / sft_gold.std()).item()
-    lines = [experiment.table([
-        [f"{cfg.n_eval} held-out prompts", "SFT", "PPO"],
-        *([name, sft_metrics[name], ppo_metrics[name]] for name in sft_metrics)]), "",
-        f"The true utility, gold, which training never saw, is {gain:+.2f} standard deviations of",
-        f"the SFT policy's gold above that policy's, at {ppo_metrics['kl_ref']:.2f} nats of KL per "
-        "response.", ""]
-    for i, prompt in enumerate(prompts[:4]):
-        lines += [prompt,
-                  f"    SFT  score {sft_scores[i]:5.2f}  gold {sft_gold[i]:5.2f} {sft_texts[i]}",
-                  f"    PPO  score {ppo_scores[i]:5.2f}  gold {ppo_gold[i]:5.2f} {ppo_texts[i]}"]
-    return "\n".join(lines), {**ppo_metrics, "gold_gain": gain, "sft": sft_metrics}
 
 
 def main(cfg):
@@ -391,6 +334,7 @@ def main(cfg):
         experiment.stop(f"--minibatch_size {cfg.minibatch_size} is more than --batch_size "
                         f"{cfg.batch_size}; lower it to that or less")
     run.begin()
+    reward = functools.partial(rm.score_responses, reward_model, cfg=cfg)
     reference = copy.deepcopy(actor).requires_grad_(False)
     trunk = reward_model if cfg.critic_init == "rm" else actor
     critic = ScalarGPT(trunk.config, init_from=trunk, zero_head=True).to(device).eval()
@@ -418,8 +362,8 @@ def main(cfg):
         clock.lap("rollout")
 
         # ---- 2. score
-        scores = score_responses(reward_model, inputs, targets, mask, finished, cfg)        # (B,)
-        gold, _ = read_gold(tokenizer, prompts, targets, mask)                              # (B,)
+        scores = reward(inputs, targets, mask, finished)                                    # (B,)
+        gold, _ = frontier.read_gold(tokenizer, prompts, targets, mask)                     # (B,)
 
         # ---- 3. logprobs
         with torch.no_grad():
@@ -508,7 +452,7 @@ def main(cfg):
         run.checkpoint(step + 1, **state)
 
     # ---- the result
-    text, results = compare(actor, reference, reward_model, tokenizer, cfg)
+    text, results = frontier.compare({"SFT": reference, "PPO": actor}, reward, tokenizer, cfg)
     picture = experiment.curves(run.folder, f"PPO, {run.folder}", CURVES)
     return run.finish("\n".join([
         text, "",

@@ -168,6 +168,17 @@ def score_all(reward_model, comparisons, device, batch_size=64):
     return scores.view(len(comparisons), -1).cpu()
 
 
+@torch.no_grad()
+def score_responses(reward_model, inputs, targets, mask, finished, cfg):
+    """The reward of whole responses, before any KL; a fixed low score where there is no EOS -> (B,)"""
+    scores = sequence_scores(reward_model, inputs, targets, mask)
+    if cfg.missing_eos_score is not None:
+        scores = torch.where(finished, scores, cfg.missing_eos_score)
+    if cfg.score_clip is not None:
+        scores = scores.clamp(-cfg.score_clip, cfg.score_clip)
+    return scores
+
+
 def load_reward_model(folder, sft_policy, tokenizer, device):
     """The reward model of a finished stage, in eval mode. It must share the policy's vocabulary."""
     saved = experiment.load_checkpoint(folder)

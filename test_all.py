@@ -30,7 +30,9 @@ import pytest
 import torch
 
 import data
+import dpo
 import experiment
+import frontier
 import model
 import ppo
 import reviews
@@ -39,8 +41,8 @@ import sft
 from model import GPT, GPTConfig, ScalarGPT, generate, masked_mean, sequence_scores, token_logprobs
 
 HERE = Path(__file__).parent
-SCRIPTS = (sft, reward_model, ppo)
-MODULES = (reviews, data, model, experiment, *SCRIPTS)
+SCRIPTS = (sft, reward_model, ppo, dpo)
+MODULES = (reviews, data, model, experiment, frontier, *SCRIPTS)
 
 
 def seeded(n=0):
@@ -992,13 +994,16 @@ COPIED = {
     "kl_penalty_loss": lambda f, x, m: f(x, 2 * x, x, m, 0.1), "value_loss": lambda f, x, m: f(x, 2 * x, x, m),
     "explained_variance": lambda f, x, m: f(x, 2 * x, m), "preference_loss": lambda f, x, m: f(x, 2 * x),
     "token_wise_scores": lambda f, x, m: f(x, x, m, m, m, m), "sft_loss": lambda f, x, m: f(x, m),
+    "sequence_logprobs": lambda f, x, m: f(x, m, True), "after_shared_prefix": lambda f, x, m: f(x, 2 * x, m, m),
+    "dpo_loss": lambda f, x, m: f(*x.T[:4], 0.1), "mixture_logprobs": lambda f, x, m: f(x[None].expand(2, -1, -1), [3, 6]),
+    "optimum": lambda f, x, m: tuple(f(x, m, 0.1).values()), "best_of_n": lambda f, x, m: f(x, 3),
     "ProportionalKL": lambda f, x, m: f(0.1, 6.0, 1e4).update(5.0, 8), "ThresholdKL": lambda f, x, m: f(1, 1).update(5)}
 
 
 @pytest.mark.parametrize("name", COPIED)
 def test_maths_works_when_pasted_into_an_empty_file_with_masked_mean(name):
-    original = next(getattr(m, name) for m in SCRIPTS if hasattr(m, name))
-    pasted = {"torch": torch}
+    original = next(getattr(m, name) for m in (*SCRIPTS, frontier) if hasattr(m, name))
+    pasted = {"torch": torch, "math": math}
     exec(inspect.getsource(masked_mean) + "\n" + inspect.getsource(original), pasted)
     x, mask = ragged()[0], ragged()[4]
     ours, theirs = COPIED[name](pasted[name], x, mask), COPIED[name](original, x, mask)
@@ -1010,6 +1015,509 @@ def test_maths_works_when_pasted_into_an_empty_file_with_masked_mean(name):
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
 def test_examples_in_docstrings_are_true(module):
     assert doctest.testmod(module).failed == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# The proof: a problem so small that every response can be listed, solved exactly and by our functions
+
+BETA = 1.0
+
+
+class Enumerated:
+    """Two prompts and all 40 responses of up to three tokens to each, ragged by EOS; a real GPT as the policy."""
+
+    def __init__(self, seed=0, longest=3, vocab_size=4):
+        eos = vocab_size - 1
+        words = [w for n in range(1, longest + 1) for w in itertools.product(range(vocab_size), repeat=n)
+                 if eos not in w[:-1] and (w[-1] == eos or n == longest)]
+        self.prompts, self.responses, self.eos = [[0], [1, 2]], [list(w) for w in words], eos
+        P, N = len(self.prompts), len(self.responses)
+        rows = [(p, y) for p in self.prompts for y in self.responses]
+        self.inputs, self.targets, self.mask = data.collate(*map(list, zip(*rows)))        # (P N, T)
+        self.scores = torch.randn(P, N, generator=seeded(seed))
+        self.lengths = self.mask.sum(1).view(P, N)
+        self.reference = self.policy(std=0.25)
+        with torch.no_grad():
+            self.ref_logprobs = self.by_token(self.reference)
+        self.ref = self.ref_logprobs.sum(1).view(P, N).double()
+        self.best = (self.ref + self.scores.double() / BETA).softmax(1)                     # pi*, (P, N)
+
+    def policy(self, seed=0, std=0.25):
+        torch.manual_seed(seed)
+        policy = GPT(GPTConfig(self.eos + 1, 8, n_layer=1, n_head=2, n_embd=32)).eval()
+        for p in policy.parameters():
+            p.data.normal_(std=std)
+        return policy
+
+    def by_token(self, policy):
+        return token_logprobs(policy, self.inputs, self.targets, self.mask)                 # (P N, T)
+
+    def logprobs(self, policy):
+        return self.by_token(policy).sum(1).view(self.scores.shape)                         # (P, N)
+
+    @torch.no_grad()
+    def probabilities(self, policy):
+        return self.logprobs(policy).double().exp()
+
+    def distance(self, p, q):
+        """Total variation, the mean over prompts"""
+        return 0.5 * (p - q).abs().sum(1).mean().item()
+
+    def objective(self, p):
+        """J = E[r] - beta KL of a table of probabilities"""
+        return (p * (self.scores - BETA * (p.clamp_min(1e-300).log() - self.ref))).sum(1).mean().item()
+
+    def fraction(self, p):
+        start = self.objective(self.ref.exp())
+        return (self.objective(p) - start) / (self.objective(self.best) - start)
+
+    def descend(self, loss_of, steps=250, lr=4e-3):
+        """Adam on loss_of(policy), from the reference -> the policy's probabilities"""
+        policy = self.policy()
+        optimizer = torch.optim.Adam(policy.parameters(), lr=lr, fused=True)
+        for step in range(steps):
+            experiment.set_learning_rate(optimizer, experiment.learning_rate(step, steps, lr, 10, 0.01))
+            optimizer.zero_grad()
+            loss_of(policy).backward()
+            optimizer.step()
+        return self.probabilities(policy)
+
+
+@pytest.fixture(scope="module")
+def listing():
+    return Enumerated()
+
+
+def test_the_listing_is_a_distribution_over_what_the_sampler_samples(listing):
+    p = listing.probabilities(listing.reference)
+    assert p.shape == (2, 40) and torch.allclose(p.sum(1), torch.ones(2, dtype=torch.float64), atol=1e-6)
+    tokens, mask = generate(listing.reference, [listing.prompts[1]] * 4000, 3, listing.eos, generator=seeded())
+    counts = {}
+    for y in data.responses_of(tokens, mask):
+        counts[tuple(y)] = counts.get(tuple(y), 0) + 1
+    for y, q in zip(listing.responses, p[1].tolist()):
+        assert abs(counts.get(tuple(y), 0) / 4000 - q) < 4.5 * math.sqrt(q * (1 - q) / 4000) + 1e-3
+
+
+def test_no_policy_beats_pi_star_and_falls_short_of_it_by_beta_kl(listing):
+    """J(pi) = J* - beta KL(pi, pi*), with J* = beta E_x log Z(x)"""
+    limit = BETA * (listing.ref + listing.scores / BETA).logsumexp(1).mean().item()
+    assert listing.objective(listing.best) == pytest.approx(limit)
+    for seed in range(5):
+        p = listing.probabilities(listing.policy(seed=seed, std=0.4))
+        kl = (p * (p.log() - listing.best.log())).sum(1).mean().item()
+        assert listing.objective(p) == pytest.approx(limit - BETA * kl, abs=1e-5) and kl > 0.01
+
+
+# ---- PPO
+
+def ppo_on(listing, updates=150, epochs=4, surrogate="clip", lam=1.0, critic=None):
+    """PPO with the listing as its batch, each response weighed by its probability -> probabilities"""
+    policy, penalty = listing.policy(), ppo.ThresholdKL(1.0, 0.002)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=4e-3, fused=True)
+    for update in range(updates):
+        experiment.set_learning_rate(optimizer, experiment.learning_rate(update, updates, 4e-3, 5, 0.005))
+        with torch.no_grad():
+            old = listing.by_token(policy)
+            weights = listing.mask * old.sum(1, keepdim=True).exp()
+            rewards = ppo.shape_rewards(listing.scores.flatten(), old, listing.ref_logprobs, listing.mask, BETA)
+            advantages, _ = ppo.gae(rewards, torch.zeros_like(rewards), listing.mask, lam=lam)
+            advantages = ppo.whiten(advantages, weights)
+        for _ in range(epochs):
+            logprobs = listing.by_token(policy)
+            loss, _ = (ppo.policy_loss(logprobs, old, advantages, weights) if surrogate == "clip" else
+                       ppo.kl_penalty_loss(logprobs, old, advantages, weights, penalty.coef))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            penalty.update(masked_mean(ppo.kl_estimate(old, listing.by_token(policy), "k3"), weights).item())
+    return listing.probabilities(policy)
+
+
+@pytest.mark.parametrize("surrogate", ["clip", "kl_penalty"])
+def test_ppo_ends_at_pi_star(listing, surrogate):
+    p = ppo_on(listing, surrogate=surrogate)
+    assert listing.distance(listing.ref.exp(), listing.best) > 0.3
+    assert listing.distance(p, listing.best) < 0.03 and listing.fraction(p) > 0.99
+
+
+def test_ppo_on_sampled_responses_with_a_critic_ends_near_pi_star(listing):
+    """The stages of ppo.main: roll out, shaped rewards, GAE with a learned critic, whitening, minibatches."""
+    actor, generator = listing.policy(), seeded()
+    critic = ScalarGPT(actor.config, init_from=actor, zero_head=True).eval()
+    optimizers = [torch.optim.Adam(m.parameters(), lr=3e-3, fused=True) for m in (actor, critic)]
+    score_of = {(tuple(p), tuple(y)): listing.scores[i, j].item() for i, p in enumerate(listing.prompts)
+                for j, y in enumerate(listing.responses)}
+    cfg = dataclasses.replace(ppo.Config(), max_new_tokens=3)
+    for update in range(120):
+        prompts = [listing.prompts[i % 2] for i in range(256)]
+        inputs, targets, mask, _ = ppo.roll_out(actor, prompts, cfg, listing.eos, generator)
+        scores = torch.tensor([score_of[tuple(p), tuple(y)] for p, y in zip(prompts, data.responses_of(
+            torch.cat([inputs, targets[:, -1:]], 1), mask))])
+        with torch.no_grad():
+            old, ref = (token_logprobs(m, inputs, targets, mask) for m in (actor, listing.reference))
+            values = critic(inputs) * mask
+        rewards = ppo.shape_rewards(scores, old, ref, mask, BETA)
+        advantages, returns = ppo.gae(rewards, values, mask, lam=0.95)
+        advantages = ppo.whiten(advantages, mask)
+        for optimizer in optimizers:
+            experiment.set_learning_rate(optimizer, experiment.learning_rate(update, 120, 3e-3, 5, 0.01))
+        for rows in torch.randperm(256, generator=generator).split(64):
+            logprobs = token_logprobs(actor, inputs[rows], targets[rows], mask[rows])
+            loss, _ = ppo.policy_loss(logprobs, old[rows], advantages[rows], mask[rows])
+            critic_loss, _ = ppo.value_loss(critic(inputs[rows]), values[rows], returns[rows], mask[rows])
+            (loss + critic_loss).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    p = listing.probabilities(actor)
+    assert listing.distance(p, listing.best) < 0.08 and listing.fraction(p) > 0.96
+
+
+# ---- DPO and its relatives: every ordered pair of responses, weighed by how often it is labelled so
+
+FORMULAS = {                                                   # losses of z, written down a second time
+    "sigmoid": lambda z: torch.log1p(torch.exp(-z)), "ipo": lambda z: (z / BETA - 1 / (2 * BETA)) ** 2,
+    "hinge": lambda z: (1 - z) * (z < 1), "fidelity": lambda z: 1 - (1 + torch.exp(-z)) ** -0.5}
+
+
+def all_pairs(listing, flips=0.0):
+    """chosen, rejected (M,) and how often an annotator who errs at a rate prefers the one (P, M)"""
+    N = len(listing.responses)
+    i, j = (~torch.eye(N, dtype=torch.bool)).nonzero().T
+    p = torch.sigmoid(listing.scores[:, i] - listing.scores[:, j]).double()
+    return i, j, (1 - flips) * p + flips * (1 - p)
+
+
+def dpo_on(listing, flips=0.0, soft=False, normalise=False, counts=None, steps=250, **options):
+    """dpo.dpo_loss over all pairs, by gradient descent on the GPT -> probabilities, last loss"""
+    i, j, wins = all_pairs(listing, flips)
+    wins = (wins if counts is None else counts).float()
+    lengths = listing.lengths if normalise else torch.ones_like(listing.lengths)
+    ref = listing.ref.float() / lengths * (not options.pop("reference_free", False))
+    losses = []
+
+    def loss_of(policy):
+        logprobs = listing.logprobs(policy) / lengths
+        given = dict(target=wins.flatten()) if soft else dict(weights=wins.flatten())
+        loss, _ = dpo.dpo_loss(*(x.flatten() for x in (logprobs[:, i], logprobs[:, j], ref[:, i], ref[:, j])),
+                               beta=BETA, **given, **options)
+        losses.append(loss.item())
+        return loss
+    return listing.descend(loss_of, steps), losses[-1]
+
+
+def optimum_of(listing, flips=0.0, normalise=False, counts=None, kind="sigmoid", label_smoothing=0.0, margin=0.0,
+               reference_free=False, steps=300):
+    """The same objective over tables of probabilities, by L-BFGS in float64, from the formulas -> table, loss"""
+    i, j, wins = all_pairs(listing, flips)
+    wins, e, losses = wins if counts is None else counts, label_smoothing, FORMULAS.get(kind, FORMULAS["sigmoid"])
+    lengths = listing.lengths.double() if normalise else 1.0
+    ref = 0.0 if reference_free else listing.ref / lengths
+    table = listing.ref.clone().requires_grad_()
+
+    def loss_of():
+        implied = BETA * (table.log_softmax(1) / lengths - ref)
+        z = implied[:, i] - implied[:, j] - margin
+        mixed = (1 - e) * losses(z) + (e if kind != "robust" else -e) * losses(-z)
+        return (wins * mixed).sum() / wins.sum() / (1 - 2 * e if kind == "robust" else 1)
+
+    if kind == "hinge":                                        # has corners: many small steps instead
+        optimizer = torch.optim.Adam([table], lr=0.05)
+        for step in range(3000):
+            experiment.set_learning_rate(optimizer, 0.05 * (1 - step / 3000) + 1e-5)
+            optimizer.zero_grad()
+            loss_of().backward()
+            optimizer.step()
+    else:
+        optimizer = torch.optim.LBFGS([table], max_iter=steps, history_size=50, tolerance_grad=1e-10,
+                                      tolerance_change=1e-14, line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            loss = loss_of()
+            loss.backward()
+            return loss
+        optimizer.step(closure)
+    return table.detach().softmax(1), loss_of().item()
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(kind="robust", label_smoothing=0.2, flips=0.2), dict(kind="fidelity", soft=True),
+    dict(kind="sigmoid", soft=True)], ids=["sigmoid", "robust", "fidelity soft", "sigmoid soft"])
+def test_dpo_ends_at_pi_star(listing, options):
+    p, _ = dpo_on(listing, **options)
+    assert listing.distance(p, listing.best) < 0.02 and listing.fraction(p) > 0.998
+    if not options.get("soft"):
+        assert listing.distance(optimum_of(listing, **options)[0], listing.best) < 1e-3
+
+
+@pytest.mark.parametrize("options", [
+    dict(label_smoothing=0.2), dict(flips=0.2), dict(kind="ipo"), dict(kind="fidelity"), dict(kind="sigmoid", margin=0.5),
+    dict(kind="robust", label_smoothing=0.1, flips=0.2), dict(normalise=True), dict(label_smoothing=0.1, flips=0.1)],
+    ids=lambda o: "-".join(map(str, itertools.chain(*o.items()))))
+def test_every_other_loss_ends_at_the_optimum_of_its_own_objective(listing, options):
+    (p, loss), (best, least) = dpo_on(listing, **options, steps=500), optimum_of(listing, **options)
+    assert least - 1e-5 < loss < least + 5e-4
+    assert listing.distance(p, best) < 0.02
+    if set(options) - {"margin", "kind"}:
+        assert listing.distance(best, listing.best) > 0.03     # which is not pi*
+
+
+@pytest.mark.parametrize("options", [dict(kind="hinge"), dict(normalise=True, reference_free=True, margin=0.3)],
+                         ids=["hinge", "simpo"])
+def test_losses_with_many_optima_reach_the_least_loss(listing, options):
+    (_, loss), (_, least) = dpo_on(listing, **options, steps=600), optimum_of(listing, **options)
+    assert abs(loss - least) < 3e-3
+
+
+def test_hard_labels_halve_the_beta_of_the_fidelity_loss(listing):
+    best, _ = optimum_of(listing, kind="fidelity")
+    at_half_beta = (listing.ref + listing.scores.double() / (BETA / 2)).softmax(1)
+    assert listing.distance(best, at_half_beta) < 1e-3
+
+
+# ---- gradients
+
+def flat_gradient(loss, policy):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(
+        loss, list(policy.parameters()), retain_graph=True)]).double()
+
+
+def exact_objective(listing, policy):
+    logprobs = listing.logprobs(policy)
+    return (logprobs.exp() * (listing.scores - BETA * (logprobs - listing.ref.float()))).sum(1).mean()
+
+
+@pytest.mark.parametrize("surrogate", ["clip", "kl_penalty"])
+def test_the_first_gradient_is_the_exact_policy_gradient_over_the_mean_length(listing, surrogate):
+    """- grad J / E[length]: with lambda 1, any critic that sees the state alone, and no whitening"""
+    policy, critic = listing.policy(seed=3), small_scalar()
+    old = listing.by_token(policy).detach()
+    weights = listing.mask * old.sum(1, keepdim=True).exp()
+    rewards = ppo.shape_rewards(listing.scores.flatten(), old, listing.ref_logprobs, listing.mask, BETA)
+    advantages, _ = ppo.gae(rewards, critic(listing.inputs).detach() * listing.mask, listing.mask, lam=1.0)
+    logprobs = listing.by_token(policy)
+    loss, _ = (ppo.policy_loss(logprobs, old, advantages, weights) if surrogate == "clip" else
+               ppo.kl_penalty_loss(logprobs, old, advantages, weights, 1.0))
+    ours = flat_gradient(loss, policy)
+    exact = flat_gradient(exact_objective(listing, policy), policy)
+    mean_length = weights.sum().item() / 2                                    # E[length], over two prompts
+    assert (ours + exact / mean_length).norm() < 1e-4 * ours.norm()
+    biased, _ = ppo.gae(rewards, critic(listing.inputs).detach() * listing.mask, listing.mask, lam=0.5)
+    wrong = flat_gradient(ppo.policy_loss(listing.by_token(policy), old, biased, weights)[0], policy)
+    assert (wrong + exact / mean_length).norm() > 0.05 * ours.norm()          # the test can fail
+
+
+def test_the_token_mean_over_ragged_rows_is_biased_by_a_term_of_order_one_over_batch_size(listing):
+    """
+    E[sum f / sum length] against E[f] / E[length], exact at every batch size: given the others' total
+    length L, which is independent of a row, the mean is B E[f_1 / (length_1 + L)].
+    """
+    policy = listing.policy(seed=3)
+    old, direction = listing.by_token(policy).detach(), flat_gradient(exact_objective(listing, policy), policy)
+    rewards = ppo.shape_rewards(listing.scores.flatten(), old, listing.ref_logprobs, listing.mask, BETA)
+    advantages, _ = ppo.gae(rewards, torch.zeros_like(rewards), listing.mask, lam=1.0)
+    f = torch.stack([flat_gradient((listing.by_token(policy) * advantages)[i].sum(), policy) @ direction
+                     for i in range(80)])                                      # each row's part of the gradient
+    p, lengths = old.double().sum(1).exp() / 2, listing.lengths.flatten().long()
+    limit = (p @ f) / (p @ lengths.double())
+    one = torch.zeros(4, dtype=torch.float64).index_add(0, lengths, p)         # distribution of a length
+    others, bias = torch.ones(1, dtype=torch.float64), {}
+    for B in range(1, 129):                                                    # others: of B - 1 lengths together
+        total = lengths[:, None] + torch.arange(len(others))
+        bias[B] = (B * ((f * p)[:, None] * others / total).sum() - limit).item()
+        others = sum(torch.nn.functional.pad(others * q, (n, 3 - n)) for n, q in enumerate(one))
+    whole_batches = [(p[list(ij)].prod() * f[list(ij)].sum() / lengths[list(ij)].sum()).item()
+                     for ij in itertools.product(range(80), repeat=2)]
+    assert bias[2] == pytest.approx(sum(whole_batches) - limit.item())         # the trick against plain enumeration
+    assert abs(bias[1]) > 0.01 * abs(limit)
+    assert 128 * bias[128] == pytest.approx(64 * bias[64], rel=0.02) and abs(bias[128]) < abs(bias[1]) / 50
+
+
+def test_the_expected_gradient_of_log_pi_is_zero(listing):
+    policy = listing.policy(seed=3)
+    logprobs = listing.logprobs(policy)
+    assert flat_gradient((logprobs.detach().exp() * logprobs).sum(), policy).norm() < 1e-5
+    assert flat_gradient((logprobs.detach().exp() * logprobs)[:, :20].sum(), policy).norm() > 1e-2
+
+
+def state_values(listing, p):
+    """V(s) = E[r | the tokens so far], before each response token, by summing over the listing -> (P N, T)"""
+    values, scores = torch.zeros(listing.mask.shape, dtype=torch.float64), listing.scores.flatten().double()
+    p, weights = p.flatten(), listing.mask > 0
+    for i, t in weights.nonzero().tolist():
+        same = (listing.inputs[:, :t + 1] == listing.inputs[i, :t + 1]).all(1) & weights[:, t]
+        values[i, t] = (p[same] * scores[same]).sum() / p[same].sum()
+    return values
+
+
+def test_performance_difference_lemma(listing):
+    """J(pi') - J(pi) = E_{y ~ pi'} sum_t A_pi(s_t, a_t), the advantages by ppo.gae with the exact V at lambda 0"""
+    old, new = (listing.probabilities(listing.policy(seed=s, std=0.4)) for s in (1, 2))
+    old, new = old / old.sum(1, keepdim=True), new / new.sum(1, keepdim=True)
+    rewards = ppo.shape_rewards(listing.scores.flatten().double(), listing.mask.double(), listing.mask.double(),
+                                listing.mask, 0.0)
+    advantages, _ = ppo.gae(rewards, state_values(listing, old), listing.mask, lam=0.0)
+    difference = ((new - old) * listing.scores).sum().item()
+    assert (new.flatten() @ advantages.sum(1)).item() == pytest.approx(difference, abs=1e-9) and abs(difference) > 0.1
+    assert (old.flatten() @ advantages.sum(1)).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_importance_sampling_is_unbiased_and_its_variance_grows_with_the_spread_of_the_ratio(listing):
+    p = listing.probabilities(listing.policy(seed=1))
+    p, spreads, variances = p / p.sum(1, keepdim=True), [], []
+    one = torch.ones(p.numel(), 1, dtype=torch.float64)
+    for step in (0.0, 0.25, 0.5, 0.75, 1.0):                                   # from pi towards pi*
+        q = (p.log() * (1 - step) + listing.best.log() * step).softmax(1)
+        loss, _ = ppo.policy_loss(q.log().view(-1, 1), p.log().view(-1, 1), listing.scores.double().view(-1, 1),
+                                  p.view(-1, 1) * one, clip_eps=1e9)           # E_p[q / p r]
+        mean = (q * listing.scores).sum().item() / 2
+        assert -loss.item() == pytest.approx(mean, abs=1e-9)
+        spreads.append((q / p).std().item())
+        variances.append((p * (q / p * listing.scores) ** 2).sum().item() / 2 - mean ** 2)
+    assert spreads == sorted(spreads) and spreads[-1] > 1
+    assert variances == sorted(variances) and variances[-1] > 3 * variances[0]
+
+
+@pytest.mark.parametrize("longest", [1, 2])
+def test_what_k1_k2_and_k3_estimate_and_what_their_gradients_are(longest):
+    """
+              mean of a sampled response      gradient where it stands in the loss, samples held fixed
+        k1    KL(pi, ref)                     zero
+        k2    E[d^2] / 2, biased              that of KL(pi, ref), summed over the states visited
+        k3    KL(pi, ref)                     that of KL(ref, pi), summed over the states visited
+    """
+    listing = Enumerated(longest=longest)
+    policy = listing.policy(seed=3)
+    logprobs = listing.by_token(policy)
+    p = logprobs.detach().double().sum(1).exp()                                # (P N,)
+    d = (logprobs - listing.ref_logprobs).detach().double() * listing.mask
+    kl = (p * d.sum(1)).sum().item()
+    estimate = {kind: (p[:, None] * ppo.kl_estimate(logprobs, listing.ref_logprobs, kind)).sum() for kind in
+                ("k1", "k2", "k3")}
+    assert kl > 0.1 and estimate["k1"].item() == pytest.approx(kl, rel=1e-4)
+    assert estimate["k3"].item() == pytest.approx(kl, rel=1e-4)
+    assert estimate["k2"].item() == pytest.approx((p[:, None] * d ** 2).sum().item() / 2, rel=1e-4)
+    assert estimate["k2"].item() != pytest.approx(kl, rel=0.02)
+
+    # The distributions in each state, each weighed by how often pi visits it
+    log_pi, log_ref = (m(listing.inputs).log_softmax(-1) for m in (policy, listing.reference))     # (P N, T, V)
+    visits = (p[:, None] * listing.mask).float()                               # rows that share a state add up
+    forward = (visits * (log_pi.exp() * (log_pi - log_ref.detach())).sum(-1)).sum()
+    backward = (visits * (log_ref.detach().exp() * (log_ref.detach() - log_pi)).sum(-1)).sum()
+    gradients = {kind: flat_gradient(x, policy) for kind, x in estimate.items()}
+    forward, backward = flat_gradient(forward, policy), flat_gradient(backward, policy)
+    assert gradients["k1"].norm() < 1e-4 * forward.norm()
+    assert (gradients["k2"] - forward).norm() < 1e-3 * forward.norm()
+    assert (gradients["k3"] - backward).norm() < 1e-3 * backward.norm()
+    assert (forward - backward).norm() > 0.1 * forward.norm()                  # two different things
+
+    # As the issue of a whole sequence: what the true gradient of KL(pi, ref) adds is how states are reached
+    logprobs = listing.by_token(policy)
+    whole = (logprobs.sum(1).exp() * (logprobs - listing.ref_logprobs).sum(1)).sum()
+    gap = (flat_gradient(whole, policy) - forward).norm() / forward.norm()
+    assert gap < 1e-3 if longest == 1 else gap > 0.05
+
+
+# ---- A decision process without language: two states, two actions, discount 0.9
+
+GAMMA = 0.9
+NEXT = torch.tensor([[[1.0, 0.0], [0.2, 0.8]], [[0.8, 0.2], [0.1, 0.9]]], dtype=torch.float64)     # P(s' | s, a)
+PAY = torch.tensor([[1.0, 0.0], [1.5, 2.0]], dtype=torch.float64)                                  # R(s, a)
+
+
+def solved(policy):
+    """V and Q of a policy (S, A), from the Bellman equations as a linear system"""
+    V = torch.linalg.solve(torch.eye(2) - GAMMA * torch.einsum("sa,sat->st", policy, NEXT), (policy * PAY).sum(1))
+    return V, PAY + GAMMA * NEXT @ V
+
+
+def optimal_values():
+    V = torch.zeros(2, dtype=torch.float64)
+    for _ in range(1000):
+        V = (PAY + GAMMA * NEXT @ V).max(1).values
+    return V
+
+
+def visited(policy, start=torch.tensor([0.5, 0.5], dtype=torch.float64)):
+    """Discounted visits, sum_t gamma^t P(s_t = s) -> (S,)"""
+    return torch.linalg.solve(torch.eye(2) - GAMMA * torch.einsum("sa,sat->st", policy, NEXT).T, start)
+
+
+def test_ppo_drives_a_two_state_decision_process_to_its_optimal_policy():
+    logits, values, generator = torch.zeros(2, 2, requires_grad=True), torch.zeros(2, requires_grad=True), seeded()
+    optimizer = torch.optim.Adam([logits, values], lr=0.1)
+    B, T = 32, 80                                              # 0.9^80 is 2e-4: the end of a row hardly counts
+    for update in range(80):
+        with torch.no_grad():
+            states, actions = torch.zeros(2, B, T, dtype=torch.long)
+            state = torch.randint(2, (B,), generator=generator)
+            for t in range(T):
+                action = torch.multinomial(logits[state].softmax(-1), 1, generator=generator).squeeze(1)
+                states[:, t], actions[:, t] = state, action
+                state = torch.multinomial(NEXT[state, action], 1, generator=generator).squeeze(1)
+            mask, rewards = torch.ones(B, T), PAY[states, actions].float()
+            old_logprobs, old_values = logits.log_softmax(-1)[states, actions], values[states]
+            advantages, returns = ppo.gae(rewards, old_values, mask, GAMMA, 0.95)
+            advantages = ppo.whiten(advantages, mask)
+        for _ in range(4):
+            logprobs = logits.log_softmax(-1)[states, actions]
+            loss = (ppo.policy_loss(logprobs, old_logprobs, advantages, mask)[0]
+                    + ppo.value_loss(values[states], old_values, returns, mask, clip_eps=0)[0])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    policy = logits.detach().double().softmax(1)
+    greedy = torch.nn.functional.one_hot(PAY.argmax(1), 2).double()            # what one would do at gamma 0
+    assert solved(greedy)[0][0] < 0.75 * optimal_values()[0]                   # looking ahead pays
+    assert (solved(policy)[0] > 0.98 * optimal_values()).all()
+    assert policy.argmax(1).tolist() == (PAY + GAMMA * NEXT @ optimal_values()).argmax(1).tolist()
+
+
+def one_step(policy, V):
+    """Every (s, a, s') as a row of two columns, the second for V(s'), with its probability given s -> our tensors"""
+    s, a, t = torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(2)).T
+    mask = torch.ones(8, 2, dtype=torch.float64)
+    rewards = torch.stack([PAY[s, a], torch.zeros(8)], 1)
+    return s, a, rewards, torch.stack([V[s], V[t]], 1), mask, policy[s, a] * NEXT[s, a, t]
+
+
+def test_bellman_identities_of_gae_and_of_the_critics_targets():
+    policy = torch.tensor([[0.3, 0.7], [0.6, 0.4]], dtype=torch.float64)
+    V, Q = solved(policy)
+    s, a, rewards, values, mask, p = one_step(policy, V)
+    advantages = ppo.gae(rewards, values, mask, GAMMA, 0.0)[0][:, 0]
+    targets = ppo.critic_targets(rewards, values, values[:, 0], mask, "td", GAMMA)[:, 0]
+    for state in (0, 1):
+        assert (p * advantages)[s == state].sum().item() == pytest.approx(0, abs=1e-12)       # E_a A = 0
+        assert (p * targets)[s == state].sum().item() == pytest.approx(V[state].item())       # V = T V
+        for action in (0, 1):
+            at = (s == state) & (a == action)
+            assert (p * advantages)[at].sum() / p[at].sum() == pytest.approx((Q - V[:, None])[state, action].item())
+            assert (p * targets)[at].sum() / p[at].sum() == pytest.approx(Q[state, action].item())
+
+
+def test_conservative_policy_iteration_bound():
+    """eta(mixture) >= L(mixture) - 2 eps gamma alpha^2 / (1 - gamma)^2  (Kakade and Langford 2002, as in TRPO)"""
+    start, margins = torch.tensor([0.5, 0.5], dtype=torch.float64), []
+    for seed in range(20):
+        old, towards = torch.rand(2, 2, 2, generator=seeded(seed), dtype=torch.float64).softmax(-1)
+        if seed % 2:
+            towards = torch.nn.functional.one_hot(solved(old)[1].argmax(1), 2).double()        # greedy
+        V, Q = solved(old)
+        gains = (towards * (Q - V[:, None])).sum(1)                                            # E_{a ~ pi'} A
+        for alpha in (0.0, 0.05, 0.2, 0.5, 1.0):
+            mixture = (1 - alpha) * old + alpha * towards
+            surrogate = (start @ V) + visited(old) @ (mixture * (Q - V[:, None])).sum(1)
+            bound = surrogate - 2 * gains.abs().max() * GAMMA * alpha ** 2 / (1 - GAMMA) ** 2
+            reached = start @ solved(mixture)[0]
+            assert reached >= bound - 1e-9
+            margins.append((surrogate - reached).item())
+            lemma = visited(mixture) @ (mixture * (Q - V[:, None])).sum(1)                     # performance difference
+            assert (reached - start @ V).item() == pytest.approx(lemma.item(), abs=1e-9)
+    assert max(margins) > 1e-3                                 # the surrogate alone would be no bound
 
 
 # --------------------------------------------------------------------------------------------------

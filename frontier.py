@@ -1,0 +1,292 @@
+"""
+How good a policy is, and how good it could be.
+
+No policy reaches more than this. Given a reference pi_ref, a reward r and a KL strength beta > 0, the
+objective  J(pi) = E[r] - beta KL(pi, pi_ref)  is greatest at
+
+    pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x)        Z(x) = E_{y ~ pi_ref} exp(r(x, y) / beta)
+    J*(beta) = beta E_x log Z(x)
+
+(Rafailov et al. 2023, appendix A.1), because J(pi) = J* - beta KL(pi, pi*) for every pi. As
+beta falls, pi* runs along the frontier: the greatest E[r] at each KL. Z is a mean over samples, so the
+limit can be measured without ever training to it:
+
+    1. collect      responses to held-out prompts from the reference and from trained policies, each
+                    with its reward and its exact log-probability under all of them
+    2. weigh        against the mixture q of those who wrote them:  w = pi_ref / q  (the balance
+                    heuristic, Veach and Guibas 1995). The reference is always in q, so w is bounded;
+                    a good policy is near pi*, so that w exp(r / beta) varies little
+    3. limit        Z(x) = mean w exp(r / beta), plain, without bias. The log of it is biased low:
+                    J* is a lower bound on average. Effective sample sizes say how far to trust it
+    4. frontier     the greatest E[r] at a KL of k is  min over beta of J*(beta) + beta k
+    5. share        of the frontier: a policy's gain in E[r] over the greatest gain at the KL it spent
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+import data
+import experiment
+import reviews
+from model import generate, token_logprobs
+
+BETAS = [0.02 * 1.03 ** i for i in range(201)]                   # 0.02 to 7.6
+MEDIAN_ESS, LEAST_ESS = 50, 10        # of the effective sample sizes of prompts, to be trusted
+
+
+# --------------------------------------------------------------------------------------------------
+# The maths. (P, N): P prompts, N samples each, from whatever mixture of policies wrote them.
+
+def mixture_logprobs(logprobs, counts):
+    """
+    log q = log sum_k (n_k / N) pi_k, of samples of which n_k came from pi_k: (K, P, N) -> (P, N)
+
+    The balance heuristic of Veach and Guibas 1995: each sample is weighed against the mixture, not
+    against the one policy that happened to write it.
+    """
+    shares = torch.tensor(counts, dtype=logprobs.dtype, device=logprobs.device) / sum(counts)   # (K,)
+    return (logprobs + shares.log()[:, None, None]).logsumexp(dim=0)
+
+
+def optimum(rewards, log_weights, beta):
+    """
+    The optimum of E[r] - beta KL(pi, pi_ref), from samples of q; log_weights = log pi_ref - log q.
+
+    Z(x) = mean_i w_i exp(r_i / beta),   J* = beta mean_x log Z(x)
+    E*[r] = mean_x sum_i p_i r_i  with  p_i = w_i exp(r_i / beta) / sum,   KL* = (E*[r] - J*) / beta
+
+    rewards, log_weights (P, N) -> {objective: J*, reward: E*[r], kl: KL* in nats, ess (P,): 1 / sum p^2}
+
+    >>> point = optimum(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2), beta=1.0)
+    >>> round(point["objective"].item(), 4)              # log((1 + e) / 2)
+    0.6201
+    """
+    log_terms = log_weights + rewards / beta                                 # (P, N)
+    log_z = log_terms.logsumexp(dim=1) - math.log(rewards.shape[1])          # (P,)
+    p = log_terms.softmax(dim=1)                                             # (P, N), that of pi*
+    objective, reward = beta * log_z.mean(), (p * rewards).sum(dim=1).mean()
+    return {"objective": objective, "reward": reward, "kl": (reward - objective) / beta,
+            "ess": 1 / (p ** 2).sum(dim=1)}
+
+
+def best_reward(rewards, log_weights, kl, betas=BETAS):
+    """
+    The greatest E[r] of any policy with KL(pi, pi_ref) <= kl:  min over beta of J*(beta) + beta kl
+
+    The dual of that problem; it needs J* alone. -> reward, the point of `optimum` with its beta there
+    """
+    points = [{"beta": beta} | optimum(rewards, log_weights, beta) for beta in betas]
+    bounds = torch.stack([point["objective"] + point["beta"] * kl for point in points])
+    return bounds.min(), points[int(bounds.argmin())]
+
+
+def best_of_n(rewards, n, values=None):
+    """
+    Expected value of the best of n samples, given N >= n of them: (P, N) -> 0-d
+
+    sum_i C(i - 1, n - 1) / C(N, n) values_(i), over the samples in rising order of reward: the mean over
+    all subsets of n, without bias. values are what is read off the winner, by default the reward.
+
+    >>> best_of_n(torch.tensor([[1.0, 2.0, 3.0]]), 2)    # of {1, 2}, {1, 3}, {2, 3}: 2, 3, 3
+    tensor(2.6667)
+    """
+    N = rewards.shape[1]
+    if not 1 <= n <= N:
+        raise ValueError(f"got n = {n} with {N} samples a prompt; n is from 1 to {N}")
+    i = torch.arange(n, N + 1, dtype=torch.float64, device=rewards.device)   # only these can win
+    log_share = (torch.lgamma(i) - torch.lgamma(i - n + 1) - math.lgamma(n)
+                 - math.lgamma(N + 1) + math.lgamma(n + 1) + math.lgamma(N - n + 1))
+    order = rewards.argsort(dim=1)[:, n - 1:]                                # (P, N - n + 1)
+    winners = (rewards if values is None else values).gather(1, order)
+    return (winners * log_share.exp().to(winners.dtype)).sum(dim=1).mean()
+
+
+def best_of_n_kl(n):
+    """log n - (n - 1) / n, which KL(best-of-n, pi_ref) never exceeds, in nats"""
+    return math.log(n) - (n - 1) / n
+
+
+def trusted(point):
+    """Whether enough samples stand behind a point of `optimum`."""
+    return point["ess"].median() >= MEDIAN_ESS and point["ess"].min() >= LEAST_ESS
+
+
+# --------------------------------------------------------------------------------------------------
+# Samples
+
+@dataclass
+class Samples:
+    """Responses to P prompts, N to each: first those of the reference, then each policy's in turn."""
+    prompts: list               # P texts
+    names: list                 # K policies, the reference first
+    counts: list                # responses to a prompt by each of them; they sum to N
+    texts: list                 # P lists of N texts
+    scores: torch.Tensor        # (P, N) reward
+    gold: torch.Tensor          # (P, N) true utility
+    logprobs: torch.Tensor      # (K, P, N) log pi_k(y | x), nats
+    entropy: torch.Tensor       # (P, N) sum over tokens, of the policy that wrote the response
+    lengths: torch.Tensor       # (P, N) tokens, EOS included
+    finished: torch.Tensor      # (P, N) 1.0 where the response ended with EOS
+
+    def columns(self, name):
+        """Where the responses of one policy stand -> slice"""
+        k = self.names.index(name)
+        return slice(sum(self.counts[:k]), sum(self.counts[:k + 1]))
+
+    def log_weights(self):
+        """log pi_ref - log q -> (P, N)"""
+        return self.logprobs[0] - mixture_logprobs(self.logprobs, self.counts)
+
+    def every_fourth(self):
+        """rewards, log weights of a quarter of each policy's responses -> (P, N / 4) each"""
+        rows = torch.cat([torch.arange(self.scores.shape[1])[self.columns(name)][::4]
+                          for name in self.names])
+        counts = [-(-n // 4) for n in self.counts]
+        logprobs = self.logprobs[:, :, rows]
+        return self.scores[:, rows], logprobs[0] - mixture_logprobs(logprobs, counts)
+
+
+def read_gold(tokenizer, prompts, targets, mask):
+    """The responses' true utility, never shown to training -> (B,), and their (text, whether it ended)"""
+    texts = [data.decode_response(tokenizer, ids[m > 0].tolist())
+             for ids, m in zip(targets.cpu(), mask.cpu())]
+    return torch.tensor([reviews.gold(p, *text) for p, text in zip(prompts, texts)]), texts
+
+
+@torch.no_grad()
+def collect(policies, reward, tokenizer, prompts, counts, max_new_tokens, temperature=1.0, seed=0):
+    """
+    counts[k] responses of the k-th policy to each prompt, weighed by all -> Samples, in float64, on the CPU
+
+    policies is {name: GPT}, the reference first; reward(inputs, targets, mask, finished) -> (B,).
+    """
+    device, eos_id = next(iter(policies.values())).transformer.wte.weight.device, tokenizer.eot_token
+    ids = [data.encode_prompt(tokenizer, prompt) for prompt in prompts]
+    what = f"{sum(counts)} responses to each of {len(prompts)} held-out prompts"
+
+    # Rows in the order policy, prompt, response; every policy gets the same uniforms
+    rows, asked, author = [], [], []                             # a row's response, prompt, policy
+    for k, (policy, n) in enumerate(zip(policies.values(), counts)):
+        generator = torch.Generator().manual_seed(seed)
+        asked += [p for p in range(len(prompts)) for _ in range(n)]
+        author += [k] * n * len(prompts)
+        while len(rows) < len(asked):
+            batch = [ids[p] for p in asked[len(rows):len(rows) + 1024]]
+            rows += data.responses_of(*generate(policy, batch, max_new_tokens, eos_id, temperature,
+                                                generator))
+
+    # Each row under every policy, in batches of rows of about one length: little padding
+    lengths = torch.tensor([len(ids[p]) + len(row) for p, row in zip(asked, rows)])
+    flat = {key: torch.zeros(len(rows), dtype=torch.float64) for key in (
+        "scores", "gold", "entropy", "lengths", "finished")}
+    logprobs = torch.zeros(len(policies), len(rows), dtype=torch.float64)
+    texts, author = [""] * len(rows), torch.tensor(author)
+    for at in experiment.progress(lengths.argsort(stable=True).split(128), what):
+        batch = data.collate([ids[asked[i]] for i in at], [rows[i] for i in at])
+        inputs, targets, mask = (t.to(device) for t in batch)
+        finished = data.met_eos(targets, mask, eos_id)
+        gold, decoded = read_gold(tokenizer, [prompts[asked[i]] for i in at], targets, mask)
+        for k, policy in enumerate(policies.values()):
+            by_token, entropy = token_logprobs(policy, inputs, targets, mask, temperature,
+                                               return_entropy=True)
+            logprobs[k, at] = by_token.double().sum(dim=1).cpu()
+            flat["entropy"][at] += (entropy.double().sum(dim=1).cpu() * (author[at] == k))
+        for key, x in (("scores", reward(inputs, targets, mask, finished)), ("gold", gold),
+                       ("lengths", mask.sum(dim=1)), ("finished", finished)):
+            flat[key][at] = x.double().cpu()
+        for i, (text, _) in zip(at.tolist(), decoded):
+            texts[i] = text
+
+    def by_prompt(x):
+        """(.., rows) -> (.., P, N)"""
+        blocks = x.split([n * len(prompts) for n in counts], dim=-1)
+        return torch.cat([block.unflatten(-1, (len(prompts), -1)) for block in blocks], dim=-1)
+
+    place = by_prompt(torch.arange(len(rows))).tolist()
+    return Samples(prompts, list(policies), list(counts), [[texts[i] for i in row] for row in place],
+                   logprobs=by_prompt(logprobs), **{key: by_prompt(x) for key, x in flat.items()})
+
+
+# --------------------------------------------------------------------------------------------------
+# Where a policy landed
+
+def measure(samples, name):
+    """A policy's own responses -> {metric: mean}, {metric: standard error, over prompts}"""
+    at, k = samples.columns(name), samples.names.index(name)
+    good = [[reviews.grammatical(prompt, text, bool(ended)) for text, ended in zip(texts[at], ends[at])]
+            for prompt, texts, ends in zip(samples.prompts, samples.texts, samples.finished)]
+    per_prompt = {
+        "score": samples.scores[:, at].mean(1), "gold": samples.gold[:, at].mean(1),
+        "kl_ref": (samples.logprobs[k] - samples.logprobs[0])[:, at].mean(1),
+        "entropy": samples.entropy[:, at].sum(1) / samples.lengths[:, at].sum(1),
+        "response_length": samples.lengths[:, at].mean(1),
+        "eos_rate": samples.finished[:, at].mean(1),
+        "grammatical": torch.tensor(good, dtype=torch.float64).mean(1)}
+    means = {metric: x.mean().item() for metric, x in per_prompt.items()}
+    means["entropy"] = (samples.entropy[:, at].sum() / samples.lengths[:, at].sum()).item()
+    return means, {metric: x.std(correction=0).item() / max(1, len(x) - 1) ** 0.5
+                   for metric, x in per_prompt.items()}
+
+
+def share_of_frontier(samples, name):
+    """
+    A policy's gain in E[r] over the greatest gain of any policy with its KL. Needs no beta.
+
+    -> {share, best_score, trusted}; the frontier is biased low, so that the share is biased high,
+    the more so where it is not trusted. NaN for a policy that has not moved.
+    """
+    reference, policy = (measure(samples, n)[0] for n in (samples.names[0], name))
+    if policy["kl_ref"] < 0.02:
+        return {"share": math.nan, "best_score": math.nan, "trusted": False}
+    best, point = best_reward(samples.scores, samples.log_weights(), policy["kl_ref"])
+    gain, best_gain = policy["score"] - reference["score"], best.item() - reference["score"]
+    return {"share": gain / best_gain, "best_score": best.item(), "trusted": bool(trusted(point))}
+
+
+def fraction_of_optimum(samples, name, beta, rewards=None):
+    """
+    (J - J_ref) / (J* - J_ref) at a fixed beta, with J = E[r] - beta KL
+
+    -> {fraction, standard_error: from the policy's samples, objective: J*, ess: its median}
+    """
+    rewards = samples.scores if rewards is None else rewards
+    k, at, by_ref = samples.names.index(name), samples.columns(name), samples.columns(samples.names[0])
+    kl = (samples.logprobs[k] - samples.logprobs[0])[:, at].mean(1)          # (P,)
+    reached = rewards[:, at].mean(1) - beta * kl                             # (P,)
+    start = rewards[:, by_ref].mean(1)                                       # (P,)
+    best = optimum(rewards, samples.log_weights(), beta)
+    greatest_gain = best["objective"] - start.mean()
+    fraction = (reached.mean() - start.mean()) / greatest_gain
+    spread = rewards[:, at] - beta * (samples.logprobs[k] - samples.logprobs[0])[:, at]      # (P, n)
+    error = (spread.var(dim=1).sum() / spread.shape[1]).sqrt() / len(spread) / greatest_gain
+    return {"fraction": fraction.item(), "standard_error": error.item(),
+            "objective": best["objective"].item(), "ess": best["ess"].median().item()}
+
+
+def compare(policies, reward, tokenizer, cfg):
+    """The reference and one policy on the same held-out prompts: {name: GPT} -> text, results"""
+    prompts = data.held_out_prompts(cfg.n_eval, cfg.seed)
+    samples = collect(policies, reward, tokenizer, prompts, [cfg.n_samples] * 2, cfg.max_new_tokens,
+                      getattr(cfg, "temperature", 1.0), cfg.seed)
+    (before, after), (theirs, ours) = samples.names, (measure(samples, n)[0] for n in samples.names)
+    limit = share_of_frontier(samples, after)
+    spread = samples.gold[:, samples.columns(before)].std().item()
+    gain = (ours["gold"] - theirs["gold"]) / spread
+    lines = [experiment.table([
+        [f"{cfg.n_eval} held-out prompts x {cfg.n_samples}", before, after],
+        *([metric, theirs[metric], ours[metric]] for metric in ours)]), "",
+        f"The true utility, gold, which training never saw, is {gain:+.2f} standard deviations of",
+        f"the {before} policy's gold above that policy's, at {ours['kl_ref']:.2f} nats of KL per "
+        "response.",
+        f"The best possible score at this KL is {limit['best_score']:.2f}; {after} has "
+        f"{limit['share']:.1%} of that gain, its share of the frontier." +
+        ("" if limit["trusted"] else " (Too few samples to trust that.)"), ""]
+    for p, prompt in enumerate(prompts[:4]):
+        lines.append(prompt)
+        for name in samples.names:
+            i = samples.columns(name).start
+            lines.append(f"    {name}  score {samples.scores[p, i]:5.2f}  gold {samples.gold[p, i]:5.2f} "
+                         f"{samples.texts[p][i]}")
+    return "\n".join(lines), {**ours, "gold_gain": gain, **limit, before.lower(): theirs}
