@@ -65,7 +65,7 @@ class Config(experiment.Common):
     max_new_tokens: int = 48        # longest response sampled
     missing_eos_score: float | None = -3.0  # of a response without EOS; none: as it is
     score_clip: float | None = None         # scores are clipped to plus and minus this
-    lr: float = 2e-4                # AdamW's learning rate at its peak
+    lr: float = 4e-4                # AdamW's learning rate at its peak
     warmup: int = 10                # updates of linear warm-up, then linear decay
     lr_floor: float = 0.02          # to this share of the peak
     grad_clip: float = 1.0          # largest gradient norm
@@ -148,8 +148,9 @@ def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_reject
     weights = torch.ones_like(h) if weights is None else weights
     loss = masked_mean(losses, weights)
     with torch.no_grad():
+        sign = h.sign() * (h.abs() > 1e-4)                                   # rounding is a tie
         metrics = {"loss": loss.detach(), "margin": beta * masked_mean(h, weights),
-                   "accuracy": masked_mean(0.5 + 0.5 * h.sign(), weights)}
+                   "accuracy": masked_mean(0.5 + 0.5 * sign, weights)}
     return loss, metrics
 
 
@@ -166,9 +167,9 @@ def pairs_of_rankings(comparisons, generator):
 
 
 @torch.no_grad()
-def sample_pairs(policy, reward, tokenizer, prompts, cfg, generator):
+def sample_pairs(policy, reward, tokenizer, prompts, cfg, annotator_temperature, generator):
     """Two responses of the policy to each prompt, labelled as cfg.labels says"""
-    device, eos_id, pairs = policy.transformer.wte.weight.device, tokenizer.eot_token, []
+    eos_id, pairs = tokenizer.eot_token, []
     batches = [prompts[i:i + 256] for i in range(0, len(prompts), 256)]
     for batch in experiment.progress(batches, f"sampling and labelling {len(prompts)} pairs"):
         ids = [data.encode_prompt(tokenizer, prompt) for prompt in batch for _ in range(2)]
@@ -176,7 +177,7 @@ def sample_pairs(policy, reward, tokenizer, prompts, cfg, generator):
         inputs, targets = data.shift(tokens)
         if cfg.labels == "annotators":
             gold, _ = frontier.read_gold(tokenizer, [p for p in batch for _ in range(2)], targets, mask)
-            first_wins = reviews.preference(*gold.view(-1, 2).unbind(1))     # (b,) probabilities
+            first_wins = reviews.preference(*gold.view(-1, 2).T, annotator_temperature)     # (b,)
         else:
             scores = reward(inputs, targets, mask, data.met_eos(targets, mask, eos_id)).cpu()
             first_wins = torch.sigmoid(scores[::2] - scores[1::2])           # (b,)
@@ -262,7 +263,9 @@ def main(cfg):
     rm_folder = experiment.ensure(cfg, rm)
     reward_model = rm.load_reward_model(rm_folder, policy, tokenizer, device)
     data.check_room(tokenizer, reviews.all_prompts(), cfg.max_new_tokens, policy.config.block_size)
-    comparisons = experiment.read_json(rm_folder / "comparisons.json")[0]
+    eval_prompts = data.held_out_prompts(cfg.n_eval, cfg.seed)
+    comparisons, _ = experiment.read_json(rm_folder / "comparisons.json")
+    annotator_temperature = experiment.read_json(rm_folder / "config.json")["annotator_temperature"]
     n = cfg.n_pairs // cfg.rounds                                # pairs to a round
     available = sum(len(c["gold"]) * (len(c["gold"]) - 1) // 2 for c in comparisons)
     if cfg.labels == "annotators" and n > available:
@@ -278,7 +281,6 @@ def main(cfg):
                  reward=experiment.fingerprint(reward_model))
     data.save_tokenizer(tokenizer, run.folder)
     train_prompts, _ = data.review_prompts()
-    eval_prompts = data.held_out_prompts(cfg.n_eval, cfg.seed)
 
     steps_a_round = cfg.epochs * (n // cfg.batch_size)
     steps, pairs = cfg.rounds * steps_a_round, None
@@ -293,8 +295,9 @@ def main(cfg):
             if round == 0 and cfg.labels == "annotators":
                 pairs = pairs_of_rankings(comparisons, run.generator)[:n]
             else:
-                pairs = sample_pairs(policy, reward, tokenizer, data.draw(train_prompts, n, run.generator),
-                                     cfg, run.generator)
+                prompts = data.draw(train_prompts, n, run.generator)
+                pairs = sample_pairs(policy, reward, tokenizer, prompts, cfg, annotator_temperature,
+                                     run.generator)
             different = [pair for pair in pairs if pair["chosen_ids"] != pair["rejected_ids"]]
             print(f"round {round}: {len(different)} pairs, {len(pairs) - len(different)} more were of "
                   "identical responses and are left out")
@@ -343,7 +346,8 @@ def main(cfg):
         run.checkpoint(step + 1, **state)
 
     # ---- the result
-    text, results = frontier.compare({"SFT": reference, "DPO": policy}, reward, tokenizer, cfg)
+    text, results = frontier.compare({"SFT": reference, "DPO": policy}, reward, tokenizer, eval_prompts,
+                                     cfg)
     picture = experiment.curves(run.folder, f"DPO, {run.folder}", CURVES)
     return run.finish("\n".join([
         text, "",

@@ -425,13 +425,18 @@ def progress(items, label):
     print("\r\033[K" * terminal + f"{label}: {time.time() - begun:.1f} s", flush=True)
 
 
-def table(rows):
+def table(rows, markdown=False):
     """Rows of cells, the first row the header -> aligned text, numbers to the right"""
     rows = [[f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+    between = " | " if markdown else "  "
+    lines = [between.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
              for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    rule = "-" * len(lines[0])
+    if markdown:
+        lines = [f"| {line} |" for line in lines]
+        rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def curves(folder, title, panels):

@@ -50,14 +50,15 @@ def mixture_logprobs(logprobs, counts):
     return (logprobs + shares.log()[:, None, None]).logsumexp(dim=0)
 
 
-def optimum(rewards, log_weights, beta):
+def optimum(rewards, log_weights, beta, values=None):
     """
     The optimum of E[r] - beta KL(pi, pi_ref), from samples of q; log_weights = log pi_ref - log q.
 
     Z(x) = mean_i w_i exp(r_i / beta),   J* = beta mean_x log Z(x)
     E*[r] = mean_x sum_i p_i r_i  with  p_i = w_i exp(r_i / beta) / sum,   KL* = (E*[r] - J*) / beta
 
-    rewards, log_weights (P, N) -> {objective: J*, reward: E*[r], kl: KL* in nats, ess (P,): 1 / sum p^2}
+    rewards, log_weights (P, N) -> {objective: J*, reward: E*[r], kl: KL* in nats, ess (P,): 1 / sum p^2};
+    with values (P, N) also {value: E*[values]}, of anything else that pi* would earn
 
     >>> point = optimum(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2), beta=1.0)
     >>> round(point["objective"].item(), 4)              # log((1 + e) / 2)
@@ -67,8 +68,9 @@ def optimum(rewards, log_weights, beta):
     log_z = log_terms.logsumexp(dim=1) - math.log(rewards.shape[1])          # (P,)
     p = log_terms.softmax(dim=1)                                             # (P, N), that of pi*
     objective, reward = beta * log_z.mean(), (p * rewards).sum(dim=1).mean()
-    return {"objective": objective, "reward": reward, "kl": (reward - objective) / beta,
-            "ess": 1 / (p ** 2).sum(dim=1)}
+    point = {"objective": objective, "reward": reward, "kl": (reward - objective) / beta,
+             "ess": 1 / (p ** 2).sum(dim=1)}
+    return point if values is None else point | {"value": (p * values).sum(dim=1).mean()}
 
 
 def best_reward(rewards, log_weights, kl, betas=BETAS):
@@ -235,14 +237,13 @@ def share_of_frontier(samples, name):
     A policy's gain in E[r] over the greatest gain of any policy with its KL. Needs no beta.
 
     -> {share, best_score, trusted}; the frontier is biased low, so that the share is biased high,
-    the more so where it is not trusted. NaN for a policy that has not moved.
+    the more so where it is not trusted. NaN for a policy that has not moved, or if nothing can be gained.
     """
     reference, policy = (measure(samples, n)[0] for n in (samples.names[0], name))
-    if policy["kl_ref"] < 0.02:
-        return {"share": math.nan, "best_score": math.nan, "trusted": False}
-    best, point = best_reward(samples.scores, samples.log_weights(), policy["kl_ref"])
+    best, point = best_reward(samples.scores, samples.log_weights(), max(policy["kl_ref"], 0.0))
     gain, best_gain = policy["score"] - reference["score"], best.item() - reference["score"]
-    return {"share": gain / best_gain, "best_score": best.item(), "trusted": bool(trusted(point))}
+    moved = policy["kl_ref"] > 0.02 and best_gain > 1e-6
+    return {"share": gain / best_gain if moved else math.nan, "best_score": best.item(), "trusted": bool(trusted(point))}
 
 
 def fraction_of_optimum(samples, name, beta, rewards=None):
@@ -265,24 +266,23 @@ def fraction_of_optimum(samples, name, beta, rewards=None):
             "objective": best["objective"].item(), "ess": best["ess"].median().item()}
 
 
-def compare(policies, reward, tokenizer, cfg):
-    """The reference and one policy on the same held-out prompts: {name: GPT} -> text, results"""
-    prompts = data.held_out_prompts(cfg.n_eval, cfg.seed)
+def compare(policies, reward, tokenizer, prompts, cfg):
+    """The reference and one policy, {name: GPT}, on the same prompts -> text, results"""
     samples = collect(policies, reward, tokenizer, prompts, [cfg.n_samples] * 2, cfg.max_new_tokens,
                       getattr(cfg, "temperature", 1.0), cfg.seed)
     (before, after), (theirs, ours) = samples.names, (measure(samples, n)[0] for n in samples.names)
     limit = share_of_frontier(samples, after)
     spread = samples.gold[:, samples.columns(before)].std().item()
-    gain = (ours["gold"] - theirs["gold"]) / spread
+    gain = (ours["gold"] - theirs["gold"]) / max(spread, 1e-9)
     lines = [experiment.table([
-        [f"{cfg.n_eval} held-out prompts x {cfg.n_samples}", before, after],
+        [f"{len(prompts)} held-out prompts x {cfg.n_samples}", before, after],
         *([metric, theirs[metric], ours[metric]] for metric in ours)]), "",
         f"The true utility, gold, which training never saw, is {gain:+.2f} standard deviations of",
         f"the {before} policy's gold above that policy's, at {ours['kl_ref']:.2f} nats of KL per "
         "response.",
-        f"The best possible score at this KL is {limit['best_score']:.2f}; {after} has "
-        f"{limit['share']:.1%} of that gain, its share of the frontier." +
-        ("" if limit["trusted"] else " (Too few samples to trust that.)"), ""]
+        f"No policy with that KL has a score above {limit['best_score']:.2f}: {after} made "
+        f"{limit['share']:.1%} of the greatest gain",
+        "possible, its share of the frontier (estimated from these samples; evaluate.py takes more).", ""]
     for p, prompt in enumerate(prompts[:4]):
         lines.append(prompt)
         for name in samples.names:

@@ -330,6 +330,7 @@ def main(cfg):
     actor, tokenizer = sft.load_policy(experiment.ensure(cfg, sft), device)
     reward_model = rm.load_reward_model(experiment.ensure(cfg, rm), actor, tokenizer, device)
     data.check_room(tokenizer, reviews.all_prompts(), cfg.max_new_tokens, actor.config.block_size)
+    eval_prompts = data.held_out_prompts(cfg.n_eval, cfg.seed)
     if cfg.minibatch_size > cfg.batch_size:
         experiment.stop(f"--minibatch_size {cfg.minibatch_size} is more than --batch_size "
                         f"{cfg.batch_size}; lower it to that or less")
@@ -452,7 +453,8 @@ def main(cfg):
         run.checkpoint(step + 1, **state)
 
     # ---- the result
-    text, results = frontier.compare({"SFT": reference, "PPO": actor}, reward, tokenizer, cfg)
+    text, results = frontier.compare({"SFT": reference, "PPO": actor}, reward, tokenizer, eval_prompts,
+                                     cfg)
     picture = experiment.curves(run.folder, f"PPO, {run.folder}", CURVES)
     return run.finish("\n".join([
         text, "",

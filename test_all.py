@@ -4,6 +4,8 @@ Every formula against an independent oracle, every script end to end. Offline, o
     python -m pytest -q test_all.py             all of it
     python -m pytest -q test_all.py --slow      also the runs at full size
     python -m pytest -q test_all.py -k gae      one subject
+    python test_all.py                          rewrite the line numbers in the README
+    python test_all.py flips                    draw docs/flips.png as well
 
 In reading order: reviews, data, model, experiment, sft, reward_model, ppo, the scripts, the README.
 A test's name is the claim it checks.
@@ -31,6 +33,7 @@ import torch
 
 import data
 import dpo
+import evaluate
 import experiment
 import frontier
 import model
@@ -41,7 +44,7 @@ import sft
 from model import GPT, GPTConfig, ScalarGPT, generate, masked_mean, sequence_scores, token_logprobs
 
 HERE = Path(__file__).parent
-SCRIPTS = (sft, reward_model, ppo, dpo)
+SCRIPTS = (sft, reward_model, ppo, dpo, evaluate)
 MODULES = (reviews, data, model, experiment, frontier, *SCRIPTS)
 
 
@@ -638,6 +641,9 @@ def test_command_lines_set_typed_fields_over_a_preset():
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 def test_every_config_field_is_read_and_has_a_comment_that_help_prints(script, capsys):
     sources = inspect.getsource(script) + inspect.getsource(experiment)
+    for helper in (reward_model.score_responses, frontier.compare):            # they are given the whole cfg
+        if helper.__name__ in sources:
+            sources += inspect.getsource(helper)
     read = {node.attr for node in ast.walk(ast.parse(sources)) if isinstance(node, ast.Attribute)
             and isinstance(node.value, (ast.Name, ast.Attribute))
             and "cfg" in (getattr(node.value, "id", ""), getattr(node.value, "attr", ""))}
@@ -976,12 +982,298 @@ def test_responses_without_eos_get_the_fixed_score_and_scores_can_be_clipped():
     finished = torch.tensor([True, True, True, False])
     raw = sequence_scores(scalar, *batch)
     cfg = dataclasses.replace(ppo.Config(), missing_eos_score=-3.0)
-    scores = ppo.score_responses(scalar, *batch, finished, cfg)
+    scores = reward_model.score_responses(scalar, *batch, finished, cfg)
     assert torch.equal(scores[:3], raw[:3]) and scores[3] == -3.0
-    left = ppo.score_responses(scalar, *batch, finished, dataclasses.replace(cfg, missing_eos_score=None))
+    left = reward_model.score_responses(scalar, *batch, finished, dataclasses.replace(cfg, missing_eos_score=None))
     assert torch.equal(left, raw)
-    clipped = ppo.score_responses(scalar, *batch, finished, dataclasses.replace(cfg, score_clip=0.1))
+    clipped = reward_model.score_responses(scalar, *batch, finished, dataclasses.replace(cfg, score_clip=0.1))
     assert clipped.abs().max() <= 0.1 + 1e-6 and clipped[3].item() == pytest.approx(-0.1)
+
+
+# --------------------------------------------------------------------------------------------------
+# dpo.py
+
+def pair_tensors(n=6, seed=0):
+    return torch.randn(4, n, generator=seeded(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "robust", "ipo", "hinge", "fidelity"])
+def test_dpo_losses_equal_their_formulas(kind):
+    (c, r, rc, rr), beta, margin, weights = pair_tensors(), 0.7, 0.2 if kind != "ipo" else 0.0, torch.arange(1.0, 7.0).double()
+    target = torch.rand(6, generator=seeded(1), dtype=torch.float64)
+    e = 0.1 if kind in ("sigmoid", "robust") else 0.0
+
+    def log_sigma(z):
+        return -math.log(1 + math.exp(-z))
+    losses, margins, right = [], [], []
+    for i in range(6):
+        h = ((c[i] - rc[i]) - (r[i] - rr[i])).item()
+        z, t = beta * h - margin, target[i].item()
+        losses.append({
+            "sigmoid": lambda: -((1 - e) * t + e * (1 - t)) * log_sigma(z) - (e * t + (1 - e) * (1 - t)) * log_sigma(-z),
+            "robust": lambda: (-((1 - e) * t - e * (1 - t)) * log_sigma(z)
+                               - ((1 - e) * (1 - t) - e * t) * log_sigma(-z)) / (1 - 2 * e),
+            "ipo": lambda: t * (h - 1 / (2 * beta)) ** 2 + (1 - t) * (-h - 1 / (2 * beta)) ** 2,
+            "hinge": lambda: t * max(0, 1 - z) + (1 - t) * max(0, 1 + z),
+            "fidelity": lambda: 1 - math.sqrt(t * math.exp(log_sigma(z))) - math.sqrt((1 - t) * math.exp(log_sigma(-z))),
+        }[kind]())
+        margins.append(beta * h)
+        right.append(h > 0)
+    loss, metrics = dpo.dpo_loss(c, r, rc, rr, beta, kind, e, margin, target, weights)
+    mean = lambda xs: sum(w * x for w, x in zip(weights.tolist(), xs)) / 21
+    assert loss.item() == pytest.approx(mean(losses)) == metrics["loss"].item()
+    assert metrics["margin"].item() == pytest.approx(mean(margins))
+    assert metrics["accuracy"].item() == pytest.approx(mean(right))
+    plain, _ = dpo.dpo_loss(c, r, rc, rr, beta, kind)
+    hard, _ = dpo.dpo_loss(c, r, rc, rr, beta, kind, target=torch.ones(6, dtype=torch.float64))
+    assert plain.item() == pytest.approx(hard.item())
+
+
+def test_dpo_at_the_reference_is_ln_2_without_margin_and_half_right_with_the_known_slope():
+    c = torch.tensor([-3.0, -5.0], requires_grad=True)
+    r = torch.tensor([-4.0, -2.0], requires_grad=True)
+    loss, metrics = dpo.dpo_loss(c, r, c.detach(), r.detach(), beta=0.3)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2)) and metrics["margin"] == 0 and metrics["accuracy"] == 0.5
+    assert torch.allclose(c.grad, torch.tensor(-0.3 / 2 / 2)) and torch.allclose(r.grad, torch.tensor(0.3 / 2 / 2))
+    _, metrics = dpo.dpo_loss(c.detach() + 1e-6, r.detach(), c.detach(), r.detach(), beta=0.3)
+    assert metrics["accuracy"] == 0.5                          # rounding is a tie
+    with pytest.raises(ValueError, match="it is sigmoid, robust"):
+        dpo.dpo_loss(c, r, c, r, 0.1, kind="kto")
+    with pytest.raises(ValueError, match="belongs to sigmoid and robust"):
+        dpo.dpo_loss(c, r, c, r, 0.1, kind="ipo", label_smoothing=0.1)
+
+
+def loss_of_margin(z, **options):
+    zero = torch.zeros_like(z)
+    return dpo.dpo_loss(z, zero, zero, zero, beta=1.0, **options)[0]
+
+
+@pytest.mark.parametrize("e, best", [(0.1, 2.197), (0.2, 1.386)])
+def test_cdpo_has_a_finite_best_margin(e, best):
+    z = torch.tensor([best], requires_grad=True)
+    loss_of_margin(z, label_smoothing=e).backward()
+    assert best == pytest.approx(math.log((1 - e) / e), abs=1e-3) and z.grad.abs().item() < 1e-3
+
+
+def test_robust_is_unbiased_under_flips_and_unbounded_below():
+    z, e = torch.tensor([0.7]), 0.2
+    flipped = (1 - e) * loss_of_margin(z, kind="robust", label_smoothing=e) + e * loss_of_margin(
+        -z, kind="robust", label_smoothing=e)
+    assert flipped.item() == pytest.approx(loss_of_margin(z).item())
+    assert loss_of_margin(torch.tensor([20.0]), kind="robust", label_smoothing=0.1).item() == pytest.approx(-2.5, abs=1e-3)
+
+
+def test_ipo_is_least_at_half_over_beta_hinge_is_flat_past_one_and_fidelity_is_bounded():
+    for kind, z, gradient in (("ipo", 0.5, 0.0), ("ipo", 1.5, 2.0), ("hinge", 1.01, 0.0), ("hinge", 0.99, -1.0),
+                              ("fidelity", -math.log(2), -0.19245), ("fidelity", -40.0, 0.0)):
+        x = torch.tensor([z], requires_grad=True)
+        loss_of_margin(x, kind=kind).backward()
+        assert x.grad.item() == pytest.approx(gradient, abs=1e-4), (kind, z)
+    for z in (-50.0, 0.0, 50.0):
+        assert -1e-6 <= loss_of_margin(torch.tensor([z]), kind="fidelity").item() <= 1
+
+
+def test_sequence_logprobs_are_sums_or_means_over_response_tokens():
+    logprobs, _, _, _, mask = ragged()
+    lengths = mask.sum(1)
+    torch.testing.assert_close(dpo.sequence_logprobs(logprobs, mask), logprobs.sum(1))
+    torch.testing.assert_close(dpo.sequence_logprobs(logprobs, mask, True) * lengths, logprobs.sum(1))
+    twice = torch.cat([logprobs, logprobs], 1)                 # the mean does not change when every token comes twice
+    torch.testing.assert_close(dpo.sequence_logprobs(twice, torch.cat([mask, mask], 1), True),
+                               dpo.sequence_logprobs(logprobs, mask, True))
+
+
+def test_masking_the_shared_prefix_changes_means_and_not_differences_of_sums():
+    gpt = small_gpt()
+    prompts, chosen, rejected = [[1, 2], [3]], [[4, 5, 6, 10], [7, 10]], [[4, 5, 10], [8, 9, 10]]
+    inputs, targets, mask = data.collate(prompts * 2, chosen + rejected)
+    masks = dpo.after_shared_prefix(*targets.chunk(2), *mask.chunk(2))
+    assert [m.sum(1).tolist() for m in masks] == [[2, 2], [1, 3]]
+    logprobs = token_logprobs(gpt, inputs, targets, mask).chunk(2)
+    full, cut = ([dpo.sequence_logprobs(lp, m) for lp, m in zip(logprobs, ms)] for ms in (mask.chunk(2), masks))
+    torch.testing.assert_close(full[0] - full[1], cut[0] - cut[1])
+    full, cut = ([dpo.sequence_logprobs(lp, m, True) for lp, m in zip(logprobs, ms)] for ms in (mask.chunk(2), masks))
+    assert not torch.allclose(full[0] - full[1], cut[0] - cut[1])
+
+
+def test_pair_logprobs_equal_each_response_alone():
+    gpt, cfg = small_gpt(), tiny(dpo)
+    pairs = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in zip(PROMPTS, RESPONSES, RESPONSES[::-1])]
+    logprobs, lengths, nll = dpo.pair_logprobs(gpt, pairs, cfg)
+    for k, responses in enumerate((RESPONSES, RESPONSES[::-1])):
+        for i, (p, y) in enumerate(zip(PROMPTS, responses)):
+            alone = token_logprobs(gpt, *data.collate([p], [y])).sum().item()
+            assert logprobs[k, i].item() == pytest.approx(alone, abs=1e-4) and lengths[k, i] == len(y)
+    assert nll.item() == pytest.approx(-logprobs[0].sum().item() / sum(map(len, RESPONSES)))
+
+
+def test_all_pairs_of_rankings_are_made_better_first():
+    comparisons = [{"prompt_ids": [1], "response_ids": [[2], [3], [4]]}, {"prompt_ids": [5], "response_ids": [[6], [7]]}]
+    pairs = dpo.pairs_of_rankings(comparisons, seeded())
+    assert sorted((*p["prompt_ids"], *p["chosen_ids"], *p["rejected_ids"]) for p in pairs) == [
+        (1, 2, 3), (1, 2, 4), (1, 3, 4), (5, 6, 7)]
+
+
+@pytest.mark.parametrize("labels", ["annotators", "reward_model", "soft"])
+def test_sampled_pairs_are_labelled_by_the_probability_that_the_one_beats_the_other(labels, tokenizer):
+    """Scores by length, so that the label of every pair can be told from the pair."""
+    gpt = small_gpt(vocab_size=tokenizer.n_vocab, block_size=40, std=0.02)
+    reward = lambda inputs, targets, mask, finished: mask.sum(1) / 2 + finished
+    cfg = tiny(dpo, labels=labels, max_new_tokens=6)
+    gpt.transformer.ln_f.bias.data.copy_(gpt.transformer.wte.weight[tokenizer.eot_token] * 300)   # EOS is likely
+    pairs = dpo.sample_pairs(gpt, reward, tokenizer, [TINY_PROMPT] * 1500, cfg, 0.6, seeded())
+    assert len(pairs) == 1500
+    wins, expected, variance = 0, 0.0, 0.0
+    for pair in pairs:
+        ids = [pair["chosen_ids"], pair["rejected_ids"]]
+        if labels == "annotators":
+            gold = [reviews.gold(TINY_PROMPT, *data.decode_response(tokenizer, y)) / 0.6 for y in ids]
+        else:
+            gold = [len(y) / 2 + (y[-1] == tokenizer.eot_token) for y in ids]
+        p = 1 / (1 + math.exp(gold[1] - gold[0]))
+        if labels == "soft":
+            assert pair["target"] == pytest.approx(p, abs=1e-5) and p >= 0.5
+        else:
+            assert pair["target"] == 1
+            if gold[0] != gold[1]:                             # did the better one win?
+                wins += gold[0] > gold[1]
+                expected += max(p, 1 - p)
+                variance += p * (1 - p)
+    if labels != "soft":
+        assert expected > 50 and abs(wins - expected) < 4 * variance ** 0.5
+
+
+# --------------------------------------------------------------------------------------------------
+# frontier.py
+
+def test_the_mixture_is_the_average_density_by_number_of_samples():
+    logprobs = torch.randn(2, 3, 4, generator=seeded(), dtype=torch.float64)
+    q = frontier.mixture_logprobs(logprobs, [1, 3])
+    for p, n in itertools.product(range(3), range(4)):
+        assert q[p, n].item() == pytest.approx(math.log(
+            0.25 * math.exp(logprobs[0, p, n]) + 0.75 * math.exp(logprobs[1, p, n])))
+
+
+def exactly(listing):
+    """The listing as samples of the uniform distribution: rewards, log weights, so that means are exact"""
+    return listing.scores.double(), listing.ref + math.log(len(listing.responses))
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 1.0, 5.0])
+def test_the_optimum_equals_enumeration(listing, beta):
+    best = (listing.ref + listing.scores.double() / beta).softmax(1)
+    kl = (best * (best.log() - listing.ref)).sum(1).mean().item()
+    reward = (best * listing.scores).sum(1).mean().item()
+    point = frontier.optimum(*exactly(listing), beta, values=listing.scores.double() ** 2)
+    assert point["reward"].item() == pytest.approx(reward) and point["kl"].item() == pytest.approx(kl, abs=1e-5)
+    assert point["objective"].item() == pytest.approx(reward - beta * kl, abs=1e-5)
+    assert point["value"].item() == pytest.approx((best * listing.scores ** 2).sum(1).mean().item())
+    torch.testing.assert_close(point["ess"], 1 / (best ** 2).sum(1))
+
+
+def test_the_frontier_is_reached_by_pi_star_and_by_nobody_passed(listing):
+    for beta in (0.3, 1.0, 3.0):
+        point = frontier.optimum(*exactly(listing), beta)
+        best, at = frontier.best_reward(*exactly(listing), point["kl"])
+        assert best.item() == pytest.approx(point["reward"].item(), abs=1e-3) and at["beta"] == pytest.approx(beta, rel=0.04)
+    for seed in range(30):                                     # policies of all sorts, some near pi*
+        noise = torch.randn(2, 40, generator=seeded(seed)) * (seed % 5) / 4
+        p = (listing.ref + (seed % 3) * listing.scores.double() + noise).softmax(1)
+        kl = (p * (p.log() - listing.ref)).sum(1).mean()
+        assert (p * listing.scores).sum(1).mean() <= frontier.best_reward(*exactly(listing), kl)[0] + 1e-6
+
+
+def drawn_samples(listing, policies, counts, seed=0):
+    """Samples of tables of probabilities, as collect would make them"""
+    at = torch.cat([torch.multinomial(p, n, replacement=True, generator=seeded(seed + k))
+                    for k, (p, n) in enumerate(zip(policies, counts))], dim=1)              # (P, N)
+    gather = lambda x: x.double().gather(1, at)
+    one, N = torch.ones(at.shape), at.shape[1]
+    return frontier.Samples([TINY_PROMPT] * 2, ["SFT", *"ABC"[:len(counts) - 1]], counts, [[" Skip it."] * N] * 2,
+                            gather(listing.scores), gather(listing.scores), torch.stack([gather(p.log()) for p in policies]),
+                            one, one, one)
+
+
+def test_z_is_estimated_without_bias_and_its_log_from_below(listing):
+    beta, policies = 0.5, [listing.ref.exp(), listing.best]
+    z = (listing.ref + listing.scores / beta).logsumexp(1).exp()                               # (P,)
+    samples = drawn_samples(listing, policies, [6000, 2000])
+    scores, log_weights = samples.scores, samples.log_weights()                               # 2000 estimates from 3 + 1
+    rows = torch.cat([torch.arange(6000).view(2000, 3), 6000 + torch.arange(2000).view(2000, 1)], 1)
+    each = torch.exp(log_weights + scores / beta)[:, rows].mean(-1)                           # (P, 2000)
+    assert ((each.mean(1) - z).abs() < 4 * each.std(1) / 2000 ** 0.5).all()
+    assert (each.log().mean(1) < z.log()).all()
+    wrong = torch.exp(scores / beta)[:, rows].mean(-1)                                        # without weights
+    assert ((wrong.mean(1) - z).abs() > 10 * wrong.std(1) / 2000 ** 0.5).any()
+
+
+def test_pi_star_has_the_whole_share_and_the_reference_none(listing):
+    worse = (listing.ref + 0.5 * listing.scores.double() / BETA + 1.5 * torch.randn(2, 40, generator=seeded())).softmax(1)
+    samples = drawn_samples(listing, [listing.ref.exp(), listing.best, worse], [3000, 3000, 3000])
+    limit = frontier.share_of_frontier(samples, "A")
+    assert limit["share"] == pytest.approx(1, abs=0.03) and limit["trusted"]
+    assert math.isnan(frontier.share_of_frontier(samples, "SFT")["share"])
+    reached = frontier.fraction_of_optimum(samples, "A", BETA)
+    assert reached["fraction"] == pytest.approx(1, abs=0.03)
+    assert reached["objective"] == pytest.approx(listing.objective(listing.best), abs=0.02)
+    start = listing.objective(listing.ref.exp())
+    exact = (listing.objective(worse) - start) / (listing.objective(listing.best) - start)
+    reached = frontier.fraction_of_optimum(samples, "B", BETA)
+    assert abs(reached["fraction"] - exact) < 5 * reached["standard_error"] + 0.02 and exact < 0.9
+    quarter, weights = samples.every_fourth()
+    assert quarter.shape == weights.shape == (2, 2250)
+    assert frontier.optimum(quarter, weights, BETA)["objective"].item() == pytest.approx(reached["objective"], rel=0.05)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6, 7])
+def test_best_of_n_is_the_mean_over_all_subsets(n):
+    rewards, values = torch.randn(2, 3, 7, generator=seeded(), dtype=torch.float64)
+    best, of_best = [], []
+    for row, other in zip(rewards.tolist(), values.tolist()):
+        for subset in itertools.combinations(range(7), n):
+            winner = max(subset, key=row.__getitem__)
+            best.append(row[winner])
+            of_best.append(other[winner])
+    assert frontier.best_of_n(rewards, n).item() == pytest.approx(sum(best) / len(best))
+    assert frontier.best_of_n(rewards, n, values).item() == pytest.approx(sum(of_best) / len(of_best))
+
+
+def test_best_of_n_wants_n_samples_and_its_kl_is_an_upper_bound(listing):
+    with pytest.raises(ValueError, match="n = 8 with 7 samples"):
+        frontier.best_of_n(torch.zeros(2, 7), 8)
+    p, order = listing.ref.exp()[0], listing.scores[0].argsort()
+    for n in (2, 4, 16):
+        below = p[order].cumsum(0)
+        best = torch.diff(below ** n, prepend=torch.zeros(1))                  # P(the best of n is this one)
+        kl = (best * (best / p[order]).log()).sum().item()
+        assert 0 < kl < frontier.best_of_n_kl(n)
+
+
+# --------------------------------------------------------------------------------------------------
+# evaluate.py
+
+def test_win_rates_count_all_pairs_of_a_prompt_and_ties_half():
+    ours, theirs = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[1.0, 0.0, 3.0], [0.0, 5.0, -1.0]])
+    rate, error = evaluate.win_rate(ours, theirs)
+    assert rate == pytest.approx(((0.5 + 1 + 0 + 1 + 1 + 0) / 6 + (0.5 + 0 + 1) * 2 / 6) / 2)
+    assert error == pytest.approx(abs(3.5 / 6 - 0.5) / 2)
+    assert evaluate.win_rate(theirs, ours)[0] == pytest.approx(1 - rate)
+
+
+def test_elo_recovers_the_ratings_that_made_the_wins_and_keeps_an_unbeaten_player_finite():
+    ratings = torch.tensor([1000.0, 1150.0, 820.0])
+    p = 1 / (1 + 10 ** ((ratings[None] - ratings[:, None]) / 400))
+    fitted = evaluate.elo_fit(1e6 * p.double())
+    assert fitted.tolist() == pytest.approx(ratings.tolist(), abs=0.1)
+    unbeaten = evaluate.elo_fit(torch.tensor([[0.0, 0.0], [20.0, 0.0]]))
+    assert unbeaten.tolist() == pytest.approx([1000, 1000 + 400 * math.log10(20.5 / 0.5)])
+    assert evaluate.elo_fit(torch.zeros(3, 3)).tolist() == pytest.approx([1000] * 3)
+
+
+def test_distinct_is_the_share_of_different_word_pairs():
+    assert evaluate.distinct([" a b a b", "a b"]) == pytest.approx(2 / 4)
+    assert evaluate.distinct([]) == 0 and evaluate.distinct(["one"]) == 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1278,6 +1570,53 @@ def test_hard_labels_halve_the_beta_of_the_fidelity_loss(listing):
     assert listing.distance(best, at_half_beta) < 1e-3
 
 
+
+FLIPPED = {                                                    # a loss, told the share of flipped labels if it can be
+    "sigmoid": lambda e: dict(), "cDPO": lambda e: dict(label_smoothing=e),
+    "robust": lambda e: dict(kind="robust", label_smoothing=e), "fidelity": lambda e: dict(kind="fidelity")}
+
+
+def test_only_robust_keeps_its_optimum_where_labels_are_flipped(listing):
+    fractions = {name: listing.fraction(optimum_of(listing, flips=0.2, **options(0.2))[0]) for name, options in FLIPPED.items()}
+    assert fractions["robust"] > 0.999
+    assert fractions["robust"] > fractions["sigmoid"] + 0.05 > fractions["cDPO"] + 0.1
+    assert listing.fraction(optimum_of(listing, kind="fidelity")[0]) < fractions["fidelity"] - 0.05        # flips undo its excess
+
+
+def draw_flips(path, n=4000, seeds=3):
+    """DPO's losses on n drawn labels of which a share is flipped -> a picture, and its numbers as a table"""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    listing, rates = Enumerated(), (0.0, 0.1, 0.2, 0.3)
+    rows = [["loss", "flipped", "fraction of the optimum", "its own optimum's", "distance to that, TV"]]
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    for (name, options), style in zip(FLIPPED.items(), ("o-", "s--", "^-.", "D:")):
+        fractions, distances = [], []
+        for rate in rates:
+            own, _ = optimum_of(listing, flips=rate, **options(rate))
+            runs = []
+            for seed in range(seeds):
+                _, _, wins = all_pairs(listing, rate)
+                drawn = torch.multinomial(wins.flatten(), n, replacement=True, generator=seeded(seed))
+                counts = torch.bincount(drawn, minlength=wins.numel()).view_as(wins).double()
+                runs.append(dpo_on(listing, counts=counts, **options(rate))[0])
+            fractions.append(torch.tensor([listing.fraction(p) for p in runs]))
+            distances.append(torch.tensor([listing.distance(p, own) for p in runs]))
+            rows.append([name, f"{rate:.0%}", fractions[-1].mean().item(), listing.fraction(own), distances[-1].mean().item()])
+        for axis, values in zip(axes, (fractions, distances)):
+            axis.errorbar([100 * r for r in rates], [v.mean() for v in values], [v.std() for v in values], fmt=style,
+                          color="0.15", markerfacecolor="0.75", capsize=2, linewidth=1.1, label=name)
+    axes[0].set(xlabel="flipped labels (%)", ylabel="fraction of the optimum reached")
+    axes[1].set(xlabel="flipped labels (%)", ylabel="total variation to the loss's own optimum")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    return experiment.table(rows, markdown=True)
+
+
 # ---- gradients
 
 def flat_gradient(loss, policy):
@@ -1533,11 +1872,12 @@ def log_of(folder):
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """python ppo.py --config tiny, which makes all three stages; -> its folder, its results"""
+    """python ppo.py --config tiny, which makes all three stages, then dpo.py; -> folder, results of ppo"""
     home = tmp_path_factory.mktemp("whole_run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         results = ppo.main(tiny(ppo))
+        dpo.main(tiny(dpo))
     return home / "out" / "tiny", results
 
 
@@ -1550,7 +1890,7 @@ def beside(whole_run, monkeypatch):
 
 def test_one_command_makes_every_stage_with_all_its_files(whole_run):
     folder, _ = whole_run
-    for stage in ("sft", "reward_model", "ppo"):
+    for stage in ("sft", "reward_model", "ppo", "dpo"):
         for name in ("checkpoint.pt", "log.jsonl", "config.json", "report.txt", "results.json", "tokenizer.json"):
             assert (folder / stage / name).stat().st_size > 0
         assert (folder / stage / "curves.png").read_bytes()[:4] == b"\x89PNG"
@@ -1607,13 +1947,13 @@ def test_ppo_raises_the_score_and_starts_where_it_should(whole_run):
 def test_the_reported_comparison_is_that_of_the_two_checkpoints_so_the_reference_did_not_move(whole_run):
     folder, results = whole_run
     reference, tokenizer = sft.load_policy(folder / "sft", "cpu")
-    actor, _ = sft.load_policy(folder / "ppo", "cpu")
     scorer = reward_model.load_reward_model(folder / "reward_model", reference, tokenizer, "cpu")
-    cfg = tiny(ppo)
-    prompts = data.draw(data.review_prompts()[1], cfg.n_eval, seeded(cfg.seed))
-    again, scores, gold, texts = ppo.evaluate(actor, reference, scorer, tokenizer, prompts, cfg)
-    assert again == {name: results[name] for name in again}
-    assert scores.mean().item() == again["score"] and gold.mean().item() == again["gold"]
+    for script, name in ((ppo, "PPO"), (dpo, "DPO")):
+        policy, _ = sft.load_policy(folder / script.__name__, "cpu")
+        reward = lambda *batch: reward_model.score_responses(scorer, *batch, tiny(script))
+        _, again = frontier.compare({"SFT": reference, name: policy}, reward, tokenizer,
+                                    data.held_out_prompts(tiny(script).n_eval, 1337), tiny(script))
+        assert again == experiment.read_json(folder / script.__name__ / "results.json")
 
 
 def test_an_update_wires_rollout_rewards_advantages_and_losses_together(beside, monkeypatch):
@@ -1629,8 +1969,9 @@ def test_an_update_wires_rollout_rewards_advantages_and_losses_together(beside, 
             return result
         monkeypatch.setattr(owner, name, recorded)
 
-    for name in ("ScalarGPT", "roll_out", "score_responses", "gae", "policy_loss", "value_loss", "shape_rewards"):
+    for name in ("ScalarGPT", "roll_out", "gae", "policy_loss", "value_loss", "shape_rewards"):
         spy(name)
+    spy("score_responses", reward_model)
     spied, critic_values = ppo.gae, []
 
     def gae(rewards, values, mask, gamma, lam):              # before the critic moves on
@@ -1715,7 +2056,7 @@ def test_loading_a_checkpoint_runs_no_code(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize("script, at", [(sft, 33), (reward_model, 17), (ppo, 4)], ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize("script, at", [(sft, 33), (reward_model, 17), (ppo, 4), (dpo, 9)], ids=lambda x: getattr(x, "__name__", ""))
 def test_an_interrupted_and_resumed_stage_ends_with_the_same_bits(script, at, beside, monkeypatch):
     """Stopped between two checkpoints, as a crash would: the steps since the last one come again."""
     name, original = f"resumed_{script.__name__}", experiment.Run.log
@@ -1803,7 +2144,7 @@ def test_stages_that_do_not_belong_together_are_noticed(beside, capsys):
 
 
 def test_numbers_that_are_none_stop_the_run_and_keep_the_last_good_checkpoint(beside, monkeypatch):
-    for script, name, at in ((sft, "sft_loss", 25), (reward_model, "preference_loss", 12), (ppo, "value_loss", 10)):
+    for script, name, at in ((sft, "sft_loss", 25), (reward_model, "preference_loss", 12), (ppo, "value_loss", 10), (dpo, "dpo_loss", 10)):
         original, calls = getattr(script, name), []
 
         def broken(*args, **kwargs):
@@ -1933,6 +2274,155 @@ def test_a_beta_raised_a_hundredfold_keeps_the_policy_at_the_reference(beside):
     assert kls[1] < 0.5 * kls[0]
 
 
+# ---- dpo.py and evaluate.py, end to end
+
+def test_dpo_starts_at_the_reference_and_raises_gold_from_comparisons_alone(whole_run):
+    log = log_of(whole_run[0] / "dpo")
+    first, last = log[0], log[-1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5) and first["margin"] == pytest.approx(0, abs=1e-5)
+    assert first["accuracy"] == 0.5 and first["kl_ref"] == 0
+    assert last["kl_ref"] > 0.05 and last["gold"] > first["gold"] and last["margin"] > 0.05
+    assert all(("kl_ref" in line) == (line["step"] % 5 == 0 or line is last) for line in log)
+    pairs = experiment.read_json(whole_run[0] / "dpo" / "pairs_0.json")
+    reference, _ = sft.load_policy(whole_run[0] / "sft", "cpu")
+    for pair in pairs[:20]:
+        for ids, stored in zip((pair["chosen_ids"], pair["rejected_ids"]), pair["ref_logprobs"]):
+            alone = token_logprobs(reference, *data.collate([pair["prompt_ids"]], [ids])).sum().item()
+            assert stored == pytest.approx(alone, abs=1e-4)
+
+
+DPO_OPTIONS = [dict(loss="robust", label_smoothing=0.1), dict(label_smoothing=0.1), dict(loss="ipo"), dict(loss="hinge"),
+               dict(loss="fidelity"), dict(length_normalise=True), dict(reference_free=True), dict(margin=0.5),
+               dict(length_normalise=True, mask_shared_prefix=True), dict(nll_coef=1.0), dict(labels="soft"),
+               dict(labels="reward_model"), dict(labels="annotators", rounds=2), dict(beta=1.0), dict(grad_clip=0.01),
+               dict(labels="soft", rounds=2, epochs=2), dict(batch_size=1), dict(missing_eos_score=None, labels="soft"),
+               dict(length_normalise=True, reference_free=True, margin=0.5, beta=2.0), dict(score_clip=0.1, labels="soft")]
+
+
+@pytest.mark.parametrize("changes", DPO_OPTIONS, ids=lambda c: "-".join(map(str, itertools.chain(*c.items()))))
+def test_every_option_of_dpo_acts(changes, beside, whole_run, capsys):
+    name = "dpo_" + "_".join(f"{k}-{v}" for k, v in changes.items())
+    n = 16 * changes.get("batch_size", 16) // 16 * 3 * changes.get("rounds", 1)
+    results = dpo.main(tiny(dpo, out=name, base="tiny", **{"n_pairs": n, "n_eval": 4, "n_samples": 4, **changes}))
+    log, plain = log_of(beside / name / "dpo"), log_of(whole_run[0] / "dpo")
+    assert len(log) == 3 * changes.get("rounds", 1) * changes.get("epochs", 1)
+    assert math.isfinite(results["score"]) and log[0]["kl_ref"] == 0
+    assert len(list((beside / name / "dpo").glob("pairs_*.json"))) == changes.get("rounds", 1)
+    moved = {key for key in ("loss", "margin", "grad_norm", "chosen_logprobs", "nll") for step in (0, 2)
+             if log[step][key] != pytest.approx(plain[step][key], rel=1e-3, abs=1e-6)}
+    assert moved, "changed nothing"
+
+
+def test_masking_the_shared_prefix_alone_changes_nothing_and_says_so(beside, capsys):
+    small = dict(base="tiny", n_pairs=48, n_eval=4, n_samples=4)
+    dpo.main(tiny(dpo, out="prefix", mask_shared_prefix=True, **small))
+    assert "--mask_shared_prefix changes nothing without --length_normalise" in capsys.readouterr().out
+    dpo.main(tiny(dpo, out="no_prefix", **small))
+    margins = [[line["margin"] for line in log_of(beside / run / "dpo")] for run in ("prefix", "no_prefix")]
+    assert margins[0] == pytest.approx(margins[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(beta=0.0), "--beta got 0"), (dict(label_smoothing=0.5), "--label_smoothing got 0.5"),
+    (dict(loss="ipo", label_smoothing=0.1), "belongs to --loss sigmoid .cDPO. and robust, this is --loss ipo"),
+    (dict(n_pairs=20, rounds=2), "less than one batch of 16 pairs"),
+    (dict(n_pairs=5000), "asks for 5000 of the annotators' comparisons, .*reward_model has 960"),
+    (dict(n_eval=500), "500 held-out prompts to evaluate on; there are 197")])
+def test_dpo_refuses_what_cannot_be(changes, message, beside):
+    with pytest.raises(SystemExit, match=message):
+        dpo.main(tiny(dpo, out="refused", base="tiny", **changes))
+    assert not (beside / "refused").exists()
+
+
+def test_pairs_of_identical_responses_are_left_out_and_counted(beside, monkeypatch, capsys):
+    original = dpo.pairs_of_rankings
+
+    def doubled(*args):
+        return [{**pair, "rejected_ids": pair["chosen_ids"]} if i % 3 == 0 else pair for i, pair in enumerate(original(*args))]
+    monkeypatch.setattr(dpo, "pairs_of_rankings", doubled)
+    dpo.main(tiny(dpo, out="identical", base="tiny", n_pairs=48, n_eval=4, n_samples=4))
+    assert "round 0: 32 pairs, 16 more were of identical responses" in capsys.readouterr().out
+    assert len(experiment.read_json(beside / "identical" / "dpo" / "pairs_0.json")) == 32
+
+
+def test_nll_keeps_the_chosen_responses_likely(beside):
+    chosen = [log_of(beside / name / "dpo")[-1]["nll"] for name in ("nll0.0", "nll3.0") if dpo.main(
+        tiny(dpo, out=name, base="tiny", nll_coef=float(name[3:]), n_eval=4, n_samples=4))]
+    assert chosen[1] < chosen[0]
+
+
+@pytest.fixture(scope="module")
+def evaluated(whole_run):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(whole_run[0].parent.parent)
+        ppo.main(tiny(ppo, out="fixed", base="tiny", kl_control="fixed", beta=0.5, n_eval=4, n_samples=4))
+        return evaluate.main(tiny(evaluate, runs="tiny,fixed", overoptimise=True)), whole_run[0] / "evaluate"
+
+
+def test_evaluate_finds_every_policy_and_reports_where_it_landed(evaluated):
+    results, folder = evaluated
+    assert list(results) == ["SFT", "fixed/ppo", "tiny/dpo", "tiny/ppo", "overoptimisation"]
+    report = (folder / "report.md").read_text()
+    for heading in ("## The limit", "## Best of n", "## Win rates", "## Samples", "## Over-optimisation"):
+        assert heading in report
+    for picture in ("frontier.png", "overoptimisation.png"):
+        assert (folder / picture).read_bytes()[:4] == b"\x89PNG" and f"({picture})" in report
+    assert results["SFT"]["kl_ref"] == 0 and results["SFT"]["elo_by_gold"] == 1000
+    assert "fraction" in results["fixed/ppo"] and "fraction" not in results["tiny/ppo"] and "fraction" in results["tiny/dpo"]
+    for name in ("fixed/ppo", "tiny/ppo", "tiny/dpo"):
+        assert -1 < results[name]["share"] < 1.3 and results[name]["kl_ref"] > 0.05
+    assert results["tiny/ppo"]["share"] > 0.3 and results["tiny/ppo"]["elo_by_score"] > 1000
+    log = log_of(folder.parent.parent / "tiny-weak" / "ppo")
+    assert results["overoptimisation"]["end_score"] == log[-1]["score"]
+    assert results["overoptimisation"]["peak_kl"] == pytest.approx(max(log, key=lambda line: line["gold"])["kl_ref"])
+
+
+def test_samples_carry_the_densities_scores_and_texts_of_the_policies_that_wrote_them(whole_run, beside):
+    reference, tokenizer = sft.load_policy(beside / "tiny" / "sft", "cpu")
+    actor, _ = sft.load_policy(beside / "tiny" / "ppo", "cpu")
+    scorer = reward_model.load_reward_model(beside / "tiny" / "reward_model", reference, tokenizer, "cpu")
+    reward = lambda *batch: reward_model.score_responses(scorer, *batch, tiny(ppo))
+    prompts = data.held_out_prompts(3, 5)
+    samples = frontier.collect({"SFT": reference, "PPO": actor}, reward, tokenizer, prompts, [4, 2], 24, 0.8, seed=9)
+    assert samples.columns("SFT") == slice(0, 4) and samples.columns("PPO") == slice(4, 6)
+    for k, policy in enumerate((reference, actor)):                            # sampled again, one policy at a time
+        n, at = samples.counts[k], samples.columns(samples.names[k])
+        ids = [data.encode_prompt(tokenizer, p) for p in prompts for _ in range(n)]
+        tokens, mask = generate(policy, ids, 24, tokenizer.eot_token, 0.8, seeded(9))
+        inputs, targets = data.shift(tokens)
+        finished = data.met_eos(targets, mask, tokenizer.eot_token)
+        close = lambda ours, theirs: torch.testing.assert_close(
+            ours[:, at].float(), theirs.view(3, n).float(), atol=2e-4, rtol=1e-4)
+        for j, other in enumerate((reference, actor)):
+            close(samples.logprobs[j], token_logprobs(other, inputs, targets, mask, 0.8).sum(1).detach())
+        close(samples.entropy, token_logprobs(policy, inputs, targets, mask, 0.8, True)[1].sum(1).detach())
+        close(samples.scores, reward(inputs, targets, mask, finished))
+        close(samples.lengths, mask.sum(1))
+        close(samples.finished, finished)
+        gold, texts = frontier.read_gold(tokenizer, [p for p in prompts for _ in range(n)], targets, mask)
+        close(samples.gold, gold)
+        assert [t for row in samples.texts for t in row[at]] == [t for t, _ in texts]
+
+
+def test_evaluate_leaves_out_what_started_elsewhere_and_refuses_runs_that_are_not_there(beside, capsys):
+    sft.main(tiny(sft, out="elsewhere", steps=5))
+    ppo.main(tiny(ppo, out="elsewhere", base="tiny", steps=1, n_eval=4, n_samples=4))
+    small = dict(n_eval=2, n_reference=8, n_samples=4)
+    results = evaluate.main(tiny(evaluate, out="tiny", runs="tiny,elsewhere", **small))
+    assert "leaving out elsewhere/ppo: it started from another SFT policy" in capsys.readouterr().out
+    assert list(results) == ["SFT", "tiny/dpo", "tiny/ppo"]
+    assert "overoptimisation" not in results                   # and a second time replaced the first
+    with pytest.raises(SystemExit, match="--runs names nowhere, but out/nowhere has no finished stage"):
+        evaluate.main(tiny(evaluate, runs="nowhere"))
+
+
+def test_evaluate_without_any_policy_shows_the_limit_alone(beside, tmp_path, monkeypatch):
+    for stage in ("sft", "reward_model"):
+        shutil.copytree(beside / "tiny" / stage, tmp_path / "out" / "tiny" / stage)
+    monkeypatch.chdir(tmp_path)
+    assert list(evaluate.main(tiny(evaluate, n_eval=2, n_reference=8))) == ["SFT"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1337, 1, 2])
 def test_the_small_run_reaches_its_figures(seed, tmp_path, monkeypatch):
@@ -1968,7 +2458,7 @@ def test_the_maths_table_points_at_the_right_lines_and_at_tests_that_exist():
 
 
 def test_every_command_in_the_readme_parses():
-    commands = re.findall(r"python (sft|reward_model|ppo)\.py((?: --[\w-]+(?: (?!--)[\w.+-]+)?)+)", README)
+    commands = re.findall(r"python (sft|reward_model|ppo|dpo|evaluate)\.py((?: --[\w-]+(?: (?!--)[\w.+-]+)?)+)", README)
     assert len(commands) >= 5
     for name, arguments in commands:
         script = sys.modules[name]
@@ -1980,7 +2470,7 @@ def test_every_command_in_the_readme_parses():
 
 
 def test_every_metric_that_is_logged_is_in_the_readme(whole_run):
-    for stage in ("sft", "reward_model", "ppo"):
+    for stage in ("sft", "reward_model", "ppo", "dpo"):
         for name in set().union(*log_of(whole_run[0] / stage)) - {"step"}:
             assert f"`{name}`" in README, name
 
@@ -1991,6 +2481,9 @@ def test_files_pictures_and_links_in_the_readme_exist():
 
 
 if __name__ == "__main__":
+    if "flips" in sys.argv:
+        print(draw_flips(HERE / "docs" / "flips.png"))
+
     def row(match):
         module_name, name, _, test = match.groups()
         line = line_of(module_name, name)

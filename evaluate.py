@@ -1,0 +1,388 @@
+"""
+Where did each policy land, and how good could it have been?
+
+    1. policies     every finished PPO, DPO, .. stage in out/ that started from the same SFT policy and
+                    was trained for the same reward model; or those of --runs A,B
+    2. samples      of all of them to the same held-out prompts, each scored, each weighed by all
+    3. the limit    J*(beta) = beta E_x log E_{y ~ pi_ref} exp(r / beta) and the frontier of E[r] against
+                    KL, which no policy can pass, for the reward model and for the true utility
+                    (frontier.py has the formulas)
+    4. best of n    from the reference's samples, at log n - (n - 1) / n nats or less
+    5. landed       each policy's score, gold, KL, its share of the frontier, and where beta was fixed
+                    the fraction of the optimum: (J - J_ref) / (J* - J_ref)
+    6. win rates    of all against all, by gold and by reward model, and Elo ratings
+    7. samples      side by side
+    8. over-optimisation, with --overoptimise: a policy trained with next to no KL penalty for a weak
+                    reward model. Score and gold against the square root of KL (Gao et al. 2022)
+
+    python evaluate.py --config small
+        -> out/small/evaluate: report.md, frontier.png, results.json; a second time it replaces them
+"""
+
+import functools
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import data
+import experiment
+import frontier
+import ppo
+import reward_model as rm
+import sft
+
+
+@dataclass
+class Config(experiment.Common):
+    runs: str = ""                  # runs to look at, as in A,B; by default all in out/
+    n_eval: int = 32                # held-out prompts
+    n_reference: int = 256          # responses of the reference to each; best of n goes up to that
+    n_samples: int = 128            # responses of every other policy to each
+    max_new_tokens: int = 48        # longest response sampled
+    missing_eos_score: float | None = -3.0  # of a response without EOS, as in training
+    score_clip: float | None = None         # scores are clipped to plus and minus this
+    n_shown: int = 4                # prompts to show samples of
+    overoptimise: bool = False      # also train the over-optimised policy and draw how it goes wrong
+    weak_rankings: int = 160        # for it: rankings that the weak reward model is trained on
+    weak_beta: float = 0.02         # for it: KL strength
+    weak_steps: int = 60            # for it: updates of PPO
+
+
+PRESETS = {
+    "small": {},
+    "tiny": dict(n_eval=6, n_reference=32, n_samples=16, max_new_tokens=24, weak_rankings=40, weak_steps=4),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# The maths
+
+def win_rate(ours, theirs):
+    """
+    P(ours > theirs) + P(tie) / 2 for responses to one prompt: (P, n), (P, m) -> rate, standard error
+
+    All n m pairs of each prompt count; the standard error is that of the mean over prompts.
+    """
+    wins = (ours[:, :, None] > theirs[:, None, :]).double() + 0.5 * (ours[:, :, None] == theirs[:, None, :])
+    by_prompt = wins.mean(dim=(1, 2))                                        # (P,)
+    return by_prompt.mean().item(), by_prompt.std(correction=0).item() / max(1, len(wins) - 1) ** 0.5
+
+
+def elo_fit(wins, anchor=1000.0, rounds=1000):
+    """
+    Elo ratings of maximum likelihood: P(i beats j) = 1 / (1 + 10^((R_j - R_i) / 400)), R_0 = anchor
+
+    wins (K, K) counts i's wins over j, a draw as half to both. Bradley-Terry by minorisation (Hunter
+    2004): s_i <- sum_j w_ij / sum_j n_ij / (s_i + s_j), R = 400 log10 s. Each pair is given one virtual
+    draw besides, without which a player who never lost would be rated infinite.
+
+    >>> [round(r) for r in elo_fit(torch.tensor([[0.0, 1.0], [3.0, 0.0]])).tolist()]     # 1.5 to 3.5
+    [1000, 1147]
+    """
+    K = len(wins)
+    wins = wins.double() + 0.5 * (1 - torch.eye(K, dtype=torch.float64, device=wins.device))
+    wins = wins - torch.diag(wins.diag())
+    games, strength = wins + wins.T, torch.ones(K, dtype=torch.float64, device=wins.device)
+    for _ in range(rounds):
+        strength = wins.sum(1) / (games / (strength[:, None] + strength[None])).sum(1)
+        strength = strength / strength[0]
+    return anchor + 400 * torch.log10(strength)
+
+
+def distinct(texts, n=2):
+    """Share of different ones among the n-grams of words of some texts"""
+    grams = [tuple(words[i:i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / max(1, len(grams))
+
+
+# --------------------------------------------------------------------------------------------------
+# What to evaluate
+
+def find_policies(cfg, reference, reward_model, device):
+    """{run/stage: (GPT, its config)} of finished stages with a policy, trained from this SFT policy"""
+    found, wanted = {}, [name for name in cfg.runs.split(",") if name]
+    folders = sorted(path.parent for path in Path("out").glob("*/*/report.txt"))
+    for run in wanted:
+        if not any(folder.parent.name == run for folder in folders):
+            experiment.stop(f"--runs names {run}, but out/{run} has no finished stage; there are: "
+                            + ", ".join(sorted({folder.parent.name for folder in folders})))
+    for folder in folders:
+        name = f"{folder.parent.name}/{folder.name}"
+        if folder.name in ("sft", "reward_model", "evaluate") or (wanted and folder.parent.name not in wanted):
+            continue
+        saved = experiment.load_checkpoint(folder)
+        if "policy" not in saved:
+            continue
+        if saved["sft"] != experiment.fingerprint(reference):
+            print(f"leaving out {name}: it started from another SFT policy")
+        elif saved["reward"] != experiment.fingerprint(reward_model):
+            print(f"leaving out {name}: it belongs to another reward model")
+        else:
+            found[name] = (sft.load_policy(folder, device)[0], experiment.read_json(folder / "config.json"))
+    return found
+
+
+def own_objective(config, samples, annotator_temperature):
+    """The (P, N) reward and the beta whose optimum a run's settings aim at, or None if beta moved"""
+    if "kl_control" in config:                                   # ppo.py
+        return (samples.scores, config["beta"]) if config["kl_control"] == "fixed" else None
+    if config.get("loss") != "sigmoid" or any(config[k] for k in (
+            "label_smoothing", "margin", "length_normalise", "reference_free", "nll_coef")):
+        return None                                              # dpo.py, but not plain DPO
+    if config["labels"] == "annotators":
+        return samples.gold / annotator_temperature, config["beta"]
+    return samples.scores, config["beta"]
+
+
+# --------------------------------------------------------------------------------------------------
+# The tables
+
+def plus_minus(mean, error):
+    return f"{mean:.3f} ±{error:.3f}"
+
+
+def limit_table(samples, betas):
+    rows = [["beta", "J*", "of a quarter", "E*[r]", "KL*", "gold there", "effective samples, median", "least"]]
+    for beta in betas:
+        point = frontier.optimum(samples.scores, samples.log_weights(), beta, samples.gold)
+        quarter = frontier.optimum(*samples.every_fourth(), beta)["objective"].item()
+        rows.append([f"{beta:g}" + (" " if frontier.trusted(point) else "*"),
+                     *(point[key].item() for key in ("objective",)), quarter,
+                     *(point[key].item() for key in ("reward", "kl", "value")),
+                     f"{point['ess'].median():.0f}", f"{point['ess'].min():.0f}"])
+    return rows
+
+
+def best_of_n_table(samples):
+    at = samples.columns(samples.names[0])
+    scores, gold = samples.scores[:, at], samples.gold[:, at]
+    rows = [["best of n", "score", "gold", "KL at most"]]
+    for n in (2 ** i for i in range(1, scores.shape[1].bit_length())):
+        rows.append([str(n), frontier.best_of_n(scores, n).item(), frontier.best_of_n(scores, n, gold).item(),
+                     frontier.best_of_n_kl(n)])
+    return rows
+
+
+def landed_table(samples, configs, annotator_temperature):
+    """-> table, {policy: results}"""
+    rows = [["policy", "score", "gold", "kl_ref", "entropy", "length", "eos_rate", "grammatical", "distinct-2",
+             "share of frontier", "beta", "fraction of optimum"]]
+    results = {}
+    n = min(samples.counts)                                      # distinct-2 falls with the number
+    for name in samples.names:
+        means, errors = frontier.measure(samples, name)
+        at = samples.columns(name).start
+        means["distinct_2"] = sum(distinct(texts[at:at + n]) for texts in samples.texts) / len(samples.texts)
+        row = [name, *(plus_minus(means[k], errors[k]) for k in ("score", "gold", "kl_ref")),
+               means["entropy"], f"{means['response_length']:.1f}", means["eos_rate"], means["grammatical"],
+               means["distinct_2"]]
+        limit, aim = frontier.share_of_frontier(samples, name), None
+        if name in configs:
+            aim = own_objective(configs[name], samples, annotator_temperature)
+        share = "" if math.isnan(limit["share"]) else f"{limit['share']:.3f}{'' if limit['trusted'] else '*'}"
+        results[name] = means | limit | {"standard_errors": errors}
+        if aim and aim[1] > 0:
+            reached = frontier.fraction_of_optimum(samples, name, aim[1], aim[0])
+            results[name] |= reached
+            row += [share, f"{aim[1]:g}" + " (gold)" * (aim[0] is not samples.scores),
+                    plus_minus(reached["fraction"], reached["standard_error"])]
+        else:
+            row += [share, "", ""]
+        rows.append(row)
+    return rows, results
+
+
+def win_table(samples, values, what):
+    """Win rates of the row's policy over the column's, with 95 % intervals, and Elo -> table, ratings"""
+    columns = [values[:, samples.columns(name)] for name in samples.names]
+    K, games = len(columns), samples.scores.shape[0] * min(samples.counts)
+    rates = [[win_rate(ours, theirs) for theirs in columns] for ours in columns]
+    wins = torch.tensor([[games * rate for rate, _ in row] for row in rates])
+    elo = elo_fit(wins).tolist()
+    rows = [[f"wins by {what}, over", *samples.names, "Elo"]]
+    for i, name in enumerate(samples.names):
+        cells = ["" if i == j else f"{rates[i][j][0]:.3f} ±{1.96 * rates[i][j][1]:.3f}" for j in range(K)]
+        rows.append([name, *cells, f"{elo[i]:.0f}"])
+    return rows, dict(zip(samples.names, elo))
+
+
+def side_by_side(samples, n):
+    lines = []
+    for p, prompt in enumerate(samples.prompts[:n]):
+        lines += ["", f"**{prompt}**", ""]
+        for name in samples.names:
+            i = samples.columns(name).start
+            lines.append(f"- `{name}` score {samples.scores[p, i]:.2f}, gold {samples.gold[p, i]:.2f}:"
+                         f"{samples.texts[p][i]}")
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------
+# The pictures: black, white and grey are enough to read them
+
+MARKERS = "os^DvP*Xd<>"
+
+
+def draw_frontier(samples, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    log_weights, at = samples.log_weights(), samples.columns(samples.names[0])
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6))
+    best_of = [2 ** i for i in range(1, samples.counts[0].bit_length())]
+    best_kl = [frontier.best_of_n_kl(n) for n in best_of]
+    points = {}                                                  # reward: trusted points of its frontier
+    for reward in ("scores", "gold"):
+        all_points = [frontier.optimum(getattr(samples, reward), log_weights, beta, samples.gold)
+                      for beta in frontier.BETAS[::4]]
+        points[reward] = [p for p in all_points if frontier.trusted(p)]
+    widest = 1.1 * max([p["kl"].item() for reward in points.values() for p in reward] + best_kl)
+    for axis, reward, unit in zip(axes, ("scores", "gold"), (
+            "reward model's score (standard deviations of SFT's)", "true utility, gold")):
+        start = getattr(samples, reward)[:, at].mean().item()
+        curve = [(0.0, start)] + [(p["kl"].item(), p["reward"].item()) for p in reversed(points[reward])]
+        axis.plot(*zip(*curve), "k-", linewidth=1.6, label="frontier: no policy is above")
+        if reward == "gold":
+            along = [(0.0, start)] + [(p["kl"].item(), p["value"].item()) for p in reversed(points["scores"])]
+            axis.plot(*zip(*along), "k--", linewidth=1.0, label="gold of the policies on the score's frontier")
+        best = [frontier.best_of_n(samples.scores[:, at], n, getattr(samples, reward)[:, at]).item() for n in best_of]
+        axis.plot(best_kl, best, ":", color="0.35", marker=".", label=f"best of n, 2 to {best_of[-1]}, by score")
+        left_out = []
+        for name, marker in zip(samples.names, MARKERS * 9):
+            means, errors = frontier.measure(samples, name)
+            if means["kl_ref"] > widest:
+                left_out.append(f"{name} ({means['kl_ref']:.0f} nats)")
+                continue
+            key = "score" if reward == "scores" else "gold"
+            axis.errorbar(means["kl_ref"], means[key], xerr=1.96 * errors["kl_ref"], yerr=1.96 * errors[key],
+                          fmt=marker, color="0.1", markerfacecolor="0.75", markersize=7, capsize=2, linewidth=0.8,
+                          label=name)
+        axis.set(xlabel="KL to the reference (nats per response)", ylabel=unit, xlim=(-0.1, widest))
+        if left_out:
+            axis.text(0.98, 0.02, "beyond the right edge: " + ", ".join(left_out), transform=axis.transAxes,
+                      ha="right", fontsize=7)
+        axis.grid(alpha=0.3)
+    axes[0].set_title("What was trained for")
+    axes[1].set_title("What was wanted")
+    handles, labels = axes[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=3, fontsize=8, frameon=False)
+    rows = -(-len(labels) // 3)
+    figure.tight_layout(rect=(0, 0.02 + 0.045 * rows, 1, 1))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_overoptimisation(log, gold_mean, gold_std, path):
+    """Score and gold of each update against sqrt(KL), in standard deviations of SFT's -> peak, end, fall"""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    root = [math.sqrt(max(0.0, line["kl_ref"])) for line in log]
+    score = [line["score"] for line in log]
+    gold = [(line["gold"] - gold_mean) / gold_std for line in log]
+    figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    axis.plot(root, score, "k--", marker="o", markersize=3, linewidth=1.0, label="score of the weak reward model")
+    axis.plot(root, gold, "-", color="0.35", marker="s", markersize=3, linewidth=1.0, label="gold, the true utility")
+    peak = max(range(len(gold)), key=gold.__getitem__)
+    axis.annotate("peak", (root[peak], gold[peak]), textcoords="offset points", xytext=(0, 9), ha="center", fontsize=9)
+    axis.set(xlabel="square root of the KL to the reference (nats per response)",
+             ylabel="standard deviations of SFT's samples above SFT")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return {"peak_gold": gold[peak], "peak_kl": root[peak] ** 2, "end_gold": gold[-1], "end_kl": root[-1] ** 2,
+            "end_score": score[-1], "peak_score": score[peak], "fall": gold[peak] - gold[-1]}
+
+
+def overoptimise(cfg, rm_folder, path):
+    """Train a weak reward model and a policy that follows it with little KL -> how far gold fell"""
+    name = f"{cfg.out or cfg.config}-weak"
+    common = dict(out=name, base=str(rm_folder.parent.name), seed=cfg.seed, device=cfg.device, resume=True)
+    rm.main(experiment.preset(rm.Config, rm.PRESETS, cfg.config, n_prompts=cfg.weak_rankings, **common))
+    print()
+    ppo.main(experiment.preset(ppo.Config, ppo.PRESETS, cfg.config, kl_control="fixed", beta=cfg.weak_beta,
+                               steps=cfg.weak_steps, kl_bound=1e9, **common))
+    print()
+    gold = torch.tensor([c["gold"] for c in experiment.read_json(rm_folder / "comparisons.json")[1]])
+    log = [json.loads(line) for line in open(Path("out") / name / "ppo" / "log.jsonl")]
+    return draw_overoptimisation(log, gold.mean().item(), gold.std().item(), path)
+
+
+def main(cfg):
+    run = experiment.Run(replace(cfg, overwrite=True), "evaluate")
+    device = run.device
+    reference, tokenizer = sft.load_policy(experiment.ensure(cfg, sft), device)
+    rm_folder = experiment.ensure(cfg, rm)
+    reward_model = rm.load_reward_model(rm_folder, reference, tokenizer, device)
+    reward = functools.partial(rm.score_responses, reward_model, cfg=cfg)
+    prompts = data.held_out_prompts(cfg.n_eval, cfg.seed)
+
+    # ---- 1. policies
+    found = find_policies(cfg, reference, reward_model, device)
+    policies = {"SFT": reference} | {name: policy for name, (policy, _) in found.items()}
+    configs = {name: config for name, (_, config) in found.items()}
+    print(f"evaluating {', '.join(policies)}" if found else
+          "no policy was trained yet: this is the limit alone, from the SFT policy's samples")
+    run.begin()
+
+    # ---- 2. samples
+    counts = [cfg.n_reference] + [cfg.n_samples] * len(found)
+    samples = frontier.collect(policies, reward, tokenizer, prompts, counts, cfg.max_new_tokens, seed=cfg.seed)
+
+    # ---- 3. the limit
+    temperature = experiment.read_json(rm_folder / "config.json")["annotator_temperature"]
+    betas = sorted({1.0, 0.5, 0.25, 0.1} | {c["beta"] for c in configs.values() if c.get("kl_control") == "fixed"
+                                            and c["beta"] > 0.02}, reverse=True)
+    limit = limit_table(samples, betas)
+
+    # ---- 4. best of n, 5. landed, 6. win rates
+    best_of = best_of_n_table(samples)
+    landed, results = landed_table(samples, configs, temperature)
+    wins_by_gold, elo_by_gold = win_table(samples, samples.gold, "gold")
+    wins_by_score, elo_by_score = win_table(samples, samples.scores, "reward model")
+
+    # ---- 7. samples, and the report
+    draw_frontier(samples, run.folder / "frontier.png")
+    table = functools.partial(experiment.table, markdown=True)
+    report = [
+        f"# Where each policy landed: {run.folder.parent.name}, seed {cfg.seed}", "",
+        table(landed), "",
+        f"{cfg.n_eval} held-out prompts; {cfg.n_reference} responses of SFT and {cfg.n_samples} of each other "
+        "policy to every prompt; ± is one standard error.",
+        "Share of frontier: gain in score over the greatest gain possible at that KL. Fraction of optimum: "
+        "(J - J_ref) / (J* - J_ref), J = E[r] - beta KL, where beta was fixed;",
+        f"(gold): r = gold / {temperature:g}, which is what the annotators' labels follow. *: fewer than "
+        f"{frontier.MEDIAN_ESS} effective samples at the median prompt or {frontier.LEAST_ESS} at the least.", "",
+        "![frontier](frontier.png)", "",
+        "## The limit", "", table(limit), "",
+        "J* is the most that any policy reaches of E[r] - beta KL. Its estimate is biased low: a lower bound "
+        "on average; what a quarter of the samples gives shows by how much.", "",
+        "## Best of n", "", table(best_of), "",
+        "Samples of SFT, the best by score; the KL is an upper bound.", "",
+        "## Win rates", "", table(wins_by_gold), "", table(wins_by_score), "",
+        "All pairs of responses to one prompt; ± is a 95 % interval over prompts. Elo: SFT is 1000.", "",
+        "## Samples", *side_by_side(samples, cfg.n_shown)]
+
+    # ---- 8. over-optimisation
+    if cfg.overoptimise:
+        fall = overoptimise(cfg, rm_folder, run.folder / "overoptimisation.png")
+        results["overoptimisation"] = fall
+        report += ["", "## Over-optimisation", "", "![over-optimisation](overoptimisation.png)", "",
+                   f"PPO at beta {cfg.weak_beta:g} for a reward model of {cfg.weak_rankings} rankings. Gold peaks "
+                   f"{fall['peak_gold']:+.2f} standard deviations above SFT at {fall['peak_kl']:.1f} nats and ends "
+                   f"at {fall['end_gold']:+.2f} at {fall['end_kl']:.1f} nats: a fall of {fall['fall']:.2f}, while "
+                   f"the score goes on from {fall['peak_score']:.2f} to {fall['end_score']:.2f}."]
+    report = "\n".join(report)
+    experiment.write(run.folder / "report.md", report + "\n")
+    for name in samples.names:
+        results[name] |= {"elo_by_gold": elo_by_gold[name], "elo_by_score": elo_by_score[name]}
+    return run.finish(report + f"\n\nreport      {run.folder}/report.md", results)
+
+
+if __name__ == "__main__":
+    experiment.launch(main, Config, PRESETS, __doc__)
