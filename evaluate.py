@@ -144,15 +144,19 @@ def plus_minus(mean, error):
     return f"{mean:.3f} ±{error:.3f}"
 
 
-def limit_table(samples, betas):
-    rows = [["beta", "J*", "of a quarter", "E*[r]", "KL*", "gold there", "effective samples, median", "least"]]
+def limit_table(samples, what, betas):
+    """The optimum for the reward `what`, scores or gold, at each beta, and what it earns of the other"""
+    rewards, other = getattr(samples, what), "gold" if what == "scores" else "score"
+    values = samples.gold if what == "scores" else samples.scores
+    columns, quarter_weights = samples.every_fourth()
+    rows = [[f"beta, r = {what.rstrip('s')}", "J*", "by a quarter", "E*[r]", "KL*", f"{other} there",
+             "effective samples: median", "least"]]
     for beta in betas:
-        point = frontier.optimum(samples.scores, samples.log_weights(), beta, samples.gold)
-        quarter = frontier.optimum(*samples.every_fourth(), beta)["objective"].item()
-        rows.append([f"{beta:g}" + (" " if frontier.trusted(point) else "*"),
-                     *(point[key].item() for key in ("objective",)), quarter,
-                     *(point[key].item() for key in ("reward", "kl", "value")),
-                     f"{point['ess'].median():.0f}", f"{point['ess'].min():.0f}"])
+        point = frontier.optimum(rewards, samples.log_weights(), beta, values)
+        quarter = frontier.optimum(rewards[:, columns], quarter_weights, beta)
+        rows.append([f"{beta:g}" + "*" * (not frontier.trusted(point)), point["objective"].item(),
+                     quarter["objective"].item(), point["reward"].item(), point["kl"].item(),
+                     point["value"].item(), f"{point['ess'].median():.0f}", f"{point['ess'].min():.0f}"])
     return rows
 
 
@@ -169,7 +173,7 @@ def best_of_n_table(samples):
 def landed_table(samples, configs, annotator_temperature):
     """-> table, {policy: results}"""
     rows = [["policy", "score", "gold", "kl_ref", "entropy", "length", "eos_rate", "grammatical", "distinct-2",
-             "share of frontier", "beta", "fraction of optimum"]]
+             "share of frontier", "beta", "fraction of optimum", "misfit on SFT's", "on its own"]]
     results = {}
     n = min(samples.counts)                                      # distinct-2 falls with the number
     for name in samples.names:
@@ -186,11 +190,13 @@ def landed_table(samples, configs, annotator_temperature):
         results[name] = means | limit | {"standard_errors": errors}
         if aim and aim[1] > 0:
             reached = frontier.fraction_of_optimum(samples, name, aim[1], aim[0])
-            results[name] |= reached
+            fit = [frontier.misfit(samples, name, on, aim[1], aim[0]) for on in (samples.names[0], name)]
+            results[name] |= reached | {"misfit_on_reference": fit[0], "misfit_on_own": fit[1]}
             row += [share, f"{aim[1]:g}" + " (gold)" * (aim[0] is not samples.scores),
-                    plus_minus(reached["fraction"], reached["standard_error"])]
+                    plus_minus(reached["fraction"], reached["standard_error"])
+                    + "*" * (not reached["optimum_trusted"]), *fit]
         else:
-            row += [share, "", ""]
+            row += [share, "", "", "", ""]
         rows.append(row)
     return rows, results
 
@@ -338,7 +344,7 @@ def main(cfg):
     temperature = experiment.read_json(rm_folder / "config.json")["annotator_temperature"]
     betas = sorted({1.0, 0.5, 0.25, 0.1} | {c["beta"] for c in configs.values() if c.get("kl_control") == "fixed"
                                             and c["beta"] > 0.02}, reverse=True)
-    limit = limit_table(samples, betas)
+    limits = [limit_table(samples, what, betas) for what in ("scores", "gold")]
 
     # ---- 4. best of n, 5. landed, 6. win rates
     best_of = best_of_n_table(samples)
@@ -356,10 +362,12 @@ def main(cfg):
         "policy to every prompt; ± is one standard error.",
         "Share of frontier: gain in score over the greatest gain possible at that KL. Fraction of optimum: "
         "(J - J_ref) / (J* - J_ref), J = E[r] - beta KL, where beta was fixed;",
-        f"(gold): r = gold / {temperature:g}, which is what the annotators' labels follow. *: fewer than "
+        f"(gold): r = gold / {temperature:g}, which is what the annotators' labels follow. Misfit: standard "
+        "deviation within a prompt of r - beta log pi / pi_ref, which is 0 at the optimum, on SFT's samples and "
+        "on the policy's own. *: fewer than "
         f"{frontier.MEDIAN_ESS} effective samples at the median prompt or {frontier.LEAST_ESS} at the least.", "",
         "![frontier](frontier.png)", "",
-        "## The limit", "", table(limit), "",
+        "## The limit", "", table(limits[0]), "", table(limits[1]), "",
         "J* is the most that any policy reaches of E[r] - beta KL. Its estimate is biased low: a lower bound "
         "on average; what a quarter of the samples gives shows by how much.", "",
         "## Best of n", "", table(best_of), "",

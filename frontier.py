@@ -131,6 +131,7 @@ class Samples:
     entropy: torch.Tensor       # (P, N) sum over tokens, of the policy that wrote the response
     lengths: torch.Tensor       # (P, N) tokens, EOS included
     finished: torch.Tensor      # (P, N) 1.0 where the response ended with EOS
+    grammatical: torch.Tensor   # (P, N) 1.0 where it is a review as the grammar writes them
 
     def columns(self, name):
         """Where the responses of one policy stand -> slice"""
@@ -142,12 +143,11 @@ class Samples:
         return self.logprobs[0] - mixture_logprobs(self.logprobs, self.counts)
 
     def every_fourth(self):
-        """rewards, log weights of a quarter of each policy's responses -> (P, N / 4) each"""
-        rows = torch.cat([torch.arange(self.scores.shape[1])[self.columns(name)][::4]
-                          for name in self.names])
-        counts = [-(-n // 4) for n in self.counts]
-        logprobs = self.logprobs[:, :, rows]
-        return self.scores[:, rows], logprobs[0] - mixture_logprobs(logprobs, counts)
+        """A quarter of each policy's responses -> columns, log pi_ref - log q of them (P, N / 4)"""
+        columns = torch.cat([torch.arange(self.scores.shape[1])[self.columns(name)][::4]
+                             for name in self.names])
+        logprobs, counts = self.logprobs[:, :, columns], [-(-n // 4) for n in self.counts]
+        return columns, logprobs[0] - mixture_logprobs(logprobs, counts)
 
 
 def read_gold(tokenizer, prompts, targets, mask):
@@ -164,40 +164,44 @@ def collect(policies, reward, tokenizer, prompts, counts, max_new_tokens, temper
 
     policies is {name: GPT}, the reference first; reward(inputs, targets, mask, finished) -> (B,).
     """
-    device, eos_id = next(iter(policies.values())).transformer.wte.weight.device, tokenizer.eot_token
+    names, eos_id = list(policies), tokenizer.eot_token
+    device = policies[names[0]].transformer.wte.weight.device
     ids = [data.encode_prompt(tokenizer, prompt) for prompt in prompts]
     what = f"{sum(counts)} responses to each of {len(prompts)} held-out prompts"
 
     # Rows in the order policy, prompt, response; every policy gets the same uniforms
-    rows, asked, author = [], [], []                             # a row's response, prompt, policy
-    for k, (policy, n) in enumerate(zip(policies.values(), counts)):
-        generator = torch.Generator().manual_seed(seed)
-        asked += [p for p in range(len(prompts)) for _ in range(n)]
-        author += [k] * n * len(prompts)
-        while len(rows) < len(asked):
-            batch = [ids[p] for p in asked[len(rows):len(rows) + 1024]]
-            rows += data.responses_of(*generate(policy, batch, max_new_tokens, eos_id, temperature,
-                                                generator))
+    asked = [p for n in counts for p in range(len(prompts)) for _ in range(n)]              # a row's prompt,
+    author = [k for k, n in enumerate(counts) for _ in range(n * len(prompts))]             # policy,
+    rows = []                                                                               # response
+    batches = [(k, i) for k, n in enumerate(counts) for i in range(0, n * len(prompts), 1024)]
+    for k, i in experiment.progress(batches, f"sampling {what}"):
+        if i == 0:
+            generator = torch.Generator().manual_seed(seed)
+        batch = [ids[p] for p in asked[len(rows):len(rows) + min(1024, counts[k] * len(prompts) - i)]]
+        rows += data.responses_of(*generate(policies[names[k]], batch, max_new_tokens, eos_id,
+                                            temperature, generator))
 
     # Each row under every policy, in batches of rows of about one length: little padding
     lengths = torch.tensor([len(ids[p]) + len(row) for p, row in zip(asked, rows)])
     flat = {key: torch.zeros(len(rows), dtype=torch.float64) for key in (
-        "scores", "gold", "entropy", "lengths", "finished")}
+        "scores", "gold", "entropy", "lengths", "finished", "grammatical")}
     logprobs = torch.zeros(len(policies), len(rows), dtype=torch.float64)
     texts, author = [""] * len(rows), torch.tensor(author)
-    for at in experiment.progress(lengths.argsort(stable=True).split(128), what):
+    for at in experiment.progress(lengths.argsort(stable=True).split(128), "weighing them"):
         batch = data.collate([ids[asked[i]] for i in at], [rows[i] for i in at])
         inputs, targets, mask = (t.to(device) for t in batch)
         finished = data.met_eos(targets, mask, eos_id)
-        gold, decoded = read_gold(tokenizer, [prompts[asked[i]] for i in at], targets, mask)
+        asking = [prompts[asked[i]] for i in at]
+        gold, decoded = read_gold(tokenizer, asking, targets, mask)
+        good = torch.tensor([reviews.grammatical(p, *text) for p, text in zip(asking, decoded)])
         for k, policy in enumerate(policies.values()):
             by_token, entropy = token_logprobs(policy, inputs, targets, mask, temperature,
                                                return_entropy=True)
-            logprobs[k, at] = by_token.double().sum(dim=1).cpu()
-            flat["entropy"][at] += (entropy.double().sum(dim=1).cpu() * (author[at] == k))
+            logprobs[k, at] = by_token.cpu().double().sum(dim=1)
+            flat["entropy"][at] += (entropy.cpu().double().sum(dim=1) * (author[at] == k))
         for key, x in (("scores", reward(inputs, targets, mask, finished)), ("gold", gold),
-                       ("lengths", mask.sum(dim=1)), ("finished", finished)):
-            flat[key][at] = x.double().cpu()
+                       ("lengths", mask.sum(dim=1)), ("finished", finished), ("grammatical", good)):
+            flat[key][at] = x.cpu().double()
         for i, (text, _) in zip(at.tolist(), decoded):
             texts[i] = text
 
@@ -207,7 +211,7 @@ def collect(policies, reward, tokenizer, prompts, counts, max_new_tokens, temper
         return torch.cat([block.unflatten(-1, (len(prompts), -1)) for block in blocks], dim=-1)
 
     place = by_prompt(torch.arange(len(rows))).tolist()
-    return Samples(prompts, list(policies), list(counts), [[texts[i] for i in row] for row in place],
+    return Samples(prompts, names, list(counts), [[texts[i] for i in row] for row in place],
                    logprobs=by_prompt(logprobs), **{key: by_prompt(x) for key, x in flat.items()})
 
 
@@ -217,15 +221,13 @@ def collect(policies, reward, tokenizer, prompts, counts, max_new_tokens, temper
 def measure(samples, name):
     """A policy's own responses -> {metric: mean}, {metric: standard error, over prompts}"""
     at, k = samples.columns(name), samples.names.index(name)
-    good = [[reviews.grammatical(prompt, text, bool(ended)) for text, ended in zip(texts[at], ends[at])]
-            for prompt, texts, ends in zip(samples.prompts, samples.texts, samples.finished)]
     per_prompt = {
         "score": samples.scores[:, at].mean(1), "gold": samples.gold[:, at].mean(1),
         "kl_ref": (samples.logprobs[k] - samples.logprobs[0])[:, at].mean(1),
         "entropy": samples.entropy[:, at].sum(1) / samples.lengths[:, at].sum(1),
         "response_length": samples.lengths[:, at].mean(1),
         "eos_rate": samples.finished[:, at].mean(1),
-        "grammatical": torch.tensor(good, dtype=torch.float64).mean(1)}
+        "grammatical": samples.grammatical[:, at].mean(1)}
     means = {metric: x.mean().item() for metric, x in per_prompt.items()}
     means["entropy"] = (samples.entropy[:, at].sum() / samples.lengths[:, at].sum()).item()
     return means, {metric: x.std(correction=0).item() / max(1, len(x) - 1) ** 0.5
@@ -250,7 +252,7 @@ def fraction_of_optimum(samples, name, beta, rewards=None):
     """
     (J - J_ref) / (J* - J_ref) at a fixed beta, with J = E[r] - beta KL
 
-    -> {fraction, standard_error: from the policy's samples, objective: J*, ess: its median}
+    -> {fraction, standard_error: from the policy's samples, objective: J*, optimum_trusted}
     """
     rewards = samples.scores if rewards is None else rewards
     k, at, by_ref = samples.names.index(name), samples.columns(name), samples.columns(samples.names[0])
@@ -263,7 +265,20 @@ def fraction_of_optimum(samples, name, beta, rewards=None):
     spread = rewards[:, at] - beta * (samples.logprobs[k] - samples.logprobs[0])[:, at]      # (P, n)
     error = (spread.var(dim=1).sum() / spread.shape[1]).sqrt() / len(spread) / greatest_gain
     return {"fraction": fraction.item(), "standard_error": error.item(),
-            "objective": best["objective"].item(), "ess": best["ess"].median().item()}
+            "objective": best["objective"].item(), "optimum_trusted": bool(trusted(best))}
+
+
+def misfit(samples, name, on, beta, rewards=None):
+    """
+    Standard deviation within prompts of r - beta log pi / pi_ref, over the responses of the policy `on`
+
+    It is beta log Z(x), the same for every response, where pi = pi*: so 0 says that the policy's implied
+    reward is the reward, up to a constant, on those responses.
+    """
+    k, at = samples.names.index(name), samples.columns(on)
+    rewards = samples.scores if rewards is None else rewards
+    left = (rewards - beta * (samples.logprobs[k] - samples.logprobs[0]))[:, at]             # (P, n)
+    return left.var(dim=1).mean().sqrt().item()
 
 
 def compare(policies, reward, tokenizer, prompts, cfg):
@@ -280,9 +295,10 @@ def compare(policies, reward, tokenizer, prompts, cfg):
         f"The true utility, gold, which training never saw, is {gain:+.2f} standard deviations of",
         f"the {before} policy's gold above that policy's, at {ours['kl_ref']:.2f} nats of KL per "
         "response.",
-        f"No policy with that KL has a score above {limit['best_score']:.2f}: {after} made "
+        f"The best possible score at that KL is about {limit['best_score']:.2f}: {after} made "
         f"{limit['share']:.1%} of the greatest gain",
-        "possible, its share of the frontier (estimated from these samples; evaluate.py takes more).", ""]
+        "possible, its share of the frontier (an estimate from these samples, if anything too high;",
+        "evaluate.py takes more).", ""]
     for p, prompt in enumerate(prompts[:4]):
         lines.append(prompt)
         for name in samples.names:

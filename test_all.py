@@ -1192,7 +1192,7 @@ def drawn_samples(listing, policies, counts, seed=0):
     one, N = torch.ones(at.shape), at.shape[1]
     return frontier.Samples([TINY_PROMPT] * 2, ["SFT", *"ABC"[:len(counts) - 1]], counts, [[" Skip it."] * N] * 2,
                             gather(listing.scores), gather(listing.scores), torch.stack([gather(p.log()) for p in policies]),
-                            one, one, one)
+                            one, one, one, one)
 
 
 def test_z_is_estimated_without_bias_and_its_log_from_below(listing):
@@ -1221,9 +1221,13 @@ def test_pi_star_has_the_whole_share_and_the_reference_none(listing):
     exact = (listing.objective(worse) - start) / (listing.objective(listing.best) - start)
     reached = frontier.fraction_of_optimum(samples, "B", BETA)
     assert abs(reached["fraction"] - exact) < 5 * reached["standard_error"] + 0.02 and exact < 0.9
+    assert frontier.misfit(samples, "A", "SFT", BETA) == pytest.approx(0, abs=1e-5)            # also where it is rare
+    deviation = (listing.scores.double() - BETA * (worse.log() - listing.ref))
+    spread = (worse * (deviation - (worse * deviation).sum(1, keepdim=True)) ** 2).sum(1).mean().sqrt().item()
+    assert frontier.misfit(samples, "B", "B", BETA) == pytest.approx(spread, rel=0.05) and spread > 0.2
     quarter, weights = samples.every_fourth()
-    assert quarter.shape == weights.shape == (2, 2250)
-    assert frontier.optimum(quarter, weights, BETA)["objective"].item() == pytest.approx(reached["objective"], rel=0.05)
+    assert len(quarter) == 2250 and weights.shape == (2, 2250) and quarter[750] == 3000
+    assert frontier.optimum(samples.scores[:, quarter], weights, BETA)["objective"].item() == pytest.approx(reached["objective"], rel=0.05)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 7])
@@ -2399,8 +2403,10 @@ def test_samples_carry_the_densities_scores_and_texts_of_the_policies_that_wrote
         close(samples.scores, reward(inputs, targets, mask, finished))
         close(samples.lengths, mask.sum(1))
         close(samples.finished, finished)
-        gold, texts = frontier.read_gold(tokenizer, [p for p in prompts for _ in range(n)], targets, mask)
+        asking = [p for p in prompts for _ in range(n)]
+        gold, texts = frontier.read_gold(tokenizer, asking, targets, mask)
         close(samples.gold, gold)
+        close(samples.grammatical, torch.tensor([reviews.grammatical(p, *t) for p, t in zip(asking, texts)]))
         assert [t for row in samples.texts for t in row[at]] == [t for t, _ in texts]
 
 
