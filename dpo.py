@@ -2,7 +2,7 @@
 Stage 3 without RL: direct preference optimisation, DPO, and its relatives.
 
 Maximises  E_{x, y ~ pi_theta}[ r(x, y) ] - beta KL(pi_theta, pi_ref),  as PPO does, but from
-comparisons alone: nothing is sampled while it trains, there is no critic, and r is never computed.
+comparisons alone: nothing need be sampled while it trains, and there is no critic.
 Rafailov et al. 2023, section 4, in four lines:
 
     the optimum     pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x)
@@ -59,7 +59,7 @@ class Config(experiment.Common):
     label_smoothing: float = 0.0    # sigmoid: cDPO; robust: the share of labels that are flipped
     margin: float = 0.0             # by which the chosen response should lead, in units of z
     length_normalise: bool = False  # logprobs per token instead of their sums
-    reference_free: bool = False    # leave pi_ref out; with the two above and margin: SimPO
+    reference_free: bool = False    # leave pi_ref out; with length_normalise and margin: SimPO
     mask_shared_prefix: bool = False        # leave out the tokens before a pair's first difference
     nll_coef: float = 0.0           # adds the chosen response's - log pi per token
     max_new_tokens: int = 48        # longest response sampled
@@ -113,7 +113,8 @@ def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_reject
     robust      the same with t replaced by (t - e) / (1 - 2 e): without bias where a share e of the
                 labels is flipped, but without a lower bound    (Chowdhury et al. 2024)
     ipo         t (h - 1 / (2 beta))^2 + (1 - t) (h + 1 / (2 beta))^2, for margin 0  (Azar et al. 2023)
-    hinge       t max(0, 1 - z) + (1 - t) max(0, 1 + z)     (SLiC-HF, Zhao et al. 2023)
+    hinge       t max(0, 1 - z) + (1 - t) max(0, 1 + z)     (RSO's hinge-norm, Liu et al. 2023; SLiC-HF,
+                Zhao et al. 2023, has it without the reference)
     fidelity    1 - sqrt(t sigma(z)) - sqrt((1 - t) sigma(-z)), from 0 to 1  (Tsai et al. 2007). With
                 labels of 0 and 1 its optimum is that of sigmoid at half the beta
 

@@ -31,6 +31,7 @@ import data
 import experiment
 import frontier
 import ppo
+import reviews
 import reward_model as rm
 import sft
 
@@ -46,8 +47,8 @@ class Config(experiment.Common):
     score_clip: float | None = None         # scores are clipped to plus and minus this
     n_shown: int = 4                # prompts to show samples of
     overoptimise: bool = False      # also train the over-optimised policy and draw how it goes wrong
-    weak_rankings: int = 160        # for it: rankings that the weak reward model is trained on
-    weak_beta: float = 0.02         # for it: KL strength
+    weak_rankings: int = 64         # for it: rankings that the weak reward model is trained on
+    weak_beta: float = 0.005        # for it: KL strength
     weak_steps: int = 60            # for it: updates of PPO
 
 
@@ -71,7 +72,7 @@ def win_rate(ours, theirs):
     return by_prompt.mean().item(), by_prompt.std(correction=0).item() / max(1, len(wins) - 1) ** 0.5
 
 
-def elo_fit(wins, anchor=1000.0, rounds=1000):
+def elo_fit(wins, anchor=1000.0, rounds=100_000):
     """
     Elo ratings of maximum likelihood: P(i beats j) = 1 / (1 + 10^((R_j - R_i) / 400)), R_0 = anchor
 
@@ -86,9 +87,11 @@ def elo_fit(wins, anchor=1000.0, rounds=1000):
     wins = wins.double() + 0.5 * (1 - torch.eye(K, dtype=torch.float64, device=wins.device))
     wins = wins - torch.diag(wins.diag())
     games, strength = wins + wins.T, torch.ones(K, dtype=torch.float64, device=wins.device)
-    for _ in range(rounds):
-        strength = wins.sum(1) / (games / (strength[:, None] + strength[None])).sum(1)
+    for _ in range(rounds if K > 1 else 0):
+        before, strength = strength, wins.sum(1) / (games / (strength[:, None] + strength[None])).sum(1)
         strength = strength / strength[0]
+        if (strength / before).log().abs().max() < 1e-12:
+            break
     return anchor + 400 * torch.log10(strength)
 
 
@@ -111,7 +114,8 @@ def find_policies(cfg, reference, reward_model, device):
                             + ", ".join(sorted({folder.parent.name for folder in folders})))
     for folder in folders:
         name = f"{folder.parent.name}/{folder.name}"
-        if folder.name in ("sft", "reward_model", "evaluate") or (wanted and folder.parent.name not in wanted):
+        earlier = folder.name in ("sft", "reward_model", "evaluate") or folder.suffix == ".old"
+        if earlier or (wanted and folder.parent.name not in wanted):
             continue
         saved = experiment.load_checkpoint(folder)
         if "policy" not in saved:
@@ -125,16 +129,21 @@ def find_policies(cfg, reference, reward_model, device):
     return found
 
 
-def own_objective(config, samples, annotator_temperature):
-    """The (P, N) reward and the beta whose optimum a run's settings aim at, or None if beta moved"""
+def own_objective(config, samples, annotator_temperature, cfg):
+    """The (P, N) reward and the beta whose optimum a run aims at; None if it aims at none that is seen here"""
+    if config.get("labels") != "annotators" and any(config[k] != getattr(cfg, k) for k in (
+            "missing_eos_score", "score_clip", "max_new_tokens")):
+        return None                                              # another reward than the one measured
     if "kl_control" in config:                                   # ppo.py
-        return (samples.scores, config["beta"]) if config["kl_control"] == "fixed" else None
-    if config.get("loss") != "sigmoid" or any(config[k] for k in (
-            "label_smoothing", "margin", "length_normalise", "reference_free", "nll_coef")):
-        return None                                              # dpo.py, but not plain DPO
-    if config["labels"] == "annotators":
-        return samples.gold / annotator_temperature, config["beta"]
-    return samples.scores, config["beta"]
+        plain = dict(kl_control="fixed", temperature=1.0, gamma=1.0, entropy_coef=0.0, whiten_rewards=False)
+        rewards = samples.scores
+    else:                                                        # dpo.py
+        plain = dict(loss="sigmoid", label_smoothing=0.0, margin=0.0, length_normalise=False,
+                     reference_free=False, nll_coef=0.0)
+        rewards = samples.gold / annotator_temperature if config["labels"] == "annotators" else samples.scores
+    if any(config[k] != value for k, value in plain.items()) or config["beta"] == 0:
+        return None
+    return rewards, config["beta"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -144,15 +153,13 @@ def plus_minus(mean, error):
     return f"{mean:.3f} ±{error:.3f}"
 
 
-def limit_table(samples, what, betas):
-    """The optimum for the reward `what`, scores or gold, at each beta, and what it earns of the other"""
-    rewards, other = getattr(samples, what), "gold" if what == "scores" else "score"
-    values = samples.gold if what == "scores" else samples.scores
+def limit_table(samples, rewards, what, betas):
+    """The optimum for a reward (P, N) at each beta, with the score and gold that it earns"""
     columns, quarter_weights = samples.every_fourth()
-    rows = [[f"beta, r = {what.rstrip('s')}", "J*", "by a quarter", "E*[r]", "KL*", f"{other} there",
+    rows = [[f"beta, for r = {what}", "J*", "by a quarter", "E*[r]", "KL*", "gold there",
              "effective samples: median", "least"]]
     for beta in betas:
-        point = frontier.optimum(rewards, samples.log_weights(), beta, values)
+        point = frontier.optimum(rewards, samples.log_weights(), beta, samples.gold)
         quarter = frontier.optimum(rewards[:, columns], quarter_weights, beta)
         rows.append([f"{beta:g}" + "*" * (not frontier.trusted(point)), point["objective"].item(),
                      quarter["objective"].item(), point["reward"].item(), point["kl"].item(),
@@ -170,7 +177,7 @@ def best_of_n_table(samples):
     return rows
 
 
-def landed_table(samples, configs, annotator_temperature):
+def landed_table(samples, configs, annotator_temperature, cfg):
     """-> table, {policy: results}"""
     rows = [["policy", "score", "gold", "kl_ref", "entropy", "length", "eos_rate", "grammatical", "distinct-2",
              "share of frontier", "beta", "fraction of optimum", "misfit on SFT's", "on its own"]]
@@ -185,11 +192,11 @@ def landed_table(samples, configs, annotator_temperature):
                means["distinct_2"]]
         limit, aim = frontier.share_of_frontier(samples, name), None
         if name in configs:
-            aim = own_objective(configs[name], samples, annotator_temperature)
-        share = "" if math.isnan(limit["share"]) else f"{limit['share']:.3f}{'' if limit['trusted'] else '*'}"
+            aim = own_objective(configs[name], samples, annotator_temperature, cfg)
+        share = "" if limit["share"] is None else f"{limit['share']:.3f}{'' if limit['trusted'] else '*'}"
         results[name] = means | limit | {"standard_errors": errors}
-        if aim and aim[1] > 0:
-            reached = frontier.fraction_of_optimum(samples, name, aim[1], aim[0])
+        reached = aim and frontier.fraction_of_optimum(samples, name, aim[1], aim[0])
+        if reached and reached["fraction"] is not None:
             fit = [frontier.misfit(samples, name, on, aim[1], aim[0]) for on in (samples.names[0], name)]
             results[name] |= reached | {"misfit_on_reference": fit[0], "misfit_on_own": fit[1]}
             row += [share, f"{aim[1]:g}" + " (gold)" * (aim[0] is not samples.scores),
@@ -250,7 +257,7 @@ def draw_frontier(samples, path):
             "reward model's score (standard deviations of SFT's)", "true utility, gold")):
         start = getattr(samples, reward)[:, at].mean().item()
         curve = [(0.0, start)] + [(p["kl"].item(), p["reward"].item()) for p in reversed(points[reward])]
-        axis.plot(*zip(*curve), "k-", linewidth=1.6, label="frontier: no policy is above")
+        axis.plot(*zip(*curve), "k-", linewidth=1.6, label="frontier: the best possible (estimated)")
         if reward == "gold":
             along = [(0.0, start)] + [(p["kl"].item(), p["value"].item()) for p in reversed(points["scores"])]
             axis.plot(*zip(*along), "k--", linewidth=1.0, label="gold of the policies on the score's frontier")
@@ -282,20 +289,25 @@ def draw_frontier(samples, path):
 
 
 def draw_overoptimisation(log, gold_mean, gold_std, path):
-    """Score and gold of each update against sqrt(KL), in standard deviations of SFT's -> peak, end, fall"""
+    """
+    Score and gold against sqrt(KL), in standard deviations of SFT's, as means over five updates: the peak
+    of single ones would be the luckiest. -> peak, end, fall
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     root = [math.sqrt(max(0.0, line["kl_ref"])) for line in log]
     score = [line["score"] for line in log]
     gold = [(line["gold"] - gold_mean) / gold_std for line in log]
+    mean_of = lambda values, i: sum(values[max(0, i - 2):i + 3]) / len(values[max(0, i - 2):i + 3])
+    root, score, gold = ([mean_of(values, i) for i in range(len(log))] for values in (root, score, gold))
     figure, axis = plt.subplots(figsize=(6.4, 4.2))
     axis.plot(root, score, "k--", marker="o", markersize=3, linewidth=1.0, label="score of the weak reward model")
     axis.plot(root, gold, "-", color="0.35", marker="s", markersize=3, linewidth=1.0, label="gold, the true utility")
     peak = max(range(len(gold)), key=gold.__getitem__)
     axis.annotate("peak", (root[peak], gold[peak]), textcoords="offset points", xytext=(0, 9), ha="center", fontsize=9)
     axis.set(xlabel="square root of the KL to the reference (nats per response)",
-             ylabel="standard deviations of SFT's samples above SFT")
+             ylabel="standard deviations of SFT's samples above SFT\n(means over five updates)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
     figure.tight_layout()
@@ -305,24 +317,28 @@ def draw_overoptimisation(log, gold_mean, gold_std, path):
             "end_score": score[-1], "peak_score": score[peak], "fall": gold[peak] - gold[-1]}
 
 
-def overoptimise(cfg, rm_folder, path):
-    """Train a weak reward model and a policy that follows it with little KL -> how far gold fell"""
+def overoptimise(cfg, sft_run, held_out):
+    """Train a weak reward model, and a policy that follows it with little KL -> log, gold's mean and std"""
     name = f"{cfg.out or cfg.config}-weak"
-    common = dict(out=name, base=str(rm_folder.parent.name), seed=cfg.seed, device=cfg.device, resume=True)
-    rm.main(experiment.preset(rm.Config, rm.PRESETS, cfg.config, n_prompts=cfg.weak_rankings, **common))
+    common = dict(out=name, base=sft_run, seed=cfg.seed, device=cfg.device, resume=True, overwrite=cfg.overwrite)
+    rm.main(experiment.preset(rm.Config, rm.PRESETS, cfg.config, n_prompts=cfg.weak_rankings, warmup=2, **common))
     print()
     ppo.main(experiment.preset(ppo.Config, ppo.PRESETS, cfg.config, kl_control="fixed", beta=cfg.weak_beta,
                                steps=cfg.weak_steps, kl_bound=1e9, **common))
     print()
-    gold = torch.tensor([c["gold"] for c in experiment.read_json(rm_folder / "comparisons.json")[1]])
+    gold = torch.tensor([ranking["gold"] for ranking in held_out])           # of SFT's samples
     log = [json.loads(line) for line in open(Path("out") / name / "ppo" / "log.jsonl")]
-    return draw_overoptimisation(log, gold.mean().item(), gold.std().item(), path)
+    return log, gold.mean().item(), gold.std().item()
 
 
 def main(cfg):
-    run = experiment.Run(replace(cfg, overwrite=True), "evaluate")
+    run = experiment.Run(replace(cfg, overwrite=True), "evaluate")           # once more, whatever stands there
     device = run.device
-    reference, tokenizer = sft.load_policy(experiment.ensure(cfg, sft), device)
+    if cfg.n_reference < 2:
+        experiment.stop(f"--n_reference got {cfg.n_reference}; best of n takes at least 2 responses")
+    sft_folder = experiment.ensure(cfg, sft)
+    reference, tokenizer = sft.load_policy(sft_folder, device)
+    data.check_room(tokenizer, reviews.all_prompts(), cfg.max_new_tokens, reference.config.block_size)
     rm_folder = experiment.ensure(cfg, rm)
     reward_model = rm.load_reward_model(rm_folder, reference, tokenizer, device)
     reward = functools.partial(rm.score_responses, reward_model, cfg=cfg)
@@ -333,7 +349,9 @@ def main(cfg):
     policies = {"SFT": reference} | {name: policy for name, (policy, _) in found.items()}
     configs = {name: config for name, (_, config) in found.items()}
     print(f"evaluating {', '.join(policies)}" if found else
-          "no policy was trained yet: this is the limit alone, from the SFT policy's samples")
+          "found no policy to evaluate: this is the limit alone, from the SFT policy's samples")
+    if cfg.overoptimise:
+        weak = overoptimise(cfg, sft_folder.parent.name, experiment.read_json(rm_folder / "comparisons.json")[1])
     run.begin()
 
     # ---- 2. samples
@@ -342,13 +360,14 @@ def main(cfg):
 
     # ---- 3. the limit
     temperature = experiment.read_json(rm_folder / "config.json")["annotator_temperature"]
-    betas = sorted({1.0, 0.5, 0.25, 0.1} | {c["beta"] for c in configs.values() if c.get("kl_control") == "fixed"
-                                            and c["beta"] > 0.02}, reverse=True)
-    limits = [limit_table(samples, what, betas) for what in ("scores", "gold")]
+    betas = sorted({1.0, 0.5, 0.25, 0.1} | {c["beta"] for c in configs.values() if c["beta"] > 0 and (
+        c.get("kl_control") == "fixed" or "labels" in c)}, reverse=True)
+    limits = [limit_table(samples, samples.scores, "score", betas),
+              limit_table(samples, samples.gold / temperature, f"gold / {temperature:g}", betas)]
 
     # ---- 4. best of n, 5. landed, 6. win rates
     best_of = best_of_n_table(samples)
-    landed, results = landed_table(samples, configs, temperature)
+    landed, results = landed_table(samples, configs, temperature, cfg)
     wins_by_gold, elo_by_gold = win_table(samples, samples.gold, "gold")
     wins_by_score, elo_by_score = win_table(samples, samples.scores, "reward model")
 
@@ -369,7 +388,7 @@ def main(cfg):
         "![frontier](frontier.png)", "",
         "## The limit", "", table(limits[0]), "", table(limits[1]), "",
         "J* is the most that any policy reaches of E[r] - beta KL. Its estimate is biased low: a lower bound "
-        "on average; what a quarter of the samples gives shows by how much.", "",
+        "on average, by about a third of what it loses with a quarter of the samples.", "",
         "## Best of n", "", table(best_of), "",
         "Samples of SFT, the best by score; the KL is an upper bound.", "",
         "## Win rates", "", table(wins_by_gold), "", table(wins_by_score), "",
@@ -378,13 +397,13 @@ def main(cfg):
 
     # ---- 8. over-optimisation
     if cfg.overoptimise:
-        fall = overoptimise(cfg, rm_folder, run.folder / "overoptimisation.png")
+        fall = draw_overoptimisation(*weak, run.folder / "overoptimisation.png")
         results["overoptimisation"] = fall
         report += ["", "## Over-optimisation", "", "![over-optimisation](overoptimisation.png)", "",
                    f"PPO at beta {cfg.weak_beta:g} for a reward model of {cfg.weak_rankings} rankings. Gold peaks "
                    f"{fall['peak_gold']:+.2f} standard deviations above SFT at {fall['peak_kl']:.1f} nats and ends "
                    f"at {fall['end_gold']:+.2f} at {fall['end_kl']:.1f} nats: a fall of {fall['fall']:.2f}, while "
-                   f"the score goes on from {fall['peak_score']:.2f} to {fall['end_score']:.2f}."]
+                   f"the score goes from {fall['peak_score']:.2f} to {fall['end_score']:.2f}."]
     report = "\n".join(report)
     experiment.write(run.folder / "report.md", report + "\n")
     for name in samples.names:

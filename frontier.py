@@ -77,11 +77,12 @@ def best_reward(rewards, log_weights, kl, betas=BETAS):
     """
     The greatest E[r] of any policy with KL(pi, pi_ref) <= kl:  min over beta of J*(beta) + beta kl
 
-    The dual of that problem; it needs J* alone. -> reward, the point of `optimum` with its beta there
+    The dual of that problem; it needs J* alone. At most the best sample of every prompt, which is beta
+    -> 0. -> reward, the point of `optimum` with its beta there
     """
     points = [{"beta": beta} | optimum(rewards, log_weights, beta) for beta in betas]
     bounds = torch.stack([point["objective"] + point["beta"] * kl for point in points])
-    return bounds.min(), points[int(bounds.argmin())]
+    return torch.minimum(bounds.min(), rewards.amax(dim=1).mean()), points[int(bounds.argmin())]
 
 
 def best_of_n(rewards, n, values=None):
@@ -169,7 +170,7 @@ def collect(policies, reward, tokenizer, prompts, counts, max_new_tokens, temper
     ids = [data.encode_prompt(tokenizer, prompt) for prompt in prompts]
     what = f"{sum(counts)} responses to each of {len(prompts)} held-out prompts"
 
-    # Rows in the order policy, prompt, response; every policy gets the same uniforms
+    # Rows in the order policy, prompt, response; every policy's uniforms start from the same seed
     asked = [p for n in counts for p in range(len(prompts)) for _ in range(n)]              # a row's prompt,
     author = [k for k, n in enumerate(counts) for _ in range(n * len(prompts))]             # policy,
     rows = []                                                                               # response
@@ -239,20 +240,22 @@ def share_of_frontier(samples, name):
     A policy's gain in E[r] over the greatest gain of any policy with its KL. Needs no beta.
 
     -> {share, best_score, trusted}; the frontier is biased low, so that the share is biased high,
-    the more so where it is not trusted. NaN for a policy that has not moved, or if nothing can be gained.
+    the more so where it is not trusted. None for a policy that has not moved, or if nothing can be gained.
     """
     reference, policy = (measure(samples, n)[0] for n in (samples.names[0], name))
     best, point = best_reward(samples.scores, samples.log_weights(), max(policy["kl_ref"], 0.0))
     gain, best_gain = policy["score"] - reference["score"], best.item() - reference["score"]
     moved = policy["kl_ref"] > 0.02 and best_gain > 1e-6
-    return {"share": gain / best_gain if moved else math.nan, "best_score": best.item(), "trusted": bool(trusted(point))}
+    return {"share": gain / best_gain if moved else None, "best_score": best.item(), "trusted": bool(trusted(point))}
 
 
 def fraction_of_optimum(samples, name, beta, rewards=None):
     """
     (J - J_ref) / (J* - J_ref) at a fixed beta, with J = E[r] - beta KL
 
-    -> {fraction, standard_error: from the policy's samples, objective: J*, optimum_trusted}
+    -> {fraction, standard_error, objective: J*, optimum_trusted}. The error is that of J, from the
+    policy's samples to these prompts; J* is biased low, and so the fraction high. None if no gain is
+    possible that would show in the samples.
     """
     rewards = samples.scores if rewards is None else rewards
     k, at, by_ref = samples.names.index(name), samples.columns(name), samples.columns(samples.names[0])
@@ -261,6 +264,10 @@ def fraction_of_optimum(samples, name, beta, rewards=None):
     start = rewards[:, by_ref].mean(1)                                       # (P,)
     best = optimum(rewards, samples.log_weights(), beta)
     greatest_gain = best["objective"] - start.mean()
+    noise = (rewards[:, by_ref].var(dim=1).sum() / rewards[:, by_ref].shape[1]).sqrt() / len(rewards)
+    if not greatest_gain > 3 * noise:
+        return {"fraction": None, "standard_error": None, "objective": best["objective"].item(),
+                "optimum_trusted": False}
     fraction = (reached.mean() - start.mean()) / greatest_gain
     spread = rewards[:, at] - beta * (samples.logprobs[k] - samples.logprobs[0])[:, at]      # (P, n)
     error = (spread.var(dim=1).sum() / spread.shape[1]).sqrt() / len(spread) / greatest_gain
@@ -287,7 +294,7 @@ def compare(policies, reward, tokenizer, prompts, cfg):
                       getattr(cfg, "temperature", 1.0), cfg.seed)
     (before, after), (theirs, ours) = samples.names, (measure(samples, n)[0] for n in samples.names)
     limit = share_of_frontier(samples, after)
-    spread = samples.gold[:, samples.columns(before)].std().item()
+    spread = samples.gold[:, samples.columns(before)].std(correction=0).item()
     gain = (ours["gold"] - theirs["gold"]) / max(spread, 1e-9)
     lines = [experiment.table([
         [f"{len(prompts)} held-out prompts x {cfg.n_samples}", before, after],
@@ -295,10 +302,13 @@ def compare(policies, reward, tokenizer, prompts, cfg):
         f"The true utility, gold, which training never saw, is {gain:+.2f} standard deviations of",
         f"the {before} policy's gold above that policy's, at {ours['kl_ref']:.2f} nats of KL per "
         "response.",
-        f"The best possible score at that KL is about {limit['best_score']:.2f}: {after} made "
-        f"{limit['share']:.1%} of the greatest gain",
-        "possible, its share of the frontier (an estimate from these samples, if anything too high;",
-        "evaluate.py takes more).", ""]
+        ""]
+    if limit["share"] is not None:
+        lines[-1:] = [
+            f"The best possible score at that KL is about {limit['best_score']:.2f}: {after} made "
+            f"{limit['share']:.1%} of the greatest gain",
+            "possible, its share of the frontier (an estimate from these samples, if anything too high;",
+            "evaluate.py takes more).", ""]
     for p, prompt in enumerate(prompts[:4]):
         lines.append(prompt)
         for name in samples.names:
