@@ -1253,6 +1253,14 @@ def test_only_runs_that_aim_at_the_measured_optimum_get_a_fraction_of_it(listing
         assert aim(script, **changes) is None, changes
 
 
+def test_the_limit_table_marks_what_too_few_samples_stand_behind(listing):
+    few, many = (drawn_samples(listing, [listing.ref.exp(), listing.best], [n, n]) for n in (40, 4000))
+    tables = [evaluate.limit_table(samples, samples.scores, "score", [1.0, 0.1]) for samples in (few, many)]
+    assert [row[0] for row in tables[0][1:]] == ["1*", "0.1*"] or tables[0][2][0] == "0.1*"
+    assert tables[1][1][0] == "1" and "!" not in tables[1][1][2] and any("!" in row[2] for row in tables[0][1:])
+    assert tables[1][1][1] == pytest.approx(listing.objective(listing.best), rel=0.02)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 7])
 def test_best_of_n_is_the_mean_over_all_subsets(n):
     rewards, values = torch.randn(2, 3, 7, generator=seeded(), dtype=torch.float64)
@@ -1587,7 +1595,7 @@ def test_every_other_loss_ends_at_the_optimum_of_its_own_objective(listing, opti
 
 @pytest.mark.parametrize("options", [dict(kind="hinge"), dict(normalise=True, reference_free=True, margin=0.3)],
                          ids=["hinge", "simpo"])
-def test_losses_with_many_optima_reach_the_least_loss(listing, options):
+def test_hinge_and_simpo_reach_the_least_value_of_their_own_objectives(listing, options):
     (_, loss), (_, least) = dpo_on(listing, **options, steps=600), optimum_of(listing, **options)
     assert abs(loss - least) < 3e-3
 
@@ -1611,7 +1619,7 @@ def test_only_robust_keeps_its_optimum_where_labels_are_flipped(listing):
     assert listing.fraction(optimum_of(listing, kind="fidelity")[0]) < fractions["fidelity"] - 0.05        # flips undo its excess
 
 
-def draw_flips(path, n=4000, seeds=3):
+def draw_flips(path, n=20000, seeds=3):
     """DPO's losses on n drawn labels of which a share is flipped -> a picture, and its numbers as a table"""
     import matplotlib
     matplotlib.use("Agg")
@@ -1781,7 +1789,7 @@ def test_what_k1_k2_and_k3_estimate_and_what_their_gradients_are(longest):
     assert (gradients["k3"] - backward).norm() < 1e-3 * backward.norm()
     assert (forward - backward).norm() > 0.1 * forward.norm()                  # two different things
 
-    # As the issue of a whole sequence: what the true gradient of KL(pi, ref) adds is how states are reached
+    # As a loss of whole sequences: what the true gradient of KL(pi, ref) adds is how states are reached
     logprobs = listing.by_token(policy)
     whole = (logprobs.sum(1).exp() * (logprobs - listing.ref_logprobs).sum(1)).sum()
     gap = (flat_gradient(whole, policy) - forward).norm() / forward.norm()
