@@ -460,7 +460,8 @@ def main(cfg):
         text, "",
         f"curves      {picture}", f"log         {run.folder}/log.jsonl",
         f"checkpoint  {run.folder}/checkpoint.pt",
-        f"next        python ppo.py --config {cfg.config} --base {cfg.base or cfg.out or cfg.config} "
+        f"next        {experiment.command(cfg, 'evaluate')}",
+        f"            python ppo.py --config {cfg.config} --base {cfg.base or cfg.out or cfg.config} "
         f"--out {cfg.out or cfg.config}-hacked --kl_control fixed --beta 0   (no KL penalty)"]), results)
 
 
