@@ -1254,7 +1254,7 @@ def test_only_runs_that_aim_at_the_measured_optimum_get_a_fraction_of_it(listing
 
 
 def test_the_limit_table_marks_what_too_few_samples_stand_behind(listing):
-    few, many = (drawn_samples(listing, [listing.ref.exp(), listing.best], [n, n]) for n in (40, 4000))
+    few, many = (drawn_samples(listing, [listing.ref.exp(), listing.best], [n, n]) for n in (40, 100_000))
     tables = [evaluate.limit_table(samples, samples.scores, "score", [1.0, 0.1]) for samples in (few, many)]
     assert [row[0] for row in tables[0][1:]] == ["1*", "0.1*"] or tables[0][2][0] == "0.1*"
     assert tables[1][1][0] == "1" and "!" not in tables[1][1][2] and any("!" in row[2] for row in tables[0][1:])
