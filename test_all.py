@@ -1122,13 +1122,13 @@ def test_sampled_pairs_are_labelled_by_the_probability_that_the_one_beats_the_ot
     reward = lambda inputs, targets, mask, finished: mask.sum(1) / 2 + finished
     cfg = tiny(dpo, labels=labels, max_new_tokens=6)
     gpt.transformer.ln_f.bias.data.copy_(gpt.transformer.wte.weight[tokenizer.eot_token] * 300)   # EOS is likely
-    pairs = dpo.sample_pairs(gpt, reward, tokenizer, [TINY_PROMPT] * 1500, cfg, 0.6, seeded())
+    pairs = dpo.sample_pairs(gpt, reward, tokenizer, [TINY_PROMPT] * 1500, cfg, 5.0, seeded())
     assert len(pairs) == 1500
     wins, expected, variance = 0, 0.0, 0.0
     for pair in pairs:
         ids = [pair["chosen_ids"], pair["rejected_ids"]]
         if labels == "annotators":
-            gold = [reviews.gold(TINY_PROMPT, *data.decode_response(tokenizer, y)) / 0.6 for y in ids]
+            gold = [reviews.gold(TINY_PROMPT, *data.decode_response(tokenizer, y)) / 5.0 for y in ids]
         else:
             gold = [len(y) / 2 + (y[-1] == tokenizer.eot_token) for y in ids]
         p = 1 / (1 + math.exp(gold[1] - gold[0]))
@@ -2442,6 +2442,13 @@ def test_samples_carry_the_densities_scores_and_texts_of_the_policies_that_wrote
         close(samples.gold, gold)
         close(samples.grammatical, torch.tensor([reviews.grammatical(p, *t) for p, t in zip(asking, texts)]))
         assert [t for row in samples.texts for t in row[at]] == [t for t, _ in texts]
+
+
+def test_no_batch_of_samples_repeats_another(whole_run, beside):
+    reference, tokenizer = sft.load_policy(beside / "tiny" / "sft", "cpu")
+    samples = frontier.collect({"SFT": reference}, lambda inputs, targets, mask, finished: mask.sum(1), tokenizer,
+                               data.held_out_prompts(1, 5), [1100], 4, seed=9)
+    assert samples.texts[0][1024:] != samples.texts[0][:76]    # they are sampled 1024 at a time
 
 
 def test_evaluate_leaves_out_what_started_elsewhere_and_refuses_runs_that_are_not_there(beside, capsys):
