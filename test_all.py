@@ -1122,13 +1122,13 @@ def test_sampled_pairs_are_labelled_by_the_probability_that_the_one_beats_the_ot
     reward = lambda inputs, targets, mask, finished: mask.sum(1) / 2 + finished
     cfg = tiny(dpo, labels=labels, max_new_tokens=6)
     gpt.transformer.ln_f.bias.data.copy_(gpt.transformer.wte.weight[tokenizer.eot_token] * 300)   # EOS is likely
-    pairs = dpo.sample_pairs(gpt, reward, tokenizer, [TINY_PROMPT] * 1500, cfg, 5.0, seeded())
+    pairs = dpo.sample_pairs(gpt, reward, tokenizer, [TINY_PROMPT] * 1500, cfg, 0.1, seeded())
     assert len(pairs) == 1500
     wins, expected, variance = 0, 0.0, 0.0
     for pair in pairs:
         ids = [pair["chosen_ids"], pair["rejected_ids"]]
         if labels == "annotators":
-            gold = [reviews.gold(TINY_PROMPT, *data.decode_response(tokenizer, y)) / 5.0 for y in ids]
+            gold = [reviews.gold(TINY_PROMPT, *data.decode_response(tokenizer, y)) / 0.1 for y in ids]
         else:
             gold = [len(y) / 2 + (y[-1] == tokenizer.eot_token) for y in ids]
         p = 1 / (1 + math.exp(gold[1] - gold[0]))
