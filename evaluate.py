@@ -112,6 +112,7 @@ def find_policies(cfg, reference, reward_model, device):
         if not any(folder.parent.name == run for folder in folders):
             experiment.stop(f"--runs names {run}, but out/{run} has no finished stage; there are: "
                             + ", ".join(sorted({folder.parent.name for folder in folders})))
+    sft_made, rm_made = experiment.fingerprint(reference), experiment.fingerprint(reward_model)
     for folder in folders:
         name = f"{folder.parent.name}/{folder.name}"
         earlier = folder.name in ("sft", "reward_model", "evaluate") or folder.suffix == ".old"
@@ -120,9 +121,9 @@ def find_policies(cfg, reference, reward_model, device):
         saved = experiment.load_checkpoint(folder)
         if "policy" not in saved:
             continue
-        if saved["sft"] != experiment.fingerprint(reference):
+        if saved["sft"] != sft_made:
             print(f"leaving out {name}: it started from another SFT policy")
-        elif saved["reward"] != experiment.fingerprint(reward_model):
+        elif saved["reward"] != rm_made:
             print(f"leaving out {name}: it belongs to another reward model")
         else:
             found[name] = (sft.load_policy(folder, device)[0], experiment.read_json(folder / "config.json"))
@@ -154,12 +155,12 @@ def plus_minus(mean, error):
 
 
 def limit_table(samples, rewards, what, betas):
-    """The optimum for a reward (P, N) at each beta, with the score and gold that it earns"""
-    columns, quarter_weights = samples.every_fourth()
+    """The optimum for a reward (P, N) at each beta, with the gold that it earns"""
+    log_weights, (columns, quarter_weights) = samples.log_weights(), samples.every_fourth()
     rows = [[f"beta, for r = {what}", "J*", "by a quarter", "E*[r]", "KL*", "gold there",
              "effective samples: median", "least"]]
     for beta in betas:
-        point = frontier.optimum(rewards, samples.log_weights(), beta, samples.gold)
+        point = frontier.optimum(rewards, log_weights, beta, samples.gold)
         quarter = frontier.optimum(rewards[:, columns], quarter_weights, beta)["objective"]
         moved = (quarter / point["objective"] - 1).abs() > 0.01
         rows.append([f"{beta:g}" + "*" * (not frontier.trusted(point)), point["objective"].item(),
@@ -168,11 +169,16 @@ def limit_table(samples, rewards, what, betas):
     return rows
 
 
+def best_of_sizes(samples):
+    """2, 4, 8, .. up to the number of the reference's responses to a prompt"""
+    return [2 ** i for i in range(1, samples.counts[0].bit_length())]
+
+
 def best_of_n_table(samples):
     at = samples.columns(samples.names[0])
     scores, gold = samples.scores[:, at], samples.gold[:, at]
     rows = [["best of n", "score", "gold", "KL at most"]]
-    for n in (2 ** i for i in range(1, scores.shape[1].bit_length())):
+    for n in best_of_sizes(samples):
         rows.append([str(n), frontier.best_of_n(scores, n).item(), frontier.best_of_n(scores, n, gold).item(),
                      frontier.best_of_n_kl(n)])
     return rows
@@ -246,7 +252,7 @@ def draw_frontier(samples, path):
     import matplotlib.pyplot as plt
     log_weights, at = samples.log_weights(), samples.columns(samples.names[0])
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6))
-    best_of = [2 ** i for i in range(1, samples.counts[0].bit_length())]
+    best_of = best_of_sizes(samples)
     best_kl = [frontier.best_of_n_kl(n) for n in best_of]
     points = {}                                                  # reward: trusted points of its frontier
     for reward in ("scores", "gold"):
