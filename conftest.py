@@ -1,5 +1,9 @@
 """python -m pytest --slow test_all.py also runs the tests that take minutes each."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")    # the tests' models are small: a second thread only waits
+
 import pytest
 
 

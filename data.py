@@ -208,6 +208,16 @@ def decode_response(tokenizer, ids):
     return tokenizer.decode(ids[:-1] if finished else ids), finished
 
 
+def texts_of(tokenizer, inputs, targets, mask):
+    """A batch's rows -> prompts, responses as texts, without any EOS"""
+    prompts, responses = [], []
+    for row, chosen, m in zip(inputs.tolist(), targets.tolist(), (mask > 0).tolist()):
+        prompt, first = row[:m.index(True) + 1], [tokenizer.eot_token]       # an empty one is [eos_id]
+        prompts.append(tokenizer.decode([] if prompt == first else prompt))
+        responses.append(decode_response(tokenizer, [token for token, at in zip(chosen, m) if at])[0])
+    return prompts, responses
+
+
 # --------------------------------------------------------------------------------------------------
 # The prompts of the built-in task
 

@@ -1,7 +1,7 @@
 """
 Where did each policy land, and how good could it have been?
 
-    1. policies     every finished PPO, DPO, .. stage in out/ that started from the same SFT policy and
+    1. policies     every finished PPO, DPO, GRPO, .. stage in out/ that started from the same SFT policy and
                     was trained for the same reward model; or those of --runs A,B
     2. samples      of all of them to the same held-out prompts, each scored, each weighed by all
     3. the limit    J*(beta) = beta E_x log E_{y ~ pi_ref} exp(r / beta) and the frontier of E[r] against
@@ -105,7 +105,7 @@ def distinct(texts, n=2):
 # What to evaluate
 
 def find_policies(cfg, reference, reward_model, device):
-    """{run/stage: (GPT, its config)} of finished stages with a policy, trained from this SFT policy"""
+    """{run/stage: (GPT, its config)} of finished stages with policies, trained from this SFT policy"""
     found, wanted = {}, [name for name in cfg.runs.split(",") if name]
     folders = sorted(path.parent for path in Path("out").glob("*/*/report.txt"))
     for run in wanted:
@@ -119,32 +119,43 @@ def find_policies(cfg, reference, reward_model, device):
         if earlier or (wanted and folder.parent.name not in wanted):
             continue
         saved = experiment.load_checkpoint(folder)
-        if "policy" not in saved:
+        keys = [key for key in saved if key == "policy" or key.startswith("policy_")]      # one a rung
+        if not keys:
             continue
         if saved["sft"] != sft_made:
             print(f"leaving out {name}: it started from another SFT policy")
         elif saved["reward"] != rm_made:
             print(f"leaving out {name}: it belongs to another reward model")
         else:
-            found[name] = (sft.load_policy(folder, device)[0], experiment.read_json(folder / "config.json"))
+            for key in keys:
+                found[name + key.removeprefix("policy").replace("_", "/", 1)] = (
+                    sft.load_policy(folder, device, key)[0], experiment.read_json(folder / "config.json"))
     return found
 
 
 def own_objective(config, samples, annotator_temperature, cfg):
-    """The (P, N) reward and the beta whose optimum a run aims at; None if it aims at none that is seen here"""
+    """
+    The (P, N) reward and the beta that a run was given, and whether E[r] - beta KL is what it maximises
+
+    None if that reward or the distribution it was trained on is not what is measured here.
+    """
     if config.get("labels") != "annotators" and any(config[k] != getattr(cfg, k) for k in (
             "missing_eos_score", "score_clip", "max_new_tokens")):
         return None                                              # another reward than the one measured
+    rewards, plain, aims = samples.scores, dict(temperature=1.0), True
     if "kl_control" in config:                                   # ppo.py
-        plain = dict(kl_control="fixed", temperature=1.0, gamma=1.0, entropy_coef=0.0, whiten_rewards=False)
-        rewards = samples.scores
+        plain |= dict(kl_control="fixed", gamma=1.0, entropy_coef=0.0, whiten_rewards=False)
+    elif "rung" in config:                                       # policy_gradient.py
+        plain |= dict(gamma=1.0)
+    elif "kl_in" in config:                                      # grpo.py
+        aims = config["kl_in"] == "reward" and (config["advantage"], config["normalise"]) != ("reinforce", "sequence")
     else:                                                        # dpo.py
         plain = dict(loss="sigmoid", label_smoothing=0.0, margin=0.0, length_normalise=False,
                      reference_free=False, nll_coef=0.0)
         rewards = samples.gold / annotator_temperature if config["labels"] == "annotators" else samples.scores
     if any(config[k] != value for k, value in plain.items()) or config["beta"] == 0:
         return None
-    return rewards, config["beta"]
+    return rewards, config["beta"], aims
 
 
 # --------------------------------------------------------------------------------------------------
@@ -205,10 +216,10 @@ def landed_table(samples, configs, annotator_temperature, cfg):
         reached = aim and frontier.fraction_of_optimum(samples, name, aim[1], aim[0])
         if reached and reached["fraction"] is not None:
             fit = [frontier.misfit(samples, name, on, aim[1], aim[0]) for on in (samples.names[0], name)]
-            results[name] |= reached | {"misfit_on_reference": fit[0], "misfit_on_own": fit[1]}
+            results[name] |= reached | {"aims_at_optimum": aim[2], "misfit_on_reference": fit[0], "misfit_on_own": fit[1]}
             row += [share, f"{aim[1]:g}" + " (gold)" * (aim[0] is not samples.scores),
                     plus_minus(reached["fraction"], reached["standard_error"])
-                    + "*" * (not reached["optimum_trusted"]), *fit]
+                    + "*" * (not reached["optimum_trusted"]) + "~" * (not aim[2]), *fit]
         else:
             row += [share, "", "", "", ""]
         rows.append(row)
@@ -367,8 +378,8 @@ def main(cfg):
 
     # ---- 3. the limit
     temperature = experiment.read_json(rm_folder / "config.json")["annotator_temperature"]
-    betas = sorted({1.0, 0.5, 0.25, 0.1} | {c["beta"] for c in configs.values() if c["beta"] > 0 and (
-        c.get("kl_control") == "fixed" or "labels" in c)}, reverse=True)
+    betas = sorted({1.0, 0.5, 0.25, 0.1} | {c["beta"] for c in configs.values() if c["beta"] > 0
+                                            and c.get("kl_control", "fixed") == "fixed"}, reverse=True)
     limits = [limit_table(samples, samples.scores, "score", betas),
               limit_table(samples, samples.gold / temperature, f"gold / {temperature:g}", betas)]
 
@@ -391,7 +402,8 @@ def main(cfg):
         f"(gold): r = gold / {temperature:g}, which is what the annotators' labels follow. Misfit: standard "
         "deviation within a prompt of r - beta log pi / pi_ref, which is 0 at the optimum, on SFT's samples and "
         "on the policy's own. *: fewer than "
-        f"{frontier.MEDIAN_ESS} effective samples at the median prompt or {frontier.LEAST_ESS} at the least.", "",
+        f"{frontier.MEDIAN_ESS} effective samples at the median prompt or {frontier.LEAST_ESS} at the least. "
+        "~: the run's own objective is another (GRPO with the KL in the loss).", "",
         "![frontier](frontier.png)", "",
         "## The limit", "", table(limits[0]), "", table(limits[1]), "",
         "J* is the most that any policy reaches of E[r] - beta KL. Its estimate is biased low: a lower bound "

@@ -325,6 +325,22 @@ def grammatical(prompt, response, finished=True):
     return not (faults["broken"] or faults["unfinished"] or faults["length"])
 
 
+def request_kept(prompts, responses):
+    """
+    A reward that can be checked: 1.0 where a review keeps to a request, else 0.0: lists -> list
+
+    The request is three sentences, about nothing but the aspect that the prompt asks for, and a verdict the
+    last. One review of the grammar in eight does it by chance.
+    """
+    kept = []
+    for prompt, response in zip(prompts, responses):
+        _, aspect = read_prompt(prompt)
+        sentences = re.findall(r"[^.]*\.", response)
+        named = [[a for a in ASPECTS if f" {a}" in sentence] for sentence in sentences[:-1]]
+        kept.append(float(grammatical(prompt, response) and named == [[aspect]] * 2))
+    return kept
+
+
 # --------------------------------------------------------------------------------------------------
 # The annotators
 

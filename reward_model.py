@@ -18,8 +18,12 @@ Departures from Ouyang et al.: K = 4 where they have 4 to 9; simulated annotator
         -> out/small/reward_model: checkpoint.pt, comparisons.json
 """
 
+import functools
+import importlib.util
 import json
+import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -168,15 +172,56 @@ def score_all(reward_model, comparisons, device, batch_size=64):
     return scores.view(len(comparisons), -1).cpu()
 
 
+# --------------------------------------------------------------------------------------------------
+# The reward of RL: a function of inputs, targets, mask, finished -> (B,), whatever it comes from
+
 @torch.no_grad()
 def score_responses(reward_model, inputs, targets, mask, finished, cfg):
-    """The reward of whole responses, before any KL; a fixed low score where there is no EOS -> (B,)"""
-    scores = sequence_scores(reward_model, inputs, targets, mask)
+    """The reward of whole responses by a reward model, before any KL -> (B,)"""
+    return within(sequence_scores(reward_model, inputs, targets, mask), finished, cfg)
+
+
+def score_texts(function, tokenizer, inputs, targets, mask, finished, cfg):
+    """The same by a function of a list of prompts and a list of responses, which gives a list of numbers"""
+    prompts, responses = data.texts_of(tokenizer, inputs, targets, mask)
+    scores = torch.as_tensor(function(prompts, responses), dtype=torch.float32)
+    if scores.shape != (len(prompts),):
+        experiment.stop(f"the reward function {cfg.reward} was given {len(prompts)} prompts and responses and "
+                        f"gave back {tuple(scores.shape)} numbers; it should give one for each")
+    return within(scores.to(mask.device), finished, cfg)
+
+
+def within(scores, finished, cfg):
+    """A fixed low score where there is no EOS, and no score beyond the clip: (B,) -> (B,)"""
     if cfg.missing_eos_score is not None:
         scores = torch.where(finished, scores, cfg.missing_eos_score)
     if cfg.score_clip is not None:
         scores = scores.clamp(-cfg.score_clip, cfg.score_clip)
     return scores
+
+
+def load_reward(cfg, sft_policy, tokenizer, device):
+    """
+    What cfg.reward names: this run's reward model, or path/to/file.py:function, which is the user's code
+
+    -> reward(inputs, targets, mask, finished) -> (B,); and what tells it from other rewards
+    """
+    if cfg.reward == "reward_model":
+        folder = experiment.ensure(cfg, sys.modules[__name__])
+        reward_model = load_reward_model(folder, sft_policy, tokenizer, device)
+        return (functools.partial(score_responses, reward_model, cfg=cfg),
+                experiment.fingerprint(reward_model))
+    path, _, name = cfg.reward.rpartition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        experiment.stop(f"--reward got {cfg.reward}; it takes reward_model or path/to/file.py:function, "
+                        "where the file must be there")
+    spec = importlib.util.spec_from_file_location(f"reward_of_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        experiment.stop(f"--reward got {cfg.reward}, but {path} has no function {name}")
+    return functools.partial(score_texts, getattr(module, name), tokenizer, cfg=cfg), cfg.reward
 
 
 def load_reward_model(folder, sft_policy, tokenizer, device):

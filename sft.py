@@ -76,15 +76,15 @@ def nats_per_response(policy, prompts, responses, device, batch_size=256):
     return total / len(prompts)
 
 
-def load_policy(folder, device):
-    """The policy of a finished stage, in eval mode, and its tokenizer."""
+def load_policy(folder, device, key="policy"):
+    """A policy of a finished stage, in eval mode, and its tokenizer. The ladder's stage has several keys."""
     saved, tokenizer = experiment.load_checkpoint(folder), data.load_tokenizer(folder)
-    if "policy" not in saved:
-        experiment.stop(f"{folder}/checkpoint.pt holds no policy but {', '.join(saved)}; "
+    if key not in saved:
+        experiment.stop(f"{folder}/checkpoint.pt holds no {key} but {', '.join(saved)}; "
                         "give the folder of an sft or ppo stage")
     data.check_vocabulary(saved["tokenizer"], tokenizer, folder)
     policy = GPT(GPTConfig(**saved["gpt"]))
-    policy.load_state_dict(saved["policy"])
+    policy.load_state_dict(saved[key])
     return policy.eval().to(device), tokenizer
 
 

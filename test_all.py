@@ -7,7 +7,7 @@ Every formula against an independent oracle, every script end to end. Offline, o
     python test_all.py                          rewrite the line numbers in the README
     python test_all.py flips                    draw docs/flips.png as well
 
-In reading order: reviews, data, model, experiment, sft, reward_model, ppo, the scripts, the README.
+In reading order: reviews, data, model, experiment, the stages' maths, the proof, the scripts, the README.
 A test's name is the claim it checks.
 """
 
@@ -36,7 +36,9 @@ import dpo
 import evaluate
 import experiment
 import frontier
+import grpo
 import model
+import policy_gradient
 import ppo
 import reviews
 import reward_model
@@ -44,7 +46,7 @@ import sft
 from model import GPT, GPTConfig, ScalarGPT, generate, masked_mean, sequence_scores, token_logprobs
 
 HERE = Path(__file__).parent
-SCRIPTS = (sft, reward_model, ppo, dpo, evaluate)
+SCRIPTS = (sft, reward_model, ppo, dpo, grpo, policy_gradient, evaluate)
 MODULES = (reviews, data, model, experiment, frontier, *SCRIPTS)
 
 
@@ -641,7 +643,8 @@ def test_command_lines_set_typed_fields_over_a_preset():
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 def test_every_config_field_is_read_and_has_a_comment_that_help_prints(script, capsys):
     sources = inspect.getsource(script) + inspect.getsource(experiment)
-    for helper in (reward_model.score_responses, frontier.compare):            # they are given the whole cfg
+    for helper in (reward_model.score_responses, reward_model.within, reward_model.load_reward, frontier.compare,
+                   ppo.roll_out):                                              # they are given the whole cfg
         if helper.__name__ in sources:
             sources += inspect.getsource(helper)
     read = {node.attr for node in ast.walk(ast.parse(sources)) if isinstance(node, ast.Attribute)
@@ -1145,6 +1148,201 @@ def test_sampled_pairs_are_labelled_by_the_probability_that_the_one_beats_the_ot
 
 
 # --------------------------------------------------------------------------------------------------
+# grpo.py
+
+def advantages_by_loop(rewards, G, kind):
+    result = []
+    for start in range(0, len(rewards), G):
+        group = rewards[start:start + G]
+        mean = sum(group) / G
+        std = math.sqrt(sum((r - mean) ** 2 for r in group) / G)
+        for i, r in enumerate(group):
+            others = [group[j] for j in range(G) if j != i]
+            result.append({"grpo": (r - mean) / (std + 1e-6), "dr_grpo": r - mean, "reinforce": r,
+                           "rloo": r - sum(others) / max(1, len(others))}[kind])
+    return result
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo", "reinforce"])
+def test_group_advantages_equal_a_loop_over_groups(kind):
+    rewards = torch.randn(24, generator=seeded(), dtype=torch.float64)
+    for G in (2, 3, 4, 24):
+        ours = grpo.group_advantages(rewards, G, kind)
+        torch.testing.assert_close(ours, torch.tensor(advantages_by_loop(rewards.tolist(), G, kind),
+                                                      dtype=torch.float64), atol=1e-9, rtol=0)
+        if kind != "reinforce":
+            assert ours.view(-1, G).sum(1).abs().max() < 1e-9
+
+
+def test_group_advantages_move_with_the_rewards_as_they_should():
+    rewards = torch.randn(12, generator=seeded(1))
+    of = lambda kind, r=rewards: grpo.group_advantages(r, 4, kind)
+    torch.testing.assert_close(of("rloo"), of("dr_grpo") * 4 / 3)
+    for kind in ("grpo", "dr_grpo", "rloo"):                                   # a prompt's own level does not count
+        torch.testing.assert_close(of(kind, rewards + torch.arange(3.0).repeat_interleave(4)), of(kind),
+                                   atol=1e-5, rtol=0)
+    torch.testing.assert_close(of("grpo", 100 * rewards), of("grpo"), atol=1e-4, rtol=0)       # nor the scale, for grpo
+    torch.testing.assert_close(of("dr_grpo", 100 * rewards), 100 * of("dr_grpo"), atol=1e-3, rtol=0)
+    assert grpo.group_advantages(torch.tensor([0.3, 0.9]), 2).tolist() == pytest.approx([-1, 1], abs=1e-4)
+
+
+@pytest.mark.parametrize("G", [2, 3, 4, 7, 64])
+def test_groups_of_equal_rewards_have_exactly_zero_advantage_and_gradient(G):
+    gpt = small_gpt()
+    inputs, targets, mask = data.collate([[1, 2]] * G, [[3] * (1 + i % 3) + [10] for i in range(G)])
+    for level in (0.1, -3.0, 1e-3, 1234.567):                                  # a mean of equal floats may be off by rounding
+        for kind in ("grpo", "dr_grpo", "rloo"):
+            advantages = grpo.group_advantages(torch.full((G,), level), G, kind)
+            assert torch.equal(advantages, torch.zeros(G))
+    logprobs = token_logprobs(gpt, inputs, targets, mask)
+    loss, _ = grpo.grpo_loss(logprobs, logprobs.detach(), advantages, grpo.token_weights(mask))
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(loss, list(gpt.parameters())))
+
+
+def test_group_advantages_refuse_what_makes_no_groups():
+    with pytest.raises(ValueError, match="got 7 scores, which is no multiple of group_size 3"):
+        grpo.group_advantages(torch.zeros(7), 3)
+    with pytest.raises(ValueError, match="got kind 'mean'; it is grpo, dr_grpo, rloo or reinforce"):
+        grpo.group_advantages(torch.zeros(6), 3, "mean")
+    with pytest.raises(ValueError, match="got normalise 'row'; it is token, sequence or fixed"):
+        grpo.token_weights(torch.ones(2, 3), "row")
+
+
+def test_token_weights_say_what_a_token_of_a_short_and_of_a_long_response_counts():
+    mask = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0]])
+    token, sequence, fixed = (grpo.token_weights(mask, kind, max_length=5) for kind in ("token", "sequence", "fixed"))
+    assert token[mask > 0].tolist() == [0.25] * 4                              # every token alike
+    torch.testing.assert_close(sequence.sum(1), torch.tensor([0.5, 0.5]))      # every response alike
+    torch.testing.assert_close(sequence[1, 1:], torch.full((3,), 1 / 6))
+    torch.testing.assert_close(fixed[mask > 0], torch.full((4,), 0.1))         # whatever was sampled beside
+    assert all(torch.equal(w == 0, mask == 0) for w in (token, sequence, fixed))
+
+
+@pytest.mark.parametrize("ratio, advantage, loss, gradient, clipped", [
+    (1.1, 2.0, -2.2, -2.2, 0), (1.25, 2.0, -2.5, -2.5, 0), (1.4, 2.0, -2.6, 0.0, 1), (0.5, 2.0, -1.0, -1.0, 0),
+    (0.9, -2.0, 1.8, 1.8, 0), (0.5, -2.0, 1.6, 0.0, 1), (1.4, -2.0, 2.8, 2.8, 0)])
+def test_asymmetric_clipping_in_every_case_with_gradients(ratio, advantage, loss, gradient, clipped):
+    """clip_eps 0.2, clip_eps_high 0.3: what rises may rise further than what falls may fall"""
+    logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    ours, metrics = grpo.grpo_loss(logprobs, torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1), 0.2, 0.3)
+    ours.backward()
+    assert ours.item() == pytest.approx(loss) and logprobs.grad.item() == pytest.approx(gradient)
+    assert metrics["clip_fraction"].item() == clipped and metrics["ratio"].item() == pytest.approx(ratio)
+
+
+def test_grpo_loss_by_tokens_is_ppos_and_by_every_weight_a_plain_sum():
+    logprobs, old, values, _, mask = ragged()
+    logprobs, old, advantages = 0.3 * logprobs, 0.3 * old, values[:, 0] + torch.arange(5)
+    ours, metrics = grpo.grpo_loss(logprobs, old, advantages, grpo.token_weights(mask))
+    theirs, expected = ppo.policy_loss(logprobs, old, advantages[:, None].expand_as(mask), mask)
+    torch.testing.assert_close(ours, theirs)
+    assert expected["clip_fraction"] > 0
+    for name, x in expected.items():
+        assert metrics[name].item() == pytest.approx(x.item(), abs=1e-6)
+    for kind in ("sequence", "fixed"):
+        total = 0.0
+        for b, t in (mask > 0).nonzero().tolist():
+            rho, length = math.exp(logprobs[b, t] - old[b, t]), {"sequence": mask[b].sum().item(), "fixed": 20}[kind]
+            worst = min(rho * advantages[b].item(), min(max(rho, 0.8), 1.28) * advantages[b].item())
+            total -= worst / length / 5
+        weights = grpo.token_weights(mask, kind, max_length=20)
+        assert grpo.grpo_loss(logprobs, old, advantages, weights, 0.2, 0.28)[0].item() == pytest.approx(total)
+
+
+@pytest.mark.parametrize("response, kept", [
+    (" The plot is good. The plot is not dull. See it twice.", 1), (" The plot is good. I liked the plot. Skip it.", 1),
+    (" The plot is good. See it twice.", 0), (" The plot is good. The plot is solid. I saw it on a train. See it twice.", 0),
+    (" The plot is good. The music is solid. See it twice.", 0), (" The plot is good, but the music is dull. The plot is thin. Skip it.", 0),
+    (" The plot is good. It is a solid fable. See it twice.", 0), (" The plot is good. The plot is solid.", 0),
+    (" The plot plot is good. The plot is solid. Skip it.", 0), ("", 0), (" See it twice.", 0)])
+def test_the_request_is_three_sentences_about_the_aspect_alone(response, kept):
+    prompt = reviews.make_prompt("fable", "a lost letter", "plot")
+    assert reviews.request_kept([prompt, prompt], [response, " The plot is good. The plot is solid. Skip it."]) == [kept, 1]
+
+
+def test_rows_give_back_the_texts_they_were_made_of(tokenizer):
+    prompts, responses = ["A fable about an old map. On the plot:", "", "x"], [" Skip it.", " Worth a look.", " The"]
+    ids = data.encode_texts(tokenizer, prompts, responses)
+    ids[1][2].pop()                                                            # the last one has no EOS
+    assert data.texts_of(tokenizer, *data.collate(*ids)) == (prompts, responses)
+
+
+def test_a_reward_of_ones_own_is_called_with_texts_and_must_give_a_number_for_each(tokenizer, tmp_path):
+    (tmp_path / "mine.py").write_text("def short(prompts, responses):\n    return [-len(r) for r in responses]\n"
+                                      "def one(prompts, responses):\n    return [1.0]\nnumber = 3\n")
+    cfg = dataclasses.replace(grpo.Config(), reward=f"{tmp_path}/mine.py:short", score_clip=6.0)
+    reward, name = reward_model.load_reward(cfg, None, tokenizer, "cpu")
+    batch = data.collate(*data.encode_texts(tokenizer, ["a", "b", "c"], [" The", " Skip it.", " A"]))
+    assert reward(*batch, torch.tensor([True, True, False])).tolist() == [-4, -6, -3]         # clipped; without EOS
+    assert name == cfg.reward
+    for spec, message in ((f"{tmp_path}/mine.py:number", "has no function number"), (f"{tmp_path}/mine.py", "it takes reward_model or"),
+                          (f"{tmp_path}/none.py:short", "where the file must be there"), ("rm", "it takes reward_model or")):
+        with pytest.raises(SystemExit, match=message):
+            reward_model.load_reward(dataclasses.replace(cfg, reward=spec), None, tokenizer, "cpu")
+    reward, _ = reward_model.load_reward(dataclasses.replace(cfg, reward=f"{tmp_path}/mine.py:one"), None, tokenizer, "cpu")
+    with pytest.raises(SystemExit, match=r"was given 3 prompts and responses and gave back \(1,\) numbers"):
+        reward(*batch, torch.tensor([True] * 3))
+
+
+# --------------------------------------------------------------------------------------------------
+# policy_gradient.py
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_every_rungs_psi_equals_its_sum_over_a_response(gamma):
+    rewards, values, _, _, mask = ragged(3)
+    psi = {rung: f(rewards, values, mask, gamma, 0.7) for rung, f in policy_gradient.PSI.items()}
+    for b in range(len(mask)):
+        columns = (mask[b] > 0).nonzero().squeeze(1).tolist()
+        R, V = rewards[b, columns].tolist(), values[b, columns].tolist() + [0.0]
+        n = len(columns)
+        to_go = [sum(gamma ** (l - t) * R[l] for l in range(t, n)) for t in range(n)]
+        delta = [R[t] + gamma * V[t + 1] - V[t] for t in range(n)]
+        wanted = {"plain_value": [R[t] + gamma * V[t + 1] for t in range(n)],
+                  "total_return": [sum(gamma ** l * R[l] for l in range(n))] * n, "reward_to_go": to_go,
+                  "baseline": [G - v for G, v in zip(to_go, V)], "a2c": delta,
+                  "gae": [sum((gamma * 0.7) ** (l - t) * delta[l] for l in range(t, n)) for t in range(n)]}
+        for rung, numbers in wanted.items():
+            assert psi[rung][b, columns].tolist() == pytest.approx(numbers), rung
+            assert not psi[rung][b][mask[b] == 0].any(), rung
+
+
+def test_conjugate_gradient_solves_what_a_direct_solver_solves():
+    root = torch.randn(12, 12, generator=seeded(), dtype=torch.float64)
+    A, b = root @ root.T + 0.1 * torch.eye(12), torch.randn(12, generator=seeded(1), dtype=torch.float64)
+    exact = torch.linalg.solve(A, b)
+    torch.testing.assert_close(policy_gradient.conjugate_gradient(lambda v: A @ v, b, 20), exact, atol=1e-6, rtol=1e-6)
+    errors = [(policy_gradient.conjugate_gradient(lambda v: A @ v, b, n) - exact) @ A @
+              (policy_gradient.conjugate_gradient(lambda v: A @ v, b, n) - exact) for n in range(13)]
+    assert all(after < before for before, after in zip(errors, errors[1:]))   # in the norm of A it always falls
+    zero = torch.zeros(12, dtype=torch.float64)
+    assert torch.equal(policy_gradient.conjugate_gradient(lambda v: A @ v, zero), zero)
+
+
+def test_mean_kl_is_the_mean_over_response_tokens_of_the_whole_distributions():
+    old, new = small_gpt(seed=0), small_gpt(seed=1)
+    inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
+    p, q = (policy_gradient.token_distributions(m, inputs, mask, 0.7) for m in (old, new))
+    total = 0.0
+    for b, t in (mask > 0).nonzero().tolist():
+        a, c = ((m(inputs)[b, t].double() / 0.7).log_softmax(-1) for m in (old, new))
+        total += (a.exp() * (a - c)).sum().item()
+    assert policy_gradient.mean_kl(p, q).item() == pytest.approx(total / mask.sum().item(), rel=1e-4)
+    torch.testing.assert_close(p.gather(1, targets[mask > 0][:, None]).squeeze(1),
+                               token_logprobs(old, inputs, targets, mask, 0.7)[mask > 0])
+
+
+def test_gradient_noise_is_the_trace_of_the_covariance_and_the_square_of_the_mean():
+    generator, D = seeded(), 50
+    mean, std = torch.linspace(-1, 1, D), torch.linspace(0.1, 2, D)
+    noise = policy_gradient.gradient_noise(mean + std * torch.randn(D, generator=generator) for _ in range(4000))
+    truth, signal = (std ** 2).sum().item(), (mean ** 2).sum().item()
+    assert abs(noise["variance"] - truth) < 4 * noise["variance_error"] < 0.05 * truth
+    assert noise["signal"] == pytest.approx(signal, rel=0.05)
+    two = policy_gradient.gradient_noise(iter([torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0]), torch.zeros(2), torch.ones(2)]))
+    assert two["variance"] == pytest.approx((10 + 1) / 2) and two["signal"] == pytest.approx(1.5)
+
+
+# --------------------------------------------------------------------------------------------------
 # frontier.py
 
 def test_the_mixture_is_the_average_density_by_number_of_samples():
@@ -1241,14 +1439,19 @@ def test_only_runs_that_aim_at_the_measured_optimum_get_a_fraction_of_it(listing
     samples, cfg = drawn_samples(listing, [listing.ref.exp(), listing.best], [20, 20]), evaluate.Config()
     aim = lambda script, **changes: evaluate.own_objective(
         dataclasses.asdict(dataclasses.replace(script.Config(), **changes)), samples, 0.6, cfg)
-    rewards, beta = aim(ppo, kl_control="fixed", beta=0.3)
-    assert rewards is samples.scores and beta == 0.3
-    rewards, beta = aim(dpo, labels="annotators", beta=0.2)
-    assert torch.equal(rewards, samples.gold / 0.6) and beta == 0.2
+    rewards, beta, aims = aim(ppo, kl_control="fixed", beta=0.3)
+    assert rewards is samples.scores and beta == 0.3 and aims
+    rewards, beta, aims = aim(dpo, labels="annotators", beta=0.2)
+    assert torch.equal(rewards, samples.gold / 0.6) and beta == 0.2 and aims
+    for changes, aims in ((dict(), True), (dict(kl_in="loss"), False), (dict(advantage="reinforce"), True),
+                          (dict(advantage="reinforce", normalise="sequence"), False), (dict(normalise="sequence"), True)):
+        assert aim(grpo, beta=0.1, **changes)[1:] == (0.1, aims)
+    assert aim(policy_gradient, rung="gae")[1:] == (0.25, True)
     assert aim(dpo, labels="soft", rounds=3)[0] is samples.scores
     for script, changes in ((ppo, {}), (ppo, dict(kl_control="fixed", gamma=0.9)), (ppo, dict(kl_control="fixed", beta=0.0)),
                             (ppo, dict(kl_control="fixed", entropy_coef=0.1)), (dpo, dict(loss="ipo")),
                             (ppo, dict(kl_control="fixed", score_clip=1.0)), (dpo, dict(labels="soft", missing_eos_score=None)),
+                            (grpo, dict(temperature=0.7)), (grpo, dict(beta=0.0)), (policy_gradient, dict(gamma=0.9)),
                             (dpo, dict(label_smoothing=0.1)), (dpo, dict(length_normalise=True)), (dpo, dict(nll_coef=1.0))):
         assert aim(script, **changes) is None, changes
 
@@ -1315,6 +1518,11 @@ def test_distinct_is_the_share_of_different_word_pairs():
 # --------------------------------------------------------------------------------------------------
 # What people copy
 
+def fisher_example(f, x):
+    w = x.clone().requires_grad_()
+    return f((w ** 4).sum(), [w], 0.1)(x.flatten())
+
+
 COPIED = {
     "whiten": lambda f, x, m: f(x, m), "kl_estimate": lambda f, x, m: f(x, 2 * x),
     "shape_rewards": lambda f, x, m: f(x[:, 0], x, 2 * x, m, 0.1), "gae": lambda f, x, m: f(x, x, m),
@@ -1323,7 +1531,13 @@ COPIED = {
     "explained_variance": lambda f, x, m: f(x, 2 * x, m), "preference_loss": lambda f, x, m: f(x, 2 * x),
     "token_wise_scores": lambda f, x, m: f(x, x, m, m, m, m), "sft_loss": lambda f, x, m: f(x, m),
     "sequence_logprobs": lambda f, x, m: f(x, m, True), "after_shared_prefix": lambda f, x, m: f(x, 2 * x, m, m),
-    "dpo_loss": lambda f, x, m: f(*x.T[:4], 0.1), "mixture_logprobs": lambda f, x, m: f(x[None].expand(2, -1, -1), [3, 6]),
+    "dpo_loss": lambda f, x, m: f(*x.T[:4], 0.1), "group_advantages": lambda f, x, m: f(x[:4, 0], 2, "grpo"),
+    "token_weights": lambda f, x, m: f(m, "fixed", 20), "grpo_loss": lambda f, x, m: f(x, 2 * x, x[:, 0], m, 0.2, 0.28),
+    "policy_gradient_loss": lambda f, x, m: f(x, 2 * x, m), "importance_loss": lambda f, x, m: f(x, 2 * x, x, m),
+    "next_values": lambda f, x, m: f(x, m), "total_return": lambda f, x, m: f(x, x, m, 0.9),
+    "conjugate_gradient": lambda f, x, m: f(lambda v: x @ (x.T @ v), x[:, 0]),
+    "fisher_product": lambda f, x, m: fisher_example(f, x), "mean_kl": lambda f, x, m: f(x.log_softmax(1), (2 * x).log_softmax(1)),
+    "gradient_noise": lambda f, x, m: tuple(f(iter(x[:4])).values()), "mixture_logprobs": lambda f, x, m: f(x[None].expand(2, -1, -1), [3, 6]),
     "optimum": lambda f, x, m: tuple(f(x, m, 0.1).values()), "best_of_n": lambda f, x, m: f(x, 3),
     "ProportionalKL": lambda f, x, m: f(0.1, 6.0, 1e4).update(5.0, 8), "ThresholdKL": lambda f, x, m: f(1, 1).update(5)}
 
@@ -1653,6 +1867,171 @@ def draw_flips(path, n=20000, seeds=3):
     return experiment.table(rows, markdown=True)
 
 
+# ---- GRPO and its relatives: every group of two, weighed by how often it is sampled
+
+def expected_advantages(rewards, p, kind):
+    """Of each response, over who else is in its group: (P, N), (P, N) -> (P, N)"""
+    (P, N), groups = rewards.shape, torch.stack(torch.broadcast_tensors(rewards[:, :, None], rewards[:, None, :]), -1)
+    return (grpo.group_advantages(groups.reshape(-1), 2, kind).view(P, N, N, 2)[..., 0] * p[:, None, :]).sum(2)
+
+
+def grpo_on(listing, advantage="grpo", kl_in="reward", normalise="token", updates=150, epochs=4):
+    """GRPO with all groups of two as its batch -> probabilities"""
+    policy = listing.policy()
+    optimizer = torch.optim.Adam(policy.parameters(), lr=4e-3, fused=True)
+    for update in range(updates):
+        experiment.set_learning_rate(optimizer, experiment.learning_rate(update, updates, 4e-3, 5, 0.005))
+        with torch.no_grad():
+            old = listing.by_token(policy)
+            p, kl = old.sum(1).exp().view(2, -1), ppo.kl_estimate(old, listing.ref_logprobs).sum(1).view(2, -1)
+            rewards = listing.scores - BETA * kl if kl_in == "reward" else listing.scores
+            advantages = expected_advantages(rewards, p, advantage).flatten()
+            weights = 40 * grpo.token_weights(listing.mask, normalise, 3) * p.view(-1, 1)
+        for _ in range(epochs):
+            logprobs = listing.by_token(policy)
+            loss, _ = grpo.grpo_loss(logprobs, old, advantages, weights)
+            if kl_in == "loss":
+                loss = loss + BETA * (weights * ppo.kl_estimate(logprobs, listing.ref_logprobs, "k3")).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return listing.probabilities(policy)
+
+
+@pytest.mark.parametrize("advantage, normalise", [("grpo", "token"), ("grpo", "sequence"), ("dr_grpo", "fixed"),
+                                                  ("rloo", "token")])
+def test_every_group_advantage_ends_at_pi_star_with_the_kl_in_the_reward(listing, advantage, normalise):
+    p = grpo_on(listing, advantage, normalise=normalise)
+    assert listing.distance(p, listing.best) < 0.03 and listing.fraction(p) > 0.97
+
+
+def test_without_a_baseline_a_constant_reward_is_harmless_unless_responses_are_weighed_by_their_length():
+    """At pi* the advantages of reinforce are beta log Z(x), not 0: E[grad log pi] = 0, E[grad log pi / length] is not"""
+    louder = Enumerated()
+    louder.scores = louder.scores + 4                                          # which does not change pi*
+    assert louder.distance(louder.best, Enumerated().best) < 1e-6
+    assert louder.distance(grpo_on(louder, "reinforce", normalise="fixed"), louder.best) < 0.06
+    assert louder.distance(grpo_on(louder, "reinforce", normalise="sequence"), louder.best) > 0.3
+    assert louder.distance(grpo_on(louder, "rloo", normalise="sequence"), louder.best) < 0.03
+
+
+def test_at_pi_star_every_advantage_with_a_baseline_is_zero_and_so_is_its_noise(listing):
+    rewards = listing.scores.double() - BETA * (listing.best.log() - listing.ref)
+    assert rewards.std(1).max() < 1e-9
+    for kind in ("dr_grpo", "rloo"):
+        assert grpo.group_advantages(rewards.flatten(), 40, kind).abs().max() < 1e-9
+
+
+def rest_of(listing, kind, beta=BETA):
+    """
+    Where GRPO rests with the KL in the loss, from its own equations, in tables.
+
+    In a state the loss pulls by Q(s, a), the mean advantage of what begins so, and by the gradient of KL(ref, pi):
+    pi (Q - E Q) + beta (ref - pi) = 0, so pi(a|s) = beta ref(a|s) / (lambda - Q(s, a)), from the last token back.
+    Q hangs on the advantages and they on pi: iterated to a fixed point.
+    """
+    index, p = {tuple(y): i for i, y in enumerate(listing.responses)}, listing.ref.exp()
+    scores = listing.scores.double()
+
+    def mass(row, prefix):
+        return sum(q for y, q in zip(listing.responses, row) if tuple(y[:len(prefix)]) == prefix)
+
+    def solve(ref_row, advantages, prefix=()):
+        """-> E Q in this state, {response: its probability from here on}"""
+        below = [(advantages[index[prefix + (a,)]], {prefix + (a,): 1.0}) if prefix + (a,) in index else
+                 solve(ref_row, advantages, prefix + (a,)) for a in range(listing.eos + 1)]
+        ref = [mass(ref_row, prefix + (a,)) / mass(ref_row, prefix) for a in range(listing.eos + 1)]
+        low, high = max(q for q, _ in below), max(q for q, _ in below) + beta
+        for _ in range(60):
+            middle = (low + high) / 2
+            total = sum(beta * r / (middle - q) for r, (q, _) in zip(ref, below))
+            low, high = (middle, high) if total > 1 else (low, middle)
+        pi = [beta * r / (high - q) for r, (q, _) in zip(ref, below)]
+        return sum(x * q for x, (q, _) in zip(pi, below)), {y: x * z for x, (_, ys) in zip(pi, below) for y, z in ys.items()}
+
+    for _ in range(40 if kind == "grpo" else 1):
+        advantages = {"rloo": scores, "dr_grpo": scores / 2,                   # (r - r') / 2, without its mean
+                      "grpo": ((scores[:, :, None] - scores[:, None]).sign() * p[:, None]).sum(2)}[kind]
+        solved = [solve(listing.ref[i].exp().tolist(), advantages[i].tolist())[1] for i in range(2)]
+        new = torch.tensor([[row[tuple(y)] for y in listing.responses] for row in solved], dtype=torch.float64)
+        p = (p + new) / 2 if kind == "grpo" else new
+    return new
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo"])
+def test_with_the_kl_in_the_loss_each_ends_at_the_rest_of_its_own_equations(listing, advantage):
+    rest = rest_of(listing, advantage)
+    assert rest.sum(1).tolist() == pytest.approx([1, 1], abs=1e-6)
+    assert listing.distance(rest, listing.best) > 0.05                         # which is not pi*
+    p = grpo_on(listing, advantage, kl_in="loss", normalise="fixed")
+    assert listing.distance(p, rest) < 0.03 < listing.distance(p, listing.best)
+
+
+def test_dividing_by_the_standard_deviation_and_a_mean_that_holds_oneself_change_the_effective_beta(listing):
+    """In groups of two: dr_grpo at beta rests where rloo does at 2 beta; grpo where any other scale of r does"""
+    assert listing.distance(rest_of(listing, "dr_grpo"), rest_of(listing, "rloo", 2 * BETA)) < 1e-6
+    louder = Enumerated()
+    louder.scores = 10 * louder.scores
+    assert listing.distance(rest_of(louder, "grpo"), rest_of(listing, "grpo")) < 1e-6
+    assert listing.distance(rest_of(louder, "rloo"), rest_of(listing, "rloo")) > 0.1
+
+
+# ---- The ladder
+
+def rung_on(listing, rung, updates=200, lr=4e-3):
+    """A rung of the ladder with the listing as its batch and the exact critic -> probabilities"""
+    policy, penalty = listing.policy(), ppo.ThresholdKL(1.0, 0.002)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=lr, fused=True)
+    cfg = dataclasses.replace(policy_gradient.Config(), lam=0.9)
+    for update in range(updates):
+        factor = experiment.learning_rate(update, updates, 1.0, 5, 0.005)
+        experiment.set_learning_rate(optimizer, factor * lr)
+        rows, weights = shaped(listing, policy)
+        rows["mask"] = weights
+        psi = policy_gradient.gae(rows["rewards"], rows["values"], listing.mask, 1.0, 0.9)
+        if rung == "trpo":
+            at, p = listing.mask > 0, weights[listing.mask > 0] / weights.sum()
+            old = policy_gradient.token_distributions(policy, listing.inputs, listing.mask).detach()
+
+            def kl(log_pi, old=old):
+                return ((old.exp() * (old - log_pi)).sum(-1) * p).sum()
+
+            def measure():
+                log_pi = policy_gradient.token_distributions(policy, listing.inputs, listing.mask)
+                ratio = torch.exp(listing.by_token(policy)[at] - rows["old_logprobs"][at])
+                return (ratio * psi[at] * p).sum(), kl(log_pi)
+
+            taken = policy_gradient.trpo_step(policy.parameters(), measure, lambda: measure()[1], 0.02 * factor ** 2, 10, 1e-3)
+            with torch.no_grad():
+                assert measure()[1].item() == pytest.approx(taken["kl"], abs=1e-7) and taken["kl"] <= 0.02 * factor ** 2
+            continue
+        for _ in range(1 if rung in policy_gradient.PSI else 4):
+            optimizer.zero_grad()
+            policy_gradient.rung_loss(rung, listing.by_token(policy), rows, cfg, penalty.coef).backward()
+            optimizer.step()
+        with torch.no_grad():
+            penalty.update(masked_mean(ppo.kl_estimate(rows["old_logprobs"], listing.by_token(policy), "k3"), weights).item())
+    return listing.probabilities(policy)
+
+
+@torch.no_grad()
+def shaped(listing, policy):
+    """The listing as a rollout of policy, with the exact values of its KL-shaped rewards -> rows, weights"""
+    old = listing.by_token(policy)
+    rewards = ppo.shape_rewards(listing.scores.flatten(), old, listing.ref_logprobs, listing.mask, BETA)
+    to_go = policy_gradient.reward_to_go(rewards, None, listing.mask)
+    values = state_values(listing, listing.probabilities(policy), to_go.double()).float()
+    return ({"old_logprobs": old, "rewards": rewards, "values": values, "mask": listing.mask},
+            listing.mask * old.sum(1, keepdim=True).exp())
+
+
+@pytest.mark.parametrize("rung, steps", [("gae", dict(lr=8e-3)), ("importance", dict(updates=140)), ("trpo", dict(updates=40))])
+def test_the_rungs_end_at_pi_star(listing, rung, steps):
+    """gae for the first six, whose gradients are one with this critic (see below); clip and kl_penalty as in PPO above"""
+    p = rung_on(listing, rung, **steps)
+    assert listing.distance(p, listing.best) < 0.03 and listing.fraction(p) > 0.98
+
+
 # ---- gradients
 
 def flat_gradient(loss, policy):
@@ -1718,13 +2097,20 @@ def test_the_expected_gradient_of_log_pi_is_zero(listing):
     assert flat_gradient((logprobs.detach().exp() * logprobs)[:, :20].sum(), policy).norm() > 1e-2
 
 
-def state_values(listing, p):
-    """V(s) = E[r | the tokens so far], before each response token, by summing over the listing -> (P N, T)"""
-    values, scores = torch.zeros(listing.mask.shape, dtype=torch.float64), listing.scores.flatten().double()
-    p, weights = p.flatten(), listing.mask > 0
-    for i, t in weights.nonzero().tolist():
-        same = (listing.inputs[:, :t + 1] == listing.inputs[i, :t + 1]).all(1) & weights[:, t]
-        values[i, t] = (p[same] * scores[same]).sum() / p[same].sum()
+def state_values(listing, p, to_go=None):
+    """
+    V(s) = E[what is still earned | the tokens so far], before each response token, by summing over the listing.
+
+    to_go (P N, T) is what each response earns from a column on; by default its score. -> (P N, T), float64
+    """
+    values = torch.zeros(listing.mask.shape, dtype=torch.float64)
+    to_go = listing.scores.double().view(-1, 1).expand_as(values) if to_go is None else to_go
+    for t in range(values.shape[1]):
+        prefix = listing.inputs[:, :t + 1]
+        at = listing.mask[:, t] > 0
+        same = (prefix[:, None] == prefix[None]).all(2) & at[:, None] & at                   # (P N, P N) share a state
+        weights = same * p.flatten()
+        values[:, t] = weights @ to_go[:, t] / weights.sum(1).clamp_min(1e-300)
     return values
 
 
@@ -1794,6 +2180,107 @@ def test_what_k1_k2_and_k3_estimate_and_what_their_gradients_are(longest):
     whole = (logprobs.sum(1).exp() * (logprobs - listing.ref_logprobs).sum(1)).sum()
     gap = (flat_gradient(whole, policy) - forward).norm() / forward.norm()
     assert gap < 1e-3 if longest == 1 else gap > 0.05
+
+
+def test_group_baselines_leave_the_gradient_and_the_own_share_of_the_mean_shrinks_it(listing):
+    """Over all groups of two, on policy: rloo - grad J exactly, dr_grpo (G - 1) / G of it, grpo another direction"""
+    policy = listing.policy(seed=3)
+    exact, logprobs = flat_gradient(exact_objective(listing, policy), policy), listing.by_token(policy)
+    old, p = logprobs.detach(), logprobs.detach().sum(1).exp().view(2, -1)
+    rewards = listing.scores - BETA * ppo.kl_estimate(old, listing.ref_logprobs).sum(1).view(2, -1)
+    gradients = {kind: flat_gradient(grpo.grpo_loss(logprobs, old, expected_advantages(rewards, p, kind).flatten(),
+                                                    listing.mask * p.view(-1, 1) / 2)[0], policy)
+                 for kind in ("grpo", "dr_grpo", "rloo", "reinforce")}
+    for kind, share in (("rloo", 1.0), ("reinforce", 1.0), ("dr_grpo", 0.5)):
+        assert (gradients[kind] + share * exact).norm() < 1e-4 * exact.norm(), kind
+    cosine = torch.cosine_similarity(gradients["grpo"], -exact, dim=0)
+    assert 0.5 < cosine < 0.995                                                # rare gains count as much as large ones
+
+
+@pytest.mark.parametrize("critic", ["exact", "wrong"])
+def test_the_expected_gradients_of_the_rungs_are_one_where_theory_says_so(listing, critic):
+    """
+    - grad J / E[length] for every rung, if the critic is exact. With a wrong one still for total_return, reward_to_go
+    and baseline, which add up what was really earned, and not for plain_value, a2c and gae.
+    """
+    policy = listing.policy(seed=3)
+    rows, weights = shaped(listing, policy)
+    if critic == "wrong":
+        rows["values"] = small_scalar()(listing.inputs).detach() * listing.mask
+    exact = flat_gradient(exact_objective(listing, policy), policy) / (weights.sum().item() / 2)
+    logprobs, cfg = listing.by_token(policy), dataclasses.replace(policy_gradient.Config(), lam=0.6)
+    for rung in policy_gradient.RUNGS:
+        if rung in policy_gradient.PSI:
+            psi = policy_gradient.PSI[rung](rows["rewards"], rows["values"], listing.mask, 1.0, 0.6)
+            loss = policy_gradient.policy_gradient_loss(logprobs, psi, weights)
+        else:
+            loss = policy_gradient.rung_loss(rung, logprobs, rows | {"mask": weights}, cfg, 1.0)
+        error = (flat_gradient(loss, policy) + exact).norm() / exact.norm()
+        if critic == "exact" or rung in ("total_return", "reward_to_go", "baseline"):
+            assert error < 1e-4, rung
+        else:
+            assert error > 0.05, rung
+    before = policy_gradient.policy_gradient_loss(logprobs, rows["values"], weights)         # V_t instead of V_{t+1}
+    assert flat_gradient(before, policy).norm() < 1e-4 * exact.norm()
+
+
+def test_what_each_rung_does_to_the_variance_of_one_response(listing):
+    """Exact, with the exact critic; away from the reference, where past KL makes the totals smaller than what is to come"""
+    policy, variance = listing.policy(seed=3), {}
+    rows, _ = shaped(listing, policy)
+    p = (rows["old_logprobs"].double().sum(1).exp() / 2)
+    for rung, psi_of in policy_gradient.PSI.items():
+        psi = psi_of(rows["rewards"], rows["values"], listing.mask, 1.0, 0.6)
+        losses = (listing.by_token(policy) * psi).sum(1)
+        gradients = torch.stack([flat_gradient(loss, policy) for loss in losses])            # (P N, D)
+        variance[rung] = ((p @ gradients ** 2).sum() - ((p @ gradients) ** 2).sum()).item()
+    assert variance["a2c"] < variance["gae"] < variance["baseline"] < variance["reward_to_go"]
+    assert variance["baseline"] < variance["total_return"] and variance["a2c"] < variance["plain_value"]
+
+
+def test_the_fisher_product_is_the_mean_outer_product_of_the_gradients_of_log_pi():
+    gpt, (inputs, _, mask) = small_gpt(), data.collate(PROMPTS[:2], RESPONSES[:2])
+    parameters = [gpt.transformer.h[1].attn.c_attn.weight, gpt.transformer.ln_f.weight]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        log_pi = policy_gradient.token_distributions(gpt, inputs, mask)                      # (N, V)
+        product = policy_gradient.fisher_product(policy_gradient.mean_kl(log_pi.detach(), log_pi), parameters, 0.3)
+    v = torch.randn(sum(p.numel() for p in parameters), generator=seeded())
+    wanted = 0.3 * v
+    for n, a in itertools.product(range(len(log_pi)), range(log_pi.shape[1])):
+        g = torch.cat([x.flatten() for x in torch.autograd.grad(log_pi[n, a], parameters, retain_graph=True)])
+        wanted = wanted + log_pi[n, a].exp().item() * (g @ v) * g / len(log_pi)
+    torch.testing.assert_close(product(v), wanted, atol=1e-4 * wanted.norm().item(), rtol=0)
+
+
+@pytest.mark.parametrize("max_kl", [1e-4, 1e-2, 0.3])
+def test_a_trpo_step_gains_within_its_bound_and_is_not_taken_where_nothing_is_gained(max_kl):
+    gpt = small_gpt()
+    inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
+    psi, old = torch.randn(mask.shape, generator=seeded()), token_logprobs(gpt, inputs, targets, mask).detach()
+    old_log_pi = policy_gradient.token_distributions(gpt, inputs, mask).detach()
+
+    def measure():
+        loss = policy_gradient.importance_loss(token_logprobs(gpt, inputs, targets, mask), old, psi, mask)
+        return -loss, policy_gradient.mean_kl(old_log_pi, policy_gradient.token_distributions(gpt, inputs, mask))
+
+    before, start = measure()[0].item(), [p.detach().clone() for p in gpt.parameters()]
+    taken = policy_gradient.trpo_step(gpt.parameters(), measure, lambda: measure()[1], max_kl, damping=1e-3)
+    objective, kl = (x.item() for x in measure())
+    assert kl == pytest.approx(taken["kl"], rel=1e-3) and max_kl / 20 < kl <= max_kl
+    assert objective == pytest.approx(before + taken["gain"], abs=1e-6) and objective > before
+    if max_kl == 1e-4:                                                         # a short step keeps to second order
+        assert taken["halvings"] <= 1
+
+    for p, value in zip(gpt.parameters(), start):
+        p.data.copy_(value)
+    calls = []
+
+    def worse():                                                               # whatever is tried afterwards is worse
+        calls.append(1)
+        return measure()[0] - float(len(calls) > 1), measure()[1]
+    assert policy_gradient.trpo_step(gpt.parameters(), worse, lambda: measure()[1], max_kl) == {
+        "kl": 0.0, "gain": 0.0, "halvings": 10}
+    assert all(torch.equal(p, value) for p, value in zip(gpt.parameters(), start))
 
 
 # ---- A decision process without language: two states, two actions, discount 0.9
@@ -1908,12 +2395,14 @@ def log_of(folder):
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """python ppo.py --config tiny, which makes all three stages, then dpo.py; -> folder, results of ppo"""
+    """python ppo.py --config tiny, which makes all three stages, then the others; -> folder, results of ppo"""
     home = tmp_path_factory.mktemp("whole_run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         results = ppo.main(tiny(ppo))
         dpo.main(tiny(dpo))
+        grpo.main(tiny(grpo))
+        policy_gradient.main(tiny(policy_gradient, out="ladder", base="tiny"))
     return home / "out" / "tiny", results
 
 
@@ -1926,10 +2415,11 @@ def beside(whole_run, monkeypatch):
 
 def test_one_command_makes_every_stage_with_all_its_files(whole_run):
     folder, _ = whole_run
-    for stage in ("sft", "reward_model", "ppo", "dpo"):
+    for stage in ("sft", "reward_model", "ppo", "dpo", "grpo", "../ladder/policy_gradient"):
         for name in ("checkpoint.pt", "log.jsonl", "config.json", "report.txt", "results.json", "tokenizer.json"):
             assert (folder / stage / name).stat().st_size > 0
-        assert (folder / stage / "curves.png").read_bytes()[:4] == b"\x89PNG"
+        for picture in ("ladder.png", "variance.png") if "ladder" in stage else ("curves.png",):
+            assert (folder / stage / picture).read_bytes()[:4] == b"\x89PNG"
         steps = [line["step"] for line in log_of(folder / stage)]
         assert steps == list(range(len(steps))) and len(steps) >= 8
         assert not list((folder / stage).glob("*.tmp"))
@@ -1984,7 +2474,7 @@ def test_the_reported_comparison_is_that_of_the_two_checkpoints_so_the_reference
     folder, results = whole_run
     reference, tokenizer = sft.load_policy(folder / "sft", "cpu")
     scorer = reward_model.load_reward_model(folder / "reward_model", reference, tokenizer, "cpu")
-    for script, name in ((ppo, "PPO"), (dpo, "DPO")):
+    for script, name in ((ppo, "PPO"), (dpo, "DPO"), (grpo, "GRPO")):
         policy, _ = sft.load_policy(folder / script.__name__, "cpu")
         reward = lambda *batch: reward_model.score_responses(scorer, *batch, tiny(script))
         _, again = frontier.compare({"SFT": reference, name: policy}, reward, tokenizer,
@@ -2092,7 +2582,8 @@ def test_loading_a_checkpoint_runs_no_code(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize("script, at", [(sft, 33), (reward_model, 17), (ppo, 4), (dpo, 9)], ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize("script, at", [(sft, 33), (reward_model, 17), (ppo, 4), (dpo, 9), (grpo, 4),
+                                        (policy_gradient, 16)], ids=lambda x: getattr(x, "__name__", ""))
 def test_an_interrupted_and_resumed_stage_ends_with_the_same_bits(script, at, beside, monkeypatch):
     """Stopped between two checkpoints, as a crash would: the steps since the last one come again."""
     name, original = f"resumed_{script.__name__}", experiment.Run.log
@@ -2111,15 +2602,15 @@ def test_an_interrupted_and_resumed_stage_ends_with_the_same_bits(script, at, be
         script.main(tiny(script, out=name, base=base))
     script.main(tiny(script, out=name, base=base, resume=True))
 
-    stage = script.__name__
-    ours, theirs = (experiment.load_checkpoint(beside / run / stage) for run in (name, "tiny"))
-    assert ours.pop("config")["out"] == name and theirs.pop("config")["out"] == ""
+    stage, whole = script.__name__, "ladder" if script is policy_gradient else "tiny"
+    ours, theirs = (experiment.load_checkpoint(beside / run / stage) for run in (name, whole))
+    assert ours.pop("config")["out"] == name and theirs.pop("config")["out"] in ("", "ladder")
     assert_same_bits(ours, theirs)
     timed = re.compile("_seconds$|_per_second$")
     logs = [[{k: v for k, v in line.items() if not timed.search(k)} for line in log_of(beside / run / stage)]
-            for run in (name, "tiny")]
+            for run in (name, whole)]
     assert logs[0] == logs[1]
-    assert (beside / name / stage / "results.json").read_text() == (beside / "tiny" / stage / "results.json").read_text()
+    assert (beside / name / stage / "results.json").read_text() == (beside / whole / stage / "results.json").read_text()
 
 
 def assert_same_bits(a, b):
@@ -2228,6 +2719,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_that_works(tmp_path):
         process.kill()
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing takes longer than all else in a run of two updates."""
+    monkeypatch.setattr(experiment, "curves", lambda folder, title, panels: folder / "curves.png")
+
+
 @pytest.fixture(scope="module")
 def two_updates(whole_run):
     """The log of two updates by default settings, to compare options with."""
@@ -2248,7 +2745,7 @@ def two_updates(whole_run):
     (dict(clip_eps=0.01), 0, "clip_fraction"), (dict(grad_clip=0.01), 1, "score"), (dict(critic_lr=1e-2), 1, "value_loss"),
     (dict(batch_size=1, minibatch_size=1), 0, "score"), (dict(batch_size=5, minibatch_size=3, max_new_tokens=1), 0, "score")],
     ids=lambda c: "-".join(c) if isinstance(c, dict) else "")
-def test_every_option_of_ppo_acts_on_the_quantity_it_names(changes, update, metric, beside, two_updates):
+def test_every_option_of_ppo_acts_on_the_quantity_it_names(changes, update, metric, beside, two_updates, no_pictures):
     name = "option_" + "_".join(f"{k}-{v}" for k, v in changes.items())
     results = ppo.main(tiny(ppo, out=name, base="tiny", steps=2, n_eval=8, **changes))
     assert math.isfinite(results["score"]) and math.isfinite(results["kl_ref"])
@@ -2282,7 +2779,7 @@ def test_kl_penalty_coefficient_follows_kl_old(beside):
     assert len({line["kl_penalty_coef"] for line in log}) > 1
 
 
-def test_an_entropy_bonus_raises_the_entropy(beside):
+def test_an_entropy_bonus_raises_the_entropy(beside, no_pictures):
     entropies = [ppo.main(tiny(ppo, out=f"bonus{c}", base="tiny", entropy_coef=c, n_eval=32))["entropy"] for c in (0.0, 3.0)]
     assert entropies[1] > entropies[0] + 0.1
 
@@ -2296,7 +2793,7 @@ def test_with_a_learning_rate_of_zero_nothing_moves_over_all_epochs(beside):
 
 @pytest.mark.parametrize("changes", [dict(loss="fidelity"), dict(token_wise=True), dict(n_responses=2, margin=0.5),
                                      dict(batch_size=1, epochs=2)], ids=lambda c: "-".join(c))
-def test_every_option_of_the_reward_model_runs(changes, beside):
+def test_every_option_of_the_reward_model_runs(changes, beside, no_pictures):
     name = "rm_" + "-".join(changes)
     results = reward_model.main(tiny(reward_model, out=name, base="tiny", **{"n_prompts": 40, **changes}))
     assert 0.4 < results["accuracy"] < results["bayes_accuracy"]
@@ -2304,7 +2801,7 @@ def test_every_option_of_the_reward_model_runs(changes, beside):
     assert f"on {pairs} held-out comparisons" in (beside / name / "reward_model" / "report.txt").read_text()
 
 
-def test_a_beta_raised_a_hundredfold_keeps_the_policy_at_the_reference(beside):
+def test_a_beta_raised_a_hundredfold_keeps_the_policy_at_the_reference(beside, no_pictures):
     kls = [ppo.main(tiny(ppo, out=f"beta{beta}", base="tiny", kl_control="fixed", beta=beta))["kl_ref"]
            for beta in (0.02, 2.0)]
     assert kls[1] < 0.5 * kls[0]
@@ -2336,7 +2833,7 @@ DPO_OPTIONS = [dict(loss="robust", label_smoothing=0.1), dict(label_smoothing=0.
 
 
 @pytest.mark.parametrize("changes", DPO_OPTIONS, ids=lambda c: "-".join(map(str, itertools.chain(*c.items()))))
-def test_every_option_of_dpo_acts(changes, beside, whole_run, capsys):
+def test_every_option_of_dpo_acts(changes, beside, whole_run, capsys, no_pictures):
     name = "dpo_" + "_".join(f"{k}-{v}" for k, v in changes.items())
     n = 16 * changes.get("batch_size", 16) // 16 * 3 * changes.get("rounds", 1)
     results = dpo.main(tiny(dpo, out=name, base="tiny", **{"n_pairs": n, "n_eval": 4, "n_samples": 4, **changes}))
@@ -2397,7 +2894,7 @@ def evaluated(whole_run):
 
 def test_evaluate_finds_every_policy_and_reports_where_it_landed(evaluated):
     results, folder = evaluated
-    assert list(results) == ["SFT", "fixed/ppo", "tiny/dpo", "tiny/ppo", "overoptimisation"]
+    assert list(results) == ["SFT", "fixed/ppo", "tiny/dpo", "tiny/grpo", "tiny/ppo", "overoptimisation"]
     report = (folder / "report.md").read_text()
     for heading in ("## The limit", "## Best of n", "## Win rates", "## Samples", "## Over-optimisation"):
         assert heading in report
@@ -2405,7 +2902,8 @@ def test_evaluate_finds_every_policy_and_reports_where_it_landed(evaluated):
         assert (folder / picture).read_bytes()[:4] == b"\x89PNG" and f"({picture})" in report
     assert results["SFT"]["kl_ref"] == 0 and results["SFT"]["elo_by_gold"] == 1000
     assert "fraction" in results["fixed/ppo"] and "fraction" not in results["tiny/ppo"] and "fraction" in results["tiny/dpo"]
-    for name in ("fixed/ppo", "tiny/ppo", "tiny/dpo"):
+    assert results["tiny/grpo"]["aims_at_optimum"] and results["tiny/grpo"]["fraction"] > 0.3
+    for name in ("fixed/ppo", "tiny/ppo", "tiny/dpo", "tiny/grpo"):
         assert -1 < results[name]["share"] < 1.3 and results[name]["kl_ref"] > 0.05
     assert results["tiny/ppo"]["share"] > 0.3 and results["tiny/ppo"]["elo_by_score"] > 1000
     log = log_of(folder.parent.parent / "tiny-weak" / "ppo")
@@ -2457,11 +2955,11 @@ def test_evaluate_leaves_out_what_started_elsewhere_and_refuses_runs_that_are_no
     small = dict(n_eval=2, n_reference=8, n_samples=4)
     results = evaluate.main(tiny(evaluate, out="tiny", runs="tiny,elsewhere", **small))
     assert "leaving out elsewhere/ppo: it started from another SFT policy" in capsys.readouterr().out
-    assert list(results) == ["SFT", "tiny/dpo", "tiny/ppo"]
+    assert list(results) == ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
     assert "overoptimisation" not in results                   # and a second time replaced the first
     shutil.copytree(beside / "tiny" / "ppo", beside / "tiny" / "ppo.old")      # an interrupted --overwrite's
     shutil.copytree(beside / "tiny" / "sft", beside / "tiny" / "sft.old")
-    assert list(evaluate.main(tiny(evaluate, runs="tiny", **small))) == ["SFT", "tiny/dpo", "tiny/ppo"]
+    assert list(evaluate.main(tiny(evaluate, runs="tiny", **small))) == ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
     for changes, message in ((dict(n_reference=1), "--n_reference got 1"), (dict(max_new_tokens=70), "lower that to")):
         with pytest.raises(SystemExit, match=message):
             evaluate.main(tiny(evaluate, runs="tiny", **{**small, **changes}))
@@ -2474,6 +2972,168 @@ def test_evaluate_without_any_policy_shows_the_limit_alone(beside, tmp_path, mon
         shutil.copytree(beside / "tiny" / stage, tmp_path / "out" / "tiny" / stage)
     monkeypatch.chdir(tmp_path)
     assert list(evaluate.main(tiny(evaluate, n_eval=2, n_reference=8))) == ["SFT"]
+
+
+# ---- grpo.py and policy_gradient.py, end to end
+
+def test_grpo_raises_the_score_and_starts_where_it_should(whole_run):
+    log, results = log_of(whole_run[0] / "grpo"), experiment.read_json(whole_run[0] / "grpo" / "results.json")
+    assert results["score"] > results["sft"]["score"] + 0.3 and results["kl_ref"] > 0.1
+    assert log[0]["kl_ref"] == log[0]["kl_ref_k3"] == 0 and all(line["beta"] == 0.25 for line in log)
+    assert all(line["kl_old"] >= 0 and 0 <= line["equal_groups"] < 1 and line["group_std"] > 0 for line in log)
+
+
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_a_grpo_update_wires_groups_rewards_and_weights_together(kl_in, beside, monkeypatch):
+    """One run of two updates, the calls of the maths compared with the definitions."""
+    calls = {}
+    for owner, name in ((ppo, "roll_out"), (reward_model, "score_responses"), (grpo, "token_logprobs"),
+                        (grpo, "group_advantages"), (grpo, "token_weights"), (grpo, "grpo_loss"), (ppo, "kl_estimate")):
+        def recorded(*args, original=getattr(owner, name), name=name, **kwargs):
+            calls.setdefault(name, []).append((args, original(*args, **kwargs)))
+            return calls[name][-1][1]
+        monkeypatch.setattr(owner, name, recorded)
+    grpo.main(tiny(grpo, out=f"wired_{kl_in}", base="tiny", steps=2, batch_size=12, minibatch_size=12, group_size=3,
+                   n_eval=4, n_samples=4, kl_in=kl_in, beta=0.4, advantage="rloo", normalise="fixed", clip_eps=0.1,
+                   clip_eps_high=0.3))
+    reference, tokenizer = sft.load_policy(beside / "tiny" / "sft", "cpu")
+    for update in range(2):
+        inputs, targets, mask, _ = calls["roll_out"][update][1]
+        prompts, _ = data.texts_of(tokenizer, inputs, targets, mask)
+        assert all(len(set(prompts[i:i + 3])) == 1 for i in range(0, 12, 3)) and len(set(prompts)) > 1       # groups
+        (old_logprobs, _), ref_logprobs = (calls["token_logprobs"][4 * update + i][1] for i in range(2))
+        torch.testing.assert_close(ref_logprobs, token_logprobs(reference, inputs, targets, mask).detach())
+        scores = calls["score_responses"][update][1]
+        (rewards, G, kind), advantages = calls["group_advantages"][update]
+        kl = (old_logprobs - ref_logprobs).sum(1)
+        assert (kl.abs().max() > 0) == (update > 0) and (G, kind) == (3, "rloo")
+        torch.testing.assert_close(rewards, scores - 0.4 * kl if kl_in == "reward" else scores)
+        (logprobs, loss_old, loss_advantages, weights, *clip), _ = calls["grpo_loss"][update]
+        rows = [next(b for b in range(12) if torch.equal(old_logprobs[b], row)) for row in loss_old]         # shuffled
+        assert rows != list(range(12)) and clip == [0.1, 0.3]
+        assert torch.equal(loss_advantages, advantages[rows])
+        torch.testing.assert_close(logprobs.detach(), loss_old, atol=1e-5, rtol=0)
+        torch.testing.assert_close(weights, mask[rows] / (12 * 24))
+        k3 = [args for args, _ in calls["kl_estimate"] if len(args) == 3 and args[0] is logprobs]
+        assert len(k3) == (kl_in == "loss") and all(torch.equal(ref, ref_logprobs[rows]) for _, ref, _ in k3)
+
+
+@pytest.fixture(scope="module")
+def two_grpo_updates(whole_run):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(whole_run[0].parent.parent)
+        grpo.main(tiny(grpo, out="default", base="tiny", steps=2, n_eval=4, n_samples=4))
+    return log_of(whole_run[0].parent / "default" / "grpo")
+
+
+@pytest.mark.parametrize("changes, update, metric", [
+    (dict(advantage="dr_grpo"), 0, "grad_norm"), (dict(advantage="rloo"), 0, "grad_norm"),
+    (dict(advantage="reinforce"), 0, "grad_norm"), (dict(kl_in="loss"), 1, "group_std"), (dict(normalise="sequence"), 0, "grad_norm"),
+    (dict(normalise="fixed"), 0, "grad_norm"), (dict(clip_eps=0.01), 0, "clip_fraction"),
+    (dict(clip_eps=0.01, clip_eps_high=0.5), 0, "clip_fraction"), (dict(group_size=2), 0, "group_std"),
+    (dict(beta=2.0), 1, "group_std"), (dict(epochs=2), 0, "kl_old"), (dict(temperature=0.7), 0, "entropy"),
+    (dict(missing_eos_score=None), 0, "score"), (dict(score_clip=0.5), 0, "score"), (dict(grad_clip=0.01), 1, "score"),
+    (dict(batch_size=1, minibatch_size=1, group_size=1, advantage="reinforce"), 0, "score"),
+    (dict(batch_size=6, minibatch_size=4, group_size=3, max_new_tokens=1), 0, "score")],
+    ids=lambda c: "-".join(c) if isinstance(c, dict) else "")
+def test_every_option_of_grpo_acts_on_the_quantity_it_names(changes, update, metric, beside, two_grpo_updates, no_pictures):
+    name = "grpo_" + "_".join(f"{k}-{v}" for k, v in changes.items())
+    results = grpo.main(tiny(grpo, out=name, base="tiny", steps=2, n_eval=4, n_samples=4, **changes))
+    assert math.isfinite(results["score"]) and math.isfinite(results["kl_ref"])
+    log = log_of(beside / name / "grpo")
+    assert log[0]["kl_ref"] == 0
+    assert log[update][metric] != pytest.approx(two_grpo_updates[update][metric], rel=1e-4)
+
+
+def test_a_beta_in_the_loss_keeps_the_policy_at_the_reference(beside, no_pictures):
+    kls = [grpo.main(tiny(grpo, out=f"loss{beta}", base="tiny", kl_in="loss", advantage="rloo", beta=beta, n_eval=8,
+                          n_samples=8))["kl_ref"] for beta in (0.02, 5.0)]
+    assert kls[1] < 0.5 * kls[0]
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(batch_size=10), "--batch_size 10 is no multiple of --group_size 4; every group must be whole"),
+    (dict(minibatch_size=64), "--minibatch_size 64 is more than --batch_size 32"),
+    (dict(group_size=1), "--group_size 1 has nobody to compare a response with, as --advantage grpo does"),
+    (dict(reward="nowhere.py:f"), "where the file must be there"), (dict(max_new_tokens=70), "lower that to")])
+def test_grpo_refuses_what_cannot_be(changes, message, beside):
+    with pytest.raises(SystemExit, match=message):
+        grpo.main(tiny(grpo, out="refused", base="tiny", **changes))
+    assert not (beside / "refused").exists()
+
+
+def test_a_verifiable_reward_is_learned_and_equal_groups_are_counted(beside, capsys):
+    """Few of the tiny policy's reviews keep the request, so that most groups are equal; a simpler rule goes up at once"""
+    (beside.parent / "rule.py").write_text(
+        "def ends_well(prompts, responses):\n    return [float(' Worth' in r) for r in responses]\n")
+    results = grpo.main(tiny(grpo, out="rule", base="tiny", reward="rule.py:ends_well", missing_eos_score=0.0, steps=16))
+    log = log_of(beside / "rule" / "grpo")
+    assert results["score"] > results["sft"]["score"] + 0.15
+    assert all((line["equal_groups"] * 8) % 1 == 0 and (line["score"] * 32) % 1 == 0 for line in log)
+    assert 0 < log[0]["equal_groups"] < 1
+    results = grpo.main(tiny(grpo, out="request", base="tiny", reward=f"{HERE}/reviews.py:request_kept",
+                             missing_eos_score=0.0, steps=2, n_eval=4, n_samples=4))
+    assert 0 <= results["score"] < 0.3
+    evaluate.main(tiny(evaluate, out="tiny", runs="tiny,rule", n_eval=2, n_reference=8, n_samples=4))
+    assert "leaving out rule/grpo: it belongs to another reward model" in capsys.readouterr().out
+
+
+def test_the_ladder_starts_every_rung_from_the_same_place(whole_run):
+    folder = whole_run[0].parent / "ladder" / "policy_gradient"
+    log, results = log_of(folder), experiment.read_json(folder / "results.json")
+    assert [line["rung"] for line in log] == [rung for rung in policy_gradient.RUNGS for _ in range(3)]
+    for line in log[::3]:                                                      # the same models, prompts and samples
+        for metric in ("score", "gold", "kl_ref", "entropy", "response_length", "explained_variance"):
+            assert line[metric] == log[0][metric], (line["rung"], metric)
+        assert line["kl_ref"] == 0 and line["objective"] == pytest.approx(line["score"], abs=1e-5)
+    for line in log:
+        assert line["objective"] == pytest.approx(line["score"] - 0.25 * line["kl_ref"], abs=1e-4)
+        assert ("kl_step" in line) == (line["rung"] == "trpo") != ("grad_norm" in line)
+        if line["rung"] == "trpo":
+            assert 0 <= line["kl_step"] <= 0.01 and line["gain"] >= 0
+    saved = experiment.load_checkpoint(folder)
+    assert len({saved[f"policy_{rung}"]["transformer.wte.weight"].sum().item() for rung in policy_gradient.RUNGS}) >= 7
+    assert set(results) == {"SFT", "noise", *policy_gradient.RUNGS}
+    noise = results["noise"]
+    assert len(noise) == 13 and all(x["variance"] > 0 for x in noise.values())
+    for rung in ("importance", "clip", "kl_penalty", "trpo"):                  # where the ratio is 1, they are gae
+        assert noise[rung]["variance"] == pytest.approx(noise["gae"]["variance"], rel=1e-3)
+
+
+@pytest.mark.parametrize("changes", [dict(rung="clip", clip_eps=0.01), dict(rung="kl_penalty", kl_old_target=1e-4),
+                                     dict(rung="trpo", max_kl=1e-4), dict(rung="gae", lam=0.0, batch_size=1, minibatch_size=1,
+                                                                          fisher_rows=1), dict(rung="gae", beta=0.0)],
+                         ids=lambda c: "-".join(map(str, c.values())))
+def test_one_rung_runs_by_itself_and_its_options_act(changes, beside, whole_run):
+    name, rung = "rung_" + "_".join(f"{k}-{v}" for k, v in changes.items()), changes["rung"]
+    results = policy_gradient.main(tiny(policy_gradient, out=name, base="tiny", **changes))
+    log = log_of(beside / name / "policy_gradient")
+    plain = [line for line in log_of(beside / "ladder" / "policy_gradient") if line["rung"] == rung]
+    assert list(results) == ["SFT", rung] and math.isfinite(results[rung]["score"])
+    assert log[1]["score"] != plain[1]["score"] or log[1]["objective"] != plain[1]["objective"]
+    if rung == "trpo":
+        assert all(line["kl_step"] <= 1e-4 for line in log)
+    if rung == "kl_penalty":
+        assert [line["kl_penalty_coef"] for line in log] == [1, 2, 4]
+
+
+def test_every_rung_of_a_ladder_is_evaluated(beside):
+    results = evaluate.main(tiny(evaluate, out="rungs", base="tiny", runs="ladder", n_eval=2, n_reference=8, n_samples=4))
+    assert list(results) == ["SFT", *sorted(f"ladder/policy_gradient/{rung}" for rung in policy_gradient.RUNGS)]
+    weights = experiment.load_checkpoint(beside / "ladder" / "policy_gradient")["policy_kl_penalty"]
+    policy, _ = sft.load_policy(beside / "ladder" / "policy_gradient", "cpu", "policy_kl_penalty")
+    assert torch.equal(policy.transformer.wte.weight, weights["transformer.wte.weight"])
+    with pytest.raises(SystemExit, match="holds no policy but"):
+        sft.load_policy(beside / "ladder" / "policy_gradient", "cpu")
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(minibatch_size=32), "--minibatch_size 32 is more than --batch_size 16"),
+    (dict(fisher_rows=17), "--fisher_rows 17 is more than --batch_size 16"),
+    (dict(n_batches=5), "--n_batches got 5; the variance is taken over pairs"), (dict(n_batches=2), "an even number from 4")])
+def test_the_ladder_refuses_what_cannot_be(changes, message, beside):
+    with pytest.raises(SystemExit, match=message):
+        policy_gradient.main(tiny(policy_gradient, out="refused", base="tiny", **changes))
 
 
 @pytest.mark.slow
@@ -2511,7 +3171,7 @@ def test_the_maths_table_points_at_the_right_lines_and_at_tests_that_exist():
 
 
 def test_every_command_in_the_readme_parses():
-    commands = re.findall(r"python (sft|reward_model|ppo|dpo|evaluate)\.py((?: --[\w-]+(?: (?!--)[\w.+-]+)?)+)", README)
+    commands = re.findall(r"python (sft|reward_model|ppo|dpo|grpo|policy_gradient|evaluate)\.py((?: --[\w-]+(?: (?!--)[\w.:+-]+)?)+)", README)
     assert len(commands) >= 5
     for name, arguments in commands:
         script = sys.modules[name]
@@ -2523,7 +3183,7 @@ def test_every_command_in_the_readme_parses():
 
 
 def test_every_metric_that_is_logged_is_in_the_readme(whole_run):
-    for stage in ("sft", "reward_model", "ppo", "dpo"):
+    for stage in ("sft", "reward_model", "ppo", "dpo", "grpo", "../ladder/policy_gradient"):
         for name in set().union(*log_of(whole_run[0] / stage)) - {"step"}:
             assert f"`{name}`" in README, name
 

@@ -1,0 +1,550 @@
+"""
+The ladder that leads to PPO: ten estimates of one gradient, each a step from the one before.
+
+All maximise  J = E_{x, y ~ pi_theta}[ sum_t R_t ],  with the KL-shaped rewards R_t of ppo.py, from the same
+rollouts. grad J = E[ sum_t psi_t grad log pi(a_t | s_t) ], and the first six rungs differ in psi_t alone
+(Schulman et al. 2016, equation 1), in how much of the noise it lets through:
+
+    plain_value     R_t + gamma V_{t+1}                         what the critic thinks of where a_t led
+    total_return    sum_l gamma^l R_l                           all that was earned: REINFORCE
+    reward_to_go    sum_{l >= 0} gamma^l R_{t+l}                only what came after a_t
+    baseline        reward_to_go - V_t                          less what was expected before it
+    a2c             delta_t = R_t + gamma V_{t+1} - V_t         one step, then the critic
+    gae             sum_l (gamma lambda)^l delta_{t+l}          in between, by lambda
+
+One gradient step and the samples are spent, as they are the old policy's. The next rungs take several
+steps on the same samples, with A_t of gae and rho_t = pi_theta / pi_old (a_t | s_t):
+
+    importance      rho_t A_t                                   the choice of a_t reweighed, that of s_t not
+    clip            min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)       until it has gone too far: PPO
+    kl_penalty      rho_t A_t - coef KL(pi_old, pi_theta)       or held back by a penalty: PPO's other form
+    trpo            max E[rho_t A_t] subject to KL(pi_old, pi_theta) <= max_kl: one natural-gradient step,
+                    by conjugate gradient on Fisher-vector products, and a line search
+
+    1. roll out     responses of the rung's policy, scored, with KL-shaped rewards
+    2. climb        the rung's step or steps; the critic's, alike on every rung
+    3. log          one line
+    When every rung is done:
+    4. variance     of each rung's gradient on the same samples, from one policy in the middle of its training
+    5. compare      every rung's policy on held-out prompts, and how far from the optimum it is
+
+Departures: no advantage is whitened, since subtracting the mean of a batch is a baseline by itself;
+gamma^t is left out before psi_t, as everywhere (gamma is 1).
+
+    python policy_gradient.py --config small --rung all
+        -> out/small/policy_gradient: ladder.png, variance.png, checkpoint.pt, log.jsonl, report.txt
+"""
+
+import copy
+import functools
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import data
+import experiment
+import frontier
+import ppo
+import reviews
+import reward_model as rm
+import sft
+from model import ScalarGPT, masked_mean, token_logprobs
+
+
+@dataclass
+class Config(experiment.Common):
+    rung: Literal["all", "plain_value", "total_return", "reward_to_go", "baseline", "a2c", "gae",
+                  "importance", "clip", "kl_penalty", "trpo"] = "all"            # of the ladder
+    steps: int = 40                 # updates of each rung, each on fresh responses
+    batch_size: int = 128           # responses per update
+    minibatch_size: int = 32        # responses per gradient step, from importance to kl_penalty, and of the critic
+    max_new_tokens: int = 48        # longest response sampled
+    temperature: float = 1.0        # of the policy, where it samples and where it is scored
+    missing_eos_score: float | None = -3.0      # of a response without EOS; none: as it is
+    score_clip: float | None = None             # scores are clipped to plus and minus this
+    beta: float = 0.25              # strength of the KL to the reference
+    kl_bound: float = 25.0          # nats per response above which to warn
+    gamma: float = 1.0              # discount
+    lam: float = 0.95               # lambda of GAE
+    clip_eps: float = 0.2           # of the ratio, for clip
+    kl_penalty_coef: float = 1.0    # at first, for kl_penalty
+    kl_old_target: float = 0.02     # nats per token, for kl_penalty
+    max_kl: float = 0.01            # nats per token that a step of trpo may move the policy
+    cg_steps: int = 10              # of conjugate gradient, for trpo
+    damping: float = 0.1            # added to the Fisher matrix, for trpo
+    fisher_rows: int = 32           # responses from which its products are taken, for trpo
+    lr: float = 1e-3                # AdamW's learning rate at its peak, actor
+    critic_lr: float = 1e-3         # the same for the critic
+    warmup: int = 2                 # updates of linear warm-up, then linear decay
+    lr_floor: float = 0.02          # to this share of the peak
+    grad_clip: float = 1.0          # largest gradient norm
+    n_batches: int = 128            # gradients of each rung from which the variance is taken,
+    variance_rows: int = 16         # and responses to each
+    n_eval: int = 32                # held-out prompts for the final comparison
+    n_samples: int = 32             # responses to each of them, from SFT and from every rung
+
+
+PRESETS = {
+    "small": dict(save_every=20),
+    "tiny": dict(steps=3, batch_size=16, minibatch_size=8, max_new_tokens=24, lr=2e-3, fisher_rows=8, cg_steps=3,
+                 n_batches=4, variance_rows=4, n_eval=4, n_samples=4, save_every=2),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# The first six rungs: psi_t, (B, T), 0 off the mask. Their loss is - mean psi_t log pi(a_t | s_t).
+
+def next_values(values, mask):
+    """V_{t+1}, and 0 after a response's last token: the episode is over -> (B, T)"""
+    inside = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)  # the next column is masked, too
+    return values.roll(-1, dims=1) * (inside > 0) * (mask > 0)
+
+
+def plain_value(rewards, values, mask, gamma=1.0, lam=0.95):
+    """
+    psi_t = R_t + gamma V_{t+1}: the critic's value of where the token led. As good as the critic is.
+
+    The value before the token, V_t, would not do: it does not depend on a_t, so E[V_t grad log pi] = 0.
+    """
+    return rewards + gamma * next_values(values, mask)
+
+
+def total_return(rewards, values, mask, gamma=1.0, lam=0.95):
+    """
+    psi_t = sum_l gamma^l R_l: a token is praised for all that its response earned (REINFORCE)
+
+    No critic, no bias; and all the noise, even of what was earned before the token was chosen.
+    """
+    place = (mask > 0).cumsum(dim=1) - 1                                     # l, of a column in its response
+    return (rewards * gamma ** place * (mask > 0)).sum(dim=1, keepdim=True) * (mask > 0)
+
+
+def reward_to_go(rewards, values, mask, gamma=1.0, lam=0.95):
+    """psi_t = sum_{l >= 0} gamma^l R_{t+l}: what came before a token is none of its merit"""
+    return ppo.gae(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)[0]
+
+
+def baseline(rewards, values, mask, gamma=1.0, lam=0.95):
+    """psi_t = reward_to_go - V_t: V_t depends on the state alone, so that it changes no expectation"""
+    return reward_to_go(rewards, values, mask, gamma) - values * (mask > 0)
+
+
+def a2c(rewards, values, mask, gamma=1.0, lam=0.95):
+    """psi_t = delta_t = R_t + gamma V_{t+1} - V_t: least noise, and all of the critic's error"""
+    return plain_value(rewards, values, mask, gamma) - values * (mask > 0)
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+    """psi_t = sum_l (gamma lam)^l delta_{t+l}: lam 0 is a2c, lam 1 is baseline (Schulman et al. 2016)"""
+    return ppo.gae(rewards, values, mask, gamma, lam)[0]
+
+
+PSI = {"plain_value": plain_value, "total_return": total_return, "reward_to_go": reward_to_go,
+       "baseline": baseline, "a2c": a2c, "gae": gae}
+
+
+def policy_gradient_loss(logprobs, psi, mask):
+    """- mean of psi_t log pi(a_t | s_t): its gradient is an estimate of - grad J over the mean length"""
+    return -masked_mean(logprobs * psi, mask)
+
+
+# --------------------------------------------------------------------------------------------------
+# The next three: losses of logprobs that have moved away from old_logprobs; two of them stand in ppo.py
+
+def importance_loss(logprobs, old_logprobs, advantages, mask):
+    """
+    - mean of rho_t A_t, rho_t = exp(logprobs - old_logprobs): importance sampling
+
+    It reweighs the choice of a_t; the states s_t, and A_t, remain those of the policy that sampled.
+    """
+    return -masked_mean(torch.exp(logprobs - old_logprobs) * advantages, mask)
+
+
+# --------------------------------------------------------------------------------------------------
+# The last: a step of a given size, measured in KL
+
+def conjugate_gradient(product, b, steps=10):
+    """
+    x with A x = b for a symmetric positive definite A, of which only product(v) = A v is known: (D,) -> (D,)
+
+    >>> A = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    >>> conjugate_gradient(lambda v: A @ v, torch.tensor([3.0, 4.0]), steps=2)
+    tensor([1., 1.])
+    """
+    x, residual = torch.zeros_like(b), b.clone()
+    direction, norm = b.clone(), b @ b
+    for _ in range(steps):
+        if norm < 1e-20:                                                     # solved
+            break
+        step = product(direction)
+        alpha = norm / (direction @ step)
+        x, residual = x + alpha * direction, residual - alpha * step
+        norm, before = residual @ residual, norm
+        direction = residual + norm / before * direction
+    return x
+
+
+def token_distributions(policy, inputs, mask, temperature=1.0):
+    """log pi(. | s_t) of all N response tokens, over the whole vocabulary -> (N, V)"""
+    hidden = policy.transformer(inputs)[mask > 0]
+    return (policy.lm_head(hidden).float() / temperature).log_softmax(dim=-1)
+
+
+def mean_kl(old_log_pi, log_pi):
+    """Mean over response tokens of KL(old, new) over the whole vocabulary: (N, V), (N, V) -> 0-d, nats"""
+    return (old_log_pi.exp() * (old_log_pi - log_pi)).sum(dim=-1).mean()
+
+
+def fisher_product(kl, parameters, damping=0.0):
+    """
+    v -> (F + damping) v, where F is the Hessian of kl, 0-d, at the policy to which it is measured
+
+    There it is the Fisher matrix, E[grad log pi grad log pi^T]. F v = grad (grad kl . v): F is never formed.
+    """
+    flat = lambda tensors: torch.cat([t.reshape(-1) for t in tensors])
+    kl_gradient = flat(torch.autograd.grad(kl, parameters, create_graph=True))
+    return lambda v: flat(torch.autograd.grad(kl_gradient @ v, parameters, retain_graph=True)) + damping * v
+
+
+def trpo_step(parameters, measure, fisher_kl, max_kl=0.01, cg_steps=10, damping=0.1, halvings=10):
+    """
+    max objective subject to kl <= max_kl, one step    (Schulman et al. 2015, TRPO, appendix C)
+
+    measure() -> objective, kl of the parameters as they stand, 0-d tensors; kl is that to the policy before
+    the step. fisher_kl() -> kl, perhaps on fewer samples.
+        x = (F + damping)^-1 grad objective,   step = sqrt(2 max_kl / x.(F + damping) x) x,
+    by which kl grows to max_kl in second order; halved until kl is within max_kl and the objective has
+    grown, and not taken at all if it never does
+    -> {kl: after the step, gain: of the objective, halvings: times the step was halved}
+    """
+    parameters = list(parameters)
+    before, _ = measure()
+    gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(before, parameters)])  # (D,)
+    with sdpa_kernel(SDPBackend.MATH):       # the fast kernels of attention have no second derivative
+        product = fisher_product(fisher_kl(), parameters, damping)
+    x = conjugate_gradient(product, gradient, cg_steps)
+    step = (2 * max_kl / (x @ product(x)).clamp_min(1e-20)).sqrt() * x
+    start = torch.nn.utils.parameters_to_vector(parameters).detach()
+    for n in range(halvings + 1):
+        torch.nn.utils.vector_to_parameters(start + step * 0.5 ** n, parameters)
+        with torch.no_grad():
+            objective, kl = measure()
+        if kl <= max_kl and objective > before:
+            return {"kl": kl.item(), "gain": (objective - before).item(), "halvings": n}
+    torch.nn.utils.vector_to_parameters(start, parameters)
+    return {"kl": 0.0, "gain": 0.0, "halvings": n}
+
+
+RUNGS = (*PSI, "importance", "clip", "kl_penalty", "trpo")
+
+
+def rung_loss(rung, logprobs, rows, cfg, coef):
+    """The loss of a rung on some rows of a rollout, a dict; trpo's is what it maximises, negated"""
+    psi = PSI.get(rung, gae)(rows["rewards"], rows["values"], rows["mask"], cfg.gamma, cfg.lam)     # (B, T)
+    if rung in PSI:
+        return policy_gradient_loss(logprobs, psi, rows["mask"])
+    if rung == "clip":
+        return ppo.policy_loss(logprobs, rows["old_logprobs"], psi, rows["mask"], cfg.clip_eps)[0]
+    if rung == "kl_penalty":
+        return ppo.kl_penalty_loss(logprobs, rows["old_logprobs"], psi, rows["mask"], coef)[0]
+    return importance_loss(logprobs, rows["old_logprobs"], psi, rows["mask"])
+
+
+# --------------------------------------------------------------------------------------------------
+# One update
+
+@torch.no_grad()
+def roll_out(actor, critic, reference, reward, tokenizer, prompts, cfg, generator):
+    """The first four steps of ppo.py: responses, scores, logprobs, KL-shaped rewards -> dict of tensors"""
+    ids = [data.encode_prompt(tokenizer, prompt) for prompt in prompts]
+    inputs, targets, mask, finished = ppo.roll_out(actor, ids, cfg, tokenizer.eot_token, generator)
+    scores = reward(inputs, targets, mask, finished)                         # (B,)
+    old_logprobs, entropy = token_logprobs(actor, inputs, targets, mask, cfg.temperature,
+                                           return_entropy=True)              # (B, T) x 2
+    ref_logprobs = token_logprobs(reference, inputs, targets, mask, cfg.temperature)
+    return {"inputs": inputs, "targets": targets, "mask": mask, "finished": finished, "scores": scores,
+            "old_logprobs": old_logprobs, "entropy": entropy, "values": critic(inputs) * mask,
+            "rewards": ppo.shape_rewards(scores, old_logprobs, ref_logprobs, mask, cfg.beta),
+            "kl_ref": ppo.kl_estimate(old_logprobs, ref_logprobs).sum(dim=1)}               # (B,)
+
+
+def some(roll, rows):
+    return {name: x[rows] for name, x in roll.items()}
+
+
+def logprobs_of(policy, rows, cfg):
+    return token_logprobs(policy, rows["inputs"], rows["targets"], rows["mask"], cfg.temperature)
+
+
+def climb(rung, actor, optimizer, roll, order, cfg, coef, step):
+    """One gradient step on all rows, or from importance on one on each minibatch -> metrics"""
+    for rows in [order] if rung in PSI else order.split(cfg.minibatch_size):
+        rows = some(roll, rows)
+        loss = rung_loss(rung, logprobs_of(actor, rows, cfg), rows, cfg, coef)
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(actor.parameters(), cfg.grad_clip)
+        experiment.must_be_finite(step, loss=loss, grad_norm=grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"grad_norm": grad_norm}
+
+
+def climb_by_trpo(actor, roll, order, cfg, max_kl):
+    """One step of trpo on all rows -> metrics"""
+    at, few = roll["mask"] > 0, some(roll, order[:cfg.fisher_rows])
+    psi = gae(roll["rewards"], roll["values"], roll["mask"], cfg.gamma, cfg.lam)[at]        # (N,)
+    with torch.no_grad():
+        old_log_pi = token_distributions(actor, roll["inputs"], roll["mask"], cfg.temperature)      # (N, V)
+
+    def measure():
+        log_pi = token_distributions(actor, roll["inputs"], roll["mask"], cfg.temperature)  # (N, V)
+        logprobs = log_pi.gather(1, roll["targets"][at][:, None]).squeeze(1)                # (N,)
+        return (torch.exp(logprobs - roll["old_logprobs"][at]) * psi).mean(), mean_kl(old_log_pi, log_pi)
+
+    def fisher_kl():                         # taken before the step, when the two policies are one
+        log_pi = token_distributions(actor, few["inputs"], few["mask"], cfg.temperature)
+        return mean_kl(log_pi.detach(), log_pi)
+
+    taken = trpo_step(actor.parameters(), measure, fisher_kl, max_kl, cfg.cg_steps, cfg.damping)
+    return {"kl_step": taken["kl"], "gain": taken["gain"], "halvings": taken["halvings"]}
+
+
+# --------------------------------------------------------------------------------------------------
+# How noisy is each rung?
+
+def gradient_noise(gradients):
+    """
+    From independent gradients (D,) of one kind, an even number, one after another -> {variance,
+    variance_error, signal}
+
+    variance    E |g - E g|^2, the trace of their covariance: the mean of |g - g'|^2 / 2 over pairs, without
+                bias; and its standard error
+    signal      |E g|^2, the mean of g . g' over the same pairs
+    """
+    gradients = iter(gradients)
+    pairs = [(((g - other) ** 2).sum() / 2, g @ other) for g, other in zip(gradients, gradients)]
+    variances, products = torch.tensor(pairs, dtype=torch.float64).T
+    return {"variance": variances.mean().item(),
+            "variance_error": variances.std().item() / len(pairs) ** 0.5, "signal": products.mean().item()}
+
+
+def measure_variance(actor, moved, roll, cfg):
+    """
+    Every rung's gradient on the same batches of variance_rows responses that actor wrote -> {name: noise}
+
+    The losses of the ratio are taken twice: where it is 1, and at `moved`, a policy some steps further.
+    """
+    def gradients(rung, policy):
+        for i in range(0, len(roll["mask"]), cfg.variance_rows):
+            rows = some(roll, slice(i, i + cfg.variance_rows))
+            loss = rung_loss(rung, logprobs_of(policy, rows, cfg), rows, cfg, cfg.kl_penalty_coef)
+            yield torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(policy.parameters()))])
+
+    where = [(rung, actor) for rung in RUNGS] + [(rung, moved) for rung in ("importance", "clip", "kl_penalty")]
+    return {rung + ", later" * (policy is moved): gradient_noise(gradients(rung, policy))
+            for rung, policy in experiment.progress(where, "measuring the variance of every rung's gradient")}
+
+
+PANELS = [("what to weigh a token by", ("plain_value", "total_return", "reward_to_go", "baseline")),
+          ("how far to trust the critic", ("baseline", "a2c", "gae")),
+          ("several steps on the same samples, or a long one", ("gae", "importance", "clip", "kl_penalty", "trpo"))]
+
+
+def draw_ladder(log, cfg, best, path):
+    """What was earned, rewards summed over a response, against the number of responses, for every rung"""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rungs = dict.fromkeys(line["rung"] for line in log)
+    panels = PANELS if len(rungs) > 1 else [(cfg.rung, (cfg.rung,))]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 4.0), sharey=True, squeeze=False)
+    for axis, (heading, names) in zip(axes.flat, panels):
+        for rung, style in zip(names, ("-", "--", "-.", ":", (0, (1, 3)))):
+            earned = [line["objective"] for line in log if line["rung"] == rung]
+            smooth = [sum(earned[max(0, i - 2):i + 3]) / len(earned[max(0, i - 2):i + 3]) for i in range(len(earned))]
+            axis.plot([cfg.batch_size * i for i in range(len(smooth))], smooth, linestyle=style, linewidth=1.6,
+                      color="0.6" if axis is not axes[0, 0] and rung == names[0] else "0.0", label=rung)
+        if best is not None:
+            axis.axhline(best, color="0.4", linewidth=0.8)
+            axis.annotate("J*, the most possible", (1, best), xycoords=("axes fraction", "data"), ha="right",
+                          xytext=(-3, 3), textcoords="offset points", fontsize=8)
+            axis.set_ylim(top=1.1 * best)
+        axis.set(title=heading, xlabel="responses sampled")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="lower right")
+    axes[0, 0].set_ylabel(f"score - {cfg.beta:g} KL (mean over five updates)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_variance(noise, cfg, path):
+    """The variance of every rung's gradient with its 95 % interval"""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(7.4, 4.2))
+    for suffix, marker, colour, label in (("", "o", "0.0", "at the policy that sampled"),
+                                          (", later", "s", "0.55", "some steps later, on the same samples")):
+        at = [i for i, rung in enumerate(RUNGS) if rung + suffix in noise]
+        points = [noise[RUNGS[i] + suffix] for i in at]
+        axis.errorbar([i + 0.15 * bool(suffix) for i in at], [x["variance"] for x in points],
+                      yerr=[1.96 * x["variance_error"] for x in points], fmt=marker, color=colour, capsize=3,
+                      markersize=5, linewidth=1.2, label=label)
+    axis.set_xticks(range(len(RUNGS)), RUNGS, rotation=30, ha="right", fontsize=8)
+    axis.set(ylabel=f"variance of the gradient of {cfg.variance_rows} responses\n(trace of its covariance; 95 %)",
+             ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def check(cfg):
+    """Stops on settings that cannot go together."""
+    for name in ("minibatch_size", "fisher_rows"):
+        if getattr(cfg, name) > cfg.batch_size:
+            experiment.stop(f"--{name} {getattr(cfg, name)} is more than --batch_size {cfg.batch_size}; "
+                            "lower it to that or less")
+    if cfg.n_batches < 4 or cfg.n_batches % 2:
+        experiment.stop(f"--n_batches got {cfg.n_batches}; the variance is taken over pairs: it takes an even "
+                        "number from 4")
+
+
+def main(cfg):
+    run = experiment.Run(cfg, "policy_gradient")
+    if run.finished:
+        return run.show()
+    check(cfg)
+    device = run.device
+    actor, tokenizer = sft.load_policy(experiment.ensure(cfg, sft), device)
+    reward_model = rm.load_reward_model(experiment.ensure(cfg, rm), actor, tokenizer, device)
+    data.check_room(tokenizer, reviews.all_prompts(), cfg.max_new_tokens, actor.config.block_size)
+    eval_prompts = data.held_out_prompts(cfg.n_eval, cfg.seed)
+    run.begin()
+    reward = functools.partial(rm.score_responses, reward_model, cfg=cfg)
+    reference = copy.deepcopy(actor).requires_grad_(False)
+    critic = ScalarGPT(reward_model.config, init_from=reward_model, zero_head=True).to(device).eval()
+    first_critic = copy.deepcopy(critic).requires_grad_(False)
+    rungs = RUNGS if cfg.rung == "all" else (cfg.rung,)
+    policies = {rung: copy.deepcopy(actor) for rung in rungs}                # where each of them ended
+    probe = torch.nn.ModuleDict({"actor": copy.deepcopy(actor), "critic": copy.deepcopy(critic)})
+    adam = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(actor.parameters(), lr=cfg.lr, **adam)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, **adam)
+    penalty = ppo.ThresholdKL(cfg.kl_penalty_coef, cfg.kl_old_target)
+    state = dict(actor=actor, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer, penalty=penalty,
+                 probe=probe, gpt=asdict(actor.config), tokenizer=data.fingerprint(tokenizer),
+                 sft=experiment.fingerprint(actor), reward=experiment.fingerprint(reward_model),
+                 **{f"policy_{rung}": policy for rung, policy in policies.items()})
+    data.save_tokenizer(tokenizer, run.folder)
+    train_prompts, _ = data.review_prompts()
+
+    for step in run.steps(run.restore(**state), len(rungs) * cfg.steps):
+        rung, update = rungs[step // cfg.steps], step % cfg.steps
+        if update == 0:                      # every rung starts from the same models and random numbers
+            print(f"rung {step // cfg.steps + 1} of {len(rungs)}: {rung}")
+            actor.load_state_dict(reference.state_dict())
+            critic.load_state_dict(first_critic.state_dict())
+            optimizer.state.clear()
+            critic_optimizer.state.clear()
+            penalty.coef = cfg.kl_penalty_coef
+            run.generator.manual_seed(cfg.seed)
+        if rung == "gae" and update == cfg.steps // 4:
+            probe["actor"].load_state_dict(actor.state_dict())
+            probe["critic"].load_state_dict(critic.state_dict())
+        clock = experiment.Clock(device)
+
+        # ---- 1. roll out
+        prompts = data.draw(train_prompts, cfg.batch_size, run.generator)
+        roll = roll_out(actor, critic, reference, reward, tokenizer, prompts, cfg, run.generator)
+        ppo.check_rollout(roll["scores"], roll["kl_ref"], cfg.kl_bound, step)
+        gold, _ = frontier.read_gold(tokenizer, prompts, roll["targets"], roll["mask"])     # (B,)
+        clock.lap("rollout")
+
+        # ---- 2. climb
+        lr_factor = experiment.learning_rate(update, cfg.steps, 1.0, cfg.warmup, cfg.lr_floor)
+        experiment.set_learning_rate(optimizer, lr_factor * cfg.lr)
+        experiment.set_learning_rate(critic_optimizer, lr_factor * cfg.critic_lr)
+        order, coef = torch.randperm(cfg.batch_size, generator=run.generator), penalty.coef
+        if rung == "trpo":                   # a step's KL goes with the square of its length
+            metrics = climb_by_trpo(actor, roll, order, cfg, lr_factor ** 2 * cfg.max_kl)
+        else:
+            metrics = climb(rung, actor, optimizer, roll, order, cfg, coef, step)
+        _, returns = ppo.gae(roll["rewards"], roll["values"], roll["mask"], cfg.gamma, cfg.lam)     # (B, T)
+        for at in order.split(cfg.minibatch_size):
+            rows = some(roll, at)
+            loss, _ = ppo.value_loss(critic(rows["inputs"]), rows["values"], returns[at], rows["mask"], clip_eps=0)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.grad_clip)
+            experiment.must_be_finite(step, value_loss=loss)
+            critic_optimizer.step()
+            critic_optimizer.zero_grad()
+        rows = some(roll, order[:cfg.minibatch_size])
+        with torch.no_grad():
+            kl_old = masked_mean(ppo.kl_estimate(rows["old_logprobs"], logprobs_of(actor, rows, cfg), "k3"),
+                                 rows["mask"])                               # 0-d
+        if rung == "kl_penalty":
+            penalty.update(kl_old.item())
+        clock.lap("update")
+
+        # ---- 3. log
+        metrics |= {
+            "rung": rung, "score": roll["scores"].mean(), "gold": gold.mean(), "kl_ref": roll["kl_ref"].mean(),
+            "objective": roll["rewards"].sum(1).mean(), "kl_old": kl_old, "kl_penalty_coef": coef,
+            "entropy": masked_mean(roll["entropy"], roll["mask"]),
+            "explained_variance": ppo.explained_variance(roll["values"], returns, roll["mask"]),
+            "response_length": roll["mask"].sum(1).mean(), "eos_rate": roll["finished"].float().mean(),
+            "lr": lr_factor * cfg.lr} | clock.seconds
+        run.log(step, metrics, ["score", "gold", "kl_ref", "objective", "kl_old", "entropy", "explained_variance",
+                                "response_length"])
+        if update + 1 == cfg.steps:
+            policies[rung].load_state_dict(actor.state_dict())
+        run.checkpoint(step + 1, **state)
+    report, results = [], {}
+
+    # ---- 4. variance
+    if cfg.rung == "all":
+        n = cfg.n_batches * cfg.variance_rows
+        prompts = data.draw(train_prompts, n + cfg.batch_size, run.generator)
+        roll = roll_out(probe["actor"], probe["critic"], reference, reward, tokenizer, prompts, cfg, run.generator)
+        measured, ahead = some(roll, slice(n)), some(roll, slice(n, None))   # moved by other samples
+        moved = copy.deepcopy(probe["actor"])
+        climb("importance", moved, torch.optim.AdamW(moved.parameters(), lr=cfg.lr, **adam), ahead,
+              torch.arange(cfg.batch_size), cfg, cfg.kl_penalty_coef, step=len(rungs) * cfg.steps)
+        noise = results["noise"] = measure_variance(probe["actor"], moved, measured, cfg)
+        draw_variance(noise, cfg, run.folder / "variance.png")
+        report += [experiment.table([
+            [f"gradient of {cfg.variance_rows} responses", "variance", "standard error",
+             "responses for noise = signal"],
+            *([name, f"{x['variance']:.4f}", f"{x['variance_error']:.4f}",
+               f"{cfg.variance_rows * x['variance'] / x['signal']:.0f}" if x["signal"] > 0 else "-"]
+              for name, x in noise.items())]), ""]
+
+    # ---- 5. compare
+    samples = frontier.collect({"SFT": reference} | policies, reward, tokenizer, eval_prompts,
+                               [cfg.n_samples] * (1 + len(rungs)), cfg.max_new_tokens, cfg.temperature, cfg.seed)
+    table = [[f"{cfg.n_eval} held-out prompts x {cfg.n_samples}", "score", "gold", "kl_ref", "objective",
+              "fraction of optimum"]]
+    for name in samples.names:
+        means, _ = frontier.measure(samples, name)
+        means["reached"] = means["score"] - cfg.beta * means["kl_ref"]
+        limit = frontier.fraction_of_optimum(samples, name, cfg.beta) if cfg.beta else {"fraction": None}
+        results[name] = means | limit
+        table.append([name, means["score"], means["gold"], means["kl_ref"], means["reached"],
+                      "" if limit["fraction"] is None else f"{limit['fraction']:.3f} ±{limit['standard_error']:.3f}"])
+    log = [json.loads(line) for line in open(run.folder / "log.jsonl")]
+    draw_ladder(log, cfg, results["SFT"].get("objective"), run.folder / "ladder.png")
+    return run.finish("\n".join([
+        *report, experiment.table(table), "",
+        f"pictures    {run.folder}/ladder.png" + f", {run.folder}/variance.png" * (cfg.rung == "all"),
+        f"log         {run.folder}/log.jsonl", f"checkpoint  {run.folder}/checkpoint.pt",
+        f"next        {experiment.command(cfg, 'evaluate')}"]), results)
+
+
+if __name__ == "__main__":
+    experiment.launch(main, Config, PRESETS, __doc__)
