@@ -3052,7 +3052,7 @@ def test_a_beta_in_the_loss_keeps_the_policy_at_the_reference(beside, no_picture
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(batch_size=10), "--batch_size 10 is no multiple of --group_size 4; every group must be whole"),
+    (dict(batch_size=10, minibatch_size=2), "--batch_size 10 is no multiple of --group_size 4; every group must be whole"),
     (dict(minibatch_size=64), "--minibatch_size 64 is more than --batch_size 32"),
     (dict(group_size=1), "--group_size 1 has nobody to compare a response with, as --advantage grpo does"),
     (dict(reward="nowhere.py:f"), "where the file must be there"), (dict(max_new_tokens=70), "lower that to")])
@@ -3065,8 +3065,8 @@ def test_grpo_refuses_what_cannot_be(changes, message, beside):
 def test_a_verifiable_reward_is_learned_and_equal_groups_are_counted(beside, capsys):
     """Few of the tiny policy's reviews keep the request, so that most groups are equal; a simpler rule goes up at once"""
     (beside.parent / "rule.py").write_text(
-        "def ends_well(prompts, responses):\n    return [float(' Worth' in r) for r in responses]\n")
-    results = grpo.main(tiny(grpo, out="rule", base="tiny", reward="rule.py:ends_well", missing_eos_score=0.0, steps=16))
+        "def short(prompts, responses):\n    return [float(len(r.split()) < 12) for r in responses]\n")
+    results = grpo.main(tiny(grpo, out="rule", base="tiny", reward="rule.py:short", missing_eos_score=0.0))
     log = log_of(beside / "rule" / "grpo")
     assert results["score"] > results["sft"]["score"] + 0.15
     assert all((line["equal_groups"] * 8) % 1 == 0 and (line["score"] * 32) % 1 == 0 for line in log)
@@ -3100,7 +3100,7 @@ def test_the_ladder_starts_every_rung_from_the_same_place(whole_run):
         assert noise[rung]["variance"] == pytest.approx(noise["gae"]["variance"], rel=1e-3)
 
 
-@pytest.mark.parametrize("changes", [dict(rung="clip", clip_eps=0.01), dict(rung="kl_penalty", kl_old_target=1e-4),
+@pytest.mark.parametrize("changes", [dict(rung="clip", clip_eps=0.01), dict(rung="kl_penalty", kl_old_target=10.0),
                                      dict(rung="trpo", max_kl=1e-4), dict(rung="gae", lam=0.0, batch_size=1, minibatch_size=1,
                                                                           fisher_rows=1), dict(rung="gae", beta=0.0)],
                          ids=lambda c: "-".join(map(str, c.values())))
@@ -3110,16 +3110,16 @@ def test_one_rung_runs_by_itself_and_its_options_act(changes, beside, whole_run)
     log = log_of(beside / name / "policy_gradient")
     plain = [line for line in log_of(beside / "ladder" / "policy_gradient") if line["rung"] == rung]
     assert list(results) == ["SFT", rung] and math.isfinite(results[rung]["score"])
-    assert log[1]["score"] != plain[1]["score"] or log[1]["objective"] != plain[1]["objective"]
+    assert log[2]["score"] != plain[2]["score"] or log[2]["objective"] != plain[2]["objective"]
     if rung == "trpo":
         assert all(line["kl_step"] <= 1e-4 for line in log)
     if rung == "kl_penalty":
-        assert [line["kl_penalty_coef"] for line in log] == [1, 2, 4]
+        assert [line["kl_penalty_coef"] for line in log] == [1, 0.5, 0.25]
 
 
 def test_every_rung_of_a_ladder_is_evaluated(beside):
     results = evaluate.main(tiny(evaluate, out="rungs", base="tiny", runs="ladder", n_eval=2, n_reference=8, n_samples=4))
-    assert list(results) == ["SFT", *sorted(f"ladder/policy_gradient/{rung}" for rung in policy_gradient.RUNGS)]
+    assert list(results) == ["SFT", *(f"ladder/policy_gradient/{rung}" for rung in policy_gradient.RUNGS)]
     weights = experiment.load_checkpoint(beside / "ladder" / "policy_gradient")["policy_kl_penalty"]
     policy, _ = sft.load_policy(beside / "ladder" / "policy_gradient", "cpu", "policy_kl_penalty")
     assert torch.equal(policy.transformer.wte.weight, weights["transformer.wte.weight"])
