@@ -148,7 +148,7 @@ def own_objective(config, samples, annotator_temperature, cfg):
     elif "rung" in config:                                       # policy_gradient.py
         plain |= dict(gamma=1.0)
     elif "kl_in" in config:                                      # grpo.py
-        aims = config["kl_in"] == "reward" and (config["advantage"], config["normalise"]) != ("reinforce", "sequence")
+        aims = config["kl_in"] == "reward" and (config["advantage"] != "reinforce" or config["normalise"] == "fixed")
     else:                                                        # dpo.py
         plain = dict(loss="sigmoid", label_smoothing=0.0, margin=0.0, length_normalise=False,
                      reference_free=False, nll_coef=0.0)

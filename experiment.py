@@ -124,7 +124,8 @@ def check_range(flag, value):
         stop(f"{flag} got {value}; it takes a whole number from {int(name not in ('seed', 'warmup'))}")
     if type(value) is float and name not in ("missing_eos_score", "margin"):
         above_zero = ("temperature", "annotator_temperature", "kl_target", "kl_horizon",
-                      "kl_old_target", "kl_penalty_coef", "grad_clip", "score_clip", "max_kl")
+                      "kl_old_target", "kl_penalty_coef", "grad_clip", "score_clip", "clip_eps",
+                      "max_kl")
         if value < 0 or value == 0 and name in above_zero:
             stop(f"{flag} got {value}; it takes a number {'above' if name in above_zero else 'from'} 0")
         if value > 1 and name in ("gamma", "lam", "lr_floor", "dropout"):

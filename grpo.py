@@ -1,9 +1,9 @@
 """
 Stage 3 without a critic: GRPO, Dr. GRPO, RLOO and REINFORCE.
 
-Maximises  E_{x, y ~ pi_theta}[ r(x, y) ] - beta KL(pi_theta, pi_ref),  as PPO does. Instead of learning
-what a prompt is worth, it asks: G responses to the same prompt are a group, and how much better one of
-them did than the group is its advantage, the same number for all its tokens. Every update does this:
+Maximises  E_{x, y ~ pi_theta}[ r(x, y) ] - beta KL(pi_theta, pi_ref),  as PPO does. PPO learns what a prompt
+is worth; here G responses to one prompt are a group, the group says what the prompt is worth, and how much
+better than that a response did is its advantage, one number for all its tokens. Every update does this:
 
     1. roll out     y_1 .. y_G ~ pi_old to each of a batch of prompts x
     2. score        r(x, y_i), by the reward model or by any function of prompts and responses
@@ -21,14 +21,16 @@ them did than the group is its advantage, the same number for all its tokens. Ev
                     (Shao et al. 2024, equations 3 and 4)
     7. log          one line
 
-What each asks for. With the KL in the reward, every one of them has the optimum of PPO and DPO, pi*: there
-R_i = beta log Z(x) for every response, so that all advantages with a baseline are 0. With the KL in
-the loss none has. The gradient of k3 is that of KL(pi_ref, pi_theta), the other direction, and dividing r
-by a group's standard deviation s multiplies beta by s, whatever the prompt's s is.
+Where each ends. With the KL in the reward, at the pi* of PPO and DPO: there R_i = beta log Z(x) for every
+response, no response is better than its group, and whatever the advantages are divided or weighed by, there is
+nothing left to follow. Only reinforce, which has no baseline, needs --normalise fixed for that. With the
+KL in the loss, elsewhere: on policy the gradient of k3 is that of KL(pi_ref, pi_theta) in the states visited,
+the other direction, and dividing r by the standard deviation s of a prompt's rewards multiplies that
+prompt's beta by s.
 
 Departures from Shao et al. (DeepSeekMath), whose form is --kl_in loss --normalise sequence: the KL is in
-the reward, as Ahmadian et al. 2024 have it for RLOO, the loss is a mean over the tokens of a minibatch, as
-in DAPO (Yu et al. 2025), and a group has 4 responses where they have 64.
+the reward, as Ahmadian et al. 2024 have it for RLOO; the loss is a mean over the tokens of a minibatch, close
+to DAPO's (Yu et al. 2025); four gradient steps to an update for their one; groups of 4 for their 64.
 
     python grpo.py --config small
         -> out/small/grpo: checkpoint.pt, log.jsonl, curves.png, report.txt
@@ -97,7 +99,8 @@ def group_advantages(scores, group_size, kind="grpo"):
     reinforce   r_i                                            (Williams 1992)
 
     The mean of the others does not depend on y_i, so that as a baseline it adds no bias; the group's mean
-    holds r_i itself and shrinks the expected gradient by (G - 1) / G.
+    holds r_i itself and shrinks the expected gradient to (G - 1) / G of it. Advantages of kind grpo are of
+    size 1 however little the rewards of a group differ, unless they are equal.
 
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0, 0.7, 0.7, 0.7, 0.7]), 4, "rloo")
     tensor([ 1.0000, -0.3333, -0.3333, -0.3333,  0.0000,  0.0000,  0.0000,  0.0000])
@@ -122,13 +125,13 @@ def token_weights(mask, normalise="token", max_length=None):
     """
     What each token counts in the loss, a sum over tokens of weight * loss: (B, T) -> (B, T)
 
-    token       1 / (tokens of the batch): every token counts alike        (Yu et al. 2025, DAPO)
+    token       1 / (tokens of the batch): every token counts alike        (as Yu et al. 2025, DAPO)
     sequence    1 / (B * tokens of the row): every response counts alike, so that a token of a long response
-                counts less; long bad responses are held back less      (Shao et al. 2024)
+                counts less; long bad responses are held back less         (Shao et al. 2024)
     fixed       1 / (B * max_length): no length of a sample enters         (Liu et al. 2025, Dr. GRPO)
 
-    Only fixed is without bias: sum_t log pi times the advantage of a response, nothing else. token comes
-    close, by 1 / B: it divides by the mean length that was drawn.
+    With fixed, advantages of rloo and a ratio of 1, the loss has the gradient of - E[r] / max_length, without
+    bias. token comes as close as 1 / B: it divides by the mean length that happened to be drawn.
     """
     if normalise == "token":
         return mask / mask.sum()
@@ -144,8 +147,8 @@ def grpo_loss(logprobs, old_logprobs, advantages, weights, clip_eps=0.2, clip_ep
     - sum of w min(rho A, clip(rho, 1 - eps, 1 + eps_high) A),   rho = exp(logprobs - old_logprobs)
 
     Shao et al. 2024, equation 3, without its KL. advantages (B,), the same for all tokens of a response;
-    weights (B, T) from token_weights. With eps_high > eps, unlikely tokens may rise faster than
-    likely ones fall (Yu et al. 2025, DAPO).
+    weights (B, T) from token_weights. With eps_high > eps tokens may rise further than fall, which lets
+    unlikely ones grow (Yu et al. 2025, DAPO).
     -> loss, {policy_loss, clip_fraction: share of tokens where the clip decides, ratio: mean rho}
     """
     ratio = torch.exp(logprobs - old_logprobs)                               # (B, T)
@@ -161,7 +164,7 @@ def grpo_loss(logprobs, old_logprobs, advantages, weights, clip_eps=0.2, clip_ep
 CURVES = [                                                       # heading, unit, logged metrics
     ("reward and true utility", "score, gold", ["score", "gold"]),
     ("KL to the reference", "nats per response", ["kl_ref"]),
-    ("groups of equal rewards", "share", ["equal_groups"]),
+    ("groups of equal scores", "share", ["equal_groups"]),
     ("entropy of the policy", "nats per token", ["entropy"]),
     ("KL to the policy that sampled", "nats per token", ["kl_old"]),
     ("share of tokens clipped", "", ["clip_fraction"]),
@@ -234,7 +237,7 @@ def main(cfg):
         # ---- 5. advantages
         advantages = group_advantages(rewards, G, cfg.advantage)                            # (B,)
         group_std = rewards.view(-1, G).std(dim=1, correction=0)                            # (B / G,)
-        equal = (rewards.view(-1, G) == rewards.view(-1, G)[:, :1]).all(dim=1)              # (B / G,)
+        equal = (scores.view(-1, G) == scores.view(-1, G)[:, :1]).all(dim=1)                # (B / G,)
 
         # ---- 6. update
         lr = experiment.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.lr_floor)

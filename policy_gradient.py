@@ -1,9 +1,9 @@
 """
-The ladder that leads to PPO: ten estimates of one gradient, each a step from the one before.
+The ladder that leads to PPO: ten ways to climb one gradient, each a step from the one before.
 
-All maximise  J = E_{x, y ~ pi_theta}[ sum_t R_t ],  with the KL-shaped rewards R_t of ppo.py, from the same
-rollouts. grad J = E[ sum_t psi_t grad log pi(a_t | s_t) ], and the first six rungs differ in psi_t alone
-(Schulman et al. 2016, equation 1), in how much of the noise it lets through:
+All maximise  J = E_{x, y ~ pi_theta}[ sum_t R_t ],  with the KL-shaped rewards R_t of ppo.py. Its gradient is
+E[ sum_t psi_t grad log pi(a_t | s_t) ], and the first six rungs differ in psi_t alone (Schulman et al. 2016,
+equation 1): in how much noise it lets through, and in how far it trusts the critic V:
 
     plain_value     R_t + gamma V_{t+1}                         what the critic thinks of where a_t led
     total_return    sum_l gamma^l R_l                           all that was earned: REINFORCE
@@ -25,11 +25,13 @@ steps on the same samples, with A_t of gae and rho_t = pi_theta / pi_old (a_t | 
     2. climb        the rung's step or steps; the critic's, alike on every rung
     3. log          one line
     When every rung is done:
-    4. variance     of each rung's gradient on the same samples, from one policy in the middle of its training
+    4. variance     of each rung's gradient on the same samples, by the policy that gae has after a quarter
+                    of its updates
     5. compare      every rung's policy on held-out prompts, and how far from the optimum it is
 
-Departures: no advantage is whitened, since subtracting the mean of a batch is a baseline by itself;
-gamma^t is left out before psi_t, as everywhere (gamma is 1).
+Departures: no advantage is whitened, since subtracting the mean of a batch is a baseline by itself. With
+gamma below 1 every rung but total_return leaves out a factor gamma^t, as is done everywhere. The max_kl of
+trpo shrinks during training, as the other rungs' learning rate does.
 
     python policy_gradient.py --config small --rung all
         -> out/small/policy_gradient: ladder.png, variance.png, checkpoint.pt, log.jsonl, report.txt
@@ -37,6 +39,7 @@ gamma^t is left out before psi_t, as everywhere (gamma is 1).
 
 import copy
 import functools
+import itertools
 import json
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -53,11 +56,13 @@ import reward_model as rm
 import sft
 from model import ScalarGPT, masked_mean, token_logprobs
 
+LADDER = ("plain_value", "total_return", "reward_to_go", "baseline", "a2c", "gae", "importance", "clip",
+          "kl_penalty", "trpo")
+
 
 @dataclass
 class Config(experiment.Common):
-    rung: Literal["all", "plain_value", "total_return", "reward_to_go", "baseline", "a2c", "gae",
-                  "importance", "clip", "kl_penalty", "trpo"] = "all"            # of the ladder
+    rung: Literal[("all", *LADDER)] = "all"     # one rung of the ladder, or all of them
     steps: int = 40                 # updates of each rung, each on fresh responses
     batch_size: int = 128           # responses per update
     minibatch_size: int = 32        # responses per gradient step, from importance to kl_penalty, and of the critic
@@ -81,16 +86,16 @@ class Config(experiment.Common):
     warmup: int = 2                 # updates of linear warm-up, then linear decay
     lr_floor: float = 0.02          # to this share of the peak
     grad_clip: float = 1.0          # largest gradient norm
-    n_batches: int = 128            # gradients of each rung from which the variance is taken,
-    variance_rows: int = 16         # and responses to each
+    variance_rollouts: int = 16     # rollouts from which the variance of the gradients is taken,
+    variance_rows: int = 16         # and responses to each gradient there
     n_eval: int = 32                # held-out prompts for the final comparison
     n_samples: int = 32             # responses to each of them, from SFT and from every rung
 
 
 PRESETS = {
     "small": dict(save_every=20),
-    "tiny": dict(steps=3, batch_size=16, minibatch_size=8, max_new_tokens=24, lr=2e-3, fisher_rows=8, cg_steps=3,
-                 n_batches=4, variance_rows=4, n_eval=4, n_samples=4, save_every=2),
+    "tiny": dict(steps=4, batch_size=16, minibatch_size=8, max_new_tokens=24, lr=2e-3, fisher_rows=8, cg_steps=3,
+                 variance_rollouts=1, variance_rows=4, n_eval=4, n_samples=4, save_every=2),
 }
 
 
@@ -118,7 +123,7 @@ def total_return(rewards, values, mask, gamma=1.0, lam=0.95):
 
     No critic, no bias; and all the noise, even of what was earned before the token was chosen.
     """
-    place = (mask > 0).cumsum(dim=1) - 1                                     # l, of a column in its response
+    place = ((mask > 0).cumsum(dim=1) - 1).clamp_min(0)                      # l, of a column in its response
     return (rewards * gamma ** place * (mask > 0)).sum(dim=1, keepdim=True) * (mask > 0)
 
 
@@ -216,12 +221,12 @@ def trpo_step(parameters, measure, fisher_kl, max_kl=0.01, cg_steps=10, damping=
     measure() -> objective, kl of the parameters as they stand, 0-d tensors; kl is that to the policy before
     the step. fisher_kl() -> kl, perhaps on fewer samples.
         x = (F + damping)^-1 grad objective,   step = sqrt(2 max_kl / x.(F + damping) x) x,
-    by which kl grows to max_kl in second order; halved until kl is within max_kl and the objective has
-    grown, and not taken at all if it never does
+    by which kl grows to max_kl at most, in second order; halved until kl is within max_kl and the
+    objective has grown, and not taken at all if it never does
     -> {kl: after the step, gain: of the objective, halvings: times the step was halved}
     """
     parameters = list(parameters)
-    before, _ = measure()
+    before = measure()[0]
     gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(before, parameters)])  # (D,)
     with sdpa_kernel(SDPBackend.MATH):       # the fast kernels of attention have no second derivative
         product = fisher_product(fisher_kl(), parameters, damping)
@@ -236,9 +241,6 @@ def trpo_step(parameters, measure, fisher_kl, max_kl=0.01, cg_steps=10, damping=
             return {"kl": kl.item(), "gain": (objective - before).item(), "halvings": n}
     torch.nn.utils.vector_to_parameters(start, parameters)
     return {"kl": 0.0, "gain": 0.0, "halvings": n}
-
-
-RUNGS = (*PSI, "importance", "clip", "kl_penalty", "trpo")
 
 
 def rung_loss(rung, logprobs, rows, cfg, coef):
@@ -281,15 +283,16 @@ def logprobs_of(policy, rows, cfg):
 
 def climb(rung, actor, optimizer, roll, order, cfg, coef, step):
     """One gradient step on all rows, or from importance on one on each minibatch -> metrics"""
+    grad_norms = []
     for rows in [order] if rung in PSI else order.split(cfg.minibatch_size):
         rows = some(roll, rows)
         loss = rung_loss(rung, logprobs_of(actor, rows, cfg), rows, cfg, coef)
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(actor.parameters(), cfg.grad_clip)
-        experiment.must_be_finite(step, loss=loss, grad_norm=grad_norm)
+        grad_norms.append(torch.nn.utils.clip_grad_norm_(actor.parameters(), cfg.grad_clip))
+        experiment.must_be_finite(step, loss=loss, grad_norm=grad_norms[-1])
         optimizer.step()
         optimizer.zero_grad()
-    return {"grad_norm": grad_norm}
+    return {"grad_norm": sum(grad_norms) / len(grad_norms)}
 
 
 def climb_by_trpo(actor, roll, order, cfg, max_kl):
@@ -331,19 +334,19 @@ def gradient_noise(gradients):
             "variance_error": variances.std().item() / len(pairs) ** 0.5, "signal": products.mean().item()}
 
 
-def measure_variance(actor, moved, roll, cfg):
+def measure_variance(actor, moved, rolls, cfg):
     """
-    Every rung's gradient on the same batches of variance_rows responses that actor wrote -> {name: noise}
+    Every rung's gradient on the same batches of variance_rows responses, of rollouts by actor -> {name: noise}
 
     The losses of the ratio are taken twice: where it is 1, and at `moved`, a policy some steps further.
     """
     def gradients(rung, policy):
-        for i in range(0, len(roll["mask"]), cfg.variance_rows):
+        for roll, i in itertools.product(rolls, range(0, cfg.batch_size, cfg.variance_rows)):
             rows = some(roll, slice(i, i + cfg.variance_rows))
             loss = rung_loss(rung, logprobs_of(policy, rows, cfg), rows, cfg, cfg.kl_penalty_coef)
             yield torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(policy.parameters()))])
 
-    where = [(rung, actor) for rung in RUNGS] + [(rung, moved) for rung in ("importance", "clip", "kl_penalty")]
+    where = [(rung, actor) for rung in LADDER] + [(rung, moved) for rung in ("importance", "clip", "kl_penalty")]
     return {rung + ", later" * (policy is moved): gradient_noise(gradients(rung, policy))
             for rung, policy in experiment.progress(where, "measuring the variance of every rung's gradient")}
 
@@ -369,9 +372,9 @@ def draw_ladder(log, cfg, best, path):
                       color="0.6" if axis is not axes[0, 0] and rung == names[0] else "0.0", label=rung)
         if best is not None:
             axis.axhline(best, color="0.4", linewidth=0.8)
-            axis.annotate("J*, the most possible", (1, best), xycoords=("axes fraction", "data"), ha="right",
-                          xytext=(-3, 3), textcoords="offset points", fontsize=8)
-            axis.set_ylim(top=1.1 * best)
+            axis.annotate("J*, the most possible (estimate)", (1, best), xycoords=("axes fraction", "data"),
+                          ha="right", xytext=(-3, 3), textcoords="offset points", fontsize=8)
+            axis.set_ylim(top=best + 0.1 * abs(best))
         axis.set(title=heading, xlabel="responses sampled")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="lower right")
@@ -389,12 +392,12 @@ def draw_variance(noise, cfg, path):
     figure, axis = plt.subplots(figsize=(7.4, 4.2))
     for suffix, marker, colour, label in (("", "o", "0.0", "at the policy that sampled"),
                                           (", later", "s", "0.55", "some steps later, on the same samples")):
-        at = [i for i, rung in enumerate(RUNGS) if rung + suffix in noise]
-        points = [noise[RUNGS[i] + suffix] for i in at]
+        at = [i for i, rung in enumerate(LADDER) if rung + suffix in noise]
+        points = [noise[LADDER[i] + suffix] for i in at]
         axis.errorbar([i + 0.15 * bool(suffix) for i in at], [x["variance"] for x in points],
                       yerr=[1.96 * x["variance_error"] for x in points], fmt=marker, color=colour, capsize=3,
                       markersize=5, linewidth=1.2, label=label)
-    axis.set_xticks(range(len(RUNGS)), RUNGS, rotation=30, ha="right", fontsize=8)
+    axis.set_xticks(range(len(LADDER)), LADDER, rotation=30, ha="right", fontsize=8)
     axis.set(ylabel=f"variance of the gradient of {cfg.variance_rows} responses\n(trace of its covariance; 95 %)",
              ylim=(0, None))
     axis.grid(alpha=0.3)
@@ -410,9 +413,9 @@ def check(cfg):
         if getattr(cfg, name) > cfg.batch_size:
             experiment.stop(f"--{name} {getattr(cfg, name)} is more than --batch_size {cfg.batch_size}; "
                             "lower it to that or less")
-    if cfg.n_batches < 4 or cfg.n_batches % 2:
-        experiment.stop(f"--n_batches got {cfg.n_batches}; the variance is taken over pairs: it takes an even "
-                        "number from 4")
+    if cfg.rung == "all" and cfg.batch_size % (4 * cfg.variance_rows):
+        experiment.stop(f"--variance_rows {cfg.variance_rows} times 4, 8, 12 .. should be --batch_size "
+                        f"{cfg.batch_size}: the variance is taken over pairs of such batches")
 
 
 def main(cfg):
@@ -430,8 +433,8 @@ def main(cfg):
     reference = copy.deepcopy(actor).requires_grad_(False)
     critic = ScalarGPT(reward_model.config, init_from=reward_model, zero_head=True).to(device).eval()
     first_critic = copy.deepcopy(critic).requires_grad_(False)
-    rungs = RUNGS if cfg.rung == "all" else (cfg.rung,)
-    policies = {rung: copy.deepcopy(actor) for rung in rungs}                # where each of them ended
+    rungs = LADDER if cfg.rung == "all" else (cfg.rung,)
+    policies = {rung: copy.deepcopy(actor).cpu() for rung in rungs}          # where each of them ended
     probe = torch.nn.ModuleDict({"actor": copy.deepcopy(actor), "critic": copy.deepcopy(critic)})
     adam = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(actor.parameters(), lr=cfg.lr, **adam)
@@ -509,14 +512,13 @@ def main(cfg):
 
     # ---- 4. variance
     if cfg.rung == "all":
-        n = cfg.n_batches * cfg.variance_rows
-        prompts = data.draw(train_prompts, n + cfg.batch_size, run.generator)
-        roll = roll_out(probe["actor"], probe["critic"], reference, reward, tokenizer, prompts, cfg, run.generator)
-        measured, ahead = some(roll, slice(n)), some(roll, slice(n, None))   # moved by other samples
-        moved = copy.deepcopy(probe["actor"])
-        climb("importance", moved, torch.optim.AdamW(moved.parameters(), lr=cfg.lr, **adam), ahead,
+        rolls = [roll_out(probe["actor"], probe["critic"], reference, reward, tokenizer,
+                          data.draw(train_prompts, cfg.batch_size, run.generator), cfg, run.generator)
+                 for _ in range(1 + cfg.variance_rollouts)]
+        moved = copy.deepcopy(probe["actor"])                    # by other samples than are measured on
+        climb("importance", moved, torch.optim.AdamW(moved.parameters(), lr=cfg.lr, **adam), rolls.pop(),
               torch.arange(cfg.batch_size), cfg, cfg.kl_penalty_coef, step=len(rungs) * cfg.steps)
-        noise = results["noise"] = measure_variance(probe["actor"], moved, measured, cfg)
+        noise = results["noise"] = measure_variance(probe["actor"], moved, rolls, cfg)
         draw_variance(noise, cfg, run.folder / "variance.png")
         report += [experiment.table([
             [f"gradient of {cfg.variance_rows} responses", "variance", "standard error",
@@ -526,21 +528,26 @@ def main(cfg):
               for name, x in noise.items())]), ""]
 
     # ---- 5. compare
-    samples = frontier.collect({"SFT": reference} | policies, reward, tokenizer, eval_prompts,
+    policies = {"SFT": reference} | {rung: policy.to(device) for rung, policy in policies.items()}
+    samples = frontier.collect(policies, reward, tokenizer, eval_prompts,
                                [cfg.n_samples] * (1 + len(rungs)), cfg.max_new_tokens, cfg.temperature, cfg.seed)
     table = [[f"{cfg.n_eval} held-out prompts x {cfg.n_samples}", "score", "gold", "kl_ref", "objective",
               "fraction of optimum"]]
     for name in samples.names:
         means, _ = frontier.measure(samples, name)
-        means["reached"] = means["score"] - cfg.beta * means["kl_ref"]
+        means["objective"] = means["score"] - cfg.beta * means["kl_ref"]
         limit = frontier.fraction_of_optimum(samples, name, cfg.beta) if cfg.beta else {"fraction": None}
+        if cfg.beta:
+            limit["best_objective"] = limit.pop("objective")
         results[name] = means | limit
-        table.append([name, means["score"], means["gold"], means["kl_ref"], means["reached"],
-                      "" if limit["fraction"] is None else f"{limit['fraction']:.3f} ±{limit['standard_error']:.3f}"])
+        table.append([name, means["score"], means["gold"], means["kl_ref"], means["objective"],
+                      "" if limit["fraction"] is None else f"{limit['fraction']:.3f} ±{limit['standard_error']:.3f}"
+                      + "*" * (not limit["optimum_trusted"])])
     log = [json.loads(line) for line in open(run.folder / "log.jsonl")]
-    draw_ladder(log, cfg, results["SFT"].get("objective"), run.folder / "ladder.png")
+    draw_ladder(log, cfg, results["SFT"].get("best_objective"), run.folder / "ladder.png")
     return run.finish("\n".join([
-        *report, experiment.table(table), "",
+        *report, experiment.table(table), "", "*: too few effective samples to know the optimum well; objective is "
+        f"score - {cfg.beta:g} KL, and its optimum an estimate, if anything too low.", "",
         f"pictures    {run.folder}/ladder.png" + f", {run.folder}/variance.png" * (cfg.rung == "all"),
         f"log         {run.folder}/log.jsonl", f"checkpoint  {run.folder}/checkpoint.pt",
         f"next        {experiment.command(cfg, 'evaluate')}"]), results)

@@ -19,6 +19,7 @@ Departures from Ouyang et al.: K = 4 where they have 4 to 9; simulated annotator
 """
 
 import functools
+import hashlib
 import importlib.util
 import json
 import sys
@@ -181,13 +182,19 @@ def score_responses(reward_model, inputs, targets, mask, finished, cfg):
     return within(sequence_scores(reward_model, inputs, targets, mask), finished, cfg)
 
 
+@torch.no_grad()
 def score_texts(function, tokenizer, inputs, targets, mask, finished, cfg):
     """The same by a function of a list of prompts and a list of responses, which gives a list of numbers"""
     prompts, responses = data.texts_of(tokenizer, inputs, targets, mask)
-    scores = torch.as_tensor(function(prompts, responses), dtype=torch.float32)
-    if scores.shape != (len(prompts),):
+    given = function(prompts, responses)
+    try:
+        scores = torch.tensor([float(score) for score in given])             # (B,)
+    except (TypeError, ValueError) as error:
+        experiment.stop(f"the reward function {cfg.reward} should give a list of numbers, but gave back a "
+                        f"{type(given).__name__} that is none ({error})")
+    if len(scores) != len(prompts):
         experiment.stop(f"the reward function {cfg.reward} was given {len(prompts)} prompts and responses and "
-                        f"gave back {tuple(scores.shape)} numbers; it should give one for each")
+                        f"gave back {len(scores)} numbers; it should give one for each")
     return within(scores.to(mask.device), finished, cfg)
 
 
@@ -221,7 +228,8 @@ def load_reward(cfg, sft_policy, tokenizer, device):
     spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
         experiment.stop(f"--reward got {cfg.reward}, but {path} has no function {name}")
-    return functools.partial(score_texts, getattr(module, name), tokenizer, cfg=cfg), cfg.reward
+    made_for = f"{cfg.reward} {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
+    return functools.partial(score_texts, getattr(module, name), tokenizer, cfg=cfg), made_for
 
 
 def load_reward_model(folder, sft_policy, tokenizer, device):
