@@ -2,7 +2,9 @@
 Where did each policy land, and how good could it have been?
 
     1. policies     every finished PPO, DPO, GRPO, .. stage in out/ that started from the same SFT policy and
-                    was trained for the same reward model; or those of --runs A,B
+                    was trained for the same reward model; or those of --runs A,B/ppo. The rungs of a
+                    whole ladder only if named, as in --runs A/policy_gradient: every policy weighs every
+                    sample, so that twice as many take four times as long
     2. samples      of all of them to the same held-out prompts, each scored, each weighed by all
     3. the limit    J*(beta) = beta E_x log E_{y ~ pi_ref} exp(r / beta) and the frontier of E[r] against
                     KL, which no policy can pass, for the reward model and for the true utility
@@ -22,6 +24,7 @@ Where did each policy land, and how good could it have been?
 import functools
 import json
 import math
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,7 +41,7 @@ import sft
 
 @dataclass
 class Config(experiment.Common):
-    runs: str = ""                  # runs to look at, as in A,B; by default all in out/
+    runs: str = ""                  # runs or stages to look at, as in A,B/ppo; by default all in out/
     n_eval: int = 32                # held-out prompts
     n_reference: int = 256          # responses of the reference to each; best of n goes up to that
     n_samples: int = 128            # responses of every other policy to each
@@ -109,14 +112,14 @@ def find_policies(cfg, reference, reward_model, device):
     found, wanted = {}, [name for name in cfg.runs.split(",") if name]
     folders = sorted(path.parent for path in Path("out").glob("*/*/report.txt"))
     for run in wanted:
-        if not any(folder.parent.name == run for folder in folders):
+        if not any(run in (folder.parent.name, f"{folder.parent.name}/{folder.name}") for folder in folders):
             experiment.stop(f"--runs names {run}, but out/{run} has no finished stage; there are: "
                             + ", ".join(sorted({folder.parent.name for folder in folders})))
     sft_made, rm_made = experiment.fingerprint(reference), experiment.fingerprint(reward_model)
     for folder in folders:
         name = f"{folder.parent.name}/{folder.name}"
         earlier = folder.name in ("sft", "reward_model", "evaluate") or folder.suffix == ".old"
-        if earlier or (wanted and folder.parent.name not in wanted):
+        if earlier or (wanted and folder.parent.name not in wanted and name not in wanted):
             continue
         saved = experiment.load_checkpoint(folder)
         keys = [key for key in saved if key == "policy" or key.startswith("policy_")]      # one a rung
@@ -126,6 +129,8 @@ def find_policies(cfg, reference, reward_model, device):
             print(f"leaving out {name}: it started from another SFT policy")
         elif saved["reward"] != rm_made:
             print(f"leaving out {name}: it belongs to another reward model")
+        elif len(keys) > 1 and name not in wanted:
+            print(f"leaving out the {len(keys)} policies of {name}; --runs {name} takes them in")
         else:
             for key in keys:
                 found[name + key.removeprefix("policy").replace("_", "/", 1)] = (
@@ -254,7 +259,7 @@ def side_by_side(samples, n):
 # --------------------------------------------------------------------------------------------------
 # The pictures: black, white and grey are enough to read them
 
-MARKERS = "os^DvP*Xd<>"
+MARKERS = "os^DvP*Xd<>ph8"
 
 
 def draw_frontier(samples, path):
@@ -262,7 +267,9 @@ def draw_frontier(samples, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     log_weights, at = samples.log_weights(), samples.columns(samples.names[0])
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6))
+    rows = -(-(3 + len(samples.names)) // 3)                     # of the legend
+    height = 4.2 + 0.2 * rows                                    # inches
+    figure, axes = plt.subplots(1, 2, figsize=(11, height))
     best_of = best_of_sizes(samples)
     best_kl = [frontier.best_of_n_kl(n) for n in best_of]
     points = {}                                                  # reward: trusted points of its frontier
@@ -293,15 +300,14 @@ def draw_frontier(samples, path):
                           label=name)
         axis.set(xlabel="KL to the reference (nats per response)", ylabel=unit, xlim=(-0.1, widest))
         if left_out:
-            axis.text(0.98, 0.02, "beyond the right edge: " + ", ".join(left_out), transform=axis.transAxes,
-                      ha="right", fontsize=7)
+            beyond = textwrap.fill("beyond the right edge: " + ", ".join(left_out), 60)
+            axis.text(0.98, 0.02, beyond, transform=axis.transAxes, ha="right", fontsize=7)
         axis.grid(alpha=0.3)
     axes[0].set_title("What was trained for")
     axes[1].set_title("What was wanted")
     handles, labels = axes[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=3, fontsize=8, frameon=False)
-    rows = -(-len(labels) // 3)
-    figure.tight_layout(rect=(0, 0.02 + 0.045 * rows, 1, 1))
+    figure.tight_layout(rect=(0, (0.1 + 0.2 * rows) / height, 1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -320,25 +320,26 @@ def climb_by_trpo(actor, roll, order, cfg, max_kl):
 
 def gradient_noise(gradients):
     """
-    From independent gradients (D,) of one kind, an even number, one after another -> {variance,
-    variance_error, signal}
+    From independent gradients (D,) of one kind, an even number, one after another
 
-    variance    E |g - E g|^2, the trace of their covariance: the mean of |g - g'|^2 / 2 over pairs, without
-                bias; and its standard error
-    signal      |E g|^2, the mean of g . g' over the same pairs
+    variance    E |g - E g|^2, the trace of their covariance: the mean of |g - g'|^2 / 2 over pairs, which
+                is without bias
+    signal      |E g|^2: the mean of g . g' over the same pairs
+    -> variances of the pairs (M / 2,), signal
     """
     gradients = iter(gradients)
     pairs = [(((g - other) ** 2).sum() / 2, g @ other) for g, other in zip(gradients, gradients)]
     variances, products = torch.tensor(pairs, dtype=torch.float64).T
-    return {"variance": variances.mean().item(),
-            "variance_error": variances.std().item() / len(pairs) ** 0.5, "signal": products.mean().item()}
+    return variances, products.mean().item()
 
 
 def measure_variance(actor, moved, rolls, cfg):
     """
-    Every rung's gradient on the same batches of variance_rows responses, of rollouts by actor -> {name: noise}
+    Every rung's gradient on the same batches of variance_rows responses, of rollouts by actor
 
     The losses of the ratio are taken twice: where it is 1, and at `moved`, a policy some steps further.
+    -> {name: {variance, change: from the rung before, or from where the ratio was 1; their standard errors;
+    enough: responses with which the noise of the gradient is its signal}}
     """
     def gradients(rung, policy):
         for roll, i in itertools.product(rolls, range(0, cfg.batch_size, cfg.variance_rows)):
@@ -347,8 +348,17 @@ def measure_variance(actor, moved, rolls, cfg):
             yield torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(policy.parameters()))])
 
     where = [(rung, actor) for rung in LADDER] + [(rung, moved) for rung in ("importance", "clip", "kl_penalty")]
-    return {rung + ", later" * (policy is moved): gradient_noise(gradients(rung, policy))
-            for rung, policy in experiment.progress(where, "measuring the variance of every rung's gradient")}
+    noise, seen = {}, {}
+    error = lambda x: x.std().item() / len(x) ** 0.5
+    for rung, policy in experiment.progress(where, "measuring the variance of every rung's gradient"):
+        name, at = rung + ", later" * (policy is moved), LADDER.index(rung)
+        before = rung if policy is moved else LADDER[max(0, at - 1)]
+        seen[name], signal = gradient_noise(gradients(rung, policy))
+        change = seen[name] - seen[before]           # of the same pairs of batches: their luck cancels
+        noise[name] = {"variance": seen[name].mean().item(), "variance_error": error(seen[name]),
+                       "change": change.mean().item(), "change_error": error(change),
+                       "enough": cfg.variance_rows * seen[name].mean().item() / signal if signal > 0 else None}
+    return noise
 
 
 PANELS = [("what to weigh a token by", ("plain_value", "total_return", "reward_to_go", "baseline")),
@@ -385,23 +395,24 @@ def draw_ladder(log, cfg, best, path):
 
 
 def draw_variance(noise, cfg, path):
-    """The variance of every rung's gradient with its 95 % interval"""
+    """The variance of every rung's gradient, and what the rung changed, with 95 % intervals"""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(7.4, 4.2))
-    for suffix, marker, colour, label in (("", "o", "0.0", "at the policy that sampled"),
-                                          (", later", "s", "0.55", "some steps later, on the same samples")):
-        at = [i for i, rung in enumerate(LADDER) if rung + suffix in noise]
-        points = [noise[LADDER[i] + suffix] for i in at]
-        axis.errorbar([i + 0.15 * bool(suffix) for i in at], [x["variance"] for x in points],
-                      yerr=[1.96 * x["variance_error"] for x in points], fmt=marker, color=colour, capsize=3,
-                      markersize=5, linewidth=1.2, label=label)
-    axis.set_xticks(range(len(LADDER)), LADDER, rotation=30, ha="right", fontsize=8)
-    axis.set(ylabel=f"variance of the gradient of {cfg.variance_rows} responses\n(trace of its covariance; 95 %)",
-             ylim=(0, None))
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    for axis, quantity in zip(axes, ("variance", "change")):
+        for later, marker, colour, label in ((False, "o", "0.0", "at the policy that sampled"),
+                                             (True, "s", "0.55", "some steps later, on the same samples")):
+            at = {name: LADDER.index(name.removesuffix(", later")) + 0.2 * later for name in noise
+                  if name.endswith(", later") == later}
+            axis.errorbar(at.values(), [noise[name][quantity] for name in at],
+                          yerr=[1.96 * noise[name][f"{quantity}_error"] for name in at], fmt=marker, color=colour,
+                          capsize=3, markersize=5, linewidth=1.2, label=label)
+        axis.set_xticks(range(len(LADDER)), LADDER, rotation=30, ha="right", fontsize=8)
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel=f"variance of the gradient of {cfg.variance_rows} responses", ylim=(0, None))
+    axes[1].set(ylabel="change from the rung before, same samples")
+    axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -521,10 +532,10 @@ def main(cfg):
         noise = results["noise"] = measure_variance(probe["actor"], moved, rolls, cfg)
         draw_variance(noise, cfg, run.folder / "variance.png")
         report += [experiment.table([
-            [f"gradient of {cfg.variance_rows} responses", "variance", "standard error",
+            [f"gradient of {cfg.variance_rows} responses", "variance", "change from the rung before",
              "responses for noise = signal"],
-            *([name, f"{x['variance']:.4f}", f"{x['variance_error']:.4f}",
-               f"{cfg.variance_rows * x['variance'] / x['signal']:.0f}" if x["signal"] > 0 else "-"]
+            *([name, f"{x['variance']:.3f} ±{x['variance_error']:.3f}",
+               f"{x['change']:+.3f} ±{x['change_error']:.3f}", f"{x['enough']:.0f}" if x["enough"] else "-"]
               for name, x in noise.items())]), ""]
 
     # ---- 5. compare

@@ -186,14 +186,14 @@ def score_responses(reward_model, inputs, targets, mask, finished, cfg):
 def score_texts(function, tokenizer, inputs, targets, mask, finished, cfg):
     """The same by a function of a list of prompts and a list of responses, which gives a list of numbers"""
     prompts, responses = data.texts_of(tokenizer, inputs, targets, mask)
-    given = function(prompts, responses)
+    given, name = function(prompts, responses), getattr(function, "__name__", repr(function))
     try:
         scores = torch.tensor([float(score) for score in given])             # (B,)
     except (TypeError, ValueError) as error:
-        experiment.stop(f"the reward function {cfg.reward} should give a list of numbers, but gave back a "
+        experiment.stop(f"the reward function {name} should give a list of numbers, but gave back a "
                         f"{type(given).__name__} that is none ({error})")
     if len(scores) != len(prompts):
-        experiment.stop(f"the reward function {cfg.reward} was given {len(prompts)} prompts and responses and "
+        experiment.stop(f"the reward function {name} was given {len(prompts)} prompts and responses and "
                         f"gave back {len(scores)} numbers; it should give one for each")
     return within(scores.to(mask.device), finished, cfg)
 

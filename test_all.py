@@ -1343,12 +1343,12 @@ def test_mean_kl_is_the_mean_over_response_tokens_of_the_whole_distributions():
 def test_gradient_noise_is_the_trace_of_the_covariance_and_the_square_of_the_mean():
     generator, D = seeded(), 50
     mean, std = torch.linspace(-1, 1, D), torch.linspace(0.1, 2, D)
-    noise = policy_gradient.gradient_noise(mean + std * torch.randn(D, generator=generator) for _ in range(4000))
-    truth, signal = (std ** 2).sum().item(), (mean ** 2).sum().item()
-    assert abs(noise["variance"] - truth) < 4 * noise["variance_error"] < 0.05 * truth
-    assert noise["signal"] == pytest.approx(signal, rel=0.05)
-    two = policy_gradient.gradient_noise(iter([torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0]), torch.zeros(2), torch.ones(2)]))
-    assert two["variance"] == pytest.approx((10 + 1) / 2) and two["signal"] == pytest.approx(1.5)
+    variances, signal = policy_gradient.gradient_noise(mean + std * torch.randn(D, generator=generator) for _ in range(4000))
+    truth, error = (std ** 2).sum().item(), variances.std().item() / 2000 ** 0.5
+    assert len(variances) == 2000 and abs(variances.mean().item() - truth) < 4 * error < 0.05 * truth
+    assert signal == pytest.approx((mean ** 2).sum().item(), rel=0.05)
+    variances, signal = policy_gradient.gradient_noise(iter([torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0]), torch.zeros(2), torch.ones(2)]))
+    assert variances.tolist() == [10, 1] and signal == pytest.approx(1.5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1546,7 +1546,7 @@ COPIED = {
     "next_values": lambda f, x, m: f(x, m), "total_return": lambda f, x, m: f(x, x, m, 0.9),
     "conjugate_gradient": lambda f, x, m: f(lambda v: x @ (x.T @ v), x[:, 0]),
     "fisher_product": lambda f, x, m: fisher_example(f, x), "mean_kl": lambda f, x, m: f(x.log_softmax(1), (2 * x).log_softmax(1)),
-    "gradient_noise": lambda f, x, m: tuple(f(iter(x[:4])).values()), "mixture_logprobs": lambda f, x, m: f(x[None].expand(2, -1, -1), [3, 6]),
+    "gradient_noise": lambda f, x, m: f(iter(x[:4])), "mixture_logprobs": lambda f, x, m: f(x[None].expand(2, -1, -1), [3, 6]),
     "optimum": lambda f, x, m: tuple(f(x, m, 0.1).values()), "best_of_n": lambda f, x, m: f(x, 3),
     "ProportionalKL": lambda f, x, m: f(0.1, 6.0, 1e4).update(5.0, 8), "ThresholdKL": lambda f, x, m: f(1, 1).update(5)}
 
@@ -3127,6 +3127,9 @@ def test_the_ladder_starts_every_rung_from_the_same_place(whole_run):
     assert len(noise) == 13 and all(x["variance"] > 0 for x in noise.values())
     for rung in ("importance", "clip", "kl_penalty", "trpo"):                  # where the ratio is 1, they are gae
         assert noise[rung]["variance"] == pytest.approx(noise["gae"]["variance"], rel=1e-3)
+    for before, rung in zip(policy_gradient.LADDER, policy_gradient.LADDER[1:]):
+        assert noise[rung]["change"] == pytest.approx(noise[rung]["variance"] - noise[before]["variance"], abs=1e-9)
+    assert noise["clip, later"]["change"] == pytest.approx(noise["clip, later"]["variance"] - noise["clip"]["variance"])
     assert noise["baseline"]["variance"] != pytest.approx(noise["reward_to_go"]["variance"], rel=1e-6)       # a critic
     for name in ("SFT", *policy_gradient.LADDER):
         r = results[name]
@@ -3187,7 +3190,9 @@ def test_one_rung_runs_by_itself_and_its_options_act(changes, beside, whole_run)
 
 
 def test_every_rung_of_a_ladder_is_evaluated(beside):
-    results = evaluate.main(tiny(evaluate, out="rungs", base="tiny", runs="ladder", n_eval=2, n_reference=8, n_samples=4))
+    small = dict(out="rungs", base="tiny", n_eval=2, n_reference=8, n_samples=4)
+    assert list(evaluate.main(tiny(evaluate, runs="ladder,tiny/dpo", **small))) == ["SFT", "tiny/dpo"]
+    results = evaluate.main(tiny(evaluate, runs="ladder/policy_gradient", **small))
     assert list(results) == ["SFT", *(f"ladder/policy_gradient/{rung}" for rung in policy_gradient.LADDER)]
     weights = experiment.load_checkpoint(beside / "ladder" / "policy_gradient")["policy_kl_penalty"]
     policy, _ = sft.load_policy(beside / "ladder" / "policy_gradient", "cpu", "policy_kl_penalty")
