@@ -26,12 +26,12 @@ steps on the same samples, with A_t of gae and rho_t = pi_theta / pi_old (a_t | 
     3. log          one line
     When every rung is done:
     4. variance     of each rung's gradient on the same samples, by the policy that gae has after a quarter
-                    of its updates
+                    of its updates; and for the rungs with a ratio by the policy that it has an update later
     5. compare      every rung's policy on held-out prompts, and how far from the optimum it is
 
 Departures: no advantage is whitened, since subtracting the mean of a batch is a baseline by itself. With
 gamma below 1 every rung but total_return leaves out a factor gamma^t, as is done everywhere. The max_kl of
-trpo shrinks during training, as the other rungs' learning rate does.
+trpo shrinks during training, with the square of the other rungs' learning rate.
 
     python policy_gradient.py --config small --rung all
         -> out/small/policy_gradient: ladder.png, variance.png, checkpoint.pt, log.jsonl, report.txt
@@ -76,7 +76,7 @@ class Config(experiment.Common):
     lam: float = 0.95               # lambda of GAE
     clip_eps: float = 0.2           # of the ratio, for clip
     kl_penalty_coef: float = 1.0    # at first, for kl_penalty
-    kl_old_target: float = 0.02     # nats per token, for kl_penalty
+    kl_old_target: float = 0.02     # nats per token, for kl_penalty; updates here are longer than in ppo.py
     max_kl: float = 0.01            # nats per token that a step of trpo may move the policy
     cg_steps: int = 10              # of conjugate gradient, for trpo
     damping: float = 0.1            # added to the Fisher matrix, for trpo
@@ -337,7 +337,7 @@ def measure_variance(actor, moved, rolls, cfg):
     """
     Every rung's gradient on the same batches of variance_rows responses, of rollouts by actor
 
-    The losses of the ratio are taken twice: where it is 1, and at `moved`, a policy some steps further.
+    The losses of the ratio are taken twice: where it is 1, and at `moved`, the policy an update later.
     -> {name: {variance, change: from the rung before, or from where the ratio was 1; their standard errors;
     enough: responses with which the noise of the gradient is its signal}}
     """
@@ -402,7 +402,7 @@ def draw_variance(noise, cfg, path):
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     for axis, quantity in zip(axes, ("variance", "change")):
         for later, marker, colour, label in ((False, "o", "0.0", "at the policy that sampled"),
-                                             (True, "s", "0.55", "some steps later, on the same samples")):
+                                             (True, "s", "0.55", "an update later, on the same samples")):
             at = {name: LADDER.index(name.removesuffix(", later")) + 0.2 * later for name in noise
                   if name.endswith(", later") == later}
             axis.errorbar(at.values(), [noise[name][quantity] for name in at],
@@ -425,8 +425,8 @@ def check(cfg):
             experiment.stop(f"--{name} {getattr(cfg, name)} is more than --batch_size {cfg.batch_size}; "
                             "lower it to that or less")
     if cfg.rung == "all" and cfg.batch_size % (4 * cfg.variance_rows):
-        experiment.stop(f"--variance_rows {cfg.variance_rows} times 4, 8, 12 .. should be --batch_size "
-                        f"{cfg.batch_size}: the variance is taken over pairs of such batches")
+        experiment.stop(f"--batch_size {cfg.batch_size} is no multiple of 4 times --variance_rows "
+                        f"{cfg.variance_rows}: the variance is taken over pairs of such batches")
 
 
 def main(cfg):
@@ -446,7 +446,8 @@ def main(cfg):
     first_critic = copy.deepcopy(critic).requires_grad_(False)
     rungs = LADDER if cfg.rung == "all" else (cfg.rung,)
     policies = {rung: copy.deepcopy(actor).cpu() for rung in rungs}          # where each of them ended
-    probe = torch.nn.ModuleDict({"actor": copy.deepcopy(actor), "critic": copy.deepcopy(critic)})
+    probe = torch.nn.ModuleDict({"actor": copy.deepcopy(actor), "critic": copy.deepcopy(critic),
+                                 "moved": copy.deepcopy(actor)})             # an update later
     adam = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(actor.parameters(), lr=cfg.lr, **adam)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, **adam)
@@ -471,6 +472,8 @@ def main(cfg):
         if rung == "gae" and update == cfg.steps // 4:
             probe["actor"].load_state_dict(actor.state_dict())
             probe["critic"].load_state_dict(critic.state_dict())
+        if rung == "gae" and update == cfg.steps // 4 + 1:
+            probe["moved"].load_state_dict(actor.state_dict())
         clock = experiment.Clock(device)
 
         # ---- 1. roll out
@@ -525,11 +528,8 @@ def main(cfg):
     if cfg.rung == "all":
         rolls = [roll_out(probe["actor"], probe["critic"], reference, reward, tokenizer,
                           data.draw(train_prompts, cfg.batch_size, run.generator), cfg, run.generator)
-                 for _ in range(1 + cfg.variance_rollouts)]
-        moved = copy.deepcopy(probe["actor"])                    # by other samples than are measured on
-        climb("importance", moved, torch.optim.AdamW(moved.parameters(), lr=cfg.lr, **adam), rolls.pop(),
-              torch.arange(cfg.batch_size), cfg, cfg.kl_penalty_coef, step=len(rungs) * cfg.steps)
-        noise = results["noise"] = measure_variance(probe["actor"], moved, rolls, cfg)
+                 for _ in range(cfg.variance_rollouts)]
+        noise = results["noise"] = measure_variance(probe["actor"], probe["moved"], rolls, cfg)
         draw_variance(noise, cfg, run.folder / "variance.png")
         report += [experiment.table([
             [f"gradient of {cfg.variance_rows} responses", "variance", "change from the rung before",
@@ -561,7 +561,7 @@ def main(cfg):
         f"score - {cfg.beta:g} KL, and its optimum an estimate, if anything too low.", "",
         f"pictures    {run.folder}/ladder.png" + f", {run.folder}/variance.png" * (cfg.rung == "all"),
         f"log         {run.folder}/log.jsonl", f"checkpoint  {run.folder}/checkpoint.pt",
-        f"next        {experiment.command(cfg, 'evaluate')}"]), results)
+        f"next        {experiment.command(cfg, 'evaluate')} --runs {run.folder.parent.name}/policy_gradient"]), results)
 
 
 if __name__ == "__main__":

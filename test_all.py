@@ -3204,7 +3204,7 @@ def test_every_rung_of_a_ladder_is_evaluated(beside):
 @pytest.mark.parametrize("changes, message", [
     (dict(minibatch_size=32), "--minibatch_size 32 is more than --batch_size 16"),
     (dict(fisher_rows=17), "--fisher_rows 17 is more than --batch_size 16"),
-    (dict(variance_rows=8), "--variance_rows 8 times 4, 8, 12 .. should be --batch_size 16")])
+    (dict(variance_rows=8), "--batch_size 16 is no multiple of 4 times --variance_rows 8")])
 def test_the_ladder_refuses_what_cannot_be(changes, message, beside):
     with pytest.raises(SystemExit, match=message):
         policy_gradient.main(tiny(policy_gradient, out="refused", base="tiny", **changes))
