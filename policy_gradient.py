@@ -467,7 +467,6 @@ def main(cfg):
             critic.load_state_dict(first_critic.state_dict())
             optimizer.state.clear()
             critic_optimizer.state.clear()
-            penalty.coef = cfg.kl_penalty_coef
             run.generator.manual_seed(cfg.seed)
         if rung == "gae" and update == cfg.steps // 4:
             probe["actor"].load_state_dict(actor.state_dict())
@@ -506,13 +505,14 @@ def main(cfg):
             kl_old = masked_mean(ppo.kl_estimate(rows["old_logprobs"], logprobs_of(actor, rows, cfg), "k3"),
                                  rows["mask"])                               # 0-d
         if rung == "kl_penalty":
+            metrics["kl_penalty_coef"] = coef
             penalty.update(kl_old.item())
         clock.lap("update")
 
         # ---- 3. log
         metrics |= {
             "rung": rung, "score": roll["scores"].mean(), "gold": gold.mean(), "kl_ref": roll["kl_ref"].mean(),
-            "objective": roll["rewards"].sum(1).mean(), "kl_old": kl_old, "kl_penalty_coef": coef,
+            "objective": roll["rewards"].sum(1).mean(), "kl_old": kl_old,
             "entropy": masked_mean(roll["entropy"], roll["mask"]),
             "explained_variance": ppo.explained_variance(roll["values"], returns, roll["mask"]),
             "response_length": roll["mask"].sum(1).mean(), "eos_rate": roll["finished"].float().mean(),

@@ -3097,6 +3097,7 @@ def test_a_verifiable_reward_is_learned_and_equal_groups_are_counted(beside, cap
     assert results["score"] > results["sft"]["score"] + 0.15
     assert all((line["equal_groups"] * 8) % 1 == 0 and (line["score"] * 32) % 1 == 0 for line in log)
     assert 0 < log[0]["equal_groups"] < 1
+    assert any(line["equal_groups"] > 0 < line["kl_ref"] for line in log[1:])  # of scores: the KLs differ all the same
     results = grpo.main(tiny(grpo, out="request", base="tiny", reward=f"{HERE}/reviews.py:request_kept",
                              missing_eos_score=0.0, steps=2, n_eval=4, n_samples=4))
     assert 0 <= results["score"] < 0.3
