@@ -3177,7 +3177,9 @@ def test_every_rung_climbs_on_the_samples_it_is_given(rung, beside, whole_run):
                                      dict(rung="trpo", max_kl=1e-4), dict(rung="gae", lam=0.0, batch_size=1, minibatch_size=1,
                                                                           fisher_rows=1), dict(rung="gae", beta=0.0)],
                          ids=lambda c: "-".join(map(str, c.values())))
-def test_one_rung_runs_by_itself_and_its_options_act(changes, beside, whole_run):
+def test_one_rung_runs_by_itself_and_its_options_act(changes, beside, whole_run, monkeypatch):
+    bounds, step = [], policy_gradient.trpo_step
+    monkeypatch.setattr(policy_gradient, "trpo_step", lambda *args: bounds.append(args[3]) or step(*args))
     name, rung = "rung_" + "_".join(f"{k}-{v}" for k, v in changes.items()), changes["rung"]
     results = policy_gradient.main(tiny(policy_gradient, out=name, base="tiny", **changes))
     log = log_of(beside / name / "policy_gradient")
@@ -3186,6 +3188,7 @@ def test_one_rung_runs_by_itself_and_its_options_act(changes, beside, whole_run)
     assert log[2]["score"] != plain[2]["score"] or log[2]["objective"] != plain[2]["objective"]
     if rung == "trpo":
         assert all(line["kl_step"] <= 1e-4 for line in log)
+        assert bounds == [pytest.approx(1e-4 * (line["lr"] / 2e-3) ** 2) for line in log] and min(bounds) < 5e-5
     if rung == "kl_penalty":
         assert [line["kl_penalty_coef"] for line in log] == [1, 0.5, 0.25, 0.125]
 
