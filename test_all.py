@@ -3131,6 +3131,8 @@ def test_the_ladder_starts_every_rung_from_the_same_place(whole_run):
     for before, rung in zip(policy_gradient.LADDER, policy_gradient.LADDER[1:]):
         assert noise[rung]["change"] == pytest.approx(noise[rung]["variance"] - noise[before]["variance"], abs=1e-9)
     assert noise["clip, later"]["change"] == pytest.approx(noise["clip, later"]["variance"] - noise["clip"]["variance"])
+    for rung in ("importance", "clip", "kl_penalty"):                          # an update later they are not
+        assert noise[f"{rung}, later"]["variance"] != pytest.approx(noise["gae"]["variance"], rel=1e-3)
     assert noise["baseline"]["variance"] != pytest.approx(noise["reward_to_go"]["variance"], rel=1e-6)       # a critic
     for name in ("SFT", *policy_gradient.LADDER):
         r = results[name]
