@@ -134,7 +134,7 @@ def find_policies(cfg, reference, reward_model, device):
         else:
             for key in keys:
                 found[name + key.removeprefix("policy").replace("_", "/", 1)] = (
-                    sft.load_policy(folder, device, key)[0], experiment.read_json(folder / "config.json"))
+                    sft.load_policy(folder, device, key, saved)[0], experiment.read_json(folder / "config.json"))
     return found
 
 
@@ -263,9 +263,7 @@ MARKERS = "os^DvP*Xd<>ph8"
 
 
 def draw_frontier(samples, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = experiment.pyplot()
     log_weights, at = samples.log_weights(), samples.columns(samples.names[0])
     rows = -(-(3 + len(samples.names)) // 3)                     # of the legend
     height = 4.2 + 0.2 * rows                                    # inches
@@ -317,14 +315,11 @@ def draw_overoptimisation(log, gold_mean, gold_std, path):
     Score and gold against sqrt(KL), in standard deviations of SFT's, as means over five updates: the peak
     of single ones would be the luckiest. -> peak, end, fall
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = experiment.pyplot()
     root = [math.sqrt(max(0.0, line["kl_ref"])) for line in log]
     score = [line["score"] for line in log]
     gold = [(line["gold"] - gold_mean) / gold_std for line in log]
-    mean_of = lambda values, i: sum(values[max(0, i - 2):i + 3]) / len(values[max(0, i - 2):i + 3])
-    root, score, gold = ([mean_of(values, i) for i in range(len(log))] for values in (root, score, gold))
+    root, score, gold = map(experiment.smooth, (root, score, gold))
     figure, axis = plt.subplots(figsize=(6.4, 4.2))
     axis.plot(root, score, "k--", marker="o", markersize=3, linewidth=1.0, label="score of the weak reward model")
     axis.plot(root, gold, "-", color="0.35", marker="s", markersize=3, linewidth=1.0, label="gold, the true utility")

@@ -132,6 +132,14 @@ def check_range(flag, value):
             stop(f"{flag} got {value}; it takes a number from 0 to 1")
 
 
+def check_in_batch(cfg, *names):
+    """Stops where one of these counts of responses is more than an update has."""
+    for name in names:
+        if getattr(cfg, name) > cfg.batch_size:
+            stop(f"--{name} {getattr(cfg, name)} is more than --batch_size {cfg.batch_size}; "
+                 "lower it to that or less")
+
+
 def nearest(word, known):
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
@@ -440,11 +448,23 @@ def table(rows, markdown=False):
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def curves(folder, title, panels):
-    """Draw logged metrics over updates, a panel for each (heading, unit, names) -> curves.png"""
+def smooth(values):
+    """Means over five updates, two to either side, fewer at the ends: a list as long as values"""
+    windows = [values[max(0, i - 2):i + 3] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def pyplot():
+    """matplotlib.pyplot, drawing to files alone; imported only where something is drawn"""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    return plt
+
+
+def curves(folder, title, panels):
+    """Draw logged metrics over updates, a panel for each (heading, unit, names) -> curves.png"""
+    plt = pyplot()
     log = [json.loads(line) for line in open(folder / "log.jsonl")]
     columns = min(3, len(panels))
     figure, axes = plt.subplots(-(-len(panels) // columns), columns, squeeze=False, figsize=(

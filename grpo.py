@@ -175,9 +175,7 @@ CURVES = [                                                       # heading, unit
 
 def check(cfg):
     """Stops on settings that cannot go together."""
-    if cfg.minibatch_size > cfg.batch_size:
-        experiment.stop(f"--minibatch_size {cfg.minibatch_size} is more than --batch_size "
-                        f"{cfg.batch_size}; lower it to that or less")
+    experiment.check_in_batch(cfg, "minibatch_size")
     if cfg.batch_size % cfg.group_size:
         experiment.stop(f"--batch_size {cfg.batch_size} is no multiple of --group_size {cfg.group_size}; "
                         "every group must be whole")

@@ -368,17 +368,14 @@ PANELS = [("what to weigh a token by", ("plain_value", "total_return", "reward_t
 
 def draw_ladder(log, cfg, best, path):
     """What was earned, rewards summed over a response, against the number of responses, for every rung"""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = experiment.pyplot()
     rungs = dict.fromkeys(line["rung"] for line in log)
     panels = PANELS if len(rungs) > 1 else [(cfg.rung, (cfg.rung,))]
     figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 4.0), sharey=True, squeeze=False)
     for axis, (heading, names) in zip(axes.flat, panels):
         for rung, style in zip(names, ("-", "--", "-.", ":", (0, (1, 3)))):
-            earned = [line["objective"] for line in log if line["rung"] == rung]
-            smooth = [sum(earned[max(0, i - 2):i + 3]) / len(earned[max(0, i - 2):i + 3]) for i in range(len(earned))]
-            axis.plot([cfg.batch_size * i for i in range(len(smooth))], smooth, linestyle=style, linewidth=1.6,
+            earned = experiment.smooth([line["objective"] for line in log if line["rung"] == rung])
+            axis.plot([cfg.batch_size * i for i in range(len(earned))], earned, linestyle=style, linewidth=1.6,
                       color="0.6" if axis is not axes[0, 0] and rung == names[0] else "0.0", label=rung)
         if best is not None:
             axis.axhline(best, color="0.4", linewidth=0.8)
@@ -396,9 +393,7 @@ def draw_ladder(log, cfg, best, path):
 
 def draw_variance(noise, cfg, path):
     """The variance of every rung's gradient, and what the rung changed, with 95 % intervals"""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = experiment.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     for axis, quantity in zip(axes, ("variance", "change")):
         for later, marker, colour, label in ((False, "o", "0.0", "at the policy that sampled"),
@@ -420,10 +415,7 @@ def draw_variance(noise, cfg, path):
 
 def check(cfg):
     """Stops on settings that cannot go together."""
-    for name in ("minibatch_size", "fisher_rows"):
-        if getattr(cfg, name) > cfg.batch_size:
-            experiment.stop(f"--{name} {getattr(cfg, name)} is more than --batch_size {cfg.batch_size}; "
-                            "lower it to that or less")
+    experiment.check_in_batch(cfg, "minibatch_size", "fisher_rows")
     if cfg.rung == "all" and cfg.batch_size % (4 * cfg.variance_rows):
         experiment.stop(f"--batch_size {cfg.batch_size} is no multiple of 4 times --variance_rows "
                         f"{cfg.variance_rows}: the variance is taken over pairs of such batches")
@@ -486,11 +478,11 @@ def main(cfg):
         lr_factor = experiment.learning_rate(update, cfg.steps, 1.0, cfg.warmup, cfg.lr_floor)
         experiment.set_learning_rate(optimizer, lr_factor * cfg.lr)
         experiment.set_learning_rate(critic_optimizer, lr_factor * cfg.critic_lr)
-        order, coef = torch.randperm(cfg.batch_size, generator=run.generator), penalty.coef
+        order = torch.randperm(cfg.batch_size, generator=run.generator)
         if rung == "trpo":                   # a step's KL goes with the square of its length
             metrics = climb_by_trpo(actor, roll, order, cfg, lr_factor ** 2 * cfg.max_kl)
         else:
-            metrics = climb(rung, actor, optimizer, roll, order, cfg, coef, step)
+            metrics = climb(rung, actor, optimizer, roll, order, cfg, penalty.coef, step)
         _, returns = ppo.gae(roll["rewards"], roll["values"], roll["mask"], cfg.gamma, cfg.lam)     # (B, T)
         for at in order.split(cfg.minibatch_size):
             rows = some(roll, at)
@@ -505,7 +497,7 @@ def main(cfg):
             kl_old = masked_mean(ppo.kl_estimate(rows["old_logprobs"], logprobs_of(actor, rows, cfg), "k3"),
                                  rows["mask"])                               # 0-d
         if rung == "kl_penalty":
-            metrics["kl_penalty_coef"] = coef
+            metrics["kl_penalty_coef"] = penalty.coef            # as it was in this update
             penalty.update(kl_old.item())
         clock.lap("update")
 

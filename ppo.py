@@ -331,9 +331,7 @@ def main(cfg):
     reward_model = rm.load_reward_model(experiment.ensure(cfg, rm), actor, tokenizer, device)
     data.check_room(tokenizer, reviews.all_prompts(), cfg.max_new_tokens, actor.config.block_size)
     eval_prompts = data.held_out_prompts(cfg.n_eval, cfg.seed)
-    if cfg.minibatch_size > cfg.batch_size:
-        experiment.stop(f"--minibatch_size {cfg.minibatch_size} is more than --batch_size "
-                        f"{cfg.batch_size}; lower it to that or less")
+    experiment.check_in_batch(cfg, "minibatch_size")
     run.begin()
     reward = functools.partial(rm.score_responses, reward_model, cfg=cfg)
     reference = copy.deepcopy(actor).requires_grad_(False)

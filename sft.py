@@ -76,9 +76,13 @@ def nats_per_response(policy, prompts, responses, device, batch_size=256):
     return total / len(prompts)
 
 
-def load_policy(folder, device, key="policy"):
-    """A policy of a finished stage, in eval mode, and its tokenizer. The ladder's stage has several keys."""
-    saved, tokenizer = experiment.load_checkpoint(folder), data.load_tokenizer(folder)
+def load_policy(folder, device, key="policy", saved=None):
+    """
+    A policy of a finished stage, in eval mode, and its tokenizer. The ladder's stage has several keys.
+
+    saved is its checkpoint, where that has been read already.
+    """
+    saved, tokenizer = saved or experiment.load_checkpoint(folder), data.load_tokenizer(folder)
     if key not in saved:
         experiment.stop(f"{folder}/checkpoint.pt holds no {key} but {', '.join(saved)}; "
                         "give the folder of an sft or ppo stage")

@@ -1844,9 +1844,7 @@ def test_only_robust_keeps_its_optimum_where_labels_are_flipped(listing):
 
 def draw_flips(path, n=20000, seeds=3):
     """DPO's losses on n drawn labels of which a share is flipped -> a picture, and its numbers as a table"""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = experiment.pyplot()
     listing, rates = Enumerated(), (0.0, 0.1, 0.2, 0.3)
     rows = [["loss", "flipped", "fraction of the optimum", "its own optimum's", "distance to that, TV"]]
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8))
