@@ -18,7 +18,7 @@ A line of a file is one JSON object, a row of a data set one record, in one of t
     {"text"}                            a response to no prompt; with --text_prompt n its first n tokens are the prompt
     {"info", "summaries", "choice"}     OpenAI's comparisons of summaries
 
-Where a text stands there may also be a list of messages, which is written as HH-RLHF writes dialogues. It all
+What cannot be read is left out, counted and named by its line. Where a text stands there may also be a list of messages, which is written as HH-RLHF writes dialogues. It all
 becomes rows of token lists: a prompt, a response, and in a comparison a worse response. A prompt that is longer
 than --max_prompt_tokens keeps its end. Which prompts are held out is fixed by a hash of their text before it is cut, so
 that none is both trained on and measured on. The rows are stored in out/tokens and mapped into memory from there.
@@ -42,8 +42,10 @@ import torch
 
 import data
 import experiment
+import files
 import reviews
 
+LONGEST = 100_000               # characters of a text that go to a tokenizer; tiktoken overflows on a million spaces
 TURN = "\n\nAssistant:"
 SPEAKER = {"user": "\n\nHuman:", "assistant": TURN, "system": "\n\nSystem:"}
 HH = [f"{part}/train.jsonl.gz" for part in ("harmless-base", "helpful-base")]
@@ -79,6 +81,10 @@ def read_record(record):
         raise ValueError("a text is not a string")
     if not all(text.strip() for text in responses):
         raise ValueError("an empty response")
+    try:
+        "".join((prompt, *responses)).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("a lone surrogate, which is no text") from error
     return prompt, responses
 
 
@@ -88,9 +94,9 @@ def dialogue(messages, before=()):
     if messages[:len(before)] != before and not any(isinstance(m, dict) and m.get("role") == "user" for m in messages):
         messages = before + messages
     try:
-        return "".join(f"{SPEAKER[m['role']]} {m['content']}" for m in messages)
+        return "".join(f"{SPEAKER[m['role']]} " + m["content"] for m in messages)
     except (TypeError, KeyError) as error:
-        raise ValueError("messages want a role, which is user, assistant or system, and content") from error
+        raise ValueError("messages want a role, which is user, assistant or system, and content, a text") from error
 
 
 def split_dialogues(dialogues):
@@ -113,11 +119,11 @@ def read_summaries(record):
         info, choice, texts = record["info"], record["choice"], [s["text"] for s in record["summaries"]]
         better, worse = texts[choice], texts[1 - choice]
         if "article" in info:
-            return f"Article:\n\n{info['article']}\n\nTL;DR:", [better, worse]
-        return (f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}\n\nTL;DR:",
-                [better, worse])
+            return "Article:\n\n" + info["article"] + "\n\nTL;DR:", [better, worse]
+        return ("SUBREDDIT: r/" + info["subreddit"] + "\n\nTITLE: " + info["title"] + "\n\nPOST: " + info["post"]
+                + "\n\nTL;DR:", [better, worse])
     except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"a comparison of summaries without {error}") from error
+        raise ValueError(f"a comparison of summaries without its texts ({error})") from error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -136,14 +142,21 @@ def files_of(source):
         return [download(TLDR + name, Path("out/downloads/tldr") / name) for name in TLDR_FILES]
     path = Path(source)
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz", ".json")))
+        found = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz", ".json")) and p.is_file())
         if not found:
             experiment.stop(f"--data {source} is a folder without any .jsonl or .jsonl.gz file")
         return found
-    if not path.is_file():
-        experiment.stop(f"--data got {source}; it takes reviews, hh, tldr, hf:OWNER/NAME, or a file or folder that is "
-                        "there")
+    check_source(source)
     return [path]
+
+
+def check_source(source, flag="--data"):
+    """Stops on the name of a source that is none; whether the hub has it shows later."""
+    known = ("reviews", "hh", "tldr")
+    if source not in known and not source.startswith("hf:") and not Path(source).is_file() and not Path(source).is_dir():
+        hint = experiment.nearest(source, (*known, *map(str, Path(source).parent.glob("*")))) if not Path(source).exists() else ""
+        experiment.stop(f"{flag} got {source}{hint}; it takes reviews, hh, tldr, hf:OWNER/NAME, or a file or folder that "
+                        "is there")
 
 
 def download(url, path):
@@ -155,6 +168,7 @@ def download(url, path):
         except OSError as error:
             experiment.stop(f"{url} could not be fetched ({error}); with OpenAI's comparisons in a folder, "
                             "--data FOLDER reads them")
+        files.flush(path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
     return path
 
@@ -178,24 +192,25 @@ def records(source):
         for n, row in enumerate(hub_data_set(source[3:])):
             yield f"row {n}", row, None
         return
-    files = files_of(source)
-    for path in files:
-        if path.suffix == ".txt":
-            for n, piece in enumerate(pieces(path), 1):
-                yield f"piece {n}", {"text": piece}, None
-            continue
+    paths = files_of(source)
+    for path in paths:
         n = 0
         try:
+            if path.suffix == ".txt":
+                for n, piece in enumerate(pieces(path), 1):
+                    yield f"piece {n}", {"text": piece}, None
+                continue
             with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
                 for n, line in enumerate(lines, 1):
-                    where = f"{path.name} line {n}" if len(files) > 1 else f"line {n}"
+                    where = f"{path.name} line {n}" if len(paths) > 1 else f"line {n}"
                     if line.strip():
                         try:
                             yield where, json.loads(line), None
-                        except ValueError:
+                        except (ValueError, RecursionError):
                             yield where, None, "not JSON"
         except (OSError, EOFError, zlib.error) as error:
-            experiment.stop(f"{path} cannot be read past line {n} ({type(error).__name__}: {error})")
+            experiment.stop(f"{path} cannot be read past {'piece' if path.suffix == '.txt' else 'line'} {n} "
+                            f"({type(error).__name__}: {error})")
 
 
 def pieces(path, size=1000):
@@ -274,15 +289,23 @@ def rows_of(cfg, tokenizer, block_size):
         version = [(path.name, digest(path, path.stat().st_size, path.stat().st_mtime_ns)) for path in files_of(cfg.data)]
     key = repr((4, version, data.fingerprint(tokenizer), block_size, cfg.max_prompt_tokens, cfg.text_prompt))
     folder = Path("out/tokens") / hashlib.sha256(key.encode()).hexdigest()[:16]
-    if not folder.exists():
-        tokenise(cfg, tokenizer, block_size, folder)
+    if folder.exists():
+        try:
+            return opened(folder)
+        except (OSError, ValueError, EOFError) as error:
+            print(f"{folder}, where these tokens were stored, is damaged ({error}): making them again")
+            shutil.rmtree(folder)
+    tokenise(cfg, tokenizer, block_size, folder)
     return opened(folder)
 
 
 @functools.lru_cache(maxsize=64)
 def digest(path, size, mtime_ns):
     """Of a file's contents, read once however many stages and kinds of rows ask for it"""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        experiment.stop(f"{path} cannot be read ({type(error).__name__}: {error})")
 
 
 @functools.lru_cache(maxsize=4)
@@ -293,20 +316,25 @@ def opened(folder):
     return rows
 
 
-def encoded(cfg, tokenizer, block_size, left_out, cut):
+def encoded(cfg, tokenizer, block_size, left_out, kept, cut):
     """-> what a row is known by, prompt, [response, ..] of every example, token lists that fit; what does not is counted"""
     found, eos_id = examples(cfg.data, left_out), tokenizer.eot_token
     while chunk := list(itertools.islice(found, 1000)):
-        texts = [text for _, prompt, responses in chunk for text in (prompt, *responses)]
+        texts = [text for _, prompt, responses in chunk
+                 for text in (prompt[-LONGEST:], *(response[:LONGEST] for response in responses))]
         ids = iter(tokenizer.encode_ordinary_batch(texts))
         for where, text, responses in chunk:
-            known_by = (text or responses[0]).encode("utf-8", "surrogatepass")
+            if any(map(experiment.CONTROL.search, (text, *responses))):
+                kept.setdefault("with control characters", []).append(where)
+            if cfg.data.endswith(".txt") and "\ufffd" in responses[0]:
+                kept.setdefault("with bytes that are no UTF-8, read as \ufffd", []).append(where)
+            known_by, cut_short = (text or responses[0]).encode(), len(text) > LONGEST
             prompt, responses = next(ids), [next(ids) + [eos_id] for _ in responses]
             if not prompt and cfg.text_prompt:
                 prompt, responses = responses[0][:cfg.text_prompt], [responses[0][cfg.text_prompt:]]
                 known_by = tokenizer.decode_bytes(prompt)
             prompt = prompt or [eos_id]
-            cut["prompts"] += len(prompt) > cfg.max_prompt_tokens
+            cut["prompts"] += cut_short or len(prompt) > cfg.max_prompt_tokens
             prompt = prompt[-cfg.max_prompt_tokens:]
             room = block_size - len(prompt)
             cut["responses"] += any(len(response) > room for response in responses)
@@ -322,14 +350,15 @@ def tokenise(cfg, tokenizer, block_size, folder):
     """Write the rows of cfg.data to the folder, beside it first"""
     kind, code = (np.uint16, "H") if tokenizer.n_vocab <= 2 ** 16 else (np.uint32, "I")
     tokens, bounds, held, prompts = array.array(code), array.array("q"), [], []
-    left_out, cut = {}, {"prompts": 0, "responses": 0, "alike": 0}
-    for known_by, prompt, responses in encoded(cfg, tokenizer, block_size, left_out, cut):
+    left_out, kept, cut = {}, {}, {"prompts": 0, "responses": 0, "alike": 0}
+    for known_by, prompt, responses in encoded(cfg, tokenizer, block_size, left_out, kept, cut):
         for part in (prompt, *responses):
             bounds.append(len(tokens))
             tokens.extend(part)
         bounds.extend([len(tokens)] * (3 - len(responses)))
         held.append(held_out(known_by))
-        prompts.append(hash(tuple(prompt)) if prompt != [tokenizer.eot_token] else hash(known_by))
+        shown = array.array(code, prompt).tobytes() if prompt != [tokenizer.eot_token] else known_by
+        prompts.append(hashlib.blake2b(shown, digest_size=12).digest())
     # Long prompts that have become equal by the cut: the one that is trained on is held out no more
     trained = {prompt for prompt, out in zip(prompts, held) if not out}
     held = [out and prompt not in trained for prompt, out in zip(prompts, held)]
@@ -342,19 +371,15 @@ def tokenise(cfg, tokenizer, block_size, folder):
     report = [f"{cfg.data}: {len(held)} rows, {sum(held)} of them held out; {cut['prompts']} prompts cut to their last "
               f"{cfg.max_prompt_tokens} tokens, {cut['responses']} rows with a response cut to fit into {block_size}"
               + f", {cut['alike']} with two responses alike, which compare nothing" * (cut["alike"] > 0)]
-    for reason, places in left_out.items():
-        report.append(f"{len(places)} more left out, {reason}: {', '.join(places[:5])}" + ", .." * (len(places) > 5))
-    beside = folder.with_name(f"{folder.name}.{os.getpid()}")
-    beside.mkdir(parents=True)
-    np.save(beside / "tokens.npy", np.frombuffer(tokens, kind))
-    np.save(beside / "bounds.npy", np.frombuffer(bounds, np.int64).reshape(-1, 4))
-    np.save(beside / "held_out.npy", np.array(held))
-    np.save(beside / "first.npy", np.array(first))
-    (beside / "rows.txt").write_text("\n".join(report), encoding="utf-8")
-    try:
-        os.replace(beside, folder)
-    except OSError:                                      # another run was faster
-        shutil.rmtree(beside)
+    for what, reasons in (("more left out,", left_out), ("of them kept as they stand,", kept)):
+        for reason, places in reasons.items():
+            report.append(f"{len(places)} {what} {reason}: {', '.join(places[:5])}" + ", .." * (len(places) > 5))
+    with files.new_folder(folder, unless_there=True) as beside:              # another run may be faster
+        np.save(beside / "tokens.npy", np.frombuffer(tokens, kind))
+        np.save(beside / "bounds.npy", np.frombuffer(bounds, np.int64).reshape(-1, 4))
+        np.save(beside / "held_out.npy", np.array(held))
+        np.save(beside / "first.npy", np.array(first))
+        (beside / "rows.txt").write_text("\n".join(report), encoding="utf-8")
 
 
 def held_out(prompt):
@@ -383,7 +408,7 @@ def some_texts(cfg, n, n_held_out):
     if cfg.data == "reviews":
         return [prompt + response for prompt, response in zip(*built_in_texts(n, n_held_out, cfg.seed)[0])]
     found = itertools.islice(examples(cfg.data, {}), n)
-    return [prompt + responses[0] for _, prompt, responses in found]
+    return [(prompt + responses[0])[:LONGEST] for _, prompt, responses in found]
 
 
 def demonstrations(cfg, tokenizer, block_size, n, n_held_out):
@@ -424,10 +449,14 @@ def prompts(cfg, tokenizer, block_size, n_eval=None):
     check_room(cfg, longest, block_size)
     if n_eval is None:
         return train, held
-    if n_eval > len(held):
-        experiment.stop(f"got {n_eval} held-out prompts to evaluate on; there are {len(held)}. Lower --n_eval to that or less")
+    check_n_eval(n_eval, len(held))
     order = torch.randperm(len(held), generator=torch.Generator().manual_seed(cfg.seed))
     return train, [held[i] for i in order[:n_eval].tolist()]
+
+
+def check_n_eval(n_eval, n_held):
+    if n_eval > n_held:
+        experiment.stop(f"got {n_eval} held-out prompts to evaluate on; there are {n_held}. Lower --n_eval to that or less")
 
 
 def check_room(cfg, longest, block_size):

@@ -14,11 +14,12 @@ import base64
 import functools
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import tiktoken
 import torch
+
+import files
 
 EOS = "<|endoftext|>"
 # How GPT-2 cuts text into words before it merges bytes within them
@@ -174,6 +175,9 @@ def make_encoding(name, vocab):
     """{token in byte-level BPE's printable characters: id}, ids in merge order -> tiktoken.Encoding"""
     to_byte = {character: byte for byte, character in printable().items()}
     ranks = {bytes(to_byte[c] for c in token): i for token, i in vocab.items()}
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise ValueError(f"the vocabulary has no token for the byte {missing[0]}, so that not every text could be encoded")
     return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks,
                              special_tokens={EOS: len(ranks)})
 
@@ -218,9 +222,7 @@ def save_tokenizer(tokenizer, folder):
     ranks = {base64.b64encode(token).decode(): i for token, i in tokenizer._mergeable_ranks.items()}
     content = {"name": tokenizer.name, "pattern": tokenizer._pat_str, "eos": tokenizer.eot_token,
                "ranks": ranks}
-    path = Path(folder) / "tokenizer.json"
-    path.with_suffix(".tmp").write_text(json.dumps(content))
-    os.replace(path.with_suffix(".tmp"), path)
+    files.write(Path(folder) / "tokenizer.json", json.dumps(content))
 
 
 def load_tokenizer(folder):
@@ -230,16 +232,16 @@ def load_tokenizer(folder):
         ranks = {base64.b64decode(token): i for token, i in content["ranks"].items()}
         return tiktoken.Encoding(content["name"], pat_str=content["pattern"], mergeable_ranks=ranks,
                                  special_tokens={EOS: content["eos"]})
-    except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(f"error: {path} cannot be read as a tokenizer ({type(error).__name__}); it "
-                         "stands beside every checkpoint, copy both or make the stage again")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        files.stop(f"{path} cannot be read as a tokenizer ({type(error).__name__}); it stands beside every "
+                   "checkpoint, copy both or make the stage again")
 
 
 def check_vocabulary(wanted, tokenizer, folder):
     """Stops where a checkpoint's fingerprint is not that of the tokenizer it is used with."""
     if wanted != fingerprint(tokenizer):
-        raise SystemExit(f"error: {folder}/checkpoint.pt was trained with another vocabulary than "
-                         "the one it meets here; use stages of one run, or make this one again")
+        files.stop(f"{folder}/checkpoint.pt was trained with another vocabulary than the one it meets here; use "
+                   "stages of one run, or make this one again")
 
 
 def encode_prompt(tokenizer, text):

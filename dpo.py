@@ -39,6 +39,7 @@ import torch
 import corpus
 import data
 import experiment
+import files
 import frontier
 import reviews
 import reward_model as rm
@@ -181,6 +182,7 @@ def sample_pairs(policy, reward, tokenizer, prompts, cfg, annotator_temperature,
             first_wins = reviews.preference(*gold.view(-1, 2).T, annotator_temperature)     # (b,)
         else:
             scores = reward(inputs, targets, mask, data.met_eos(targets, mask, eos_id)).cpu()
+            experiment.check_finite(scores, "the reward of a sampled response")
             first_wins = torch.sigmoid(scores[::2] - scores[1::2])           # (b,)
         if cfg.labels == "soft":
             swap, target = first_wins < 0.5, torch.maximum(first_wins, 1 - first_wins)
@@ -237,6 +239,7 @@ CURVES = [                                                       # heading, unit
 
 def check(cfg):
     """Stops on settings that mean nothing together, and says which settings change nothing."""
+    scoring.check(cfg)
     if cfg.beta == 0:
         experiment.stop("--beta got 0; DPO divides by it: it takes a number above 0")
     if cfg.label_smoothing >= 0.5:
@@ -264,14 +267,14 @@ def main(cfg):
     device = run.device
     built_in, n = cfg.data == "reviews", cfg.n_pairs // cfg.rounds           # pairs to a round
     policy, tokenizer = sft.load_policy(experiment.ensure(cfg, sft), device, **cfg.how())
-    block_size, sft_made = policy.config.block_size, experiment.fingerprint(policy)
+    block_size, sft_made = policy.config.block_size, files.fingerprint(policy)
     train_prompts, eval_prompts = corpus.prompts(cfg, tokenizer, block_size, cfg.n_eval)
     reward = scoring.load_reward(cfg, policy, tokenizer, train_prompts, device)
     annotator_temperature = comparisons = None
     if built_in and (cfg.labels == "annotators" or cfg.reward == "reward_model"):
         rm_folder = experiment.ensure(cfg, rm)
-        comparisons, _ = experiment.read_json(rm_folder / "comparisons.json")
-        annotator_temperature = experiment.read_json(rm_folder / "config.json")["annotator_temperature"]
+        comparisons, _ = files.read_json(rm_folder / "comparisons.json")
+        annotator_temperature = files.read_json(rm_folder / "config.json")["annotator_temperature"]
     elif cfg.labels == "annotators":
         comparisons, _ = corpus.comparisons(cfg, tokenizer, block_size, n, 1)
         n = len(comparisons)
@@ -295,7 +298,7 @@ def main(cfg):
         round, step_of_round = divmod(step, steps_a_round)
         stored = run.folder / f"pairs_{round}.json"
         if pairs is None and step_of_round:                      # resumed in the middle of a round
-            pairs = experiment.read_json(stored)
+            pairs = files.read_json(stored)
 
         if not step_of_round:
             # ---- 1. pairs
@@ -319,12 +322,13 @@ def main(cfg):
                     ref_logprobs, _, _ = pair_logprobs(reference, pairs[i:i + 256], cfg)    # (2, 256)
                 for pair, (chosen, rejected) in zip(pairs[i:i + 256], ref_logprobs.T.tolist()):
                     pair["ref_logprobs"] = [chosen, rejected]
-            experiment.write(stored, json.dumps(pairs))
+            files.write(stored, json.dumps(pairs))
 
         # ---- 3. logprobs, 4. update: in parts, each of which counts as many pairs as it has
         metrics, loss_metrics = {}, {}
         if step % cfg.eval_every == 0 or step + 1 == steps:      # before the update: 0 at first
             metrics = sample_policy(policy, reference, reward, tokenizer, eval_prompts, cfg)
+            run.must_be_finite(**metrics)
         rows = data.batch_rows(len(pairs), cfg.batch_size, step_of_round, cfg.seed + round)
         n_tokens = sum(len(pairs[i]["chosen_ids"]) for i in rows)
         for part in data.parts([pairs[i] for i in rows], cfg.accumulation):
@@ -341,7 +345,7 @@ def main(cfg):
                 "chosen_length": lengths[0].mean(), "rejected_length": lengths[1].mean()}, share)
             experiment.add(loss_metrics, {"nll": nll.detach()}, token_share)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
-        experiment.must_be_finite(step, loss=loss_metrics["loss"], nll=loss_metrics["nll"], grad_norm=grad_norm)
+        run.must_be_finite(loss=loss_metrics["loss"], nll=loss_metrics["nll"], grad_norm=grad_norm)
         lr = experiment.learning_rate(step, steps, cfg.lr, cfg.warmup, cfg.lr_floor)
         experiment.set_learning_rate(optimizer, lr)
         optimizer.step()
@@ -351,7 +355,7 @@ def main(cfg):
         metrics |= loss_metrics | {"grad_norm": grad_norm, "lr": lr}
         run.log(step, metrics, ["loss", "margin", "accuracy", "chosen_logprobs", "rejected_logprobs",
                                 "kl_ref", "score", "gold"], every=cfg.eval_every)
-        run.checkpoint(step + 1, **state)
+        run.checkpoint(step + 1)
 
     # ---- the result
     text, results = frontier.compare({"SFT": reference, "DPO": policy}, reward, tokenizer, eval_prompts,
@@ -361,7 +365,7 @@ def main(cfg):
         text, "",
         f"curves      {picture}", f"log         {run.folder}/log.jsonl",
         f"checkpoint  {run.folder}/checkpoint.pt",
-        f"next        {experiment.command(cfg, 'evaluate')}"]), results)
+        f"next        {experiment.next_command(cfg, 'evaluate')}"]), results)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ Where did each policy land, and how good could it have been?
 """
 
 import functools
-import json
 import math
 import textwrap
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ import torch
 
 import corpus
 import experiment
+import files
 import frontier
 import ppo
 import reward_model as rm
@@ -117,13 +117,13 @@ def find_policies(cfg, reference, reward, device):
         if not any(run in (folder.parent.name, f"{folder.parent.name}/{folder.name}") for folder in folders):
             experiment.stop(f"--runs names {run}, but out/{run} has no finished stage; there are: "
                             + ", ".join(sorted({folder.parent.name for folder in folders})))
-    sft_made = experiment.fingerprint(reference)
+    sft_made = files.fingerprint(reference)
     for folder in folders:
         name = f"{folder.parent.name}/{folder.name}"
         earlier = folder.name in ("sft", "reward_model", "evaluate") or folder.suffix == ".old"
         if earlier or (wanted and folder.parent.name not in wanted and name not in wanted):
             continue
-        saved = experiment.load_checkpoint(folder)
+        saved = files.load_checkpoint(folder)
         keys = sft.policies_in(saved)
         if not keys:
             continue
@@ -136,7 +136,7 @@ def find_policies(cfg, reference, reward, device):
         else:
             for key in keys:
                 found[name + key.removeprefix("policy").replace("_", "/", 1)] = (
-                    sft.load_policy(folder, device, key, saved, **cfg.how())[0], experiment.read_json(folder / "config.json"))
+                    sft.load_policy(folder, device, key, saved, **cfg.how())[0], files.read_json(folder / "config.json"))
     return found
 
 
@@ -315,8 +315,7 @@ def draw_frontier(samples, path):
     handles, labels = axes[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=1 + len(rewards), fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, (0.1 + 0.2 * rows) / height, 1, 1))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    experiment.save_figure(figure, path, dpi=120)
 
 
 def draw_overoptimisation(log, gold_mean, gold_std, path):
@@ -339,8 +338,7 @@ def draw_overoptimisation(log, gold_mean, gold_std, path):
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    experiment.save_figure(figure, path, dpi=120)
     return {"peak_gold": gold[peak], "peak_kl": root[peak] ** 2, "end_gold": gold[-1], "end_kl": root[-1] ** 2,
             "end_score": score[-1], "peak_score": score[peak], "fall": gold[peak] - gold[-1]}
 
@@ -355,13 +353,14 @@ def overoptimise(cfg, sft_run, held_out):
                                steps=cfg.weak_steps, kl_bound=1e9, **common))
     print()
     gold = torch.tensor([ranking["gold"] for ranking in held_out])           # of SFT's samples
-    log = [json.loads(line) for line in open(Path("out") / name / "ppo" / "log.jsonl")]
+    log = files.read_lines(Path("out") / name / "ppo" / "log.jsonl")
     return log, gold.mean().item(), gold.std().item()
 
 
 def main(cfg):
     run = experiment.Run(replace(cfg, overwrite=True), "evaluate")           # once more, whatever stands there
     device = run.device
+    scoring.check(cfg)
     if cfg.n_reference < 2:
         experiment.stop(f"--n_reference got {cfg.n_reference}; best of n takes at least 2 responses")
     if cfg.overoptimise and (cfg.data != "reviews" or cfg.reward != "reward_model"):
@@ -375,7 +374,7 @@ def main(cfg):
     temperature = rm.Config.annotator_temperature
     if known and cfg.reward == "reward_model":
         rm_folder = experiment.ensure(cfg, rm)
-        temperature = experiment.read_json(rm_folder / "config.json")["annotator_temperature"]
+        temperature = files.read_json(rm_folder / "config.json")["annotator_temperature"]
 
     # ---- 1. policies
     found = find_policies(cfg, reference, reward, device)
@@ -384,7 +383,7 @@ def main(cfg):
     print(f"evaluating {', '.join(policies)}" if found else
           "found no policy to evaluate: this is the limit alone, from the SFT policy's samples")
     if cfg.overoptimise:
-        weak = overoptimise(cfg, sft_folder.parent.name, experiment.read_json(rm_folder / "comparisons.json")[1])
+        weak = overoptimise(cfg, sft_folder.parent.name, files.read_json(rm_folder / "comparisons.json")[1])
     run.begin()
 
     # ---- 2. samples
@@ -441,7 +440,7 @@ def main(cfg):
                    f"at {fall['end_gold']:+.2f} at {fall['end_kl']:.1f} nats: a fall of {fall['fall']:.2f}, while "
                    f"the score goes from {fall['peak_score']:.2f} to {fall['end_score']:.2f}."]
     report = "\n".join(report)
-    experiment.write(run.folder / "report.md", report + "\n")
+    files.write(run.folder / "report.md", report + "\n")
     for what, (_, elo) in wins.items():
         for name in samples.names:
             results[name][f"elo_by_{what}"] = elo[name]

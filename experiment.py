@@ -3,35 +3,45 @@ A run: config from the command line, output folder, log and progress, checkpoint
 
     python STAGE.py --config NAME [--field value ...]
 
-A stage writes to out/RUN/STAGE/: config.json, log.jsonl (one object per update), checkpoint.pt,
-report.txt, pictures. The checkpoint holds everything that decides how the run goes on, random
-states included, so that (shown on CPUs) a resumed run ends with the same bits as one that was
-never interrupted. It is written beside the old one and renamed over it.
+A stage writes to out/RUN/STAGE/: config.json, started.jsonl (when, by which command, commit and versions),
+log.jsonl (one object per update), checkpoint.pt, report.txt, pictures. The checkpoint holds everything that
+decides how the run goes on, random states included, so that (shown on CPUs) a run that was killed at any moment
+and resumed ends with the same bits as one that was never interrupted.
 
 What the scripts use of it:
 
     Common, COMMON                  the fields that every stage has, to which its own Config adds; their presets
-    launch, stop                    parse the command line and run main(cfg); end with one message
-    Run, ensure, load_checkpoint    a stage's folder; an earlier stage's, made where it is missing
+    launch                          parse the command line and run main(cfg)
+    Run, ensure                     a stage's folder; an earlier stage's, made where it is missing
     learning_rate, Clock, ...       small things for the loop and the report
 """
 
 import dataclasses
 import difflib
-import hashlib
+import importlib.metadata
 import inspect
 import json
+import linecache
 import os
+import platform
+import random
 import re
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
+import traceback
 import typing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+
+import files
+from files import stop
 
 
 @dataclass
@@ -45,6 +55,7 @@ class Common:
     max_new_tokens: int = 48    # longest response sampled
     seed: int = 1337            # of everything random
     device: str = "auto"        # auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, mps
+    deterministic: bool = False         # on a GPU: kernels that give the same bits each time, where torch has them
     dtype: typing.Literal["float32", "bfloat16"] = "float32"    # of matrix products; weights stay in float32
     lora_rank: int = 0          # LoRA: train a change of this rank beside frozen weights; 0: all weights
     accumulation: int = 1       # parts in which a gradient step is computed: less memory, the same gradient
@@ -70,18 +81,13 @@ COMMON = {                      # a preset's values for the fields above; its ot
 LATER = ("data", "max_prompt_tokens", "text_prompt", "max_new_tokens", "device", "dtype", "checkpointing")
 
 
-def stop(message):
-    """End the program with one clear message: what was got, what was wanted, what to do."""
-    raise SystemExit(f"error: {message}")
-
-
 # --------------------------------------------------------------------------------------------------
 # Command line
 
 def launch(main, Config, presets, doc, export=None):
     """
-    What a script does when it is run: parse, go, and leave Ctrl-C without a traceback. export(stage's folder,
-    folder) writes what it made for transformers.
+    What a script does when it is run: parse, go, and end with one message where that is all there is to say.
+    export(stage's folder, folder) writes what it made for transformers.
     """
     try:
         cfg = parse(Config, presets, doc, sys.argv[1:])
@@ -95,6 +101,32 @@ def launch(main, Config, presets, doc, export=None):
             print(f"exported    {cfg.export}")
     except KeyboardInterrupt:
         raise SystemExit("\nstopped; the same command with --resume goes on from the last checkpoint")
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            stop(what_needs_less_memory(error, cfg))
+        raise
+
+
+def out_of_memory(error):
+    """Of a GPU, which torch has a class for, or of the CPU, which it has not"""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def what_needs_less_memory(error, cfg):
+    """The phase of main in which memory ran out, by its banner  # ---- 6. update  above the line, and the flags for it"""
+    script, phase = Path(sys.argv[0]).name, "before its first step"
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "main":               # the innermost, where an earlier stage is being made
+            script, code = Path(frame.f_code.co_filename).name, linecache.getlines(frame.f_code.co_filename)[:line]
+            banners = re.findall(r"# ---- (.+)", "".join(code[frame.f_code.co_firstlineno:]))
+            phase = f"in its phase '{banners[-1]}'" if banners else phase
+    updating = re.search("update|train|climb", phase)
+    flags = ["accumulation 4", "checkpointing 1", "lora_rank 8"] if updating else ["max_new_tokens"]
+    flags += ["dtype bfloat16", "batch_size"]
+    flags = ", ".join(f"--{flag}" for flag in flags if hasattr(cfg, flag.split()[0]))
+    return (f"out of memory: {script} {phase} ({str(error).splitlines()[0][:200]}). What needs less there: {flags}. "
+            "--accumulation and --checkpointing may be changed with --resume, which goes on from the last checkpoint; "
+            "the others want another --out")
 
 
 def parse(Config, presets, doc, argv):
@@ -119,8 +151,9 @@ def parse(Config, presets, doc, argv):
                  f"{'NAME' if types[name] is str else getattr(Config, name) or 0.1}")
         else:
             given[name] = read_value(flag, words.pop(0), types[name])
-            check_range(flag, given[name], Config.may_be_zero)
-    return preset(Config, presets, given.pop("config", Config.config), **given)
+    cfg = preset(Config, presets, given.pop("config", Config.config), **given)
+    check_fields(cfg)
+    return cfg
 
 
 def preset(Config, presets, name, **changes):
@@ -145,41 +178,72 @@ def read_value(flag, text, kind):
             stop(f"{flag} got {text}; it takes 1 or 0")
         return text.lower() in ("1", "true", "yes")
     try:
-        if kind is float and float(text) - float(text) != 0:                 # nan, inf
-            raise ValueError
         return kind(text)
     except ValueError:
-        stop(f"{flag} got {text}; it takes {'a whole number' if kind is int else 'a number'}")
+        stop(f"{flag} got {text}; it takes {NAMES[kind]}")
 
 
-def check_range(flag, value, may_be_zero=()):
-    """Whole numbers are counts, from 1; other numbers are not negative; some may not be 0 either."""
-    name = flag[2:].replace("-", "_")
-    least = 0 if name in ("seed", "warmup", "text_prompt", "lora_rank", "critic_warmup") else 1
-    if type(value) is int and value < least:
-        stop(f"{flag} got {value}; it takes a whole number from {least}")
-    if type(value) is float and name not in ("missing_eos_score", "margin"):
-        above_zero = ("temperature", "annotator_temperature", "kl_target", "kl_horizon",
-                      "kl_old_target", "kl_penalty_coef", "grad_clip", "score_clip", "clip_eps",
-                      "max_kl")
-        if value < 0 or value == 0 and name in above_zero and name not in may_be_zero:
-            stop(f"{flag} got {value}; it takes a number {'above' if name in above_zero else 'from'} 0")
-        if value > 1 and name in ("gamma", "lam", "lr_floor", "dropout") or value >= 1 and name == "ema":
-            stop(f"{flag} got {value}; it takes a number from 0 to 1" + ", but not 1" * (name == "ema"))
+# What numbers may be: whole ones are counts, from 1, and others are from 0, unless it says otherwise here
+NAMES = {bool: "1 or 0", int: "a whole number", float: "a number", str: "a text"}
+FROM_0 = ("seed", "warmup", "text_prompt", "lora_rank", "critic_warmup")
+ABOVE_0 = ("temperature", "annotator_temperature", "kl_target", "kl_horizon", "kl_old_target", "kl_penalty_coef",
+           "grad_clip", "score_clip", "clip_eps", "clip_eps_high", "max_kl")
+UP_TO_1, BELOW_1 = ("gamma", "lam", "lr_floor"), ("ema", "dropout")
+NEGATIVE_TOO = ("missing_eos_score", "margin")
+TAKEN = ("tokens", "downloads")          # what else stands in out/
 
 
-def check_in_batch(cfg, *names):
-    """Stops where one of these counts of responses is more than an update has."""
-    for name in names:
-        if getattr(cfg, name) > cfg.batch_size:
-            stop(f"--{name} {getattr(cfg, name)} is more than --batch_size {cfg.batch_size}; "
-                 "lower it to that or less")
+def check_fields(cfg):
+    """Stops on the first field whose value is not of its type, or out of its range."""
+    for name, kind in typing.get_type_hints(type(cfg)).items():
+        flag, value, options = f"--{name}", getattr(cfg, name), typing.get_args(kind)
+        if typing.get_origin(kind) is typing.Literal:
+            if value not in options:
+                stop(f"{flag} got {value!r}{nearest(str(value), options)}; it takes one of: {', '.join(options)}")
+            continue
+        if type(None) in options and value is None:
+            continue
+        kind = options[0] if options else kind
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            stop(f"{flag} got {value!r}; it takes {NAMES[kind]}" + " or none" * bool(options))
+        if kind is int:
+            least = 0 if name in FROM_0 else 1
+            if value < least:
+                stop(f"{flag} got {value}; it takes a whole number from {least}")
+            if value >= 2 ** 32:
+                stop(f"{flag} got {value}; it takes a whole number below 2 ** 32")
+        if kind is float:
+            if value - value != 0:                                           # nan, inf
+                stop(f"{flag} got {value}; it takes a number")
+            above = name in ABOVE_0 and name not in cfg.may_be_zero
+            if name not in NEGATIVE_TOO and (value < 0 or value == 0 and above):
+                stop(f"{flag} got {value}; it takes a number {'above' if above else 'from'} 0")
+            if name in UP_TO_1 and value > 1 or name in BELOW_1 and value >= 1:
+                stop(f"{flag} got {value}; it takes a number from 0 to 1" + ", but not 1" * (name in BELOW_1))
+        if name in ("out", "base") and (value in (".", "..", *TAKEN) or set(value) & set("/\\\0")):
+            stop(f"{flag} got {value!r}; it takes the name of a run, which becomes a folder in out/, without a slash and "
+                 f"not {' or '.join(TAKEN)}")
+
+
+def check_minibatch(cfg):
+    """Stops where a batch cannot be cut into minibatches of one size."""
+    if cfg.batch_size % cfg.minibatch_size:
+        fits = max(n for n in range(1, min(cfg.minibatch_size, cfg.batch_size) + 1) if cfg.batch_size % n == 0)
+        stop(f"--minibatch_size {cfg.minibatch_size} does not divide --batch_size {cfg.batch_size}: gradient steps would "
+             f"be of unequal weight; {fits} does")
 
 
 def check_enough(n, batch_size, what):
     """Stops where there is less than one batch to train on."""
     if n < batch_size:
         stop(f"there are {n} {what} to train on, less than one batch; lower --batch_size {batch_size} to that or less")
+
+
+def check_finite(x, what):
+    """Stops where one of the numbers is none."""
+    if not torch.isfinite(x).all():
+        stop(f"{what} is {x[~torch.isfinite(x)][0].item()}, which nothing can be learned from or measured by; what was saved "
+             "before is as it was")
 
 
 def nearest(word, known):
@@ -203,14 +267,15 @@ def print_help(Config, presets, doc):
 # --------------------------------------------------------------------------------------------------
 # One stage's folder
 
-FREE = ("out", "device", "accumulation", "export", "save_every", "resume", "overwrite")  # may differ when a run goes on
+FREE = ("out", "device", "deterministic", "accumulation", "checkpointing", "export", "save_every", "resume",
+        "overwrite")                                             # may differ when a run goes on
 
 
 def ensure(cfg, script):
     """The folder of an earlier stage, of this run or of --base; else its main makes it here."""
     stage, run = script.__name__, cfg.out or cfg.config
     here = Path("out") / run / stage
-    begun = (here / "checkpoint.pt").exists()
+    begun = (here / "config.json").exists()
 
     def same_data(folder, made_by):
         for name in ("data", "text_prompt"):
@@ -221,7 +286,7 @@ def ensure(cfg, script):
 
     for folder in (here, Path("out") / (run if begun else cfg.base or run) / stage):
         if (folder / "report.txt").exists():
-            made_by = read_json(folder / "config.json")
+            made_by = stored_config(folder)
             if made_by["config"] != cfg.config:
                 stop(f"{folder} was made with --config {made_by['config']}, this is --config "
                      f"{cfg.config}; give another --out, or a --base of the same config")
@@ -231,19 +296,34 @@ def ensure(cfg, script):
                 ", data reviews", ""))
             return folder
     if cfg.base and not begun:
-        stop(f"--base {cfg.base} has no finished {folder}; check the name, or make it: "
+        stop(f"--base {cfg.base} has no finished {folder}{nearest(cfg.base, finished_runs(stage))}; check the name, or make it: "
              f"python {stage}.py --config {cfg.config} --out {cfg.base} --resume")
     theirs = preset(script.Config, script.PRESETS, cfg.config, seed=cfg.seed,
                     **{name: getattr(cfg, name) for name in LATER})
     if begun:                                                    # perhaps with settings of its own
-        made_by = read_json(here / "config.json")
+        made_by = stored_config(here)
         same_data(here, made_by)
+        unknown = made_by.keys() - asdict(script.Config()).keys()
+        if unknown:
+            stop(f"{here}/config.json has the settings {', '.join(sorted(unknown))}, which {stage}.py does not know: another "
+                 "version began it. --overwrite of that stage starts it again")
         theirs = script.Config(**made_by)
     print(f"{here} is not {'finished' if begun else 'there'} yet: making it first\n")
     script.main(dataclasses.replace(theirs, out=cfg.out, device=cfg.device, resume=True,
                                     overwrite=False))
     print()
     return here
+
+
+def stored_config(folder):
+    config = files.read_json(folder / "config.json")
+    if not isinstance(config, dict) or not {"config", "seed"} <= config.keys():
+        stop(f"{folder}/config.json is not what a stage writes; make the stage again with --overwrite, or give another --out")
+    return config
+
+
+def finished_runs(stage):
+    return [path.parts[1] for path in Path("out").glob(f"*/{stage}/report.txt")]
 
 
 class Run:
@@ -257,74 +337,148 @@ class Run:
         run.begin()                             # from here on there are files and random numbers
         for step in run.steps(run.restore(policy=policy, optimizer=optimizer), cfg.steps):
             ...
+            run.must_be_finite(loss=loss)
+            ...
             run.log(step, metrics, columns)
-            run.checkpoint(step + 1, policy=policy, optimizer=optimizer)
+            run.checkpoint(step + 1)
         run.finish(report, results)
 
     run.generator, on the CPU, is the one source of randomness besides torch's own.
     """
 
     def __init__(self, cfg, stage):
-        self.cfg, self.device = cfg, pick_device(cfg.device)
+        check_fields(cfg)
+        self.cfg, self.stage, self.device = cfg, stage, pick_device(cfg)
         self.folder = Path("out") / (cfg.out or cfg.config) / stage
         self.old = self.folder.with_name(stage + ".old")
-        self.finished = (self.folder / "report.txt").exists()
-        self.resuming = (self.folder / "checkpoint.pt").exists() and not self.finished
+        self.found = self.what_stands()
+        self.finished = self.found["report.txt"]
+        self.resuming = self.found["checkpoint.pt"] and not self.finished
         self.replacing = cfg.overwrite and not (self.resuming and cfg.resume)
         self.interrupted, self.lines = False, 0
         if self.replacing:
             self.finished = self.resuming = False
         if self.finished or self.resuming:
-            stored = asdict(type(cfg)()) | read_json(self.folder / "config.json")
-            for name, value in asdict(cfg).items():
-                if name not in FREE and stored[name] != value:
-                    stop(f"{self.folder} holds a run with {name} {stored[name]}, this one has "
-                         f"{name} {value}; --out NAME keeps both, --overwrite replaces that one")
+            self.must_be_alike(stored_config(self.folder))
+        if not self.finished and self.lock_file().exists():
+            self.take().release()                        # nobody else is at it
         if self.resuming and not cfg.resume:
             stop(f"{self.folder} holds an unfinished run; --resume goes on with it, "
                  "--overwrite starts again")
         print(f"== {stage}   {self.folder}   seed {cfg.seed}   {self.device}   "
               f"{torch.get_num_threads()} threads" + ("   already finished" * self.finished))
 
+    def what_stands(self):
+        return {name: (self.folder / name).exists() for name in ("report.txt", "checkpoint.pt")}
+
+    def must_be_alike(self, stored):
+        """Stops where a config, as plain values, is not that of this run; fields that it has not have their defaults."""
+        stored, ours = asdict(type(self.cfg)()) | stored, asdict(self.cfg)
+        differ = [name for name in ours if name not in FREE and stored[name] != ours[name]]
+        if differ:
+            theirs, ours = (", ".join(f"{name} {config[name]}" for name in differ) for config in (stored, ours))
+            stop(f"{self.folder} holds a run with {theirs}, this one has {ours}; --out NAME keeps both, --overwrite replaces "
+                 "that one")
+
+    def lock_file(self):
+        return self.folder.with_name(f".{self.stage}.lock")
+
+    def take(self):
+        def first():
+            who = self.starts()[-1:] or [{}]
+            return (f"{self.folder} is being written by process {who[0].get('process', '?')} on {who[0].get('host', '?')} "
+                    f"({who[0].get('command', 'unknown')}), started {who[0].get('time', 'just now')}; wait until it has "
+                    "ended, or give another --out")
+        return files.one_process(self.lock_file(), first)
+
+    def starts(self):
+        """What started.jsonl says: one object for each time that this run was begun or gone on with"""
+        return files.read_lines(self.folder / "started.jsonl")
+
     def begin(self):
-        """Make the folder ready to be written to, and start the random numbers."""
-        if self.replacing and (self.folder / "report.txt").exists():
-            shutil.rmtree(self.old, ignore_errors=True)
-            os.replace(self.folder, self.old)            # kept until the new one is finished
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.resuming:
-            (self.folder / "checkpoint.pt").unlink(missing_ok=True)
-            write(self.folder / "config.json", json.dumps(asdict(self.cfg), indent=1))
+        """Make the folder ready to be written to, by this process alone, and start the random numbers."""
+        with files.writing(self.folder):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = self.take()
+        if self.what_stands() != self.found:
+            stop(f"{self.folder} has changed while this run was starting; see what is there and run the command again")
+        with files.writing(self.folder):
+            unfinished = self.found["checkpoint.pt"] and not self.found["report.txt"]
+            if self.replacing and any(self.found.values()) and not (unfinished and self.old.exists()):
+                shutil.rmtree(self.old, ignore_errors=True)
+                os.replace(self.folder, self.old)        # kept until the new one is finished
+            self.folder.mkdir(exist_ok=True)
+            for stray in self.folder.glob("*.tmp"):      # of a process that was killed while it wrote
+                stray.unlink()
+            if not self.resuming:
+                for name in ("checkpoint.pt", "started.jsonl"):
+                    (self.folder / name).unlink(missing_ok=True)
+                files.write(self.folder / "config.json", json.dumps(asdict(self.cfg), indent=1))
+        start = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "host": platform.node(), "process": os.getpid(),
+                 "command": command(self.cfg, self.stage), "device": str(self.device), "threads": torch.get_num_threads(),
+                 **versions()}
+        before = (self.starts() or [start])[0]
+        for name in ("device", "threads", "torch", "commit"):
+            if before[name] != start[name]:
+                print(f"note: begun with {name} {before[name]}, going on with {start[name]}: the bits may not be those of a "
+                      "run that was never interrupted")
+        files.append(self.folder / "started.jsonl", json.dumps(start) + "\n")
         torch.manual_seed(self.cfg.seed)
+        random.seed(self.cfg.seed)                       # these two for a reward function of the user's
+        np.random.seed(self.cfg.seed)
         self.generator = torch.Generator().manual_seed(self.cfg.seed)
 
     # ---- the loop
 
     def restore(self, **state):
-        """Load the last checkpoint, if there is one, into the objects -> the step to go on from."""
-        log = self.folder / "log.jsonl"
+        """
+        Load the last checkpoint, if there is one, into the objects -> the step to go on from
+
+        They are what every later checkpoint holds: objects by their state_dict, anything else as it is.
+        """
+        log, self.state = self.folder / "log.jsonl", state
         if not self.resuming:
-            write(log, "")
+            files.write(log, "")
             return 0
-        saved = load_checkpoint(self.folder)
+        path = self.folder / "checkpoint.pt"
+        saved = files.load_checkpoint(self.folder, "random", *state)
+        self.must_be_alike(saved["config"])
         for name, thing in state.items():
             if hasattr(thing, "load_state_dict"):
-                thing.load_state_dict(saved[name])
-            elif saved.get(name) != thing:
+                files.fill(thing, saved[name], f"{path}: {name}")
+            elif saved[name] != thing:
                 why = "the contents of --data" if name == "data" else "the stages before it"
                 stop(f"{self.folder} was begun with another {name}: {why} have changed since. "
                      "--overwrite starts it again, --out NAME beside it")
-        self.generator.set_state(saved["random"]["run"])
-        torch.set_rng_state(saved["random"]["torch"])
-        if self.device.type == "cuda" and "cuda" in saved["random"]:
-            torch.cuda.set_rng_state(saved["random"]["cuda"], self.device)
-        lines = log.read_text().splitlines()             # updates after the checkpoint come again
-        write(log, "".join(line + "\n" for line in lines[:saved["step"]]))
+        self.set_random_states(saved["random"])
+        lines = files.read_lines(log)[:saved["step"]]
+        if [line["step"] for line in lines] != list(range(saved["step"])):
+            stop(f"{log} has not the updates 0 to {saved['step'] - 1} that {path} comes after: it was changed since. Put it "
+                 "back, or start again with --overwrite")
+        files.write(log, "".join(json.dumps(line) + "\n" for line in lines))     # those after it come again
         print(f"going on from step {saved['step']}")
         return saved["step"]
 
+    def random_states(self):
+        name, keys, *place = np.random.get_state()
+        states = {"run": self.generator.get_state(), "torch": torch.get_rng_state(), "python": random.getstate(),
+                  "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *place]}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def set_random_states(self, states):
+        self.generator.set_state(states["run"])
+        torch.set_rng_state(states["torch"])
+        if "python" in states:                           # earlier versions kept torch's alone
+            random.setstate(states["python"])
+            name, keys, *place = states["numpy"]
+            np.random.set_state((name, keys.numpy(), *place))
+        if self.device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], self.device)
+
     def steps(self, first, last):
-        """The steps. Ctrl-C lets the one under way finish and be saved, a second leaves at once."""
+        """The steps. Ctrl-C (or a plain kill) lets the one under way finish and be saved, a second leaves at once."""
         def interrupt(signum, frame):
             if self.interrupted:
                 raise KeyboardInterrupt
@@ -332,18 +486,44 @@ class Run:
             print("\nfinishing this step, then saving; Ctrl-C again leaves at once", flush=True)
 
         self.first, self.last = first, last
-        before = signal.signal(signal.SIGINT, interrupt)
+        before = {kind: signal.signal(kind, interrupt) for kind in (signal.SIGINT, signal.SIGTERM)}
         try:
-            yield from range(first, last)
+            for self.step in range(first, last):
+                self.random_at_start = self.random_states()
+                yield self.step
         finally:
-            signal.signal(signal.SIGINT, before)
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
+
+    def must_be_finite(self, taken=0, **values):
+        """
+        Stops before a number that is none gets into the weights.
+
+        taken is how many gradient steps this update has made already. As long as there is none, everything is as it
+        was at the start of the update, and is saved so; else the last checkpoint is the last to go on from.
+        """
+        for name, value in values.items():
+            value = torch.as_tensor(value)
+            bad = ~torch.isfinite(value)
+            if bad.any():
+                if taken == 0:
+                    self.save(self.step, self.random_at_start)
+                first = bad.nonzero()[0].tolist()
+                where = f" in {int(bad.sum())} of {bad.numel()} places, first at {first}" if first else ""
+                cause = ("that is what the reward gave: look at the responses it was given" if name == "scores" else
+                         "try a lower --lr or a smaller --grad_clip, with another --out")
+                saved = f"{self.folder}/checkpoint.pt is from {'before' if taken else 'the start of'} that update"
+                if not (self.folder / "checkpoint.pt").exists():
+                    saved = "No checkpoint had been written yet"
+                stop(f"{name} of update {self.step} is {value[bad][0].item()}{where}"
+                     + f", after {taken} of its gradient steps" * (taken > 0) + f"; {cause}. {saved}. README.md, 'When a "
+                     "number is not finite', shows how to find the operation")
 
     def log(self, step, metrics, columns, every=1):
         """One object in log.jsonl; on the terminal an aligned line of the columns, and time left."""
         metrics = {k: v.item() if torch.is_tensor(v) else v for k, v in metrics.items()}
         columns = [name for name in columns if name in metrics]
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps({"step": step} | metrics) + "\n")
+        files.append(self.folder / "log.jsonl", json.dumps({"step": step} | metrics) + "\n")
         if step == self.first:                           # which is slow: time left is told after it
             self.begun = time.time()
         if step % every and step + 1 < self.last:
@@ -358,48 +538,57 @@ class Run:
                   else f"{metrics[k]:.0e}" for k in columns)
         print(f"{step:6d}" + "".join(map(str.rjust, values, widths)) + f"{left:>8} s", flush=True)
 
-    def checkpoint(self, done, **state):
+    def checkpoint(self, done):
         """After `done` updates: save when it is time to, or at Ctrl-C, and then leave."""
         if done % self.cfg.save_every == 0 or done == self.last or self.interrupted:
-            self.save(done, **state)
-        if self.interrupted and done < self.last:
+            self.save(done)
+        if self.interrupted:
             raise SystemExit(f"saved after {done} of {self.last} steps in {self.folder}; "
                              "the same command with --resume goes on from there")
 
-    def save(self, done, **state):
-        """Write checkpoint.pt: objects by their state_dict, anything else as it is."""
+    def save(self, done, random_states=None):
+        """Write checkpoint.pt, the log's lines before it."""
         saved = {name: thing.state_dict() if hasattr(thing, "state_dict") else thing
-                 for name, thing in state.items()}
-        random = {"run": self.generator.get_state(), "torch": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
-        path = self.folder / "checkpoint.pt"
-        with open(path.with_suffix(".tmp"), "wb") as file:
-            torch.save({"step": done, "config": asdict(self.cfg), "random": random, **saved}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path.with_suffix(".tmp"), path)
+                 for name, thing in self.state.items()}
+        with files.writing(self.folder / "log.jsonl"):
+            files.flush(self.folder / "log.jsonl")
+        with files.replacing(self.folder / "checkpoint.pt", "wb") as file:
+            torch.save({"step": done, "config": asdict(self.cfg), "random": random_states or self.random_states(),
+                        **saved}, file)
 
     # ---- the end
 
     def finish(self, report, results):
         """Write results.json and report.txt and print the report: the stage is now finished."""
-        write(self.folder / "results.json", json.dumps(results, indent=1))
-        write(self.folder / "report.txt", report + "\n")
+        report = visible(report + "\n" + self.made_by())
+        files.write(self.folder / "results.json", json.dumps(results, indent=1))
+        files.write(self.folder / "report.txt", report + "\n")
         shutil.rmtree(self.old, ignore_errors=True)
+        self.lock.release(force=True)
         print("\n" + report, flush=True)
         return results
+
+    def made_by(self):
+        """The command that makes this result again, and what it was made with"""
+        last, n = self.starts()[-1], len(self.starts())
+        packages = ", ".join(f"{name} {last[name]}" for name in ("python", *PACKAGES))
+        return (f"command     {last['command']}\nmade with   commit {last['commit']}, {packages}; {last['device']}, "
+                f"{last['threads']} threads" + f"; gone on with {n - 1} times" * (n > 1))
 
     def show(self):
         """Print again what a finished stage printed at its end -> its results"""
         print("This is the result of then, whatever has changed in the code since; --overwrite runs it "
               "again, --out NAME beside it.\n\n" + (self.folder / "report.txt").read_text())
-        return read_json(self.folder / "results.json")
+        return files.read_json(self.folder / "results.json")
 
 
-def pick_device(name):
+def pick_device(cfg):
+    name = cfg.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")          # read when CUDA starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -408,48 +597,31 @@ def pick_device(name):
     return torch.device(name)
 
 
-def command(cfg, stage):
-    """The command that runs another stage of the same run."""
+def command(cfg, stage, names=None):
+    """The command that runs a stage with these settings; or another stage of the same run, with those it has to be told"""
     usual = preset(type(cfg), sys.modules[type(cfg).__module__].PRESETS, cfg.config)
-    names = ("base", "out", "seed", *LATER, "reward", "normalise_reward", "missing_eos_score", "score_clip")
-    changed = [name for name in names if getattr(cfg, name, None) != getattr(usual, name, None)]
-    return f"python {stage}.py --config {cfg.config}" + "".join(f" --{name} {getattr(cfg, name)}" for name in changed)
+    names = names or [field.name for field in dataclasses.fields(cfg) if field.name not in ("config", "export", "resume", "overwrite")]
+    changed = [(name, getattr(cfg, name)) for name in names if getattr(cfg, name, None) != getattr(usual, name, None)]
+    return f"python {stage}.py --config {cfg.config}" + "".join(f" --{name} {shlex.quote(str(value))}" for name, value in changed)
 
 
-def must_be_finite(step, **values):
-    """Stops before a number that is none gets into the weights and into a checkpoint."""
-    for name, value in values.items():
-        if not torch.isfinite(value).all():
-            stop(f"{name} of update {step} is not finite. The last checkpoint is from before that; "
-                 "try a lower --lr, with --overwrite or another --out")
+def next_command(cfg, stage):
+    """The command that runs another stage of the same run."""
+    return command(cfg, stage, ("base", "out", "seed", *LATER, "reward", "normalise_reward", "missing_eos_score", "score_clip"))
 
 
-def fingerprint(module):
-    """A digest of a module's weights, by which later stages know what they were made from."""
-    digest = hashlib.sha256()
-    for name, weight in module.state_dict().items():
-        digest.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+PACKAGES = ("torch", "transformers", "tokenizers", "tiktoken", "numpy")
 
 
-def load_checkpoint(folder):
-    """A stage's checkpoint, on the CPU. weights_only: reading it can run no code."""
-    path = Path(folder) / "checkpoint.pt"
+def versions():
+    """What a result depends on besides its settings: {commit, python, torch, ..}"""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        stop(f"{path} cannot be read as a checkpoint ({type(error).__name__}); "
-             "make the stage again with --overwrite, or give another --out")
-
-
-def read_json(path):
-    return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
-def write(path, text):
-    """Beside it, then renamed: a reader never sees half a file."""
-    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
+        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"], text=True,
+                                capture_output=True, timeout=10, cwd=Path(__file__).parent).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):         # no git here
+        commit = ""
+    return {"commit": commit.replace("-dirty", " with changes") or "unknown", "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -499,6 +671,14 @@ def progress(items, label):
     print("\r\033[K" * terminal + f"{label}: {time.time() - begun:.1f} s", flush=True)
 
 
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+
+def visible(text):
+    """A text to be shown: control characters, which a terminal would obey, as their codes"""
+    return CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
+
+
 def table(rows, markdown=False):
     """Rows of cells, the first row the header -> aligned text, numbers to the right"""
     rows = [[f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
@@ -527,10 +707,17 @@ def pyplot():
     return plt
 
 
+def save_figure(figure, path, dpi=110):
+    """Write a picture, its place taken when it is whole, and forget the figure"""
+    with files.replacing(path, "wb") as file:
+        figure.savefig(file, dpi=dpi, format=Path(path).suffix[1:])
+    pyplot().close(figure)
+
+
 def curves(folder, title, panels):
     """Draw logged metrics over updates, a panel for each (heading, unit, names) -> curves.png"""
     plt = pyplot()
-    log = [json.loads(line) for line in open(folder / "log.jsonl")]
+    log = files.read_lines(folder / "log.jsonl")
     panels = [panel for panel in panels if any(name in line for line in log for name in panel[2])]
     columns = min(3, len(panels))
     figure, axes = plt.subplots(-(-len(panels) // columns), columns, squeeze=False, figsize=(
@@ -547,6 +734,5 @@ def curves(folder, title, panels):
         axis.remove()
     figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(folder / "curves.png", dpi=110)
-    plt.close(figure)
+    save_figure(figure, folder / "curves.png")
     return folder / "curves.png"

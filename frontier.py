@@ -208,6 +208,7 @@ def collect(policies, reward, tokenizer, ids, counts, cfg):
             logprobs[k, at] = by_token.cpu().double().sum(dim=1)
             flat["entropy"][at] += (entropy.cpu().double().sum(dim=1) * (author[at] == k))
         measured = {"scores": reward(inputs, targets, mask, finished), "lengths": mask.sum(dim=1), "finished": finished}
+        experiment.check_finite(measured["scores"], "the reward of a sampled response")
         if known:
             measured |= zip(known, read_gold(tokenizer, inputs, targets, mask))
         for key, x in measured.items():

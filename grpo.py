@@ -44,6 +44,7 @@ import torch
 import corpus
 import data
 import experiment
+import files
 import frontier
 import ppo
 import scoring
@@ -172,7 +173,8 @@ CURVES = [                                                       # heading, unit
 
 def check(cfg):
     """Stops on settings that cannot go together."""
-    experiment.check_in_batch(cfg, "minibatch_size")
+    experiment.check_minibatch(cfg)
+    scoring.check(cfg)
     if cfg.batch_size % cfg.group_size:
         experiment.stop(f"--batch_size {cfg.batch_size} is no multiple of --group_size {cfg.group_size}; "
                         "every group must be whole")
@@ -190,7 +192,7 @@ def main(cfg):
 
     # ---- two models and a reward, all in eval mode for good: with dropout the first ratio would not be 1
     actor, tokenizer = sft.load_policy(experiment.ensure(cfg, sft), device, **cfg.how())
-    sft_made = experiment.fingerprint(actor)
+    sft_made = files.fingerprint(actor)
     train_prompts, eval_prompts = corpus.prompts(cfg, tokenizer, actor.config.block_size, cfg.n_eval)
     reward = scoring.load_reward(cfg, actor, tokenizer, train_prompts, device)
     run.begin()
@@ -221,7 +223,8 @@ def main(cfg):
                 actor, inputs, targets, mask, cfg.temperature, return_entropy=True)
             ref_logprobs = token_logprobs(reference, inputs, targets, mask, cfg.temperature)
         kl_ref = ppo.kl_estimate(old_logprobs, ref_logprobs).sum(dim=1)      # (B,) both 0 off the mask
-        ppo.check_rollout(scores, kl_ref, cfg.kl_bound, step)
+        run.must_be_finite(scores=scores, kl_ref=kl_ref)
+        ppo.check_rollout(kl_ref, cfg.kl_bound)
         clock.lap("score")
 
         # ---- 4. rewards
@@ -255,7 +258,7 @@ def main(cfg):
                     experiment.add(metrics, {"policy_loss": part.pop("policy_loss")}, 1.0)
                     experiment.add(metrics, part, mask[rows].sum() / mask[minibatch].sum())
                 metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(actor.parameters(), cfg.grad_clip)
-                experiment.must_be_finite(step, loss=whole_loss, grad_norm=metrics["grad_norm"])
+                run.must_be_finite(len(history), loss=whole_loss, grad_norm=metrics["grad_norm"])
                 optimizer.step()
                 optimizer.zero_grad()
                 history.append(metrics)
@@ -277,7 +280,7 @@ def main(cfg):
         metrics["tokens_per_second"] = mask.sum().item() / sum(clock.seconds.values())
         run.log(step, metrics, ["score", "gold", "kl_ref", "kl_old", "entropy", "clip_fraction",
                                 "equal_groups", "group_std", "response_length"])
-        run.checkpoint(step + 1, **state)
+        run.checkpoint(step + 1)
 
     # ---- the result
     name = {"grpo": "GRPO", "dr_grpo": "Dr. GRPO", "rloo": "RLOO", "reinforce": "REINFORCE"}[cfg.advantage]
@@ -287,7 +290,7 @@ def main(cfg):
         text, "",
         f"curves      {picture}", f"log         {run.folder}/log.jsonl",
         f"checkpoint  {run.folder}/checkpoint.pt",
-        f"next        {experiment.command(cfg, 'evaluate')}"]), results)
+        f"next        {experiment.next_command(cfg, 'evaluate')}"]), results)
 
 
 if __name__ == "__main__":

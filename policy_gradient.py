@@ -39,7 +39,6 @@ trpo shrinks during training, with the square of the other rungs' learning rate.
 
 import copy
 import itertools
-import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -49,6 +48,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import corpus
 import data
 import experiment
+import files
 import frontier
 import ppo
 import scoring
@@ -276,7 +276,7 @@ def logprobs_of(policy, rows, cfg):
     return token_logprobs(policy, rows["inputs"], rows["targets"], rows["mask"], cfg.temperature)
 
 
-def climb(rung, actor, optimizer, roll, order, cfg, coef, step):
+def climb(rung, actor, optimizer, roll, order, cfg, coef, run):
     """One gradient step on all rows, or from importance on one on each minibatch -> metrics"""
     grad_norms = []
     for rows in [order] if rung in PSI else order.split(cfg.minibatch_size):
@@ -286,7 +286,7 @@ def climb(rung, actor, optimizer, roll, order, cfg, coef, step):
             loss = rung_loss(rung, logprobs_of(actor, part, cfg), part, cfg, coef)
             (share * loss).backward()
         grad_norms.append(torch.nn.utils.clip_grad_norm_(actor.parameters(), cfg.grad_clip))
-        experiment.must_be_finite(step, loss=loss, grad_norm=grad_norms[-1])
+        run.must_be_finite(len(grad_norms) - 1, loss=loss, grad_norm=grad_norms[-1])
         optimizer.step()
         optimizer.zero_grad()
     return {"grad_norm": sum(grad_norms) / len(grad_norms)}
@@ -384,8 +384,7 @@ def draw_ladder(log, cfg, best, path):
         axis.legend(fontsize=8, loc="lower right")
     axes[0, 0].set_ylabel(f"score - {cfg.beta:g} KL (mean over five updates)")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    experiment.save_figure(figure, path)
 
 
 def draw_variance(noise, cfg, path):
@@ -406,13 +405,15 @@ def draw_variance(noise, cfg, path):
     axes[1].set(ylabel="change from the rung before, same samples")
     axes[0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    experiment.save_figure(figure, path)
 
 
 def check(cfg):
     """Stops on settings that cannot go together."""
-    experiment.check_in_batch(cfg, "minibatch_size", "fisher_rows")
+    experiment.check_minibatch(cfg)
+    scoring.check(cfg)
+    if cfg.fisher_rows > cfg.batch_size:
+        experiment.stop(f"--fisher_rows {cfg.fisher_rows} is more than --batch_size {cfg.batch_size}; lower it to that or less")
     if cfg.lora_rank:
         experiment.stop("--lora_rank: the ladder compares gradients of all weights; ppo.py, grpo.py and dpo.py take LoRA")
     if cfg.rung == "all" and cfg.batch_size % (4 * cfg.variance_rows):
@@ -444,7 +445,7 @@ def main(cfg):
     penalty = ppo.ThresholdKL(cfg.kl_penalty_coef, cfg.kl_old_target)
     state = dict(actor=actor, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer, penalty=penalty,
                  probe=probe, gpt=asdict(actor.config), tokenizer=data.fingerprint(tokenizer),
-                 sft=experiment.fingerprint(actor), reward=reward,
+                 sft=files.fingerprint(actor), reward=reward,
                  **{f"policy_{rung}": policy for rung, policy in policies.items()})
     data.save_tokenizer(tokenizer, run.folder)
 
@@ -467,7 +468,8 @@ def main(cfg):
         # ---- 1. roll out
         prompts = data.draw(train_prompts, cfg.batch_size, run.generator)
         roll = roll_out(actor, critic, reference, reward, tokenizer, prompts, cfg, run.generator)
-        ppo.check_rollout(roll["scores"], roll["kl_ref"], cfg.kl_bound, step)
+        run.must_be_finite(scores=roll["scores"], kl_ref=roll["kl_ref"])
+        ppo.check_rollout(roll["kl_ref"], cfg.kl_bound)
         clock.lap("rollout")
 
         # ---- 2. climb
@@ -478,7 +480,7 @@ def main(cfg):
         if rung == "trpo":                   # a step's KL goes with the square of its length
             metrics = climb_by_trpo(actor, roll, order, cfg, lr_factor ** 2 * cfg.max_kl)
         else:
-            metrics = climb(rung, actor, optimizer, roll, order, cfg, penalty.coef, step)
+            metrics = climb(rung, actor, optimizer, roll, order, cfg, penalty.coef, run)
         _, returns = ppo.gae(roll["rewards"], roll["values"], roll["mask"], cfg.gamma, cfg.lam)     # (B, T)
         for at in order.split(cfg.minibatch_size):
             for part in data.parts(at, cfg.accumulation):
@@ -486,7 +488,7 @@ def main(cfg):
                 loss, _ = ppo.value_loss(critic(rows["inputs"]), rows["values"], returns[part], rows["mask"], clip_eps=0)
                 (share * loss).backward()
             torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.grad_clip)
-            experiment.must_be_finite(step, value_loss=loss)
+            run.must_be_finite(taken=1, value_loss=loss)         # the actor has moved already
             critic_optimizer.step()
             critic_optimizer.zero_grad()
         rows = some(roll, order[:cfg.minibatch_size])
@@ -511,7 +513,7 @@ def main(cfg):
                                 "response_length"])
         if update + 1 == cfg.steps:
             policies[rung].load_state_dict(actor.state_dict())
-        run.checkpoint(step + 1, **state)
+        run.checkpoint(step + 1)
     report, results = [], {}
 
     # ---- 4. variance
@@ -544,14 +546,14 @@ def main(cfg):
         table.append([name, *(means[metric] for metric in shown),
                       "" if limit["fraction"] is None else f"{limit['fraction']:.3f} ±{limit['standard_error']:.3f}"
                       + "*" * (not limit["optimum_trusted"])])
-    log = [json.loads(line) for line in open(run.folder / "log.jsonl")]
+    log = files.read_lines(run.folder / "log.jsonl")
     draw_ladder(log, cfg, results["SFT"].get("best_objective"), run.folder / "ladder.png")
     return run.finish("\n".join([
         *report, experiment.table(table), "", "*: too few effective samples to know the optimum well; objective is "
         f"score - {cfg.beta:g} KL, and its optimum an estimate, if anything too low.", "",
         f"pictures    {run.folder}/ladder.png" + f", {run.folder}/variance.png" * (cfg.rung == "all"),
         f"log         {run.folder}/log.jsonl", f"checkpoint  {run.folder}/checkpoint.pt",
-        f"next        {experiment.command(cfg, 'evaluate')} --runs {run.folder.parent.name}/policy_gradient"]), results)
+        f"next        {experiment.next_command(cfg, 'evaluate')} --runs {run.folder.parent.name}/policy_gradient"]), results)
 
 
 if __name__ == "__main__":

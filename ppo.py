@@ -40,6 +40,7 @@ import torch
 import corpus
 import data
 import experiment
+import files
 import frontier
 import scoring
 import sft
@@ -332,9 +333,8 @@ def check_first_minibatch(logprobs, old_logprobs, kl_ref, clip_fraction, dtype="
                         " nats: actor and reference do not start from the same weights")
 
 
-def check_rollout(scores, kl_ref, bound, step):
-    """Stops on scores or KLs that are no numbers, warns on KLs that cannot be or are too large."""
-    experiment.must_be_finite(step, scores=scores, kl_ref=kl_ref)
+def check_rollout(kl_ref, bound):
+    """Warns of KLs that cannot be or are too large."""
     mean, standard_error = kl_ref.mean(), kl_ref.std(correction=0) / len(kl_ref) ** 0.5
     if mean < -3 * standard_error - 1e-4 and len(kl_ref) >= 16:
         print(f"warning: kl_ref is {mean:.2f} +- {standard_error:.2f} nats, but a KL is never "
@@ -356,16 +356,24 @@ CURVES = [                                                       # heading, unit
     ("gradient norm", "", ["grad_norm", "critic_grad_norm"])]
 
 
+def check(cfg):
+    """Stops on settings that cannot be, before any work."""
+    experiment.check_minibatch(cfg)
+    scoring.check(cfg)
+    if cfg.ptx_coef and cfg.ptx_data:
+        corpus.check_source(cfg.ptx_data, "--ptx_data")
+
+
 def main(cfg):
     run = experiment.Run(cfg, "ppo")
     if run.finished:
         return run.show()
+    check(cfg)
     device = run.device
-    experiment.check_in_batch(cfg, "minibatch_size")
 
     # ---- the four models, all in eval mode for good: with dropout the first ratio would not be 1
     actor, tokenizer = sft.load_policy(experiment.ensure(cfg, sft), device, **cfg.how())
-    block_size, sft_made = actor.config.block_size, experiment.fingerprint(actor)
+    block_size, sft_made = actor.config.block_size, files.fingerprint(actor)
     train_prompts, eval_prompts = corpus.prompts(cfg, tokenizer, block_size, cfg.n_eval)
     reward = scoring.load_reward(cfg, actor, tokenizer, train_prompts, device)
     trunk = reward.model if cfg.critic_init == "rm" else actor
@@ -414,7 +422,8 @@ def main(cfg):
             ref_logprobs = token_logprobs(reference, inputs, targets, mask, cfg.temperature)
             old_values = critic(inputs) * mask                                              # (B, T)
         kl_ref = kl_estimate(old_logprobs, ref_logprobs).sum(dim=1)     # (B,) both 0 off the mask
-        check_rollout(scores, kl_ref, cfg.kl_bound, step)
+        run.must_be_finite(scores=scores, kl_ref=kl_ref)
+        check_rollout(kl_ref, cfg.kl_bound)
         clock.lap("score")
 
         # ---- 4. rewards
@@ -463,7 +472,7 @@ def main(cfg):
                     metrics["ptx_loss"] = add_ptx_gradient(actor, texts, cfg.ptx_coef, cfg.accumulation)
                 metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(actor.parameters(), cfg.grad_clip)
                 metrics["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.grad_clip)
-                experiment.must_be_finite(step, **{name: metrics[name] for name in (
+                run.must_be_finite(len(history), **{name: metrics[name] for name in (
                     "policy_loss", "value_loss", "grad_norm", "critic_grad_norm")})
                 for optimizer in optimizers:
                     optimizer.step()
@@ -498,7 +507,7 @@ def main(cfg):
         metrics["tokens_per_second"] = mask.sum().item() / sum(clock.seconds.values())
         run.log(step, metrics, ["score", "gold", "kl_ref", "beta", "kl_old", "entropy",
                                 "clip_fraction", "explained_variance", "response_length"])
-        run.checkpoint(step + 1, **state)
+        run.checkpoint(step + 1)
 
     # ---- the result
     policies = {"SFT": reference, "PPO": actor} | ({"PPO, averaged": average} if cfg.ema else {})
@@ -509,8 +518,8 @@ def main(cfg):
         text, "",
         f"curves      {picture}", f"log         {run.folder}/log.jsonl",
         f"checkpoint  {run.folder}/checkpoint.pt",
-        f"next        {experiment.command(cfg, 'evaluate')}",
-        f"            {experiment.command(hacked, 'ppo')} --kl_control fixed --beta 0   (no KL penalty)"]), results)
+        f"next        {experiment.next_command(cfg, 'evaluate')}",
+        f"            {experiment.next_command(hacked, 'ppo')} --kl_control fixed --beta 0   (no KL penalty)"]), results)
 
 
 if __name__ == "__main__":

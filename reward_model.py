@@ -31,6 +31,7 @@ import torch
 import corpus
 import data
 import experiment
+import files
 import reviews
 import sft
 from model import GPTConfig, ScalarGPT, add_lora, generate, masked_mean, merged, sequence_scores, trained
@@ -187,8 +188,7 @@ def normalisation(raw, policy, tokenizer, prompts, cfg, n=512):
                                 generator)
         scores.append(raw(*data.shift(tokens), mask))
     scores = torch.cat(scores)                                               # (n,)
-    if not torch.isfinite(scores).all():
-        experiment.stop("the reward gave a score that is not finite to a response of the SFT policy")
+    experiment.check_finite(scores, "the reward of a response of the SFT policy")
     mean, std = scores.mean().item(), scores.std().item()
     if std < 1e-6 * max(1.0, abs(mean)):
         experiment.stop(f"the reward gave {mean:g} to each of {n} responses of the SFT policy: there is nothing to learn "
@@ -201,36 +201,45 @@ def normalisation(raw, policy, tokenizer, prompts, cfg, n=512):
 
 def load_reward_model(folder, sft_policy, tokenizer, device, **how):
     """The reward model of a finished stage, in eval mode. It must share the policy's vocabulary."""
-    saved = experiment.load_checkpoint(folder)
+    saved = files.load_checkpoint(folder, "reward_model", "gpt", "tokenizer", "sft")
     data.check_vocabulary(saved["tokenizer"], tokenizer, folder)
-    if saved["sft"] != experiment.fingerprint(sft_policy):
+    if saved["sft"] != files.fingerprint(sft_policy):
         print(f"warning: {folder} was made from another SFT policy than the one here: its scores "
               "are not normalised for this one")
-    reward_model = ScalarGPT(GPTConfig(**saved["gpt"] | how))
-    reward_model.load_state_dict(merged(saved["reward_model"]))
+    reward_model = ScalarGPT(sft.config_of(saved, folder, **how))
+    files.fill(reward_model, merged(saved["reward_model"]), f"{folder}/checkpoint.pt: reward_model")
     return reward_model.eval().to(device)
 
 
 def export(folder, to):
     """A finished stage's reward model for transformers' AutoModelForSequenceClassification, and its tokenizer"""
-    saved, tokenizer = experiment.load_checkpoint(folder), data.load_tokenizer(folder)
-    reward_model = ScalarGPT(GPTConfig(**saved["gpt"]))
-    reward_model.load_state_dict(merged(saved["reward_model"]))
-    reward_model.save_pretrained(to, tokenizer.eot_token)
-    data.export_tokenizer(tokenizer, to, pad=True)
+    saved, tokenizer = files.load_checkpoint(folder, "reward_model", "gpt"), data.load_tokenizer(folder)
+    reward_model = ScalarGPT(sft.config_of(saved, folder))
+    files.fill(reward_model, merged(saved["reward_model"]), f"{folder}/checkpoint.pt: reward_model")
+    with files.new_folder(to) as beside:
+        reward_model.save_pretrained(beside, tokenizer.eot_token)
+        data.export_tokenizer(tokenizer, beside, pad=True)
+
+
+def check(cfg):
+    """Stops on settings that cannot be, before any work."""
+    corpus.check_source(cfg.data)
+    if cfg.n_responses < 2:
+        experiment.stop(f"--n_responses got {cfg.n_responses}; a comparison takes at least 2")
+    if cfg.data == "reviews":
+        if cfg.n_prompts is None:
+            experiment.stop("--n_prompts none takes all that a data set has; the built-in task has no end: give a number")
+        experiment.check_enough(cfg.n_prompts, cfg.batch_size, "rankings")
 
 
 def main(cfg):
     run = experiment.Run(cfg, "reward_model")
     if run.finished:
         return run.show()
+    check(cfg)
     device, built_in = run.device, cfg.data == "reviews"
     sft_policy, tokenizer = sft.load_policy(experiment.ensure(cfg, sft), device, **cfg.how())
     train_prompts, held_out_prompts = corpus.prompts(cfg, tokenizer, sft_policy.config.block_size)
-    if built_in and cfg.n_prompts is None:
-        experiment.stop("--n_prompts none takes all that a data set has; the built-in task has no end: give a number")
-    if cfg.n_responses < 2:
-        experiment.stop(f"--n_responses got {cfg.n_responses}; a comparison takes at least 2")
     trunk = sft_policy
     if cfg.init:
         if data.fingerprint(sft.tokenizer_of(cfg.init)) != data.fingerprint(tokenizer):
@@ -240,20 +249,20 @@ def main(cfg):
     if not built_in:
         comparisons, held_out = corpus.comparisons(cfg, tokenizer, sft_policy.config.block_size,
                                                    cfg.n_prompts, cfg.n_held_out)
-    experiment.check_enough(cfg.n_prompts if built_in else len(comparisons), cfg.batch_size, "rankings")
+        experiment.check_enough(len(comparisons), cfg.batch_size, "comparisons")
     run.begin()
     data.save_tokenizer(tokenizer, run.folder)
 
     # ---- 1. sample, 2. annotate
     stored = run.folder / "comparisons.json"
     if built_in and run.resuming:
-        comparisons, held_out = experiment.read_json(stored)
+        comparisons, held_out = files.read_json(stored)
     elif built_in:
         comparisons, held_out = (
             make_comparisons(sft_policy, tokenizer, data.draw(prompts, n, run.generator), cfg,
                              run.generator)
             for prompts, n in ((train_prompts, cfg.n_prompts), (held_out_prompts, cfg.n_held_out)))
-        experiment.write(stored, json.dumps([comparisons, held_out]))
+        files.write(stored, json.dumps([comparisons, held_out]))
     K = len(comparisons[0]["response_ids"])
 
     # ---- 3. train
@@ -263,7 +272,7 @@ def main(cfg):
     optimizer = torch.optim.AdamW(trained(reward_model), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     state = dict(reward_model=reward_model, optimizer=optimizer, gpt=asdict(reward_model.config),
-                 tokenizer=data.fingerprint(tokenizer), sft=experiment.fingerprint(sft_policy),
+                 tokenizer=data.fingerprint(tokenizer), sft=files.fingerprint(sft_policy),
                  data=corpus.source_of(train_prompts))
     steps = cfg.epochs * (len(comparisons) // cfg.batch_size)
     better, worse = torch.triu_indices(K, K, offset=1)                       # all pairs of a ranking
@@ -287,12 +296,12 @@ def main(cfg):
             (share * loss).backward()
             experiment.add(metrics, part, share)
         grad_norm = torch.nn.utils.clip_grad_norm_(reward_model.parameters(), cfg.grad_clip)
-        experiment.must_be_finite(step, loss=metrics["loss"], grad_norm=grad_norm)
+        run.must_be_finite(loss=metrics["loss"], grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         metrics.update(lr=lr, grad_norm=grad_norm)
         run.log(step, metrics, ["loss", "accuracy", "margin", "lr", "grad_norm"], every=20)
-        run.checkpoint(step + 1, **state)
+        run.checkpoint(step + 1)
 
     # ---- 4. held out
     reward_model.eval()
@@ -321,7 +330,7 @@ def main(cfg):
         gain, bias = normalisation(functools.partial(sequence_scores, reward_model), sft_policy, tokenizer,
                                    train_prompts, cfg)
     reward_model.normalise(gain, bias)
-    run.save(steps, **state)
+    run.save(steps)
 
     picture = experiment.curves(run.folder, "Reward model", [
         ("loss", "nats per comparison", ["loss"]), ("accuracy on noisy labels", "", ["accuracy"])])
@@ -329,7 +338,7 @@ def main(cfg):
         *lines, "", experiment.table(calibration(scores, truth)), "",
         f"normalised by       gain {gain:.3f}, bias {bias:.3f}",
         f"curves      {picture}", f"checkpoint  {run.folder}/checkpoint.pt",
-        f"next        {experiment.command(cfg, 'ppo')}"]), results | {"gain": gain, "bias": bias})
+        f"next        {experiment.next_command(cfg, 'ppo')}"]), results | {"gain": gain, "bias": bias})
 
 
 if __name__ == "__main__":

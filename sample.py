@@ -33,10 +33,11 @@ import torch
 import corpus
 import data
 import experiment
+import files
 import ppo
 import scoring
 import sft
-from model import GPTConfig, ScalarGPT, generate, merged, token_logprobs
+from model import ScalarGPT, generate, merged, token_logprobs
 
 
 @dataclass
@@ -59,7 +60,7 @@ OF_A_STAGE = ("out", "base", "data", "max_prompt_tokens", "text_prompt", "max_ne
 def find(name, run):
     """A name as in the docstring -> the stage's folder, in this run or in what it is based on, the key of its policy"""
     parts, out = name.split("/"), Path("out")
-    bases = [experiment.read_json(path)["base"] for path in sorted((out / run).glob("*/config.json"))]
+    bases = [files.read_json(path)["base"] for path in sorted((out / run).glob("*/config.json"))]
     for folder, rest in ((out / run / parts[0], parts[1:]), *((out / base / parts[0], parts[1:]) for base in bases if base),
                          (Path(out, *parts[:2]), parts[2:])):
         if (folder / "checkpoint.pt").is_file():
@@ -72,7 +73,7 @@ def find(name, run):
 def settle(cfg, folders):
     """What was not said otherwise is as it was when the first of the stages that know it was made -> cfg"""
     usual, configs = experiment.preset(Config, PRESETS, cfg.config), [
-        experiment.read_json(folder / "config.json") | {"out": folder.parent.name} for folder in folders]
+        files.read_json(folder / "config.json") | {"out": folder.parent.name} for folder in folders]
     for name in OF_A_STAGE:
         known = [config[name] for config in configs if name in config]
         if known and getattr(cfg, name) == getattr(usual, name):
@@ -97,7 +98,7 @@ def paint(pieces, values, largest, colour):
 
 
 @torch.no_grad()
-def token_values(what, saved, config, policy, reference, reward, inputs, targets, mask, finished, cfg):
+def token_values(what, saved, folder, policy, reference, reward, inputs, targets, mask, finished, cfg):
     """What --tokens shows of each token -> (B, T), or None where the stage has no critic"""
     temperature = cfg.temperature or 1.0
     logprobs, ref_logprobs = (token_logprobs(p, inputs, targets, mask, temperature) for p in (policy, reference))
@@ -105,23 +106,24 @@ def token_values(what, saved, config, policy, reference, reward, inputs, targets
         return ppo.kl_estimate(logprobs, ref_logprobs)
     if "critic_gpt" not in saved:
         return None
-    critic = ScalarGPT(GPTConfig(**saved["critic_gpt"] | cfg.how()))
-    critic.load_state_dict(merged(saved["critic"]))
+    critic = ScalarGPT(sft.config_of(saved, folder, "critic_gpt", **cfg.how()))
+    files.fill(critic, merged(saved["critic"]), f"{folder}/checkpoint.pt: critic")
     values = critic.eval().to(inputs.device)(inputs) * mask
     if what == "value":
         return values
     scores = reward(inputs, targets, mask, finished)
     rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, mask, saved["control"]["beta"])
+    config = saved["config"]
     return ppo.gae(rewards, values, mask, config["gamma"], config["lam"])[0]
 
 
 def main(cfg):
     names = [name for name in cfg.stage.split(",") if name]
     folders = [find(name, cfg.out or cfg.config) for name in names]
-    cfg, device = settle(cfg, [folder for folder, _ in folders]), experiment.pick_device(cfg.device)
+    cfg, device = settle(cfg, [folder for folder, _ in folders]), experiment.pick_device(cfg)
     policies, saved = [], []
     for folder, key in folders:
-        saved.append(experiment.load_checkpoint(folder))
+        saved.append(files.load_checkpoint(folder))
         policy, tokenizer = sft.load_policy(folder, device, key, saved[-1], **cfg.how())
         policies.append(policy)
         data.check_vocabulary(saved[0]["tokenizer"], tokenizer, folder)
@@ -131,7 +133,7 @@ def main(cfg):
     if cfg.score or cfg.tokens:
         reference, _ = sft.load_policy(experiment.ensure(cfg, sft), device, **cfg.how())
         for name, checkpoint in zip(names, saved):
-            if checkpoint.get("sft", made := experiment.fingerprint(reference)) != made:
+            if checkpoint.get("sft", made := files.fingerprint(reference)) != made:
                 experiment.stop(f"{name} started from another SFT policy than this run's: without --score and --tokens it is "
                                 "shown all the same")
     if cfg.score or cfg.tokens == "advantage":
@@ -153,8 +155,8 @@ def main(cfg):
         finished = data.met_eos(targets, mask, eos_id)                       # (n,)
         values = None
         if cfg.tokens:
-            values = token_values(cfg.tokens, checkpoint, experiment.read_json(folder / "config.json"), policy, reference,
-                                  reward, inputs, targets, mask, finished, cfg)             # (n, T)
+            values = token_values(cfg.tokens, checkpoint, folder, policy, reference, reward, inputs, targets, mask,
+                                  finished, cfg)                                            # (n, T)
         if values is not None:
             values = [row[m > 0].tolist() for row, m in zip(values, mask)]
         scores = reward(inputs, targets, mask, finished).tolist() if cfg.score else None
@@ -165,15 +167,16 @@ def main(cfg):
         print(f"{cfg.tokens} of each token" + f", blue positive, orange negative, {largest:.2f} at most" * in_colour())
     for i, prompt in enumerate(prompts):
         if not (i and cfg.prompt):
-            print("\n" + (tokenizer.decode(prompt) if prompt != [eos_id] else "(no prompt)"))
+            print("\n" + (experiment.visible(tokenizer.decode(prompt)) if prompt != [eos_id] else "(no prompt)"))
         for name, (responses, scores, values) in zip(names, written):
             label = name if scores is None else f"{name}  score {scores[i]:.2f}"
             if values is not None:
-                pieces = [tokenizer.decode_single_token_bytes(token).decode(errors="replace") for token in responses[i]]
+                pieces = [experiment.visible(tokenizer.decode_single_token_bytes(token).decode(errors="replace"))
+                          for token in responses[i]]
                 text = paint(pieces, values[i], largest, in_colour())
             else:
                 text, ended = data.decode_response(tokenizer, responses[i])
-                text += " .." * (not ended)                                  # cut at --max_new_tokens
+                text = experiment.visible(text) + " .." * (not ended)        # cut at --max_new_tokens
             print(f"    {label}" + "  (it has no critic)" * (cfg.tokens != "" and values is None) + f" {text}")
 
 

@@ -10,6 +10,7 @@ are normalised to mean 0 and standard deviation 1 on responses of the SFT policy
 so that a KL strength beta, a score for a missing EOS and the critic's errors mean the same everywhere.
 """
 
+import ast
 import functools
 import hashlib
 import importlib.util
@@ -20,8 +21,10 @@ from pathlib import Path
 
 import torch
 
+import corpus
 import data
 import experiment
+import files
 import reward_model as rm
 from model import sequence_scores
 
@@ -76,7 +79,7 @@ def load_reward(cfg, sft_policy, tokenizer, prompts, device):
     if cfg.reward == "reward_model":
         folder = experiment.ensure(cfg, rm)
         model = rm.load_reward_model(folder, sft_policy, tokenizer, device, **cfg.how())
-        return Reward(functools.partial(sequence_scores, model), experiment.fingerprint(model), cfg, model)
+        return Reward(functools.partial(sequence_scores, model), files.fingerprint(model), cfg, model)
     path, _, name = cfg.reward.rpartition(":")
     if path.endswith(".py"):
         raw, made_for = load_function(path, name, tokenizer)
@@ -90,10 +93,32 @@ def load_reward(cfg, sft_policy, tokenizer, prompts, device):
     return reward
 
 
-def load_function(path, name, tokenizer):
-    """A user's function of a list of prompts and a list of responses -> raw, what tells it from others"""
+def check(cfg):
+    """Stops, before any work, on data, held-out prompts and rewards that are not there."""
+    corpus.check_source(cfg.data)
+    if cfg.data == "reviews" and hasattr(cfg, "n_eval"):
+        corpus.check_n_eval(cfg.n_eval, len(corpus.built_in_prompts()[1]))
+    path, _, name = cfg.reward.rpartition(":")
+    if path.endswith(".py"):
+        check_function(path, name)
+
+
+def check_function(path, name):
+    """Stops, without running it, on a file that is not there, is no Python or does not mention the name."""
     if not Path(path).is_file():
         experiment.stop(f"--reward got {path}:{name}, but {path} is not there")
+    try:
+        source = Path(path).read_text(encoding="utf-8")
+        ast.parse(source)
+    except (OSError, ValueError, SyntaxError) as error:
+        experiment.stop(f"--reward got {path}:{name}, but {path} cannot be read ({type(error).__name__}: {error})")
+    if not name or name not in source:
+        experiment.stop(f"--reward got {path}:{name}, but {path} has no function {name or 'after a colon'}")
+
+
+def load_function(path, name, tokenizer):
+    """A user's function of a list of prompts and a list of responses -> raw, what tells it from others"""
+    check_function(path, name)
     spec = importlib.util.spec_from_file_location(f"reward_of_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -149,7 +174,7 @@ def load_classifier(name, tokenizer, device):
                         "takes a classifier with one label or with two")
     classifier = classifier.eval().requires_grad_(False).to(device)
     return (functools.partial(score_by_classifier, classifier, its_tokenizer, tokenizer),
-            f"{name} {experiment.fingerprint(classifier)}")
+            f"{name} {files.fingerprint(classifier)}")
 
 
 def score_by_classifier(classifier, its_tokenizer, tokenizer, inputs, targets, mask, batch_size=64):

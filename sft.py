@@ -23,6 +23,7 @@ import torch
 import corpus
 import data
 import experiment
+import files
 import reviews
 from model import GPT, GPTConfig, add_lora, generate, masked_mean, merged, token_logprobs, trained
 
@@ -97,7 +98,7 @@ def tokenizer_of(source):
     """GPT-2's tokenizer, or that of a folder or of a name on the hub"""
     try:
         return data.gpt2_tokenizer(None if source == "gpt2" and not Path(source).is_dir() else source)
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         experiment.stop(f"no tokenizer in {source}: {error}")
 
 
@@ -108,6 +109,15 @@ def choose_tokenizer(cfg):
     return data.train_tokenizer(corpus.some_texts(cfg, cfg.n_texts or 20000, cfg.n_eval), cfg.vocab_size)
 
 
+def config_of(saved, folder, key="gpt", **how):
+    """The GPTConfig in a checkpoint; how the models of this run compute: cfg.how()"""
+    try:
+        return GPTConfig(**saved[key] | how)
+    except TypeError as error:
+        experiment.stop(f"{folder}/checkpoint.pt describes a model that model.py does not know ({error}): another version wrote "
+                        "it; make the stage again with --overwrite, or give another --out")
+
+
 def load_policy(folder, device, key="policy", saved=None, **how):
     """
     A policy of a finished stage, in eval mode, and its tokenizer. The ladder's stage has several keys.
@@ -115,13 +125,12 @@ def load_policy(folder, device, key="policy", saved=None, **how):
     A low-rank change of its weights is added to them. saved is its checkpoint, where that has been read already;
     how the models of this run compute: cfg.how().
     """
-    saved, tokenizer = saved or experiment.load_checkpoint(folder), data.load_tokenizer(folder)
-    if key not in saved:
-        experiment.stop(f"{folder}/checkpoint.pt holds no {key} but {', '.join(saved)}; "
-                        "give the folder of an sft or ppo stage")
+    saved = saved or files.load_checkpoint(folder)
+    files.must_hold(saved, folder, key, "gpt", "tokenizer")
+    tokenizer = data.load_tokenizer(folder)
     data.check_vocabulary(saved["tokenizer"], tokenizer, folder)
-    policy = GPT(GPTConfig(**saved["gpt"] | how))
-    policy.load_state_dict(merged(saved[key]))
+    policy = GPT(config_of(saved, folder, **how))
+    files.fill(policy, merged(saved[key]), f"{folder}/checkpoint.pt: {key}")
     return policy.eval().to(device), tokenizer
 
 
@@ -135,16 +144,22 @@ def export(folder, to):
     A finished stage's policy for transformers' AutoModelForCausalLM, and its tokenizer. Where there are more, as
     with --ema or on the ladder, they go beside it, into folders with a longer name.
     """
-    saved = experiment.load_checkpoint(folder)
+    saved = files.load_checkpoint(folder)
     for key in policies_in(saved):
         policy, tokenizer = load_policy(folder, "cpu", key, saved)
         target = to + key.removeprefix("policy").replace("_", "-")
-        policy.save_pretrained(target, tokenizer.eot_token)
-        data.export_tokenizer(tokenizer, target)
+        with files.new_folder(target) as beside:
+            policy.save_pretrained(beside, tokenizer.eot_token)
+            data.export_tokenizer(tokenizer, beside)
 
 
 def check(cfg):
-    """Stops on settings that cannot go together."""
+    """Stops on settings that cannot be, before any work."""
+    corpus.check_source(cfg.data)
+    if cfg.n_embd % cfg.n_head:
+        experiment.stop(f"--n_embd {cfg.n_embd} is no multiple of --n_head {cfg.n_head}: every head takes as many dimensions")
+    if cfg.vocab_size < 257:
+        experiment.stop(f"--vocab_size got {cfg.vocab_size}; it takes 257 or more: one id for each byte, and the EOS")
     if cfg.data == "reviews" and cfg.n_texts is None:
         experiment.stop("--n_texts none takes all that a data set has; the built-in task has no end: give a number")
     if cfg.lora_rank and not cfg.init:
@@ -212,7 +227,7 @@ def main(cfg):
             (share * loss).backward()
             experiment.add(metrics, {"loss": loss.detach()}, share)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
-        experiment.must_be_finite(step, loss=metrics["loss"], grad_norm=grad_norm)
+        run.must_be_finite(loss=metrics["loss"], grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         metrics |= {"lr": lr, "grad_norm": grad_norm}
@@ -221,10 +236,11 @@ def main(cfg):
             metrics["held_out"] = nats_per_response(policy, held_prompts, held_responses, device)
             tokens, _ = generate(policy, held_prompts[:1], cfg.max_new_tokens, tokenizer.eot_token,
                                  generator=run.generator)
-            print(f"held out: {metrics['held_out']:.2f} nats a response. {tokenizer.decode(tokens[0].tolist())}")
+            print(f"held out: {metrics['held_out']:.2f} nats a response. "
+                  + experiment.visible(tokenizer.decode(tokens[0].tolist())))
             policy.train()
         run.log(step, metrics, ["loss", "lr", "grad_norm"], every=100)
-        run.checkpoint(step + 1, **state)
+        run.checkpoint(step + 1)
 
     # ---- 4. held out
     policy.eval()
@@ -245,9 +261,9 @@ def main(cfg):
     picture = experiment.curves(run.folder, "SFT", [
         ("training loss", "nats per token", ["loss"]),
         ("held-out loss", "nats per response", ["held_out"])])
-    next_stage = experiment.command(cfg, "reward_model")
+    next_stage = experiment.next_command(cfg, "reward_model")
     if not (built_in or corpus.compared(train.rows).any()):
-        next_stage = experiment.command(cfg, "ppo") + "   (with a --reward, where the preset has none)"
+        next_stage = experiment.next_command(cfg, "ppo") + "   (with a --reward, where the preset has none)"
     examples = [tokenizer.decode(prompt) + text for prompt, (text, _) in zip(held_prompts[:5], samples)]
     return run.finish("\n".join([
         *lines, "", *examples, "",

@@ -12,9 +12,11 @@ A test's name is the claim it checks.
 """
 
 import ast
+import contextlib
 import copy
 import dataclasses
 import doctest
+import errno
 import functools
 import gzip
 import inspect
@@ -22,8 +24,10 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -31,8 +35,10 @@ import subprocess
 import sys
 import time
 import types
+import typing
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -42,6 +48,7 @@ import data
 import dpo
 import evaluate
 import experiment
+import files
 import frontier
 import grpo
 import model
@@ -56,7 +63,7 @@ from model import GPT, GPTConfig, ScalarGPT, generate, masked_mean, sequence_sco
 
 HERE = Path(__file__).parent
 SCRIPTS = (sft, reward_model, ppo, dpo, grpo, policy_gradient, evaluate)
-MODULES = (reviews, data, corpus, model, experiment, scoring, frontier, *SCRIPTS, sample)
+MODULES = (reviews, files, data, corpus, model, experiment, scoring, frontier, *SCRIPTS, sample)
 
 
 def seeded(n=0):
@@ -563,6 +570,96 @@ def test_data_that_cannot_be_used_ends_with_one_clear_message(name, content, mes
         corpus.prompts(texts_cfg(here / name), tokenizer, 90)
 
 
+LINES = [                       # what a line of a file may hold, and what is said of it
+    ('{"prompt": "p", "completion": " c"', "not JSON"), ("[" * 100_000, "not JSON"), ("not json at all", "not JSON"), ("\x00\x01", "not JSON"),
+    ('{"prompt": "p", "completion": " \x01"}', "not JSON"), ("1" * 5000, "not JSON"), ("[1, 2]", "not a JSON object"), ("null", "not a JSON object"),
+    ('"text"', "not a JSON object"), ("{}", "none of the known forms: keys "), ('{"Prompt": "p"}', "none of the known forms: keys Prompt"),
+    ('{"prompt": "p", "completion": 3}', "a text is not a string"), ('{"prompt": 3, "completion": " c"}', "a text is not a string"),
+    ('{"prompt": "p", "chosen": " a", "rejected": null}', "a text is not a string"), ('{"text": ["a"]}', "messages want a role"),
+    ('{"prompt": "p", "completion": ""}', "an empty response"), ('{"prompt": "p", "completion": " \\n\\t"}', "an empty response"),
+    ('{"prompt": "p", "chosen": " a", "rejected": ""}', "an empty response"),
+    ('{"prompt": "p \\ud800", "completion": " c"}', "a lone surrogate, which is no text"),
+    ('{"prompt": "p", "completion": " \\udfff"}', "a lone surrogate, which is no text"),
+    ('{"messages": [{"role": "assistant", "content": null}]}', "messages want a role"), ('{"messages": "hello"}', "no prompt, and the texts share no"),
+    ('{"messages": [{"role": "robot", "content": "x"}]}', "messages want a role"), ('{"messages": [7]}', "messages want a role"),
+    ('{"messages": [{"role": ["user"], "content": "x"}]}', "messages want a role"), ('{"messages": []}', "no prompt, and the texts share no"),
+    ('{"info": {"post": null, "title": "t", "subreddit": "s"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}',
+     "a comparison of summaries without its texts"),
+    ('{"info": [], "summaries": [], "choice": "x"}', "a comparison of summaries without its texts"),
+    ('{"chosen": "a", "rejected": "b"}', "no prompt, and the texts share no assistant turn")]
+
+
+@pytest.mark.parametrize("line, reason", LINES, ids=range(len(LINES)))
+def test_a_line_that_cannot_be_used_is_left_out_counted_and_named(line, reason, here, tokenizer):
+    rows = [json.dumps(comparison(i)) for i in range(60)]
+    (here / "rows.jsonl").write_bytes("\n".join([*rows[:7], line, *rows[7:], line]).encode())        # the last one without a newline
+    read = corpus.rows_of(texts_cfg(here / "rows.jsonl"), tokenizer, 90)
+    assert len(read) == 60 and len(read.report.splitlines()) == 2
+    assert read.report.splitlines()[1].startswith(f"2 more left out, {reason}") and read.report.endswith(": line 8, line 62")
+
+
+def test_control_characters_are_kept_counted_and_shown_as_codes(here, tokenizer, capsys):
+    rows = [comparison(i) for i in range(60)] + [{"prompt": "a\x00b", "completion": " \x1b[2J\x9b"}, {"prompt": "tab\t", "completion": " line\r\n"}]
+    read = corpus.rows_of(texts_cfg(write_rows(here / "rows.jsonl", rows)), tokenizer, 90)
+    assert len(read) == 62 and read.report.endswith("\n1 of them kept as they stand, with control characters: line 61")
+    prompt, response, _ = read[60]
+    assert tokenizer.decode(prompt) == "a\x00b" and experiment.visible(tokenizer.decode(response)) == " \\x1b[2J\\x9b<|endoftext|>"
+    assert experiment.visible("a\tb\r\nc \u00e9\u6f22") == "a\tb\r\nc \u00e9\u6f22"
+
+
+@pytest.mark.parametrize("text", ["word " * 2_000_000, " " * 10_000_000, "a" * 10_000_000, "\\n" * 5_000_000, "\\u0000" * 1_700_000],
+                         ids=["words", "spaces", "a", "newlines", "zeros"])
+def test_a_line_of_ten_megabytes_is_cut_like_any_other_row(text, here, tokenizer):
+    rows = [json.dumps(comparison(i)) for i in range(60)]
+    lines = [f'{{"prompt": "p", "completion": " x{text}"}}', f'{{"prompt": "{text} end", "completion": " x"}}']
+    (here / "rows.jsonl").write_text("\n".join([*rows, *lines]))
+    begun = time.time()
+    read = corpus.rows_of(texts_cfg(here / "rows.jsonl"), tokenizer, 90)
+    assert len(read) == 62 and time.time() - begun < 20
+    (prompt, response, _), (long_prompt, _, _) = read[60], read[61]
+    assert len(prompt) + len(response) <= 90 and tokenizer.decode(response).startswith(" x")
+    assert len(long_prompt) <= 60 and tokenizer.decode(long_prompt).endswith(" end") and "1 prompts cut" in read.report
+    assert data.train_tokenizer(corpus.some_texts(texts_cfg(here / "rows.jsonl"), 100, 10), 300).n_vocab <= 300
+
+
+def test_folders_unreadable_files_and_bytes_that_are_no_text_are_refused_or_counted(here, tokenizer, monkeypatch):
+    rows = [json.dumps(comparison(i)) for i in range(60)]
+    (here / "a").mkdir()
+    (here / "a" / "rows.jsonl").write_text("\n".join(rows))
+    (here / "a" / "folder.jsonl").mkdir()                                      # named like a file
+    assert len(corpus.rows_of(texts_cfg(here / "a"), tokenizer, 90)) == 60
+    (here / "latin.txt").write_bytes(b"caf\xe9 and so on, a longer line\n" * 2000)
+    read = corpus.rows_of(texts_cfg(here / "latin.txt"), tokenizer, 90)
+    assert f"\n{len(read)} of them kept as they stand, with bytes that are no UTF-8, read as \ufffd: piece 1, piece 2" in read.report
+    os.mkfifo(here / "pipe")
+    with pytest.raises(SystemExit, match="^error: --data got .*pipe; it takes reviews"):
+        corpus.prompts(texts_cfg(here / "pipe"), tokenizer, 90)
+    denied = PermissionError(errno.EACCES, "Permission denied")                # tests may run as root, who may read all
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(denied))
+    corpus.digest.cache_clear()
+    with pytest.raises(SystemExit, match="^error: .*rows.jsonl cannot be read .PermissionError"):
+        corpus.prompts(texts_cfg(here / "a"), tokenizer, 90)
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    monkeypatch.setitem(vars(corpus), "open", lambda *args, **kwargs: (_ for _ in ()).throw(denied))
+    for name, place in (("a/rows.jsonl", "line 0"), ("latin.txt", "piece 0")):
+        with pytest.raises(SystemExit, match=f"^error: .*{name} cannot be read past {place} .PermissionError"):
+            list(corpus.examples(str(here / name), {}))
+
+
+def test_tokens_that_were_damaged_on_the_disk_are_made_again(here, tokenizer, capsys):
+    cfg = texts_cfg(write_rows(here / "rows.jsonl", [comparison(i) for i in range(60)]))
+    rows = list(corpus.rows_of(cfg, tokenizer, 90))
+    folder = next((here / "out" / "tokens").iterdir())
+    for name in ("tokens.npy", "bounds.npy", "held_out.npy", "first.npy", "rows.txt"):
+        for content in (None, b"", (folder / name).read_bytes()[:-9] if name != "rows.txt" else b"\xff"):
+            corpus.opened.cache_clear()
+            (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+            assert list(corpus.rows_of(cfg, tokenizer, 90)) == rows or content == b"" and name == "rows.txt"
+            assert "is damaged" in capsys.readouterr().out or content == b"" and name == "rows.txt"
+    assert [folder] == list((here / "out" / "tokens").iterdir())
+
+
 def test_settings_that_leave_no_room_and_folders_without_rows_are_refused(here, tokenizer):
     (here / "void").mkdir()
     with pytest.raises(SystemExit, match="is a folder without any .jsonl"):
@@ -616,6 +713,211 @@ def test_data_sets_of_the_hub_go_through_the_datasets_package_and_say_so_where_i
     assert len(corpus.rows_of(texts_cfg("hf:a/b"), tokenizer, 90)) == 50
     with pytest.raises(SystemExit, match="--data hf:a/c could not be loaded .ZeroDivisionError"):
         list(corpus.examples("hf:a/c", {}))
+
+
+# --------------------------------------------------------------------------------------------------
+# files.py
+
+def in_a_child(work):
+    """What became of a forked process that does some work: the signal that ended it, or its exit code"""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def killed_at(monkeypatch, owner, name, call, after=False):
+    """From here on this process is killed at some call of a function, before it or after it"""
+    original, calls = getattr(owner, name), []
+
+    def deadly(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    monkeypatch.setattr(owner, name, deadly)
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_process_killed_while_it_writes_leaves_the_old_file_or_the_new_one(name, after, tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    files.write(path, "old")
+
+    def work():
+        killed_at(monkeypatch, os, name, 1, after)
+        files.write(path, "new")
+    assert in_a_child(work) == -signal.SIGKILL
+    assert path.read_text() == ("new" if name == "replace" and after else "old")
+    files.write(path, "newer")                                                 # over what was left beside it
+    assert path.read_text() == "newer" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path):
+    """/dev/full is a disk without any space, as far as a program can tell"""
+    path = tmp_path / "checkpoint.pt"
+    files.write(path, "old")
+    for write in (lambda file: file.write(b"x"), lambda file: torch.save({"w": torch.ones(100_000)}, file)):
+        (tmp_path / "checkpoint.pt.tmp").symlink_to("/dev/full")
+        with pytest.raises(SystemExit, match="^error: .*checkpoint.pt could not be written .No space left on device.. What was "
+                                             "saved before is as it was; .* --resume goes on from it"):
+            with files.replacing(path, "wb") as file:
+                write(file)
+        assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match="log.jsonl could not be written .No space left on device"):
+        files.append(tmp_path / "log.jsonl", "{}\n")
+
+
+def test_everything_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, lambda *args, name=name, original=getattr(os, name): (done.append((name, args)), original(*args))[1])
+    files.write(tmp_path / "a", "text")
+    assert [name for name, _ in done] == ["fsync", "replace", "fsync"]         # the file, its name, the folder
+    done.clear()
+    with files.new_folder(tmp_path / "b") as beside:
+        (beside / "one").write_text("1")
+        (beside / "deeper").mkdir()
+        (beside / "deeper" / "two").write_text("2")
+    assert [name for name, _ in done] == ["fsync", "fsync", "replace", "fsync"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b", "deeper", "one", "two"]
+
+
+def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        with files.new_folder(tmp_path / "x") as beside:
+            (beside / "half").write_text("1")
+            1 / 0
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "x").mkdir()
+    for text in ("first", "second"):
+        with files.new_folder(tmp_path / "x", unless_there=True) as beside:    # an empty one is as good as none
+            (beside / "file").write_text(text)
+    assert (tmp_path / "x" / "file").read_text() == "first"
+    with pytest.raises(SystemExit, match="x could not be written"):
+        with files.new_folder(tmp_path / "x") as beside:
+            pass
+    assert (tmp_path / "x" / "file").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_lock_is_one_processs_and_free_again_when_that_is_killed(tmp_path):
+    code = f"import files, time; lock = files.one_process('{tmp_path}/lock', lambda: 'taken'); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(SystemExit, match="error: taken by another"):
+            files.one_process(tmp_path / "lock", lambda: "taken by another")
+        first.kill()
+    lock = files.one_process(tmp_path / "lock", lambda: "taken by another")
+    assert files.one_process(tmp_path / "lock", lambda: "taken by another") is lock     # this process has it
+    lock.release(force=True)
+
+
+def a_checkpoint(folder, **more):
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    torch.save({"step": 3, "config": {}, "policy": {"w": torch.randn(2000)}, **more}, folder / "checkpoint.pt")
+    return folder / "checkpoint.pt"
+
+
+def test_a_checkpoint_with_any_bit_turned_or_cut_short_is_refused_by_name(tmp_path):
+    path = a_checkpoint(tmp_path / "stage")
+    whole, chance = path.read_bytes(), random.Random(0)
+    files.load_checkpoint(path.parent)
+    weights = whole.index(files.load_checkpoint(path.parent)["policy"]["w"].numpy().tobytes())
+    for at in [weights, weights + 7999, *(chance.randrange(weights, weights + 8000) for _ in range(20))]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1:])
+        with pytest.raises(SystemExit, match=r"stage/checkpoint.pt cannot be read as a checkpoint \("):
+            files.load_checkpoint(path.parent)
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(SystemExit, match="stage/checkpoint.pt cannot be read as a checkpoint"):
+            files.load_checkpoint(path.parent)
+
+
+class Malicious:
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return (os.mkdir, (self.folder,))
+
+
+def test_foreign_and_malicious_checkpoints_are_refused_and_run_nothing(tmp_path):
+    path, owned = a_checkpoint(tmp_path / "stage"), tmp_path / "owned"
+
+    def refused(message):
+        with pytest.raises(SystemExit, match="^error: .*stage/checkpoint.pt " + message):
+            files.load_checkpoint(path.parent, "policy", "gpt")
+    refused("holds no gpt but step, config, policy: it belongs to another stage or program")
+    for saved, message in (({"model": {}}, "holds no step but model"), ([1, 2], "holds no step but a list"),
+                           (torch.zeros(3), "holds no step but a Tensor"), ({}, "holds no step but ")):
+        torch.save(saved, path)
+        refused(message)
+    torch.save({"step": 1, "config": {}, "policy": Malicious(owned), "gpt": {}}, path)
+    refused("cannot be read as a checkpoint .UnpicklingError")
+    torch.save({"step": Malicious(owned)}, path, _use_new_zipfile_serialization=False)
+    refused("cannot be read as a checkpoint .BadZipFile")
+    path.write_bytes(pickle.dumps(Malicious(owned)))
+    refused("cannot be read as a checkpoint .BadZipFile")
+    path.unlink()
+    refused("cannot be read as a checkpoint .FileNotFoundError")
+    path.mkdir()
+    refused("cannot be read as a checkpoint .IsADirectoryError")
+    assert not owned.exists()
+
+
+@pytest.mark.parametrize("state, message", [
+    ({}, "Missing key.s. in state_dict: .weight., .bias."),
+    ({"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, r"size mismatch for weight: .*\[3, 2\].*\[2, 3\]"),
+    ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "more": torch.zeros(1)}, "Unexpected key.s. in state_dict: .more"),
+    ({"weight": 1.0, "bias": 2.0}, "weight"), (None, "Expected state_dict to be dict-like"), ([1], "Expected state_dict to be dict-like")])
+def test_weights_that_do_not_fit_are_refused_with_what_differs(state, message):
+    with pytest.raises(SystemExit, match="^error: here/checkpoint.pt: policy does not fit the Linear it is read for: .*" + message):
+        files.fill(torch.nn.Linear(3, 2), state, "here/checkpoint.pt: policy")
+
+
+def test_optimizer_states_and_controllers_that_do_not_fit_are_refused_too():
+    for thing, state in ((torch.optim.AdamW([torch.zeros(2, requires_grad=True)]), {"state": {}, "param_groups": []}),
+                         (torch.optim.AdamW([torch.zeros(2, requires_grad=True)]), {}), (ppo.ProportionalKL(1, 2, 3), {"coef": 1.0}),
+                         (ppo.ProportionalKL(1, 2, 3), 7)):
+        with pytest.raises(SystemExit, match="^error: x does not fit the (AdamW|ProportionalKL)"):
+            files.fill(thing, state, "x")
+
+
+def test_json_that_cannot_be_read_is_refused_and_a_torn_last_line_of_a_log_left_out(tmp_path):
+    path = tmp_path / "config.json"
+    for content in (b"", b"{", b"[" * 100_000, b"\xff\xfe"):
+        path.write_bytes(content)
+        with pytest.raises(SystemExit, match="^error: .*config.json cannot be read .(JSONDecodeError|RecursionError|UnicodeDecodeError)"):
+            files.read_json(path)
+    path.write_text('{"step": 0}\n{"step": 1}\n{"ste')
+    assert files.read_lines(path) == [{"step": 0}, {"step": 1}] and files.read_lines(tmp_path / "none") == []
+
+
+def test_no_file_of_the_project_can_run_what_it_reads():
+    """No exec, eval or pickle; torch.load with weights_only, numpy.load without pickles; code of the user's in scoring alone"""
+    for module in MODULES:
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                assert not {"pickle", "marshal", "shelve", "dill", "joblib"} & set(names), module
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "__import__", "compile"), module
+                assert called.split(".")[-1] != "exec_module" or module is scoring
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert called != "torch.load" or keywords["weights_only"] == "True", module
+                assert called != "np.load" or "allow_pickle" not in keywords, module
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1057,6 +1359,62 @@ def test_bad_command_lines_end_with_what_was_got_and_what_was_wanted(argv, messa
     assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
 
 
+@pytest.mark.parametrize("script", [*SCRIPTS, sample], ids=lambda s: s.__name__)
+def test_every_field_is_typed_and_range_checked_before_any_work(script, here):
+    """Also where a Config is made in Python, or a preset was edited"""
+    kinds, refused = typing.get_type_hints(script.Config), {}
+    for name, kind in kinds.items():
+        options, optional = typing.get_args(kind), type(None) in typing.get_args(kind)
+        base = options[0] if optional else kind
+        wrong = {bool: [1, "yes", None], int: [2.0, True, "3", -1, 2 ** 32], float: ["0.1", True, math.nan, math.inf, -math.inf],
+                 str: [3, None, True]}.get(base, ["no such option", None, 0])
+        wrong += [0] * (base is int and name not in experiment.FROM_0) + [-0.5] * (base is float and name not in experiment.NEGATIVE_TOO)
+        wrong += [0.0] * (name in experiment.ABOVE_0 and name not in script.Config.may_be_zero) + [1.5] * (
+            name in (*experiment.UP_TO_1, *experiment.BELOW_1)) + [1.0] * (name in experiment.BELOW_1)
+        wrong += ["a/b", "..", "tokens", "x\0y"] * (name in ("out", "base"))
+        for value in wrong:
+            if value is None and optional:
+                continue
+            with pytest.raises(SystemExit, match=rf"^error: --{name} got {re.escape(repr(value))}.*; it takes ."):
+                experiment.check_fields(dataclasses.replace(tiny(script), **{name: value}))
+            refused[name] = value
+        experiment.check_fields(dataclasses.replace(tiny(script), **{name: 1} if base is float and name not in experiment.BELOW_1 else {}))
+    assert refused.keys() == kinds.keys()
+    if script is not sample:                             # which has no folder of its own
+        with pytest.raises(SystemExit, match="^error: --seed got -1; it takes a whole number from 0"):
+            script.main(tiny(script, seed=-1))
+    for preset in script.PRESETS:
+        experiment.check_fields(experiment.preset(script.Config, script.PRESETS, preset))
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("script, changes, message", [
+    (ppo, dict(minibatch_size=24), "--minibatch_size 24 does not divide --batch_size 32: .*; 16 does"),
+    (ppo, dict(n_eval=100_000), r"got 100000 held-out prompts to evaluate on; there are \d+"),
+    (ppo, dict(reward="nowhere.py:f"), "--reward got nowhere.py:f, but nowhere.py is not there"),
+    (ppo, dict(reward="broken.py:f"), "but broken.py cannot be read .SyntaxError"), (ppo, dict(reward="fine.py:g"), "but fine.py has no function g"),
+    (ppo, dict(reward="fine.py:"), "has no function after a colon"),
+    (ppo, dict(data="review"), r"--data got review .did you mean reviews\?.; it takes reviews, hh"),
+    (ppo, dict(data="fine.jsnl"), r"--data got fine.jsnl .did you mean fine.jsonl\?.; it takes"),
+    (ppo, dict(ptx_coef=1.0, ptx_data="none.txt"), "--ptx_data got none.txt; it takes"),
+    (ppo, dict(base="tinny"), r"--base tinny has no finished out/tinny/sft .did you mean tiny\?."),
+    (grpo, dict(minibatch_size=12), "does not divide"), (policy_gradient, dict(minibatch_size=5), "does not divide"),
+    (reward_model, dict(n_prompts=2), "there are 2 rankings to train on, less than one batch"),
+    (reward_model, dict(n_responses=1), "a comparison takes at least 2"), (dpo, dict(data="nowhere"), "--data got nowhere"),
+    (sft, dict(n_head=3), "--n_embd 32 is no multiple of --n_head 3"), (sft, dict(vocab_size=256), "--vocab_size got 256; it takes 257 or more"),
+    (evaluate, dict(data="nowhere"), "--data got nowhere"), (evaluate, dict(n_eval=100_000), "held-out prompts to evaluate on")],
+    ids=lambda x: getattr(x, "__name__", None) or (" ".join(x) if isinstance(x, dict) else ""))
+def test_settings_that_cannot_be_are_refused_before_any_work(script, changes, message, here):
+    (here / "broken.py").write_text("def f(:")
+    (here / "fine.py").write_text("def f(prompts, responses):\n    return [0.0] * len(prompts)\n")
+    (here / "fine.jsonl").write_text("{}")
+    (here / "out" / "tiny" / "sft").mkdir(parents=True)
+    (here / "out" / "tiny" / "sft" / "report.txt").write_text("")
+    with pytest.raises(SystemExit, match="^error: .*" + message):
+        script.main(tiny(script, out="new", **changes))
+    assert not (here / "out" / "new").exists()
+
+
 def test_command_lines_set_typed_fields_over_a_preset():
     cfg = experiment.parse(ppo.Config, ppo.PRESETS, "", (
         "--config tiny --lr=1e-5 --missing_eos_score none --kl-control fixed --whiten_rewards --seed 3 "
@@ -1400,17 +1758,15 @@ def test_first_minibatch_check_passes_at_ratio_one_and_names_what_is_wrong_other
         ppo.check_first_minibatch(torch.full((4, 50), -1.03), torch.full((4, 50), -1.0), torch.zeros(2), 0.0, "bfloat16")
 
 
-def test_rollout_check_stops_on_what_is_no_number_and_warns_of_impossible_or_large_kls(capsys):
+def test_rollout_check_warns_of_impossible_or_large_kls(capsys):
     fine = torch.tensor([0.5, -0.2, 0.3])
-    ppo.check_rollout(fine, fine, 25.0, 0)
+    ppo.check_rollout(fine, 25.0)
     assert capsys.readouterr().out == ""
-    with pytest.raises(SystemExit, match="scores of update 7 is not finite. The last checkpoint is from before"):
-        ppo.check_rollout(torch.tensor([0.0, math.nan]), fine, 25.0, 7)
-    ppo.check_rollout(fine, torch.tensor([-1.0, -1.1, -0.9] * 6), 25.0, 0)
+    ppo.check_rollout(torch.tensor([-1.0, -1.1, -0.9] * 6), 25.0)
     assert "never negative" in capsys.readouterr().out
-    ppo.check_rollout(fine, fine + 30, 25.0, 0)
+    ppo.check_rollout(fine + 30, 25.0)
     assert "above --kl_bound 25.0" in capsys.readouterr().out
-    ppo.check_rollout(fine[:1], fine[:1] * 0 - 1, 25.0, 0)                     # one response proves nothing
+    ppo.check_rollout(fine[:1] * 0 - 1, 25.0)                                  # one response proves nothing
     assert capsys.readouterr().out == ""
 
 
@@ -1726,7 +2082,7 @@ def test_a_reward_of_ones_own_is_called_with_texts_and_must_give_a_number_for_ea
         load_own(tokenizer, f"{mine}:broken")(*batch, finished)
     assert "return [1 / 0 for r in responses]" in capsys.readouterr().err      # the line of theirs that it was
     mine.write_text("import beside_it\nthis is no python")
-    with pytest.raises(SystemExit, match="mine.py cannot be imported: it ended in the SyntaxError above"):
+    with pytest.raises(SystemExit, match="mine.py cannot be read .SyntaxError: invalid syntax .*line 2"):
         load_own(tokenizer, f"{mine}:f")
     (tmp_path / "beside_it.py").write_text("number = 7.0\n")
     mine.write_text("import beside_it\ndef f(p, r):\n    return [beside_it.number] * len(r)\n")
@@ -2013,6 +2369,124 @@ def test_maths_works_when_pasted_into_an_empty_file_with_masked_mean(name):
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
 def test_examples_in_docstrings_are_true(module):
     assert doctest.testmod(module).failed == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# Any shapes, any values: what hypothesis finds by trying
+
+some_rows = hypothesis.strategies.lists(hypothesis.strategies.tuples(
+    hypothesis.strategies.integers(1, 6), hypothesis.strategies.integers(1, 7)), min_size=1, max_size=6)      # lengths of prompt, response
+any_seed = hypothesis.strategies.integers(0, 2 ** 32 - 1)
+any_share = hypothesis.strategies.floats(0, 1)
+any_size = hypothesis.strategies.sampled_from([0.0, 1e-12, 1e-3, 1.0, 30.0, 1e6])                              # of the numbers
+tried = hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+def token_lists(lengths, seed, vocab_size=11):
+    chance = random.Random(seed)
+    return [[[chance.randrange(vocab_size) for _ in range(n)] for n in pair] for pair in lengths]
+
+
+def ragged_of(lengths, seed, size, n=3):
+    """n tensors (B, T) in float64 with numbers of a size, garbage off the mask, and the mask"""
+    mask = data.collate(*zip(*token_lists(lengths, seed)))[2].double()
+    return [size * torch.randn(mask.shape, dtype=torch.float64, generator=seeded(seed + i)) for i in range(n)] + [mask]
+
+
+@tried
+@hypothesis.given(some_rows, any_seed)
+def test_any_rows_are_collated_and_come_back(lengths, seed):
+    prompts, responses = map(list, zip(*token_lists(lengths, seed)))
+    inputs, targets, mask = data.collate(prompts, responses)
+    assert inputs.shape == targets.shape == mask.shape == (len(lengths), max(map(sum, lengths)) - 1)
+    for row, (prompt, response) in enumerate(zip(prompts, responses)):
+        n, whole = len(prompt) + len(response) - 1, prompt + response
+        assert inputs[row, :n].tolist() == whole[:-1] and targets[row, :n].tolist() == whole[1:]
+        assert targets[row][mask[row] > 0].tolist() == response and mask[row].tolist() == (
+            [0.0] * (len(prompt) - 1) + [1.0] * len(response) + [0.0] * (mask.shape[1] - n))
+        assert not targets[row, n:].any()
+    assert data.responses_of(torch.cat([inputs[:, :1], targets], dim=1), mask) == responses
+
+
+@tried
+@hypothesis.given(some_rows, any_seed, hypothesis.strategies.integers(1, 6), hypothesis.strategies.sampled_from([0.0, 0.3, 1.0, 5.0]),
+                  hypothesis.strategies.sampled_from([0.01, 0.3, 3.0]))
+def test_any_prompts_are_answered_with_tokens_that_the_policy_scores(lengths, seed, n_new, temperature, std):
+    gpt, prompts = small_gpt(seed=seed % 7, std=std), [prompt for prompt, _ in token_lists(lengths, seed)]
+    tokens, mask = generate(gpt, prompts, n_new, 10, temperature, seeded(seed))
+    responses = data.responses_of(tokens, mask)
+    for row, (prompt, response) in enumerate(zip(prompts, responses)):
+        assert tokens[row, :len(prompt)].tolist() == prompt and 1 <= len(response) <= n_new
+        assert 10 not in response[:-1] and (response[-1] == 10 or len(response) == n_new)
+        assert not tokens[row, len(prompt) + len(response):].any()             # zeros after the end
+    one = generate(gpt, prompts[:1], n_new, 10, temperature, seeded(seed))     # alone, with the same uniforms
+    assert data.responses_of(*one)[0] == responses[0]
+    if temperature:
+        logprobs = token_logprobs(gpt, *data.shift(tokens), mask, temperature)
+        assert torch.isfinite(logprobs).all() and (logprobs <= 1e-5).all() and not logprobs[mask == 0].any()
+
+
+@tried
+@hypothesis.given(some_rows, any_seed, any_size, any_share, any_share)
+def test_gae_of_any_rows_equals_the_double_sum_and_reads_nothing_off_the_mask(lengths, seed, size, gamma, lam):
+    rewards, values, _, mask = ragged_of(lengths, seed, size)
+    advantages, returns = ppo.gae(rewards * mask, values * mask, mask, gamma, lam)
+    for row, (n_prompt, n) in enumerate(lengths):
+        at = slice(n_prompt - 1, n_prompt - 1 + n)
+        r, v = rewards[row, at], torch.cat([values[row, at], torch.zeros(1, dtype=torch.float64)])
+        for t in range(n):
+            expected = sum((gamma * lam) ** l * (r[t + l] + gamma * v[t + l + 1] - v[t + l]) for l in range(n - t))
+            assert advantages[row, at][t].item() == pytest.approx(expected.item(), rel=1e-9, abs=1e-9 * max(1.0, size))
+    assert not advantages[mask == 0].any() and not returns[mask == 0].any()
+    torch.testing.assert_close(returns, (advantages + values) * mask)
+    torch.testing.assert_close(ppo.critic_targets(rewards * mask, values * mask, rewards[:, 0], mask, "gae", gamma, lam), returns,
+                               atol=1e-9 * max(1.0, size), rtol=1e-9)
+
+
+@tried
+@hypothesis.given(some_rows, any_seed, any_size, hypothesis.strategies.floats(0.01, 0.9))
+def test_losses_of_any_rows_are_finite_equal_their_loops_and_ignore_what_is_off_the_mask(lengths, seed, size, eps):
+    drift, advantages, values, mask = ragged_of(lengths, seed, size)
+    old = -torch.rand(mask.shape, dtype=torch.float64, generator=seeded(seed + 9)) * 5
+    new = (old + drift.clamp(-20, 20)).requires_grad_()                        # a ratio up to e^20
+    garbage = (1 - mask) * 1e3
+
+    def loop(of_a_token):
+        cells = [(row, column) for row, column in (mask > 0).nonzero().tolist()]
+        return sum(of_a_token(row, column) for row, column in cells) / len(cells)
+    ratio = torch.exp(new - old).detach()
+    clipped = lambda r, a: -min(r * a, max(min(r, 1 + eps), 1 - eps) * a)
+    (loss, metrics), by_hand = ppo.policy_loss(new, old, advantages, mask, eps), loop(
+        lambda row, t: clipped(ratio[row, t].item(), advantages[row, t].item()))
+    assert loss.item() == pytest.approx(by_hand, rel=1e-9, abs=1e-12) and 0 <= metrics["clip_fraction"] <= 1
+    loss.backward()
+    assert torch.isfinite(new.grad).all() and not new.grad[mask == 0].any()
+    assert ppo.policy_loss(new + garbage * 0.01, old, advantages + garbage, mask, eps)[0].item() == pytest.approx(by_hand, rel=1e-9, abs=1e-12)
+    targets = values + drift
+    squared = lambda v, o, g: 0.5 * max((v - g) ** 2, (o + max(min(v - o, eps), -eps) - g) ** 2)
+    loss, metrics = ppo.value_loss(values, advantages, targets, mask, eps)
+    assert loss.item() == pytest.approx(loop(lambda r, t: squared(values[r, t].item(), advantages[r, t].item(), targets[r, t].item())), rel=1e-9, abs=1e-12)
+    assert ppo.value_loss(values + garbage, advantages, targets, mask, eps)[0].item() == pytest.approx(loss.item(), rel=1e-9)
+    whitened = ppo.whiten(advantages + garbage, mask)
+    assert torch.isfinite(whitened).all() and not whitened[mask == 0].any() and abs(masked_mean(whitened, mask).item()) < 1e-6
+    groups = grpo.group_advantages(torch.cat([advantages[:, 0]] * 2), 2, "grpo")
+    assert torch.isfinite(groups).all()
+
+
+@tried
+@hypothesis.given(any_seed, hypothesis.strategies.integers(1, 5), any_size, hypothesis.strategies.sampled_from(["sigmoid", "robust", "ipo", "hinge", "fidelity"]),
+                  hypothesis.strategies.sampled_from([0.01, 0.25, 5.0]))
+def test_preference_losses_of_any_margins_are_finite_with_finite_gradients(seed, n, size, kind, beta):
+    chosen, rejected, ref_chosen, ref_rejected = (-size * torch.rand(n, generator=seeded(seed + i)) for i in range(4))
+    chosen.requires_grad_()
+    loss, metrics = dpo.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, kind)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(chosen.grad).all() and 0 <= metrics["accuracy"] <= 1
+    if size <= 30:                                       # beyond, the slope is 0 in fp32
+        assert (chosen.grad <= 0).all() or kind == "ipo"                       # to make the chosen likelier never costs
+    for rm_kind in ("bradley_terry", "fidelity"):
+        loss, metrics = reward_model.preference_loss(chosen, rejected, rm_kind)
+        assert torch.isfinite(loss) and loss >= 0 and torch.isfinite(torch.autograd.grad(loss, chosen)[0]).all()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2880,26 +3354,26 @@ def test_one_command_makes_every_stage_with_all_its_files(whole_run):
 
 
 def test_sft_learns(whole_run):
-    log, results = log_of(whole_run[0] / "sft"), experiment.read_json(whole_run[0] / "sft" / "results.json")
+    log, results = log_of(whole_run[0] / "sft"), files.read_json(whole_run[0] / "sft" / "results.json")
     assert log[0]["held_out"] > 100 and results["held_out"] < 40
     assert results["above_entropy"] == pytest.approx(results["held_out"] - results["entropy"])
     assert 14 < results["entropy"] < 18
 
 
 def test_reward_model_agrees_with_annotators_and_is_normalised(whole_run, beside):
-    results = experiment.read_json(whole_run[0] / "reward_model" / "results.json")
+    results = files.read_json(whole_run[0] / "reward_model" / "results.json")
     assert 0.6 < results["accuracy"] < results["bayes_accuracy"] < 1
     tokenizer = data.load_tokenizer(whole_run[0] / "sft")
     policy, _ = sft.load_policy(whole_run[0] / "sft", "cpu")
     scorer = reward_model.load_reward_model(whole_run[0] / "reward_model", policy, tokenizer, "cpu")
-    held_out = experiment.read_json(whole_run[0] / "reward_model" / "comparisons.json")[1]
+    held_out = files.read_json(whole_run[0] / "reward_model" / "comparisons.json")[1]
     scores = reward_model.score_all(scorer, held_out, "cpu")
     assert scores.mean().item() == pytest.approx(0, abs=1e-4) and scores.std().item() == pytest.approx(1, abs=1e-4)
 
 
 def test_comparisons_hold_the_ids_that_were_sampled_best_first(whole_run):
     tokenizer = data.load_tokenizer(whole_run[0] / "sft")
-    comparisons, held_out = experiment.read_json(whole_run[0] / "reward_model" / "comparisons.json")
+    comparisons, held_out = files.read_json(whole_run[0] / "reward_model" / "comparisons.json")
     assert len(comparisons) == 160 and len(held_out) == 40
     firsts, lasts = [], []
     for c in comparisons + held_out:
@@ -2932,7 +3406,7 @@ def test_the_reported_comparison_is_that_of_the_two_checkpoints_so_the_reference
         policy, _ = sft.load_policy(folder / script.__name__, "cpu")
         _, again = frontier.compare({"SFT": reference, name: policy}, reward_of(scorer, tiny(script)), tokenizer,
                                     asked(tokenizer, tiny(script).n_eval, 1337), tiny(script))
-        assert again == experiment.read_json(folder / script.__name__ / "results.json")
+        assert again == files.read_json(folder / script.__name__ / "results.json")
 
 
 def test_an_update_wires_rollout_rewards_advantages_and_losses_together(beside, monkeypatch):
@@ -2979,7 +3453,7 @@ def test_an_update_wires_rollout_rewards_advantages_and_losses_together(beside, 
         assert torch.equal(old_values, values[rows]) and new_values.requires_grad and eps == 0.2
         reference, _ = sft.load_policy(beside / "tiny" / "sft", "cpu")
         torch.testing.assert_close(ref_logprobs, token_logprobs(reference, inputs, targets, mask).detach())
-    critic = experiment.load_checkpoint(beside / "wired" / "ppo")["critic"]
+    critic = files.load_checkpoint(beside / "wired" / "ppo")["critic"]
     assert critic["head.weight"].abs().max() > 0
 
 
@@ -2993,6 +3467,8 @@ def test_a_finished_stage_is_shown_again_and_not_run_again(whole_run, beside, ca
 def test_settings_that_differ_from_those_in_the_folder_are_an_error_that_names_the_field(beside):
     with pytest.raises(SystemExit, match=r"ppo holds a run with lr 0.002, this one has lr 0.001; --out NAME"):
         ppo.main(tiny(ppo, lr=0.001))
+    with pytest.raises(SystemExit, match=r"ppo holds a run with seed 1337, lr 0.002, this one has seed 2, lr 0.001; --out NAME"):
+        ppo.main(tiny(ppo, lr=0.001, seed=2))
     with pytest.raises(SystemExit, match="made with --config tiny, this is --config small"):
         reward_model.main(experiment.preset(reward_model.Config, reward_model.PRESETS, "small", out="other", base="tiny"))
     with pytest.raises(SystemExit, match="--base nowhere has no finished"):
@@ -3027,16 +3503,6 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(beside, tmp_path):
         ppo.main(tiny(ppo))
 
 
-def test_loading_a_checkpoint_runs_no_code(tmp_path):
-    class Malicious:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "owned"),))
-    torch.save({"policy": Malicious()}, tmp_path / "checkpoint.pt")
-    with pytest.raises(SystemExit, match="cannot be read as a checkpoint"):
-        experiment.load_checkpoint(tmp_path)
-    assert not (tmp_path / "owned").exists()
-
-
 @pytest.mark.parametrize("script, at", [(sft, 33), (reward_model, 17), (ppo, 4), (dpo, 9), (grpo, 4),
                                         (policy_gradient, 16)], ids=lambda x: getattr(x, "__name__", ""))
 def test_an_interrupted_and_resumed_stage_ends_with_the_same_bits(script, at, beside, monkeypatch):
@@ -3058,14 +3524,19 @@ def test_an_interrupted_and_resumed_stage_ends_with_the_same_bits(script, at, be
     script.main(tiny(script, out=name, base=base, resume=True))
 
     stage, whole = script.__name__, "ladder" if script is policy_gradient else "tiny"
-    ours, theirs = (experiment.load_checkpoint(beside / run / stage) for run in (name, whole))
-    assert ours.pop("config")["out"] == name and theirs.pop("config")["out"] in ("", "ladder")
+    assert_same_run(beside / name / stage, beside / whole / stage)
+
+
+def assert_same_run(folder, other):
+    """Checkpoints and results bit for bit, logs but for times; each update once"""
+    ours, theirs = map(files.load_checkpoint, (folder, other))
+    for saved in (ours, theirs):
+        saved["config"] = {name: value for name, value in saved["config"].items() if name not in (*experiment.FREE, "base")}
     assert_same_bits(ours, theirs)
     timed = re.compile("_seconds$|_per_second$")
-    logs = [[{k: v for k, v in line.items() if not timed.search(k)} for line in log_of(beside / run / stage)]
-            for run in (name, whole)]
-    assert logs[0] == logs[1]
-    assert (beside / name / stage / "results.json").read_text() == (beside / whole / stage / "results.json").read_text()
+    logs = [[{k: v for k, v in line.items() if not timed.search(k)} for line in log_of(run)] for run in (folder, other)]
+    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(len(logs[0])))
+    assert (folder / "results.json").read_text() == (other / "results.json").read_text()
 
 
 def assert_same_bits(a, b):
@@ -3125,24 +3596,37 @@ def test_stages_that_do_not_belong_together_are_noticed(beside, capsys):
         ppo.main(tiny(ppo, out="mixed", base="tiny", steps=2, n_eval=8, resume=True))
 
 
-def test_numbers_that_are_none_stop_the_run_and_keep_the_last_good_checkpoint(beside, monkeypatch):
-    for script, name, at in ((sft, "sft_loss", 25), (reward_model, "preference_loss", 12), (ppo, "value_loss", 10), (dpo, "dpo_loss", 10)):
-        original, calls = getattr(script, name), []
+@pytest.mark.parametrize("script, broken, call, tensor, step, taken", [
+    (sft, "sft_loss", 25, "loss", 25, 0), (reward_model, "preference_loss", 12, "loss", 12, 0), (dpo, "dpo_loss", 10, "loss", 10, 0),
+    (ppo, "value_loss", 10, "value_loss", 5, 0), (ppo, "policy_loss", 11, "policy_loss", 5, 1), (ppo, "kl_estimate", 15, "kl_ref", 5, 0),
+    (grpo, "grpo_loss", 6, "loss", 3, 0), (grpo, "grpo_loss", 11, "loss", 5, 1), (policy_gradient, "rung_loss", 9, "loss", 9, 0)],
+    ids=lambda x: getattr(x, "__name__", str(x)))
+def test_numbers_that_are_none_stop_the_run_after_saving_and_mended_it_goes_on(
+        script, broken, call, tensor, step, taken, beside, monkeypatch):
+    original, calls, stage = getattr(script, broken), [], script.__name__
 
-        def broken(*args, **kwargs):
-            calls.append(1)
-            result = original(*args, **kwargs)
-            loss = result[0] if isinstance(result, tuple) else result
-            loss = loss * (math.nan if len(calls) > at else 1.0)
-            return (loss, result[1]) if isinstance(result, tuple) else loss
-        with monkeypatch.context() as patch:
-            patch.setattr(script, name, broken)
-            with pytest.raises(SystemExit, match="is not finite. The last checkpoint is from before that"):
-                script.main(tiny(script, out="nan", base="" if script is sft else "tiny"))
-        saved = experiment.load_checkpoint(beside / "nan" / script.__name__)
-        weights = saved["policy" if script is not reward_model else "reward_model"]
-        assert saved["step"] > 0 and all(torch.isfinite(w).all() for w in weights.values())
-        shutil.rmtree(beside / "nan")
+    def breaks(*args, **kwargs):
+        calls.append(1)
+        result = original(*args, **kwargs)
+        if len(calls) == call + 1:
+            nan = (result[0] if isinstance(result, tuple) else result) * math.nan
+            return (nan, {k: nan.detach() if k in (broken, "loss") else v for k, v in result[1].items()}) if isinstance(
+                result, tuple) else nan
+        return result
+    shutil.rmtree(beside / "nan", ignore_errors=True)
+    changes = dict(base="" if script is sft else "tiny", save_every=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, broken, breaks)
+        with pytest.raises(SystemExit, match=f"^error: {tensor} of update {step} is nan.*"
+                           f"from {'before that' if taken else 'the start of that'} update.*README.md, 'When a number is not finite'"):
+            script.main(tiny(script, out="nan", **changes))
+    saved = files.load_checkpoint(beside / "nan" / stage)
+    assert saved["step"] == (step // 4 * 4 if taken else step)
+    assert all(torch.isfinite(w).all() for key, weights in saved.items() if key in ("policy", "actor", "critic", "reward_model")
+               for w in weights.values())
+    script.main(tiny(script, out="nan", resume=True, **changes))               # mended, it ends as if nothing had been
+    whole = "ladder" if script is policy_gradient else "tiny"
+    assert_same_run(beside / "nan" / stage, beside / whole / stage)
 
 
 def test_overwrite_keeps_the_old_stage_until_the_new_one_is_complete(beside, monkeypatch):
@@ -3152,9 +3636,77 @@ def test_overwrite_keeps_the_old_stage_until_the_new_one_is_complete(beside, mon
         patch.setattr(experiment.Run, "finish", lambda *_: (_ for _ in ()).throw(RuntimeError("crash")))
         with pytest.raises(RuntimeError):
             sft.main(dataclasses.replace(cfg, overwrite=True, lr=0.001))
-    assert experiment.read_json(beside / "twice" / "sft.old" / "results.json") == first
+    assert files.read_json(beside / "twice" / "sft.old" / "results.json") == first
+    with monkeypatch.context() as patch:                 # once more, over what is unfinished: the finished one stays
+        patch.setattr(experiment.Run, "finish", lambda *_: (_ for _ in ()).throw(RuntimeError("crash")))
+        with pytest.raises(RuntimeError):
+            sft.main(dataclasses.replace(cfg, overwrite=True, lr=0.002))
+    assert files.read_json(beside / "twice" / "sft.old" / "results.json") == first
     second = sft.main(dataclasses.replace(cfg, overwrite=True, lr=0.001))
     assert second["held_out"] != first["held_out"] and not (beside / "twice" / "sft.old").exists()
+    for lr in (0.001, 0.002):                            # with nothing finished, the unfinished one is kept
+        shutil.rmtree(beside / "twice") if lr == 0.001 else None
+        with monkeypatch.context() as patch:
+            patch.setattr(experiment.Run, "finish", lambda *_: (_ for _ in ()).throw(RuntimeError("crash")))
+            with pytest.raises(RuntimeError):
+                sft.main(dataclasses.replace(cfg, overwrite=True, lr=lr))
+    assert files.load_checkpoint(beside / "twice" / "sft.old")["config"]["lr"] == 0.001
+
+
+def stage_command(script, *options):
+    return [sys.executable, "-u", str(HERE / f"{script.__name__}.py"), "--config", "tiny", *options]
+
+
+def kill_at_random(command, home, log, n_lines, chance):
+    """kill -9 of a command when its log has some number of lines, and a little later -> whether it was still there"""
+    lines, delay = chance.randrange(n_lines + 1), chance.random() * 0.3
+    process = subprocess.Popen(command, cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= lines):
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.kill()                                                             # SIGKILL
+    return process.wait() == -signal.SIGKILL
+
+
+STAGES = [sft, reward_model, ppo, dpo, grpo, policy_gradient]
+
+
+@pytest.mark.parametrize("script", STAGES, ids=lambda s: s.__name__)
+def test_a_stage_that_is_killed_and_resumed_ends_with_the_same_bits(script, whole_run, beside):
+    """A real process and a real kill -9, at a moment that differs from run to run"""
+    stage, whole = script.__name__, beside / ("ladder" if script is policy_gradient else "tiny") / script.__name__
+    base = [] if script is sft else ["--base", "tiny"]
+    log, seed = beside / "killed" / stage / "log.jsonl", time.time_ns()
+    command = stage_command(script, "--out", "killed", *base)
+    kill_at_random(command, beside.parent, log, len(log_of(whole)), random.Random(seed))
+    script.main(tiny(script, out="killed", base="" if script is sft else "tiny", resume=True))
+    assert_same_run(log.parent, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", STAGES, ids=lambda s: s.__name__)
+def test_fifty_kills_of_a_stage_leave_the_same_bits(script, whole_run, beside):
+    """Each start goes on from where the last one was killed; runs that get through are compared and begun again"""
+    stage, whole = script.__name__, beside / ("ladder" if script is policy_gradient else "tiny") / script.__name__
+    command = stage_command(script, "--out", "fifty", "--resume", *([] if script is sft else ["--base", "tiny"]))
+    folder, chance, kills, finished = beside / "fifty" / stage, random.Random(time.time_ns()), 0, 0
+    times = []                                           # of what comes before any work, and of a whole run
+    for options in (["--help"], []):
+        begun = time.time()
+        subprocess.run(command + options, cwd=beside.parent, check=True, capture_output=True)
+        times.append(time.time() - begun)
+    while kills < 50:
+        if (folder / "report.txt").exists():
+            assert_same_run(folder, whole)
+            shutil.rmtree(folder)
+            finished += 1
+        process = subprocess.Popen(command, cwd=beside.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(chance.uniform(times[0], 1.1 * times[1]))
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+    subprocess.run(command, cwd=beside.parent, check=True, capture_output=True)
+    assert_same_run(folder, whole)
+    print(f"{stage}: {kills} kills, {finished + 1} runs that ended with the same bits, {len(files.read_lines(folder / 'started.jsonl'))} starts of the last")
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on_and_that_works(tmp_path):
@@ -3167,11 +3719,220 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_that_works(tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode != 0 and "Traceback" not in err
     assert re.search(r"saved after \d+ of 3000 steps in out/tiny/sft; the same command with --resume", err)
-    done = experiment.load_checkpoint(tmp_path / "out/tiny/sft")["step"]
+    done = files.load_checkpoint(tmp_path / "out/tiny/sft")["step"]
     assert done >= 101 and len(log_of(tmp_path / "out/tiny/sft")) == done
     with subprocess.Popen(command + ["--resume"], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         assert any(line == f"going on from step {done}\n" for line in process.stdout)
         process.kill()
+
+
+@contextlib.contextmanager
+def started(command, home, **options):
+    """A process that does not outlive the test"""
+    process = subprocess.Popen(command, cwd=home, text=True, **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_plain_kill_is_taken_as_ctrl_c_and_a_second_ctrl_c_leaves_at_once(beside):
+    folder = beside / "signals" / "ppo"
+    slow = stage_command(ppo, "--out", "signals", "--base", "tiny", "--steps", "400", "--batch_size", "512", "--save_every", "2", "--resume")
+    for first, second, said in ((signal.SIGTERM, None, r"saved after \d+ of 400 steps in out/signals/ppo; the same command with --resume"),
+                                (signal.SIGINT, signal.SIGINT, "stopped; the same command with --resume goes on from the last checkpoint")):
+        with started(slow, beside.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            before = 0
+            for line in process.stdout:
+                if re.match(" +[0-9]+ ", line) and not before:                 # an update is done, the next one begun
+                    before = len(log_of(folder))
+                    process.send_signal(first)
+                if line.startswith("finishing this step") and second:
+                    process.send_signal(second)
+            err = process.stderr.read()
+            assert process.wait() == 1 and re.search(said, err) and "Traceback" not in err, err
+        saved = files.load_checkpoint(folder)["step"]
+        assert saved > before if second is None else saved >= before - 2
+        assert not list(folder.glob("*.tmp"))
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_told_of_the_first(beside):
+    command = stage_command(sft, "--out", "both_at_once", "--steps", "3000", "--save_every", "10")
+    folder = beside / "both_at_once" / "sft"
+    with started(command, beside.parent, stdout=subprocess.DEVNULL) as first:
+        while not (folder / "checkpoint.pt").exists():
+            time.sleep(0.01)
+        for changes in ({}, dict(resume=True), dict(overwrite=True)):
+            with pytest.raises(SystemExit, match=rf"both_at_once/sft is being written by process {first.pid} on .* .python sft.py --config "
+                               r"tiny --out both_at_once --save_every 10 --steps 3000., started 20\d\d-.*; wait until it has ended, or"):
+                sft.main(tiny(sft, out="both_at_once", steps=3000, save_every=10, **changes))
+        with pytest.raises(SystemExit, match=f"both_at_once/sft is being written by process {first.pid}"):
+            ppo.main(tiny(ppo, out="both_at_once"))                            # nor does another stage make it
+    with pytest.raises(SystemExit, match="holds an unfinished run; --resume"):
+        sft.main(tiny(sft, out="both_at_once", steps=3000, save_every=10))     # free again, and still whole
+    assert files.load_checkpoint(folder)["step"] >= 10
+    run = experiment.Run(tiny(sft, out="late"), "sft")                         # looked before the other had finished
+    sft.main(tiny(sft, out="late", steps=2))
+    with pytest.raises(SystemExit, match="late/sft has changed while this run was starting; see what is there"):
+        run.begin()
+
+
+def short(script, **changes):
+    """A run of a second, with several checkpoints"""
+    return tiny(script, **{**dict(steps=5, save_every=2, n_texts=100, n_eval=8, batch_size=4, eval_every=3), **changes})
+
+
+def test_killed_at_every_moment_of_writing_a_run_goes_on_to_the_same_bits(beside, monkeypatch, no_pictures):
+    """SIGKILL before and after each flush to the disk and each renaming of a whole run, each in a process of its own"""
+    moments = []
+    with monkeypatch.context() as patch:
+        for name in ("fsync", "replace"):
+            patch.setattr(os, name, lambda *args, name=name, original=getattr(os, name): (moments.append(name), original(*args))[1])
+        sft.main(short(sft, out="unkilled"))
+    assert moments.count("replace") >= 7 and moments.count("fsync") > 2 * moments.count("replace")
+    for name in ("fsync", "replace"):
+        for call in range(1, moments.count(name) + 1):
+            for after in (False, True)[:1 if name == "fsync" else 2]:
+                shutil.rmtree(beside / "killed_writing", ignore_errors=True)
+
+                def work():
+                    sys.stdout = open(os.devnull, "w")
+                    killed_at(monkeypatch, os, name, call, after)
+                    sft.main(short(sft, out="killed_writing"))
+                assert in_a_child(work) == -signal.SIGKILL, (name, call)
+                sft.main(short(sft, out="killed_writing", resume=True))
+                assert_same_run(beside / "killed_writing" / "sft", beside / "unkilled" / "sft")
+                assert not list((beside / "killed_writing" / "sft").glob("*.tmp"))
+
+
+def test_a_run_on_a_full_disk_stops_with_its_last_checkpoint_and_goes_on_when_there_is_room(beside, monkeypatch, no_pictures):
+    """By the kernel's limit on the size of a file: the second checkpoint, then the log, cannot be written"""
+    sft.main(short(sft, out="room"))
+    size = (beside / "room" / "sft" / "checkpoint.pt").stat().st_size
+    options = [f"--{k}={v}" for k, v in dict(steps=5, save_every=2, n_texts=100, n_eval=8, batch_size=4, eval_every=3).items()]
+    shutil.rmtree(beside / "no_room", ignore_errors=True)
+    done = subprocess.run(stage_command(sft, "--out", "no_room", *options), cwd=beside.parent, capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1000, size - 1000)))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "no_room/sft/checkpoint.pt could not be written (File too large). What was saved before is as it was" in done.stderr
+    stage = beside / "no_room" / "sft"
+    assert not (stage / "checkpoint.pt").exists() and not list(stage.glob("*.tmp")) and len(log_of(stage)) == 2
+    original = os.fsync
+
+    def full(handle):
+        if (stage / "checkpoint.pt").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(handle)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(SystemExit, match="could not be written .No space left on device"):
+            sft.main(short(sft, out="no_room", resume=True))
+    assert files.load_checkpoint(stage)["step"] == 2
+    sft.main(short(sft, out="no_room", resume=True))
+    assert_same_run(stage, beside / "room" / "sft")
+
+
+def test_a_checkpoint_or_log_that_is_another_runs_is_refused_when_a_run_goes_on(beside, monkeypatch, no_pictures):
+    cfg, stage = short(sft, out="swapped"), beside / "swapped" / "sft"
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.Run, "finish", lambda *_: None)
+        sft.main(cfg)
+    sft.main(short(sft, out="other_lr", lr=1e-3, overwrite=True))
+    kept = {name: (stage / name).read_bytes() for name in ("checkpoint.pt", "log.jsonl", "config.json")}
+    going_on = dataclasses.replace(cfg, resume=True)
+
+    def refused(message):
+        with pytest.raises(SystemExit, match=message):
+            sft.main(going_on)
+        for name, content in kept.items():
+            (stage / name).write_bytes(content)
+    shutil.copy(beside / "other_lr" / "sft" / "checkpoint.pt", stage)
+    refused("swapped/sft holds a run with lr 0.001, this one has lr 0.01")
+    shutil.copy(beside / "tiny" / "ppo" / "checkpoint.pt", stage)
+    refused("swapped/sft/checkpoint.pt holds no optimizer but step, config, random, policy, critic")
+    saved = files.load_checkpoint(stage)
+    for change, message in ((dict(policy=saved["policy"] | {"transformer.wte.weight": torch.zeros(5, 32)}),
+                             r"sft/checkpoint.pt: policy does not fit the GPT it is read for: size mismatch for transformer.wte.weight"),
+                            (dict(tokenizer="0123"), "swapped/sft was begun with another tokenizer: the stages before it have changed"),
+                            (dict(data="rows"), "swapped/sft was begun with another data: the contents of --data have changed")):
+        torch.save(saved | change, stage / "checkpoint.pt")
+        refused(message)
+    (stage / "log.jsonl").write_text('{"step": 0}\n{"step": 2}\n')
+    refused("swapped/sft/log.jsonl has not the updates 0 to 4 that .*checkpoint.pt comes after: it was changed since")
+    (stage / "config.json").write_text("{")
+    refused("swapped/sft/config.json cannot be read .JSONDecodeError.; put the right one there")
+    (stage / "config.json").write_text("[]")
+    refused("swapped/sft/config.json is not what a stage writes")
+    sft.main(going_on)
+    assert len(log_of(stage)) == 5
+    # an earlier stage that another version of the code began
+    (stage / "report.txt").unlink()
+    (stage / "config.json").write_text(json.dumps(json.loads(kept["config.json"]) | {"old_option": 1}))
+    with pytest.raises(SystemExit, match="swapped/sft/config.json has the settings old_option, which sft.py does not know"):
+        reward_model.main(tiny(reward_model, out="swapped"))
+    torch.save(saved | {"gpt": saved["gpt"] | {"rotary": True}}, stage / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="sft/checkpoint.pt describes a model that model.py does not know .*rotary"):
+        sft.load_policy(stage, "cpu")
+
+
+def test_a_report_says_by_what_it_was_made_and_its_command_makes_it_again(beside, whole_run):
+    for stage in ("sft", "reward_model", "ppo", "dpo", "grpo"):
+        report, start = (beside / "tiny" / stage / "report.txt").read_text(), files.read_lines(beside / "tiny" / stage / "started.jsonl")[0]
+        assert f"\ncommand     python {stage}.py --config tiny\nmade with   commit {start['commit']}, python 3." in report
+        for name in ("torch", "transformers", "tokenizers", "tiktoken", "numpy"):
+            assert f"{name} {sys.modules[name].__version__ if name in sys.modules else start[name]}" in report
+    assert "python policy_gradient.py --config tiny --out ladder --base tiny" in (beside / "ladder" / "policy_gradient" / "report.txt").read_text()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    assert experiment.versions()["commit"].split()[0] == (commit[:12] or "unknown")
+    cfg = tiny(ppo, seed=7, missing_eos_score=None, out="a", whiten_rewards=True, reward="some where/my file.py:f")
+    words = shlex.split(experiment.command(cfg, "ppo"))
+    assert words[:2] == ["python", "ppo.py"] and experiment.parse(ppo.Config, ppo.PRESETS, "", words[2:]) == cfg
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch):
+    def no_git(*args, **kwargs):
+        raise FileNotFoundError("git")
+    monkeypatch.setattr(subprocess, "run", no_git)
+    assert experiment.versions()["commit"] == "unknown"
+
+
+def test_the_same_seed_gives_the_same_bits_whatever_the_hash_seed_and_the_threads_that_tokenise(tmp_path):
+    path = write_rows(tmp_path / "pairs.jsonl", [comparison(i) for i in range(150)])
+    homes = []
+    for hash_seed, threads in (("1", "1"), ("2", "4")):
+        homes.append(tmp_path / hash_seed)
+        homes[-1].mkdir()
+        subprocess.run(stage_command(sft, "--data", path, "--max_prompt_tokens", "40", "--steps", "4", "--n_eval", "5", "--eval_every", "2"),
+                       cwd=homes[-1], check=True, capture_output=True,
+                       env={**os.environ, "PYTHONHASHSEED": hash_seed, "RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true"})
+    assert_same_run(*(home / "out" / "tiny" / "sft" for home in homes))
+    cached = [sorted(path for path in (home / "out" / "tokens").rglob("*") if path.is_file()) for home in homes]
+    assert len(cached[0]) == 5 and [p.relative_to(homes[0]) for p in cached[0]] == [p.relative_to(homes[1]) for p in cached[1]]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*cached))
+
+
+@pytest.mark.parametrize("error, phase, flags", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "generate", "--max_new_tokens, --dtype bfloat16, --batch_size"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "policy_loss",
+     "--accumulation 4, --checkpointing 1, --lora_rank 8, --dtype bfloat16, --batch_size"),
+    (MemoryError("no memory"), "sft_loss", "--accumulation 4, --checkpointing 1, --lora_rank 8, --dtype bfloat16, --batch_size")],
+    ids=lambda x: type(x).__name__)
+def test_out_of_memory_says_where_and_what_needs_less(error, phase, flags, beside, monkeypatch):
+    def fails(*args, **kwargs):
+        raise error
+    script = sft if phase == "sft_loss" else ppo
+    monkeypatch.setattr(script, phase, fails)
+    monkeypatch.setattr(sys, "argv", ["ppo.py", "--config", "tiny", "--out", f"memory_{phase}"] + ["--base", "tiny"] * (script is ppo))
+    banner = {"generate": "ppo.py in its phase '1. roll out'", "policy_loss": "ppo.py in its phase '6. update'",
+              "sft_loss": "sft.py in its phase '3. train'"}[phase]         # the stage that was being made, not the one asked for
+    with pytest.raises(SystemExit) as stopped:
+        experiment.launch(ppo.main, ppo.Config, ppo.PRESETS, "", sft.export)
+    assert str(stopped.value).startswith(f"error: out of memory: {banner} ({str(error)[:20]}")
+    assert f"What needs less there: {flags}. --accumulation and --checkpointing may be changed with --resume" in str(stopped.value)
+    monkeypatch.setattr(script, phase, lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):                                     # and what is a bug keeps its traceback
+        experiment.launch(ppo.main, ppo.Config, ppo.PRESETS, "", sft.export)
 
 
 @pytest.fixture
@@ -3198,7 +3959,7 @@ def two_updates(whole_run):
     (dict(gamma=0.9), 0, "value_loss"), (dict(value_clip_eps=0.001), 0, "value_clip_fraction"), (dict(epochs=2), 0, "kl_old"),
     (dict(temperature=0.7), 0, "entropy"), (dict(missing_eos_score=None), 0, "score"), (dict(beta=1.0), 1, "value_loss"),
     (dict(clip_eps=0.01), 0, "clip_fraction"), (dict(grad_clip=0.01), 1, "score"), (dict(critic_lr=1e-2), 1, "value_loss"),
-    (dict(batch_size=1, minibatch_size=1), 0, "score"), (dict(batch_size=5, minibatch_size=3, max_new_tokens=1), 0, "score")],
+    (dict(batch_size=1, minibatch_size=1), 0, "score"), (dict(batch_size=6, minibatch_size=3, max_new_tokens=1), 0, "score")],
     ids=lambda c: "-".join(c) if isinstance(c, dict) else "")
 def test_every_option_of_ppo_acts_on_the_quantity_it_names(changes, update, metric, beside, two_updates, no_pictures):
     name = "option_" + "_".join(f"{k}-{v}" for k, v in changes.items())
@@ -3271,7 +4032,7 @@ def test_dpo_starts_at_the_reference_and_raises_gold_from_comparisons_alone(whol
     assert first["accuracy"] == 0.5 and first["kl_ref"] == 0
     assert last["kl_ref"] > 0.05 and last["gold"] > first["gold"] and last["margin"] > 0.05
     assert all(("kl_ref" in line) == (line["step"] % 5 == 0 or line is last) for line in log)
-    pairs = experiment.read_json(whole_run[0] / "dpo" / "pairs_0.json")
+    pairs = files.read_json(whole_run[0] / "dpo" / "pairs_0.json")
     reference, _ = sft.load_policy(whole_run[0] / "sft", "cpu")
     for pair in pairs[:20]:
         for ids, stored in zip((pair["chosen_ids"], pair["rejected_ids"]), pair["ref_logprobs"]):
@@ -3330,7 +4091,7 @@ def test_pairs_of_identical_responses_are_left_out_and_counted(beside, monkeypat
     monkeypatch.setattr(dpo, "pairs_of_rankings", doubled)
     dpo.main(tiny(dpo, out="identical", base="tiny", n_pairs=48, n_eval=4, n_samples=4))
     assert "round 0: 32 pairs, 16 more were of identical responses" in capsys.readouterr().out
-    assert len(experiment.read_json(beside / "identical" / "dpo" / "pairs_0.json")) == 32
+    assert len(files.read_json(beside / "identical" / "dpo" / "pairs_0.json")) == 32
 
 
 def test_nll_keeps_the_chosen_responses_likely(beside):
@@ -3433,7 +4194,7 @@ def test_evaluate_without_any_policy_shows_the_limit_alone(beside, tmp_path, mon
 # ---- grpo.py and policy_gradient.py, end to end
 
 def test_grpo_raises_the_score_and_starts_where_it_should(whole_run):
-    log, results = log_of(whole_run[0] / "grpo"), experiment.read_json(whole_run[0] / "grpo" / "results.json")
+    log, results = log_of(whole_run[0] / "grpo"), files.read_json(whole_run[0] / "grpo" / "results.json")
     assert results["score"] > results["sft"]["score"] + 0.3 and results["kl_ref"] > 0.1
     assert log[0]["kl_ref"] == log[0]["kl_ref_k3"] == 0 and all(line["beta"] == 0.25 for line in log)
     assert all(line["kl_old"] >= 0 and 0 <= line["equal_groups"] < 1 and line["group_std"] > 0 for line in log)
@@ -3445,7 +4206,7 @@ def test_a_grpo_update_wires_groups_rewards_and_weights_together(kl_in, beside, 
     calls, recorded_losses = {}, []
     for owner, name in ((ppo, "roll_out"), (scoring.Reward, "__call__"), (grpo, "token_logprobs"),
                         (grpo, "group_advantages"), (grpo, "token_weights"), (grpo, "grpo_loss"), (ppo, "kl_estimate"),
-                        (experiment, "must_be_finite")):
+                        (experiment.Run, "must_be_finite")):
         def recorded(*args, original=getattr(owner, name), name=name, **kwargs):
             if name == "must_be_finite":
                 recorded_losses.append(kwargs.get("loss"))
@@ -3487,7 +4248,7 @@ def test_a_grpo_update_wires_groups_rewards_and_weights_together(kl_in, beside, 
         line = log_of(beside / f"wired_{kl_in}" / "grpo")[update]
         assert line["group_std"] == pytest.approx(rewards.view(-1, 3).std(dim=1, correction=0).mean().item(), rel=1e-5)
         assert line["equal_groups"] == sum(len(set(group.tolist())) == 1 for group in scores.view(-1, 3)) / 4
-    saved, line = experiment.load_checkpoint(beside / f"wired_{kl_in}" / "grpo"), log_of(beside / f"wired_{kl_in}" / "grpo")[-1]
+    saved, line = files.load_checkpoint(beside / f"wired_{kl_in}" / "grpo"), log_of(beside / f"wired_{kl_in}" / "grpo")[-1]
     assert saved["optimizer"]["param_groups"][0]["lr"] == pytest.approx(line["lr"]) and line["lr"] < 1.5e-3
 
 
@@ -3507,7 +4268,7 @@ def two_grpo_updates(whole_run):
     (dict(beta=2.0), 1, "group_std"), (dict(epochs=2), 0, "kl_old"), (dict(temperature=0.7), 0, "entropy"),
     (dict(missing_eos_score=None), 0, "score"), (dict(score_clip=0.5), 0, "score"), (dict(grad_clip=0.01), 1, "score"),
     (dict(batch_size=1, minibatch_size=1, group_size=1, advantage="reinforce"), 0, "score"),
-    (dict(batch_size=6, minibatch_size=4, group_size=3, max_new_tokens=1), 0, "score")],
+    (dict(batch_size=6, minibatch_size=2, group_size=3, max_new_tokens=1), 0, "score")],
     ids=lambda c: "-".join(c) if isinstance(c, dict) else "")
 def test_every_option_of_grpo_acts_on_the_quantity_it_names(changes, update, metric, beside, two_grpo_updates, no_pictures):
     name = "grpo_" + "_".join(f"{k}-{v}" for k, v in changes.items())
@@ -3526,7 +4287,7 @@ def test_a_beta_in_the_loss_keeps_the_policy_at_the_reference(beside, no_picture
 
 @pytest.mark.parametrize("changes, message", [
     (dict(batch_size=10, minibatch_size=2), "--batch_size 10 is no multiple of --group_size 4; every group must be whole"),
-    (dict(minibatch_size=64), "--minibatch_size 64 is more than --batch_size 32"),
+    (dict(minibatch_size=64), "--minibatch_size 64 does not divide --batch_size 32: .*; 32 does"),
     (dict(group_size=1), "--group_size 1 has nobody to compare a response with, as --advantage grpo does"),
     (dict(reward="nowhere.py:f"), "but nowhere.py is not there"), (dict(max_new_tokens=70), "lower that to")])
 def test_grpo_refuses_what_cannot_be(changes, message, beside):
@@ -3555,7 +4316,7 @@ def test_a_verifiable_reward_is_learned_and_equal_groups_are_counted(beside, cap
 
 def test_the_ladder_starts_every_rung_from_the_same_place(whole_run):
     folder = whole_run[0].parent / "ladder" / "policy_gradient"
-    log, results = log_of(folder), experiment.read_json(folder / "results.json")
+    log, results = log_of(folder), files.read_json(folder / "results.json")
     assert [line["rung"] for line in log] == [rung for rung in policy_gradient.LADDER for _ in range(4)]
     for line in log[::4]:                                                      # the same models, prompts and samples
         for metric in ("score", "gold", "kl_ref", "entropy", "response_length", "explained_variance"):
@@ -3568,7 +4329,7 @@ def test_the_ladder_starts_every_rung_from_the_same_place(whole_run):
             assert 0 <= line["kl_step"] <= 0.01 * (line["lr"] / 2e-3) ** 2 + 1e-9 and line["gain"] >= 0
     for first, last in zip(log[::4], log[3::4]):                               # the critic learns on every rung
         assert first["explained_variance"] == 0 != last["explained_variance"]
-    saved = experiment.load_checkpoint(folder)
+    saved = files.load_checkpoint(folder)
     assert len({saved[f"policy_{rung}"]["transformer.wte.weight"].sum().item() for rung in policy_gradient.LADDER}) == 10
     assert_same_bits(dict(saved["policy_trpo"]), dict(saved["actor"]))
     assert set(results) == {"SFT", "noise", *policy_gradient.LADDER}
@@ -3618,7 +4379,7 @@ def test_every_rung_climbs_on_the_samples_it_is_given(rung, beside, whole_run):
     else:
         optimizer, steps = torch.optim.SGD(actor.parameters(), lr=1e-3), []
         optimizer.register_step_post_hook(lambda *_: steps.append(1))
-        policy_gradient.climb(rung, actor, optimizer, roll, order, cfg, 0.1, step=0)
+        policy_gradient.climb(rung, actor, optimizer, roll, order, cfg, 0.1, types.SimpleNamespace(must_be_finite=lambda *_, **__: None))
         assert len(steps) == (1 if rung in policy_gradient.PSI else 4)
     assert loss_of() < before - 1e-4
 
@@ -3648,7 +4409,7 @@ def test_every_rung_of_a_ladder_is_evaluated(beside):
     assert list(evaluate.main(tiny(evaluate, runs="ladder,tiny/dpo", **small))) == ["SFT", "tiny/dpo"]
     results = evaluate.main(tiny(evaluate, runs="ladder/policy_gradient", **small))
     assert list(results) == ["SFT", *(f"ladder/policy_gradient/{rung}" for rung in policy_gradient.LADDER)]
-    weights = experiment.load_checkpoint(beside / "ladder" / "policy_gradient")["policy_kl_penalty"]
+    weights = files.load_checkpoint(beside / "ladder" / "policy_gradient")["policy_kl_penalty"]
     policy, _ = sft.load_policy(beside / "ladder" / "policy_gradient", "cpu", "policy_kl_penalty")
     assert torch.equal(policy.transformer.wte.weight, weights["transformer.wte.weight"])
     with pytest.raises(SystemExit, match="holds no policy but"):
@@ -3656,7 +4417,7 @@ def test_every_rung_of_a_ladder_is_evaluated(beside):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(minibatch_size=32), "--minibatch_size 32 is more than --batch_size 16"),
+    (dict(minibatch_size=12), "--minibatch_size 12 does not divide --batch_size 16: .*; 8 does"),
     (dict(fisher_rows=17), "--fisher_rows 17 is more than --batch_size 16"),
     (dict(variance_rows=8), "--batch_size 16 is no multiple of 4 times --variance_rows 8")])
 def test_the_ladder_refuses_what_cannot_be(changes, message, beside):
@@ -3711,14 +4472,14 @@ def test_every_stage_runs_on_weights_and_data_of_ones_own_with_lora(own):
     assert all("gold" not in line for stage in ("ppo", "dpo", "grpo") for line in log_of(home / "out" / "own" / stage))
     assert "gold" not in results and "grammatical" not in results and "PPO, averaged" in results
     assert log_of(home / "out" / "own" / "dpo")[0]["loss"] == pytest.approx(math.log(2))
-    held = experiment.read_json(home / "out" / "own" / "reward_model" / "results.json")
+    held = files.read_json(home / "out" / "own" / "reward_model" / "results.json")
     assert held["accuracy"] > 0.9 and "bayes_accuracy" not in held             # rejected ones say that they do not like it
-    untrained = experiment.read_json(home / "out" / "own" / "sft" / "results.json")["held_out_per_token"]
+    untrained = files.read_json(home / "out" / "own" / "sft" / "results.json")["held_out_per_token"]
     assert untrained < 0.8 * math.log(400)
 
 
 def test_lora_trains_the_change_alone_and_the_next_stage_gets_it_merged(own, among):
-    saved, start = (experiment.load_checkpoint(among / "own" / stage) for stage in ("ppo", "sft"))
+    saved, start = (files.load_checkpoint(among / "own" / stage) for stage in ("ppo", "sft"))
     for name, weight in start["policy"].items():                               # the base has not moved,
         assert torch.equal(saved["policy"][name], weight), name
     assert all(w.any() for name, w in saved["policy"].items() if name.endswith("lora_b"))   # the change has
@@ -3730,12 +4491,12 @@ def test_lora_trains_the_change_alone_and_the_next_stage_gets_it_merged(own, amo
     torch.testing.assert_close(merged(ids), unmerged(ids), atol=1e-5, rtol=1e-5)
     assert (merged(ids) - sft.load_policy(among / "own" / "sft", "cpu")[0](ids)).abs().max() > 1e-4
     tokenizer = data.load_tokenizer(among / "own" / "sft")
-    rm_saved = experiment.load_checkpoint(among / "own" / "reward_model")
+    rm_saved = files.load_checkpoint(among / "own" / "reward_model")
     scorer = reward_model.load_reward_model(among / "own" / "reward_model", sft.load_policy(among / "own" / "sft", "cpu")[0], tokenizer, "cpu")
     assert any("lora" in name for name in rm_saved["reward_model"]) and not any("lora" in name for name in scorer.state_dict())
     # a policy that LoRA made is the SFT policy of another run: merged, and the reference of what comes next
     shutil.copytree(among / "own" / "ppo", among / "again" / "sft", dirs_exist_ok=True)
-    config = experiment.read_json(among / "own" / "sft" / "config.json") | {"out": "again"}
+    config = files.read_json(among / "own" / "sft" / "config.json") | {"out": "again"}
     (among / "again" / "sft" / "config.json").write_text(json.dumps(config))
     ppo.main(mine(ppo, out="again", reward="word.py:exclaims" if (among.parent / "word.py").write_text(
         "def exclaims(prompts, responses):\n    return [r.count('!') + len(r) / 9 for r in responses]\n") else "", steps=1, n_eval=4, n_samples=4))
@@ -3767,7 +4528,7 @@ def test_a_stage_on_data_of_ones_own_resumes_to_the_same_bits(script, changes, a
         with pytest.raises(RuntimeError, match="the power went"):
             script.main(mine(script, out=name, base=base, save_every=2, **changes))
     script.main(mine(script, out=name, base=base, save_every=2, resume=True, **changes))
-    ours, theirs = (experiment.load_checkpoint(among / run / stage) for run in (name, whole))
+    ours, theirs = (files.load_checkpoint(among / run / stage) for run in (name, whole))
     assert ours.pop("config")["out"] == name and theirs.pop("config")["out"] == whole
     assert_same_bits(ours, theirs)
     assert [line.get("loss", line.get("score")) for line in log_of(among / name / stage)] == [
@@ -3857,7 +4618,7 @@ def test_a_reward_model_of_another_size_gives_the_critic_its_size(among):
         data.export_tokenizer(tokenizer, among.parent / "wider")
     reward_model.main(mine(reward_model, out="sized", base="own", init="wider", n_prompts=40, n_held_out=10, lora_rank=0))
     ppo.main(mine(ppo, out="sized", base="own", steps=1, n_eval=4, n_samples=4, lora_rank=0))
-    saved = experiment.load_checkpoint(among / "sized" / "ppo")
+    saved = files.load_checkpoint(among / "sized" / "ppo")
     assert (saved["critic_gpt"]["n_layer"], saved["critic_gpt"]["n_embd"]) == (2, 16) and saved["gpt"]["n_embd"] == 32
     assert saved["critic"]["transformer.wte.weight"].shape == (tokenizer.n_vocab, 16)
     foreign = data.train_tokenizer([p + r for p, r in zip(*reviews.sample(300))], tokenizer.n_vocab)
@@ -3872,14 +4633,14 @@ def test_everything_is_evaluated_that_was_trained_for_the_reward_even_with_token
     assert {"SFT", "own/ppo", "own/ppo/ema", "own/dpo", "own/grpo"} <= set(found)
     assert "fraction" not in found["own/dpo"] and "gold" not in (among / "own" / "evaluate" / "report.md").read_text()
     shutil.copytree(among / "own" / "grpo", among / "old" / "grpo", dirs_exist_ok=True)
-    saved = experiment.load_checkpoint(among / "old" / "grpo") | {"reward": "0123456789abcdef"}       # as it was before
+    saved = files.load_checkpoint(among / "old" / "grpo") | {"reward": "0123456789abcdef"}       # as it was before
     torch.save(saved, among / "old" / "grpo" / "checkpoint.pt")
     evaluate.main(mine(evaluate, lora_rank=0, runs="own,old", n_eval=2, n_reference=4, n_samples=2))
     assert "leaving out old/grpo: it belongs to another reward" in capsys.readouterr().out
 
 
 def test_too_few_rows_for_a_batch_are_said_before_anything_is_written(among):
-    for script, changes, what in ((reward_model, dict(n_prompts=None, batch_size=400), "rankings"), (dpo, dict(batch_size=300, n_pairs=400), "pairs")):
+    for script, changes, what in ((reward_model, dict(n_prompts=None, batch_size=400), "comparisons"), (dpo, dict(batch_size=300, n_pairs=400), "pairs")):
         with pytest.raises(SystemExit, match=f"there are 1.. {what} to train on, less than one batch; lower --batch_size"):
             script.main(mine(script, out="few", base="own", **changes))
     assert not (among / "few").exists()
@@ -3899,7 +4660,7 @@ def test_a_run_may_go_on_in_parts_and_one_of_an_earlier_version_is_still_known(a
         ppo.main(cfg)
     ppo.main(dataclasses.replace(cfg, accumulation=4, resume=True))
     assert "going on from step 2" in capsys.readouterr().out
-    config = experiment.read_json(among / "parts" / "ppo" / "config.json")
+    config = files.read_json(among / "parts" / "ppo" / "config.json")
     (among / "parts" / "ppo" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in ("ema", "text_prompt", "dtype")}))
     ppo.main(cfg)                                                              # as if these had not been there yet
     (among / "parts" / "ppo" / "report.txt").unlink()        # the same rows in a newer file are the same data
@@ -3916,12 +4677,12 @@ def test_a_run_may_go_on_in_parts_and_one_of_an_earlier_version_is_still_known(a
 
 def test_the_next_command_says_all_that_the_next_stage_has_to_know(among):
     cfg = mine(ppo, reward="word.py:exclaims", missing_eos_score=None, base="other", seed=3)
-    assert experiment.command(cfg, "evaluate") == (
+    assert experiment.next_command(cfg, "evaluate") == (
         "python evaluate.py --config tiny --base other --out own --seed 3 --data pairs.jsonl --max_prompt_tokens 40 "
         "--max_new_tokens 12 --reward word.py:exclaims --missing_eos_score None")
-    again = experiment.parse(evaluate.Config, evaluate.PRESETS, "", experiment.command(cfg, "evaluate").split()[2:])
+    again = experiment.parse(evaluate.Config, evaluate.PRESETS, "", experiment.next_command(cfg, "evaluate").split()[2:])
     assert (again.reward, again.missing_eos_score, again.data, again.max_new_tokens) == ("word.py:exclaims", None, "pairs.jsonl", 12)
-    assert experiment.command(tiny(ppo), "evaluate") == "python evaluate.py --config tiny"
+    assert experiment.next_command(tiny(ppo), "evaluate") == "python evaluate.py --config tiny"
     report = (among / "own" / "ppo" / "report.txt").read_text()
     assert "python ppo.py --config tiny --base own --out own-hacked --data pairs.jsonl --max_prompt_tokens 40" in report
 
@@ -3930,7 +4691,7 @@ def test_stages_that_are_made_first_get_data_lengths_and_dtype_handed_down(among
     shared = dict(data="pairs.jsonl", max_prompt_tokens=40, max_new_tokens=12, dtype="bfloat16", checkpointing=True)
     ppo.main(tiny(ppo, out="handed", steps=1, n_eval=2, n_samples=2, **shared))
     for stage in ("sft", "reward_model", "ppo"):
-        config = experiment.read_json(among / "handed" / stage / "config.json")
+        config = files.read_json(among / "handed" / stage / "config.json")
         assert {name: config[name] for name in shared} == shared, stage
 
 
@@ -3949,7 +4710,7 @@ def test_data_of_another_kind_than_that_of_the_earlier_stages_is_noticed(among):
 
 @pytest.mark.parametrize("script, changes", [
     (sft, dict(steps=2, weight_decay=0.0)), (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4)), (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4, token_wise=True)),
-    (ppo, dict(steps=2, entropy_coef=0.1)), (ppo, dict(steps=2, surrogate="kl_penalty", minibatch_size=15)), (dpo, dict(n_pairs=32, nll_coef=3.0)),
+    (ppo, dict(steps=2, entropy_coef=0.1)), (ppo, dict(steps=2, surrogate="kl_penalty", batch_size=30, minibatch_size=15)), (dpo, dict(n_pairs=32, nll_coef=3.0)),
     (grpo, dict(steps=2, kl_in="loss", normalise="sequence")), (policy_gradient, dict(steps=2, rung="clip")), (policy_gradient, dict(steps=2, rung="gae"))],
     ids=lambda x: getattr(x, "__name__", None) or "-".join(x))
 def test_a_batch_in_parts_has_the_gradient_and_the_metrics_of_the_whole(script, changes, beside, monkeypatch, no_pictures):
@@ -3961,7 +4722,7 @@ def test_a_batch_in_parts_has_the_gradient_and_the_metrics_of_the_whole(script, 
         shutil.rmtree(beside / name, ignore_errors=True)
         script.main(tiny(script, out=name, base="" if script is sft else "tiny", accumulation=parts, **{**small, **changes}))
         folder = beside / name / script.__name__
-        ended.append((log_of(folder), experiment.load_checkpoint(folder)))
+        ended.append((log_of(folder), files.load_checkpoint(folder)))
     (log, saved), (log_in_parts, saved_in_parts) = ended
     for line, other in zip(log, log_in_parts, strict=True):
         for metric in line:
@@ -3969,7 +4730,7 @@ def test_a_batch_in_parts_has_the_gradient_and_the_metrics_of_the_whole(script, 
                 at_the_edge = metric == "value_clip_fraction"                  # equal but for rounding, in the first minibatch
                 assert other[metric] == pytest.approx(line[metric], rel=2e-4, abs=1e-2 if at_the_edge else 1e-5), metric
     key = {reward_model: "reward_model", policy_gradient: "actor"}.get(script, "policy")
-    start = experiment.load_checkpoint(beside / "tiny" / "sft")["policy"]
+    start = files.load_checkpoint(beside / "tiny" / "sft")["policy"]
     moved = 0.0
     for weight, weights in saved[key].items():
         torch.testing.assert_close(saved_in_parts[key][weight], weights, atol=2e-6, rtol=1e-4)
@@ -3999,7 +4760,7 @@ def test_the_average_follows_its_formula_and_is_evaluated_beside_the_actor(besid
         move(mean, actor, share)
     monkeypatch.setattr(ppo, "move_average", spied)
     results = ppo.main(tiny(ppo, out="averaged", base="tiny", steps=3, n_eval=4, n_samples=4, ema=0.6))
-    saved, start = experiment.load_checkpoint(beside / "averaged" / "ppo"), experiment.load_checkpoint(beside / "tiny" / "sft")["policy"]
+    saved, start = files.load_checkpoint(beside / "averaged" / "ppo"), files.load_checkpoint(beside / "tiny" / "sft")["policy"]
     for name in start:                       # once an update, whatever else is switched on
         expected = start[name]
         for weights in passed:
@@ -4040,7 +4801,7 @@ def test_the_gradient_with_ptx_is_the_sum_of_the_two(beside, monkeypatch, no_pic
 
 def test_during_warm_up_the_critic_alone_learns(beside, no_pictures):
     ppo.main(tiny(ppo, out="warmed", base="tiny", steps=3, n_eval=4, n_samples=4, critic_warmup=3))
-    saved, start = (experiment.load_checkpoint(beside / run) for run in ("warmed/ppo", "tiny/sft"))
+    saved, start = (files.load_checkpoint(beside / run) for run in ("warmed/ppo", "tiny/sft"))
     assert all(torch.equal(saved["policy"][name], weight) for name, weight in start["policy"].items())
     assert saved["critic"]["head.weight"].any() and all(line["kl_ref"] == 0 for line in log_of(beside / "warmed" / "ppo"))
     ppo.main(tiny(ppo, out="warmed-2", base="tiny", steps=3, n_eval=4, n_samples=4, critic_warmup=1))
@@ -4054,7 +4815,7 @@ def test_every_stage_runs_in_bfloat16_with_checkpointing(script, among):
     changes = changes.get(script, dict(n_eval=2, n_samples=2) | (dict(n_pairs=32) if script is dpo else dict(steps=2)))
     script.main(mine(script, out=f"half_{script.__name__}", base="" if script is sft else "own", dtype="bfloat16", checkpointing=True, **changes))
     folder = among / f"half_{script.__name__}" / script.__name__
-    saved = experiment.load_checkpoint(folder)
+    saved = files.load_checkpoint(folder)
     weights = saved.get("policy") or saved["reward_model"]
     assert all(w.dtype == torch.float32 for w in weights.values()) and saved["gpt"]["dtype"] == "bfloat16"
     if script in (ppo, grpo):
@@ -4160,7 +4921,7 @@ def test_any_reward_is_normalised_on_samples_of_the_sft_policy(beside, capsys, n
     ppo.main(cfg)
     said = capsys.readouterr().out
     assert "length.py:length has mean 1" in said and "the critic starts from the SFT policy" in said      # --critic_init rm
-    saved = experiment.load_checkpoint(beside / "length" / "ppo")["reward"]
+    saved = files.load_checkpoint(beside / "length" / "ppo")["reward"]
     assert (saved["gain"], saved["bias"]) == (reward.gain, reward.bias)        # whatever the seed: see evaluate
     assert dataclasses.replace(cfg, seed=3).seed == 3 and scoring.load_reward(
         dataclasses.replace(cfg, seed=3), policy, tokenizer, train, "cpu").state_dict() == saved
@@ -4176,7 +4937,7 @@ def test_any_reward_is_normalised_on_samples_of_the_sft_policy(beside, capsys, n
 def test_every_stage_follows_a_reward_of_ones_own(script, changes, beside, no_pictures):
     (beside.parent / "length.py").write_text("def length(prompts, responses):\n    return [1000 + 7 * len(r) for r in responses]\n")
     script.main(tiny(script, out="by_length", base="tiny", reward="length.py:length", n_eval=4, n_samples=4, **changes))
-    assert experiment.load_checkpoint(beside / "by_length" / script.__name__)["reward"]["made_for"].startswith("length.py:length ")
+    assert files.load_checkpoint(beside / "by_length" / script.__name__)["reward"]["made_for"].startswith("length.py:length ")
     assert abs(log_of(beside / "by_length" / script.__name__)[0]["score"]) < 3  # raw ones are above 1000
     (beside.parent / "length.py").write_text("def length(prompts, responses):\n    return [-len(r) for r in responses]\n")
     cfg = tiny(script, out="by_length", base="tiny", reward="length.py:length", n_eval=4, n_samples=4, **changes)
@@ -4189,7 +4950,7 @@ def test_a_reward_that_cannot_be_used_stops_the_run_with_what_was_saved_in_place
     good = "    return [float(len(r)) for r in responses]\n"
     for name, body, message in (
             ("flat", "    return [2.0] * len(responses)\n", "the reward gave 2 to each of 512 responses of the SFT policy"),
-            ("nan", "    return [float('nan')] * len(responses)\n", "gave a score that is not finite to a response of the SFT policy"),
+            ("nan", "    return [float('nan')] * len(responses)\n", "the reward of a response of the SFT policy is nan, which nothing can be learned from"),
             ("few", "    return [1.0]\n", "gave back 1 numbers; it should give one for each"),
             ("broken", "    raise ValueError('no judge today')\n", "the reward function broken ended in the ValueError above")):
         (tmp_path / f"{name}.py").write_text(f"def {name}(prompts, responses):\n{body}")
@@ -4199,9 +4960,9 @@ def test_a_reward_that_cannot_be_used_stops_the_run_with_what_was_saved_in_place
     (tmp_path / "late.py").write_text(
         "calls = []\ndef late(prompts, responses):\n    calls.append(1)\n"
         "    if len(calls) > 11:\n        return [float('inf')] * len(responses)\n" + good)
-    with pytest.raises(SystemExit, match="scores of update 3 is not finite. The last checkpoint is from before that"):
+    with pytest.raises(SystemExit, match=r"scores of update 3 is inf in \d+ of 32 places, first at .\d+.; that is what the reward gave"):
         ppo.main(tiny(ppo, out="late", base="tiny", reward=f"{tmp_path}/late.py:late", save_every=1))
-    assert experiment.load_checkpoint(beside / "late" / "ppo")["step"] == 3
+    assert files.load_checkpoint(beside / "late" / "ppo")["step"] == 3
     (tmp_path / "slow.py").write_text(f"import time\ndef slow(prompts, responses):\n    time.sleep(0.2)\n{good}")
     ppo.main(tiny(ppo, out="slow", base="tiny", reward=f"{tmp_path}/slow.py:slow", steps=1, n_eval=2, n_samples=2, normalise_reward=False))
     assert log_of(beside / "slow" / "ppo")[0]["score_seconds"] > 0.2
@@ -4243,7 +5004,7 @@ def test_tokens_are_shown_with_what_ppo_computed_of_them(what, beside, capsys):
     said = capsys.readouterr().out
     reference, tokenizer = sft.load_policy(beside / "tiny" / "sft", "cpu")
     policy, _ = sft.load_policy(beside / "tiny" / "ppo", "cpu")
-    saved = experiment.load_checkpoint(beside / "tiny" / "ppo")
+    saved = files.load_checkpoint(beside / "tiny" / "ppo")
     tokens, mask = generate(policy, asked(tokenizer, 2, 1337), 24, tokenizer.eot_token, generator=seeded(1337))
     inputs, targets = data.shift(tokens)
     logprobs, ref_logprobs = (token_logprobs(p, inputs, targets, mask).detach() for p in (policy, reference))
@@ -4335,9 +5096,9 @@ def test_the_small_run_reaches_its_figures(seed, tmp_path, monkeypatch):
     finally:
         torch.set_num_threads(threads)
     taken = time.time() - begun
-    sft_results = experiment.read_json(tmp_path / "out/small/sft/results.json")
+    sft_results = files.read_json(tmp_path / "out/small/sft/results.json")
     assert sft_results["above_entropy"] < 0.8 and sft_results["grammatical"] > 0.95
-    assert experiment.read_json(tmp_path / "out/small/reward_model/results.json")["ratio"] > 0.90
+    assert files.read_json(tmp_path / "out/small/reward_model/results.json")["ratio"] > 0.90
     assert results["gold_gain"] > 1.3 and results["kl_ref"] < 5
     assert taken < 240
 
@@ -4374,6 +5135,18 @@ def test_every_command_in_the_readme_parses():
             experiment.parse(script.Config, script.PRESETS, "", words)
     for flag, value in re.findall(r"`--(\w+)(?: ([\w.]+))?", README):
         assert any(flag in {f.name for f in dataclasses.fields(s.Config)} for s in (*SCRIPTS, sample)), flag
+
+
+def test_the_readmes_way_to_the_first_nan_finds_it_and_nothing_where_there_is_none(beside):
+    code = re.search(r"```python\n(# first_nan.py\n.*?)```", README, re.S)[1]
+    (beside.parent / "first_nan.py").write_text(code)
+    (beside.parent / "score.py").write_text("import torch\ndef f(prompts, responses):\n    x = torch.tensor([float(len(r)) for r in responses])\n"
+                                            "    return (x - 20).log().tolist() if len(x) == 32 else x.tolist()\n")
+    command = [sys.executable, "first_nan.py", str(HERE / "ppo.py"), "--config", "tiny", "--base", "tiny", "--steps", "1", "--n_eval", "2", "--n_samples", "2"]
+    fine, bad = (subprocess.run(command + options, cwd=beside.parent, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+                 for options in (["--out", "no_nan"], ["--out", "first_nan", "--reward", "score.py:f"]))
+    assert fine.returncode == 0, fine.stderr
+    assert "log()" in bad.stderr and "(x - 20).log().tolist()" in bad.stderr and "ArithmeticError: aten.log.default made a nan of [torch.Size([32])]" in bad.stderr
 
 
 def test_every_metric_that_is_logged_is_in_the_readme(whole_run):
