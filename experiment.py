@@ -423,9 +423,7 @@ class Run:
                 print(f"note: begun with {name} {before[name]}, going on with {start[name]}: the bits may not be those of a "
                       "run that was never interrupted")
         files.append(self.folder / "started.jsonl", json.dumps(start) + "\n")
-        torch.manual_seed(self.cfg.seed)
-        random.seed(self.cfg.seed)                       # these two for a reward function of the user's
-        np.random.seed(self.cfg.seed)
+        seed_all(self.cfg.seed)
         self.generator = torch.Generator().manual_seed(self.cfg.seed)
 
     # ---- the loop
@@ -510,7 +508,7 @@ class Run:
                     self.save(self.step, self.random_at_start)
                 first = bad.nonzero()[0].tolist()
                 where = f" in {int(bad.sum())} of {bad.numel()} places, first at {first}" if first else ""
-                cause = ("that is what the reward gave: look at the responses it was given" if name == "scores" else
+                cause = ("that is what the reward gave: look at the responses it was given" if name in ("scores", "score") else
                          "try a lower --lr or a smaller --grad_clip, with another --out")
                 saved = f"{self.folder}/checkpoint.pt is from {'before' if taken else 'the start of'} that update"
                 if not (self.folder / "checkpoint.pt").exists():
@@ -564,7 +562,6 @@ class Run:
         files.write(self.folder / "results.json", json.dumps(results, indent=1))
         files.write(self.folder / "report.txt", report + "\n")
         shutil.rmtree(self.old, ignore_errors=True)
-        self.lock.release(force=True)
         print("\n" + report, flush=True)
         return results
 
@@ -580,6 +577,13 @@ class Run:
         print("This is the result of then, whatever has changed in the code since; --overwrite runs it "
               "again, --out NAME beside it.\n\n" + (self.folder / "report.txt").read_text())
         return files.read_json(self.folder / "results.json")
+
+
+def seed_all(seed):
+    """torch's random numbers, and for a reward function of the user's Python's and numpy's"""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def pick_device(cfg):

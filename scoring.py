@@ -87,6 +87,7 @@ def load_reward(cfg, sft_policy, tokenizer, prompts, device):
         raw, made_for = load_classifier(cfg.reward, tokenizer, device)
     reward = Reward(raw, made_for, cfg)
     if cfg.normalise_reward:
+        experiment.seed_all(cfg.seed)                    # for a function that draws random numbers
         reward.gain, reward.bias = rm.normalisation(raw, sft_policy, tokenizer, prompts, cfg)
         print(f"{cfg.reward} has mean {-reward.bias / reward.gain:.3f} and standard deviation {1 / reward.gain:.3f} on "
               "the SFT policy's samples; scores are normalised by them")

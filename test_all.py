@@ -3779,6 +3779,88 @@ def test_a_second_run_in_the_same_folder_is_refused_and_told_of_the_first(beside
         run.begin()
 
 
+@contextlib.contextmanager
+def crash_at(step, monkeypatch):
+    """The power goes right after an update was logged"""
+    original = experiment.Run.log
+
+    def crash(run, now, *args, **kwargs):
+        original(run, now, *args, **kwargs)
+        if now == step:
+            raise RuntimeError("the power went")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the power went"):
+        patch.setattr(experiment.Run, "log", crash)
+        yield
+
+
+@pytest.mark.parametrize("script, changes", [
+    (sft, dict(dropout=0.3)), (ppo, dict(reward="luck.py:luck", base="tiny", n_eval=2, n_samples=2, epochs=2)),
+    (grpo, dict(reward="luck.py:luck", base="tiny", n_eval=2, n_samples=2, normalise_reward=False))], ids=lambda x: getattr(x, "__name__", ""))
+def test_random_numbers_of_torch_python_and_numpy_go_on_where_they_were(script, changes, beside, monkeypatch, no_pictures):
+    """Dropout draws torch's own; a reward function of the user's may draw any"""
+    (beside.parent / "luck.py").write_text("import random\nimport numpy as np\nimport torch\ndef luck(prompts, responses):\n"
+        "    return [random.random() + random.gauss(0, 1) + np.random.randn() + torch.rand(()).item() + len(r) / 9 for r in responses]\n")
+    cfg = tiny(script, **{**dict(out="lucky", steps=6, save_every=2), **changes})
+    folders = [beside / name / script.__name__ for name in ("lucky", "lucky_again", "lucky_resumed")]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    script.main(cfg)
+    random.random(), np.random.rand(), torch.rand(1)                           # whatever was drawn before
+    script.main(dataclasses.replace(cfg, out="lucky_again"))
+    with crash_at(3, monkeypatch):
+        script.main(dataclasses.replace(cfg, out="lucky_resumed"))
+    random.random(), np.random.rand(), torch.rand(1)
+    script.main(dataclasses.replace(cfg, out="lucky_resumed", resume=True))
+    for other in folders[1:]:
+        assert_same_run(folders[0], other)
+
+
+def test_a_stage_killed_before_its_first_checkpoint_is_begun_again_with_its_own_settings(beside, monkeypatch, no_pictures):
+    with crash_at(1, monkeypatch):
+        sft.main(short(sft, out="early", lr=0.005))
+    assert not (beside / "early" / "sft" / "checkpoint.pt").exists()
+    reward_model.main(tiny(reward_model, out="early", n_prompts=8, n_held_out=4))
+    assert files.read_json(beside / "early" / "sft" / "config.json")["lr"] == 0.005 and len(log_of(beside / "early" / "sft")) == 5
+
+
+def test_the_log_is_on_the_disk_before_the_checkpoint_that_comes_after_it(beside, monkeypatch, no_pictures):
+    flushed, original = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name), original(handle)))
+    sft.main(short(sft, out="flushed"))
+    checkpoints = [i for i, name in enumerate(flushed) if name == "checkpoint.pt.tmp"]
+    assert len(checkpoints) == 3 and all(flushed[i - 1] == "log.jsonl" and flushed[i + 1] == "sft" for i in checkpoints)
+
+
+def test_ctrl_c_in_the_last_step_leaves_before_the_report_which_comes_with_resume(beside, monkeypatch, no_pictures):
+    original = experiment.Run.log
+
+    def interrupted(run, step, *args, **kwargs):
+        original(run, step, *args, **kwargs)
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.Run, "log", interrupted)
+        with pytest.raises(SystemExit, match="saved after 5 of 5 steps in out/last/sft; the same command with --resume"):
+            sft.main(short(sft, out="last"))
+    assert not (beside / "last" / "sft" / "report.txt").exists()
+    sft.main(short(sft, out="last", resume=True))
+    assert (beside / "last" / "sft" / "report.txt").exists()
+
+
+@pytest.mark.parametrize("calls, message", [
+    (0, "the reward of a response of the SFT policy is inf"), (8, "the reward of a sampled response is inf, which nothing can be learned from"),
+    (9, "score of update 0 is inf; that is what the reward gave"), (10, "score of update 5 is inf"), (12, "the reward of a sampled response is inf")])
+def test_rewards_that_are_no_numbers_are_noticed_wherever_they_come(calls, message, beside, no_pictures):
+    """Normalisation has 8 calls, labels 1, the samples of updates 0, 5 and 9 one each, then comes the comparison"""
+    shutil.rmtree(beside / "infinite", ignore_errors=True)
+    (beside.parent / f"after_{calls}.py").write_text(
+        f"calls = []\ndef score(prompts, responses):\n    calls.append(1)\n    bad = len(calls) > {calls}\n"
+        "    return [float('inf') if bad else float(len(r)) for r in responses]\n")
+    with pytest.raises(SystemExit, match=message):
+        dpo.main(tiny(dpo, out="infinite", base="tiny", reward=f"after_{calls}.py:score", labels="reward_model", n_eval=4, n_samples=4,
+                      missing_eos_score=None, eval_every=5, n_pairs=160))
+
+
 def short(script, **changes):
     """A run of a second, with several checkpoints"""
     return tiny(script, **{**dict(steps=5, save_every=2, n_texts=100, n_eval=8, batch_size=4, eval_every=3), **changes})
@@ -3896,6 +3978,8 @@ def test_without_git_the_commit_is_unknown(monkeypatch):
         raise FileNotFoundError("git")
     monkeypatch.setattr(subprocess, "run", no_git)
     assert experiment.versions()["commit"] == "unknown"
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: types.SimpleNamespace(stdout="0123456789ab-dirty\n"))
+    assert experiment.versions()["commit"] == "0123456789ab with changes"
 
 
 def test_the_same_seed_gives_the_same_bits_whatever_the_hash_seed_and_the_threads_that_tokenise(tmp_path):
