@@ -90,6 +90,8 @@ def read_record(record):
 
 def dialogue(messages, before=()):
     """Messages, after those before them where they do not begin with these themselves -> text"""
+    if not isinstance(messages, list) or not isinstance(before, (list, tuple)):
+        raise ValueError("a text is not a string")
     messages, before = list(messages), list(before)
     if messages[:len(before)] != before and not any(isinstance(m, dict) and m.get("role") == "user" for m in messages):
         messages = before + messages
@@ -136,15 +138,15 @@ def files_of(source):
         try:
             return [Path(hf_hub_download("Anthropic/hh-rlhf", name, repo_type="dataset")) for name in HH]
         except Exception as error:
-            experiment.stop(f"--data hh could not be fetched from the hub ({type(error).__name__}); with HH-RLHF's "
-                            "files in a folder, --data FOLDER reads them")
+            files.stop(f"--data hh could not be fetched from the hub ({type(error).__name__}); with HH-RLHF's "
+                       "files in a folder, --data FOLDER reads them")
     if source == "tldr":
         return [download(TLDR + name, Path("out/downloads/tldr") / name) for name in TLDR_FILES]
     path = Path(source)
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz", ".json")) and p.is_file())
         if not found:
-            experiment.stop(f"--data {source} is a folder without any .jsonl or .jsonl.gz file")
+            files.stop(f"--data {source} is a folder without any .jsonl or .jsonl.gz file")
         return found
     check_source(source)
     return [path]
@@ -152,24 +154,26 @@ def files_of(source):
 
 def check_source(source, flag="--data"):
     """Stops on the name of a source that is none; whether the hub has it shows later."""
-    known = ("reviews", "hh", "tldr")
-    if source not in known and not source.startswith("hf:") and not Path(source).is_file() and not Path(source).is_dir():
-        hint = experiment.nearest(source, (*known, *map(str, Path(source).parent.glob("*")))) if not Path(source).exists() else ""
-        experiment.stop(f"{flag} got {source}{hint}; it takes reviews, hh, tldr, hf:OWNER/NAME, or a file or folder that "
-                        "is there")
+    known, there = ("reviews", "hh", "tldr"), os.path.isfile(source) or os.path.isdir(source)
+    if source not in known and not source.startswith("hf:") and not there:
+        beside = [] if os.path.exists(source) else map(str, Path(source).parent.glob("*"))
+        hint = experiment.nearest(source, (*known, *beside))
+        files.stop(f"{flag} got {source}{hint}; it takes reviews, hh, tldr, hf:OWNER/NAME, or a file or folder that "
+                   "is there")
 
 
 def download(url, path):
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}.tmp")
         print(f"downloading {url}", flush=True)
         try:
-            urllib.request.urlretrieve(url, path.with_suffix(".tmp"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            urllib.request.urlretrieve(url, beside)
+            files.flush(beside)
+            os.replace(beside, path)
         except OSError as error:
-            experiment.stop(f"{url} could not be fetched ({error}); with OpenAI's comparisons in a folder, "
-                            "--data FOLDER reads them")
-        files.flush(path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+            files.stop(f"{url} could not be fetched ({error}); with OpenAI's comparisons in a folder, "
+                       "--data FOLDER reads them")
     return path
 
 
@@ -178,12 +182,13 @@ def hub_data_set(name):
     try:
         import datasets
     except ImportError:
-        experiment.stop(f"--data hf:{name} takes the datasets package: pip install datasets; or write the data set "
-                        "to a .jsonl file and give its path")
+        files.stop(f"--data hf:{name} takes the datasets package: pip install datasets; or write the data set "
+                   "to a .jsonl file and give its path")
     try:
         return datasets.load_dataset(name, split="train")
     except Exception as error:
-        experiment.stop(f"--data hf:{name} could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]})")
+        files.stop(f"--data hf:{name} could not be loaded ({type(error).__name__}: {files.first_line(error)}); check the "
+                   "name and the network, or write it to a .jsonl file and give its path")
 
 
 def records(source):
@@ -209,8 +214,8 @@ def records(source):
                         except (ValueError, RecursionError):
                             yield where, None, "not JSON"
         except (OSError, EOFError, zlib.error) as error:
-            experiment.stop(f"{path} cannot be read past {'piece' if path.suffix == '.txt' else 'line'} {n} "
-                            f"({type(error).__name__}: {error})")
+            files.stop(f"{path} cannot be read past {'piece' if path.suffix == '.txt' else 'line'} {n} "
+                       f"({type(error).__name__}: {error}); give the whole file, with the right to read it")
 
 
 def pieces(path, size=1000):
@@ -222,9 +227,10 @@ def pieces(path, size=1000):
                 yield piece
                 piece = ""
             piece += line
-            while len(piece) > size:                     # a line that is longer than a piece
-                yield piece[:size]
-                piece = piece[size:]
+            if len(piece) > size:                        # a line that is longer than a piece
+                whole = (len(piece) - 1) // size * size
+                yield from (piece[at:at + size] for at in range(0, whole, size))
+                piece = piece[whole:]
     if piece.strip():
         yield piece
 
@@ -281,8 +287,8 @@ class Part(Sequence):
 def rows_of(cfg, tokenizer, block_size):
     """The rows of cfg.data, tokenised now or, if nothing has changed, at an earlier start -> Rows"""
     if cfg.max_prompt_tokens >= block_size:
-        experiment.stop(f"--max_prompt_tokens {cfg.max_prompt_tokens} leaves no room for a response in the model's "
-                        f"block_size {block_size}; lower them, or train a model that reads more (sft.py --block_size)")
+        files.stop(f"--max_prompt_tokens {cfg.max_prompt_tokens} leaves no room for a response in the model's "
+                   f"block_size {block_size}; lower it, or train a model that reads more (sft.py --block_size)")
     if cfg.data.startswith("hf:"):
         version = hub_data_set(cfg.data[3:])._fingerprint
     else:
@@ -294,7 +300,7 @@ def rows_of(cfg, tokenizer, block_size):
             return opened(folder)
         except (OSError, ValueError, EOFError) as error:
             print(f"{folder}, where these tokens were stored, is damaged ({error}): making them again")
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
     tokenise(cfg, tokenizer, block_size, folder)
     return opened(folder)
 
@@ -305,14 +311,14 @@ def digest(path, size, mtime_ns):
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        experiment.stop(f"{path} cannot be read ({type(error).__name__}: {error})")
+        files.stop(f"{path} cannot be read ({type(error).__name__}: {error})")
 
 
 @functools.lru_cache(maxsize=4)
 def opened(folder):
     """The rows in a folder, and what was done to them on the terminal: once, whoever asks -> Rows"""
     rows = Rows(folder)
-    print(rows.report)
+    print(files.visible(rows.report))
     return rows
 
 
@@ -324,7 +330,7 @@ def encoded(cfg, tokenizer, block_size, left_out, kept, cut):
                  for text in (prompt[-LONGEST:], *(response[:LONGEST] for response in responses))]
         ids = iter(tokenizer.encode_ordinary_batch(texts))
         for where, text, responses in chunk:
-            if any(map(experiment.CONTROL.search, (text, *responses))):
+            if any(map(files.CONTROL.search, (text, *responses))):
                 kept.setdefault("with control characters", []).append(where)
             if cfg.data.endswith(".txt") and "\ufffd" in responses[0]:
                 kept.setdefault("with bytes that are no UTF-8, read as \ufffd", []).append(where)
@@ -366,8 +372,8 @@ def tokenise(cfg, tokenizer, block_size, folder):
     first = [not (prompt in seen or seen.add(prompt)) for prompt in prompts]
     if not held:
         wrong = "; ".join(f"{reason} ({places[0]})" for reason, places in left_out.items())
-        experiment.stop(f"--data {cfg.data} has no row that could be read{': ' * bool(wrong)}{wrong}. The first lines "
-                        "of corpus.py show the forms")
+        files.stop(f"--data {cfg.data} has no row that could be read{': ' * bool(wrong)}{wrong}. The first lines "
+                   "of corpus.py show the forms")
     report = [f"{cfg.data}: {len(held)} rows, {sum(held)} of them held out; {cut['prompts']} prompts cut to their last "
               f"{cfg.max_prompt_tokens} tokens, {cut['responses']} rows with a response cut to fit into {block_size}"
               + f", {cut['alike']} with two responses alike, which compare nothing" * (cut["alike"] > 0)]
@@ -379,7 +385,7 @@ def tokenise(cfg, tokenizer, block_size, folder):
         np.save(beside / "bounds.npy", np.frombuffer(bounds, np.int64).reshape(-1, 4))
         np.save(beside / "held_out.npy", np.array(held))
         np.save(beside / "first.npy", np.array(first))
-        (beside / "rows.txt").write_text("\n".join(report), encoding="utf-8")
+        (beside / "rows.txt").write_text(files.visible("\n".join(report)), encoding="utf-8")
 
 
 def held_out(prompt):
@@ -426,13 +432,17 @@ def compared(rows):
     return rows.bounds[:, 3] > rows.bounds[:, 2]
 
 
+def stop_without_comparisons(cfg):
+    files.stop(f"--data {cfg.data} has no comparisons, but rows of one response. A reward model is trained on "
+               "a better and a worse response to a prompt (chosen, rejected); without one there is --reward "
+               "path/to/file.py:function")
+
+
 def comparisons(cfg, tokenizer, block_size, n, n_held_out):
     """-> train, held out, at most so many: sequences of {prompt_ids, response_ids: [better, worse]}"""
     rows = rows_of(cfg, tokenizer, block_size)
     if not compared(rows).any():
-        experiment.stop(f"--data {cfg.data} has no comparisons, but rows of one response. A reward model is trained on "
-                        "a better and a worse response to a prompt (chosen, rejected); without one there is --reward "
-                        "path/to/file.py:function")
+        stop_without_comparisons(cfg)
     return [Part(rows, at[:size], lambda *ids: {"prompt_ids": ids[0], "response_ids": list(ids[1:])})
             for at, size in zip(both_parts(cfg, rows, compared(rows)), (n, n_held_out))]
 
@@ -456,15 +466,16 @@ def prompts(cfg, tokenizer, block_size, n_eval=None):
 
 def check_n_eval(n_eval, n_held):
     if n_eval > n_held:
-        experiment.stop(f"got {n_eval} held-out prompts to evaluate on; there are {n_held}. Lower --n_eval to that or less")
+        files.stop(f"{n_eval} held-out prompts are asked for (--n_eval, in sample.py --n), there are {n_held}; lower it to "
+                   "that or less")
 
 
 def check_room(cfg, longest, block_size):
     """Stops where the longest prompt leaves no room for a response in what the model can read."""
     if longest + cfg.max_new_tokens > block_size:
-        experiment.stop(f"prompts of up to {longest} tokens and --max_new_tokens {cfg.max_new_tokens} exceed the "
-                        f"model's block_size {block_size}; lower that to {block_size - longest} or train a model that "
-                        "reads more (sft.py --block_size)")
+        lower = f"lower --max_new_tokens to {block_size - longest}" if longest < block_size else "shorten the prompts"
+        files.stop(f"prompts of up to {longest} tokens and --max_new_tokens {cfg.max_new_tokens} exceed the model's "
+                   f"block_size {block_size}; {lower}, or train a model that reads more (sft.py --block_size)")
 
 
 def source_of(items):
@@ -477,6 +488,6 @@ def both_parts(cfg, rows, wanted=True):
     order = np.random.default_rng(0).permutation(len(rows))      # the same whatever the seed
     parts = [order[(wanted & (rows.held_out == held))[order]] for held in (False, True)]
     if not all(map(len, parts)):
-        experiment.stop(f"{cfg.data} has {len(parts[0])} rows to train on and {len(parts[1])} held out; there "
-                        "must be some of both, and the eighth of the prompts that is held out needs more rows")
+        files.stop(f"{cfg.data} has {len(parts[0])} rows to train on and {len(parts[1])} held out; there "
+                   "must be some of both, and the eighth of the prompts that is held out needs more rows")
     return parts

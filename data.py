@@ -175,6 +175,8 @@ def make_encoding(name, vocab):
     """{token in byte-level BPE's printable characters: id}, ids in merge order -> tiktoken.Encoding"""
     to_byte = {character: byte for byte, character in printable().items()}
     ranks = {bytes(to_byte[c] for c in token): i for token, i in vocab.items()}
+    if len(set(ranks.values())) < len(ranks):
+        raise ValueError("the vocabulary has two tokens with one id")
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise ValueError(f"the vocabulary has no token for the byte {missing[0]}, so that not every text could be encoded")
@@ -228,13 +230,15 @@ def save_tokenizer(tokenizer, folder):
 def load_tokenizer(folder):
     path = Path(folder) / "tokenizer.json"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         ranks = {base64.b64decode(token): i for token, i in content["ranks"].items()}
+        if len(set(ranks.values())) < len(ranks):
+            raise ValueError("two tokens with one id")
         return tiktoken.Encoding(content["name"], pat_str=content["pattern"], mergeable_ranks=ranks,
                                  special_tokens={EOS: content["eos"]})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         files.stop(f"{path} cannot be read as a tokenizer ({type(error).__name__}); it stands beside every "
-                   "checkpoint, copy both or make the stage again")
+                   f"checkpoint; {files.again(folder)}")
 
 
 def check_vocabulary(wanted, tokenizer, folder):

@@ -241,19 +241,19 @@ def check(cfg):
     """Stops on settings that mean nothing together, and says which settings change nothing."""
     scoring.check(cfg)
     if cfg.beta == 0:
-        experiment.stop("--beta got 0; DPO divides by it: it takes a number above 0")
+        files.stop("--beta got 0; DPO divides by it: it takes a number above 0")
     if cfg.label_smoothing >= 0.5:
-        experiment.stop(f"--label_smoothing got {cfg.label_smoothing}; from one half on, labels mean "
-                        "the opposite: it takes a number below 0.5")
+        files.stop(f"--label_smoothing got {cfg.label_smoothing}; from one half on, labels mean "
+                   "the opposite: it takes a number below 0.5")
     if cfg.label_smoothing and cfg.loss not in ("sigmoid", "robust"):
-        experiment.stop(f"--label_smoothing {cfg.label_smoothing} belongs to --loss sigmoid (cDPO) and "
-                        f"robust, this is --loss {cfg.loss}")
+        files.stop(f"--label_smoothing {cfg.label_smoothing} belongs to --loss sigmoid (cDPO) and "
+                   f"robust, this is --loss {cfg.loss}")
     if cfg.labels == "annotators" and cfg.rounds > 1 and cfg.data != "reviews":
-        experiment.stop(f"--rounds {cfg.rounds} has the policy's own samples compared; nobody is there to annotate them: "
-                        "--labels reward_model or soft")
+        files.stop(f"--rounds {cfg.rounds} has the policy's own samples compared; nobody is there to annotate them: "
+                   "--labels reward_model or soft")
     if cfg.n_pairs < cfg.rounds * cfg.batch_size:
-        experiment.stop(f"--n_pairs {cfg.n_pairs} in {cfg.rounds} rounds leave less than one batch of "
-                        f"{cfg.batch_size} pairs to a round; raise --n_pairs or lower --batch_size")
+        files.stop(f"--n_pairs {cfg.n_pairs} in {cfg.rounds} rounds leave less than one batch of "
+                   f"{cfg.batch_size} pairs to a round; raise --n_pairs or lower --batch_size")
     if cfg.mask_shared_prefix and not cfg.length_normalise:
         print("note: --mask_shared_prefix changes nothing without --length_normalise: in a difference "
               "of sums the shared tokens cancel")
@@ -273,7 +273,7 @@ def main(cfg):
     annotator_temperature = comparisons = None
     if built_in and (cfg.labels == "annotators" or cfg.reward == "reward_model"):
         rm_folder = experiment.ensure(cfg, rm)
-        comparisons, _ = files.read_json(rm_folder / "comparisons.json")
+        comparisons, _ = rm.read_comparisons(rm_folder)
         annotator_temperature = files.read_json(rm_folder / "config.json")["annotator_temperature"]
     elif cfg.labels == "annotators":
         comparisons, _ = corpus.comparisons(cfg, tokenizer, block_size, n, 1)
@@ -281,16 +281,17 @@ def main(cfg):
     experiment.check_enough(n, cfg.batch_size, "pairs")
     available = sum(len(c["response_ids"]) * (len(c["response_ids"]) - 1) // 2 for c in comparisons or [])
     if cfg.labels == "annotators" and n > available:
-        experiment.stop(f"--n_pairs asks for {n} of the annotators' comparisons, {rm_folder} has "
-                        f"{available}; lower it, or let reward_model.py collect more (--n_prompts)")
+        files.stop(f"--n_pairs asks for {n} of the annotators' comparisons, {rm_folder} has "
+                   f"{available}; lower it, or let reward_model.py collect more (--n_prompts)")
     run.begin()
     add_lora(policy, cfg.lora_rank)
     reference = reference_of(policy)
     optimizer = torch.optim.AdamW(trained(policy), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     state = dict(policy=policy, optimizer=optimizer, gpt=asdict(policy.config),
                  tokenizer=data.fingerprint(tokenizer), sft=sft_made, reward=reward,
-                 data=corpus.source_of(train_prompts))
-    data.save_tokenizer(tokenizer, run.folder)
+                 data=corpus.source_of(train_prompts), companions=(companions := files.Companions()))
+    if not run.resuming:
+        data.save_tokenizer(tokenizer, run.folder)
 
     steps_a_round = cfg.epochs * (n // cfg.batch_size)
     steps, pairs = cfg.rounds * steps_a_round, None
@@ -298,6 +299,7 @@ def main(cfg):
         round, step_of_round = divmod(step, steps_a_round)
         stored = run.folder / f"pairs_{round}.json"
         if pairs is None and step_of_round:                      # resumed in the middle of a round
+            companions.check(stored)
             pairs = files.read_json(stored)
 
         if not step_of_round:
@@ -313,8 +315,8 @@ def main(cfg):
                   "identical responses and are left out")
             pairs = different
             if len(pairs) < cfg.batch_size:
-                experiment.stop(f"only {len(pairs)} pairs differ, a batch takes {cfg.batch_size}: the "
-                                "policy writes the same response again and again")
+                files.stop(f"only {len(pairs)} pairs differ, a batch takes {cfg.batch_size}: the "
+                           "policy writes the same response again and again")
 
             # ---- 2. reference
             for i in range(0, len(pairs), 256):
@@ -323,6 +325,7 @@ def main(cfg):
                 for pair, (chosen, rejected) in zip(pairs[i:i + 256], ref_logprobs.T.tolist()):
                     pair["ref_logprobs"] = [chosen, rejected]
             files.write(stored, json.dumps(pairs))
+            companions.add(stored)
 
         # ---- 3. logprobs, 4. update: in parts, each of which counts as many pairs as it has
         metrics, loss_metrics = {}, {}

@@ -108,15 +108,22 @@ def distinct(texts, n=2):
 # --------------------------------------------------------------------------------------------------
 # What to evaluate
 
-def find_policies(cfg, reference, reward, device):
-    """{run/stage: (GPT, its config)} of finished stages with policies, trained from this SFT policy"""
-    found, wanted = {}, [name for name in cfg.runs.split(",") if name]
+def finished_stages(cfg):
+    """Folders of finished stages in out/, and the names in --runs, each of which must be among them"""
     folders = sorted(path.parent for path in Path("out").glob("*/*/report.txt")
                      if (path.parent / "checkpoint.pt").exists())
+    wanted, runs = [name for name in cfg.runs.split(",") if name], {folder.parent.name for folder in folders}
+    there = runs | {f"{folder.parent.name}/{folder.name}" for folder in folders}
     for run in wanted:
-        if not any(run in (folder.parent.name, f"{folder.parent.name}/{folder.name}") for folder in folders):
-            experiment.stop(f"--runs names {run}, but out/{run} has no finished stage; there are: "
-                            + ", ".join(sorted({folder.parent.name for folder in folders})))
+        if run not in there:
+            files.stop(f"--runs names {run}, but out/{run} has no finished stage{experiment.nearest(run, there)}; there are: "
+                       + ", ".join(sorted(runs)))
+    return folders, wanted
+
+
+def find_policies(cfg, reference, reward, device):
+    """{run/stage: (GPT, its config)} of finished stages with policies, trained from this SFT policy"""
+    found, (folders, wanted) = {}, finished_stages(cfg)
     sft_made = files.fingerprint(reference)
     for folder in folders:
         name = f"{folder.parent.name}/{folder.name}"
@@ -125,7 +132,7 @@ def find_policies(cfg, reference, reward, device):
             continue
         saved = files.load_checkpoint(folder)
         keys = sft.policies_in(saved)
-        if not keys:
+        if not keys or not {"sft", "reward"} <= saved.keys():    # a copy of an SFT stage, perhaps
             continue
         if saved["sft"] != sft_made:
             print(f"leaving out {name}: it started from another SFT policy")
@@ -362,10 +369,13 @@ def main(cfg):
     device = run.device
     scoring.check(cfg)
     if cfg.n_reference < 2:
-        experiment.stop(f"--n_reference got {cfg.n_reference}; best of n takes at least 2 responses")
+        files.stop(f"--n_reference got {cfg.n_reference}; best of n takes at least 2 responses")
     if cfg.overoptimise and (cfg.data != "reviews" or cfg.reward != "reward_model"):
-        experiment.stop("--overoptimise compares with the true utility, which only the built-in task knows, what a weak "
-                        "reward model of ours does to it")
+        files.stop("--overoptimise compares with the true utility, which only the built-in task knows, what a weak "
+                   "reward model of ours does to it")
+    if cfg.overoptimise and cfg.weak_rankings < (batch := experiment.preset(rm.Config, rm.PRESETS, cfg.config).batch_size):
+        files.stop(f"--weak_rankings {cfg.weak_rankings} is less than one batch of {batch} rankings; raise it")
+    finished_stages(cfg)
     sft_folder = experiment.ensure(cfg, sft)
     reference, tokenizer = sft.load_policy(sft_folder, device, **cfg.how())
     train_prompts, prompts = corpus.prompts(cfg, tokenizer, reference.config.block_size, cfg.n_eval)
@@ -383,7 +393,7 @@ def main(cfg):
     print(f"evaluating {', '.join(policies)}" if found else
           "found no policy to evaluate: this is the limit alone, from the SFT policy's samples")
     if cfg.overoptimise:
-        weak = overoptimise(cfg, sft_folder.parent.name, files.read_json(rm_folder / "comparisons.json")[1])
+        weak = overoptimise(cfg, sft_folder.parent.name, rm.read_comparisons(rm_folder)[1])
     run.begin()
 
     # ---- 2. samples

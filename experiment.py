@@ -4,7 +4,7 @@ A run: config from the command line, output folder, log and progress, checkpoint
     python STAGE.py --config NAME [--field value ...]
 
 A stage writes to out/RUN/STAGE/: config.json, started.jsonl (when, by which command, commit and versions),
-log.jsonl (one object per update), checkpoint.pt, report.txt, pictures. The checkpoint holds everything that
+log.jsonl (one object per update), checkpoint.pt, tokenizer.json, results.json, report.txt, pictures. The checkpoint holds everything that
 decides how the run goes on, random states included, so that (shown on CPUs) a run that was killed at any moment
 and resumed ends with the same bits as one that was never interrupted.
 
@@ -93,14 +93,15 @@ def launch(main, Config, presets, doc, export=None):
         cfg = parse(Config, presets, doc, sys.argv[1:])
         if export is None and (cfg.export or cfg.lora_rank or cfg.accumulation > 1):
             stop("--export, --lora_rank and --accumulation are for stages that train; this one trains nothing")
-        if cfg.export and Path(cfg.export).exists() and (Path(cfg.export).is_file() or any(Path(cfg.export).iterdir())):
-            stop(f"--export {cfg.export} is there and not empty; give a new folder")
+        for folder in [Path(cfg.export), Path(f"{Path(cfg.export)}-ema")] if cfg.export else []:
+            if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+                stop(f"--export {folder} is there and not empty; give a new folder")
         main(cfg)
         if cfg.export:
-            export(Path("out") / (cfg.out or cfg.config) / Path(sys.argv[0]).stem, cfg.export)
+            export(Path("out") / (cfg.out or cfg.config) / Path(sys.argv[0]).stem, str(Path(cfg.export)))
             print(f"exported    {cfg.export}")
     except KeyboardInterrupt:
-        raise SystemExit("\nstopped; the same command with --resume goes on from the last checkpoint")
+        raise SystemExit("\nstopped; what was saved stands" + ", and the same command with --resume goes on from it" * (export is not None))
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             stop(what_needs_less_memory(error, cfg))
@@ -114,19 +115,18 @@ def out_of_memory(error):
 
 def what_needs_less_memory(error, cfg):
     """The phase of main in which memory ran out, by its banner  # ---- 6. update  above the line, and the flags for it"""
-    script, phase = Path(sys.argv[0]).name, "before its first step"
+    script, phase = Path(sys.argv[0]).name, "before its first phase"
     for frame, line in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_name == "main":               # the innermost, where an earlier stage is being made
             script, code = Path(frame.f_code.co_filename).name, linecache.getlines(frame.f_code.co_filename)[:line]
-            banners = re.findall(r"# ---- (.+)", "".join(code[frame.f_code.co_firstlineno:]))
-            phase = f"in its phase '{banners[-1]}'" if banners else phase
+            banners = re.findall(r"# ---- ([^:\n]+)", "".join(code[frame.f_code.co_firstlineno:]))
+            phase, cfg = f"in its phase '{banners[-1]}'" if banners else phase, frame.f_locals.get("cfg", cfg)
     updating = re.search("update|train|climb", phase)
     flags = ["accumulation 4", "checkpointing 1", "lora_rank 8"] if updating else ["max_new_tokens"]
-    flags += ["dtype bfloat16", "batch_size"]
-    flags = ", ".join(f"--{flag}" for flag in flags if hasattr(cfg, flag.split()[0]))
-    return (f"out of memory: {script} {phase} ({str(error).splitlines()[0][:200]}). What needs less there: {flags}. "
-            "--accumulation and --checkpointing may be changed with --resume, which goes on from the last checkpoint; "
-            "the others want another --out")
+    flags = ", ".join(f"--{flag}" for flag in flags + ["dtype bfloat16", "batch_size"] if hasattr(cfg, flag.split()[0]))
+    return (f"out of memory: {script} {phase} ({files.first_line(error)[:200]}). What needs less there: {flags}"
+            + f". --accumulation and --checkpointing may be changed when {script} itself is run with --resume; the others "
+            "want another --out" * bool(updating))
 
 
 def parse(Config, presets, doc, argv):
@@ -147,8 +147,7 @@ def parse(Config, presets, doc, argv):
         if missing and types[name] is bool:
             given[name] = True                                               # a bare --resume
         elif missing:
-            stop(f"{flag} needs a value, as in {flag} "
-                 f"{'NAME' if types[name] is str else getattr(Config, name) or 0.1}")
+            stop(f"{flag} needs a value; --help says which")
         else:
             given[name] = read_value(flag, words.pop(0), types[name])
     cfg = preset(Config, presets, given.pop("config", Config.config), **given)
@@ -163,11 +162,9 @@ def preset(Config, presets, name, **changes):
 
 
 def read_value(flag, text, kind):
-    """Text as the field's type: bool, int, float, str, one of a Literal, or None if it may be."""
+    """Text as the field's type: bool, int, float, str, one of a Literal, or None if it may be. check_fields comes later."""
     options = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
-        if text not in options:
-            stop(f"{flag} got {text}{nearest(text, options)}; it takes one of: {', '.join(options)}")
         return text
     if type(None) in options:
         if text.lower() == "none":
@@ -199,7 +196,7 @@ def check_fields(cfg):
         flag, value, options = f"--{name}", getattr(cfg, name), typing.get_args(kind)
         if typing.get_origin(kind) is typing.Literal:
             if value not in options:
-                stop(f"{flag} got {value!r}{nearest(str(value), options)}; it takes one of: {', '.join(options)}")
+                stop(f"{flag} got {value!r}{nearest(str(value), options)}; it takes one of: {', '.join(options) or 'none'}")
             continue
         if type(None) in options and value is None:
             continue
@@ -220,9 +217,10 @@ def check_fields(cfg):
                 stop(f"{flag} got {value}; it takes a number {'above' if above else 'from'} 0")
             if name in UP_TO_1 and value > 1 or name in BELOW_1 and value >= 1:
                 stop(f"{flag} got {value}; it takes a number from 0 to 1" + ", but not 1" * (name in BELOW_1))
-        if name in ("out", "base") and (value in (".", "..", *TAKEN) or set(value) & set("/\\\0")):
-            stop(f"{flag} got {value!r}; it takes the name of a run, which becomes a folder in out/, without a slash and "
-                 f"not {' or '.join(TAKEN)}")
+        if name in ("out", "base") and (value in (".", "..", *TAKEN) or set(value) & set("/\\") or not value.isprintable()
+                                        or len(value) > 100):
+            stop(f"{flag} got {value!r}; it takes the name of a run, which becomes a folder in out/: without a slash, not "
+                 f"{' or '.join(TAKEN)}, at most 100 characters that can be printed")
 
 
 def check_minibatch(cfg):
@@ -240,10 +238,10 @@ def check_enough(n, batch_size, what):
 
 
 def check_finite(x, what):
-    """Stops where one of the numbers is none."""
+    """Stops where a number is not finite."""
     if not torch.isfinite(x).all():
-        stop(f"{what} is {x[~torch.isfinite(x)][0].item()}, which nothing can be learned from or measured by; what was saved "
-             "before is as it was")
+        stop(f"{what} is {x[~torch.isfinite(x)][0].item()}; it has to be finite to be learned from or measured by. What was "
+             "saved before is as it was")
 
 
 def nearest(word, known):
@@ -276,49 +274,48 @@ def ensure(cfg, script):
     stage, run = script.__name__, cfg.out or cfg.config
     here = Path("out") / run / stage
     begun = (here / "config.json").exists()
-
-    def same_data(folder, made_by):
-        for name in ("data", "text_prompt"):
-            theirs = made_by.get(name, getattr(Common, name))
-            if theirs != getattr(cfg, name):
-                stop(f"{folder} was made with --{name} {theirs}, this is --{name} {getattr(cfg, name)}; give another "
-                     f"--out, and --base {run} if this stage is to go on from it all the same")
-
-    for folder in (here, Path("out") / (run if begun else cfg.base or run) / stage):
-        if (folder / "report.txt").exists():
-            made_by = stored_config(folder)
-            if made_by["config"] != cfg.config:
-                stop(f"{folder} was made with --config {made_by['config']}, this is --config "
-                     f"{cfg.config}; give another --out, or a --base of the same config")
-            if folder == here:
-                same_data(folder, made_by)
-            print(f"using {folder} (seed {made_by['seed']}, data {made_by.get('data', 'reviews')})".replace(
-                ", data reviews", ""))
-            return folder
+    there = here if begun else Path("out") / (cfg.base or run) / stage
+    if (there / "report.txt").exists():
+        made_by = stored_config(there)
+        if made_by["config"] != cfg.config:
+            stop(f"{there} was made with --config {made_by['config']}, this is --config {cfg.config}; give another --out, or "
+                 "a --base of the same config")
+        if there == here:
+            check_data(cfg, here, made_by)
+        print(f"using {there} (seed {made_by['seed']}, data {made_by.get('data', 'reviews')})".replace(", data reviews", ""))
+        return there
     if cfg.base and not begun:
-        stop(f"--base {cfg.base} has no finished {folder}{nearest(cfg.base, finished_runs(stage))}; check the name, or make it: "
+        stop(f"--base {cfg.base} has no finished {there}{nearest(cfg.base, finished_runs(stage))}; check the name, or make it: "
              f"python {stage}.py --config {cfg.config} --out {cfg.base} --resume")
     theirs = preset(script.Config, script.PRESETS, cfg.config, seed=cfg.seed,
                     **{name: getattr(cfg, name) for name in LATER})
     if begun:                                                    # perhaps with settings of its own
         made_by = stored_config(here)
-        same_data(here, made_by)
-        unknown = made_by.keys() - asdict(script.Config()).keys()
+        check_data(cfg, here, made_by)
+        unknown = made_by.keys() - asdict(theirs).keys()
         if unknown:
             stop(f"{here}/config.json has the settings {', '.join(sorted(unknown))}, which {stage}.py does not know: another "
-                 "version began it. --overwrite of that stage starts it again")
+                 f"version began it. python {stage}.py with --overwrite begins it again")
         theirs = script.Config(**made_by)
     print(f"{here} is not {'finished' if begun else 'there'} yet: making it first\n")
-    script.main(dataclasses.replace(theirs, out=cfg.out, device=cfg.device, resume=True,
-                                    overwrite=False))
+    script.main(dataclasses.replace(theirs, out=cfg.out, device=cfg.device, resume=True, overwrite=False))
     print()
     return here
+
+
+def check_data(cfg, folder, made_by):
+    """Stops where an earlier stage of the same run has other data."""
+    for name in ("data", "text_prompt"):
+        theirs = made_by.get(name, getattr(Common, name))
+        if theirs != getattr(cfg, name):
+            stop(f"{folder} was made with --{name} {theirs}, this is --{name} {getattr(cfg, name)}; give another --out, and "
+                 f"--base {folder.parent.name} if this stage is to go on from it all the same")
 
 
 def stored_config(folder):
     config = files.read_json(folder / "config.json")
     if not isinstance(config, dict) or not {"config", "seed"} <= config.keys():
-        stop(f"{folder}/config.json is not what a stage writes; make the stage again with --overwrite, or give another --out")
+        stop(f"{folder}/config.json is not what a stage writes; {files.again(folder)}")
     return config
 
 
@@ -343,7 +340,7 @@ class Run:
             run.checkpoint(step + 1)
         run.finish(report, results)
 
-    run.generator, on the CPU, is the one source of randomness besides torch's own.
+    run.generator, on the CPU, is the one source of randomness besides the seeded ones of torch, Python and numpy.
     """
 
     def __init__(self, cfg, stage):
@@ -361,10 +358,13 @@ class Run:
         if self.finished or self.resuming:
             self.must_be_alike(stored_config(self.folder))
         if not self.finished and self.lock_file().exists():
-            self.take().release()                        # nobody else is at it
+            lock = self.take()                           # nobody else is at it
+            if not self.folder.exists() and self.old.exists():
+                os.replace(self.old, self.folder)        # killed between the two renamings of make_room
+                self.found = self.what_stands()
+            lock.release()
         if self.resuming and not cfg.resume:
-            stop(f"{self.folder} holds an unfinished run; --resume goes on with it, "
-                 "--overwrite starts again")
+            stop(f"{self.folder} holds an unfinished stage; --resume goes on with it, --overwrite begins again")
         print(f"== {stage}   {self.folder}   seed {cfg.seed}   {self.device}   "
               f"{torch.get_num_threads()} threads" + ("   already finished" * self.finished))
 
@@ -372,7 +372,7 @@ class Run:
         return {name: (self.folder / name).exists() for name in ("report.txt", "checkpoint.pt")}
 
     def must_be_alike(self, stored):
-        """Stops where a config, as plain values, is not that of this run; fields that it has not have their defaults."""
+        """Stops where stored settings differ from this run's; one that they lack has its default."""
         stored, ours = asdict(type(self.cfg)()) | stored, asdict(self.cfg)
         differ = [name for name in ours if name not in FREE and stored[name] != ours[name]]
         if differ:
@@ -384,47 +384,53 @@ class Run:
         return self.folder.with_name(f".{self.stage}.lock")
 
     def take(self):
-        def first():
-            who = self.starts()[-1:] or [{}]
-            return (f"{self.folder} is being written by process {who[0].get('process', '?')} on {who[0].get('host', '?')} "
-                    f"({who[0].get('command', 'unknown')}), started {who[0].get('time', 'just now')}; wait until it has "
-                    "ended, or give another --out")
-        return files.one_process(self.lock_file(), first)
+        """The lock on the folder; stops where another process has it."""
+        def holder():
+            start = (self.starts() or [{}])[-1]
+            return (f"{self.folder} is being written by process {start.get('process', '?')} on {start.get('host', '?')} "
+                    f"({start.get('command', '?')}), started {start.get('time', 'just now')}; wait until it has ended, or "
+                    "give another --out")
+        return files.one_process(self.lock_file(), holder)
 
     def starts(self):
         """What started.jsonl says: one object for each time that this run was begun or gone on with"""
         return files.read_lines(self.folder / "started.jsonl")
 
     def begin(self):
-        """Make the folder ready to be written to, by this process alone, and start the random numbers."""
+        """Make the folder ready to be written to, by this process alone, say so in it, and start the random numbers."""
+        start = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "process": os.getpid(), "command": command(self.cfg, self.stage)}
+        now = circumstances(self.device)
         with files.writing(self.folder):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.lock = self.take()
         if self.what_stands() != self.found:
             stop(f"{self.folder} has changed while this run was starting; see what is there and run the command again")
-        with files.writing(self.folder):
-            unfinished = self.found["checkpoint.pt"] and not self.found["report.txt"]
-            if self.replacing and any(self.found.values()) and not (unfinished and self.old.exists()):
-                shutil.rmtree(self.old, ignore_errors=True)
-                os.replace(self.folder, self.old)        # kept until the new one is finished
-            self.folder.mkdir(exist_ok=True)
-            for stray in self.folder.glob("*.tmp"):      # of a process that was killed while it wrote
-                stray.unlink()
-            if not self.resuming:
-                for name in ("checkpoint.pt", "started.jsonl"):
-                    (self.folder / name).unlink(missing_ok=True)
-                files.write(self.folder / "config.json", json.dumps(asdict(self.cfg), indent=1))
-        start = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "host": platform.node(), "process": os.getpid(),
-                 "command": command(self.cfg, self.stage), "device": str(self.device), "threads": torch.get_num_threads(),
-                 **versions()}
-        before = (self.starts() or [start])[0]
-        for name in ("device", "threads", "torch", "commit"):
-            if before[name] != start[name]:
-                print(f"note: begun with {name} {before[name]}, going on with {start[name]}: the bits may not be those of a "
+        if not self.resuming:
+            self.make_room()
+        starts = self.starts() + [start | now]
+        for name, value in now.items():
+            if starts[0].get(name) != value:
+                print(f"note: begun with {name} {starts[0].get(name)}, resumed with {value}: the bits may not be those of a "
                       "run that was never interrupted")
-        files.append(self.folder / "started.jsonl", json.dumps(start) + "\n")
+        files.write(self.folder / "started.jsonl", "".join(json.dumps(start) + "\n" for start in starts))
         seed_all(self.cfg.seed)
         self.generator = torch.Generator().manual_seed(self.cfg.seed)
+
+    def make_room(self):
+        """What stands in the folder goes to STAGE.old, and stays there until the new one is finished."""
+        unfinished = self.found["checkpoint.pt"] and not self.found["report.txt"]
+        config = json.dumps(asdict(self.cfg), indent=1)
+        with files.writing(self.folder):
+            if any(self.found.values()) and not (unfinished and self.old.exists()):     # which may hold a finished one
+                shutil.rmtree(self.old, ignore_errors=True)
+                os.replace(self.folder, self.old)
+            for name in ("checkpoint.pt", "started.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)
+        if self.folder.exists():
+            files.write(self.folder / "config.json", config)
+        else:
+            with files.new_folder(self.folder) as beside:
+                files.write(beside / "config.json", config)
 
     # ---- the loop
 
@@ -441,20 +447,22 @@ class Run:
         path = self.folder / "checkpoint.pt"
         saved = files.load_checkpoint(self.folder, "random", *state)
         self.must_be_alike(saved["config"])
-        for name, thing in state.items():
+        data_first = sorted(state, key=lambda name: (hasattr(state[name], "load_state_dict"), "data" not in name))
+        for name in data_first:                          # then what else tells of other stages, then what is filled
+            thing = state[name]
             if hasattr(thing, "load_state_dict"):
-                files.fill(thing, saved[name], f"{path}: {name}")
-            elif saved[name] != thing:
-                why = "the contents of --data" if name == "data" else "the stages before it"
+                files.fill(thing, saved[name], self.folder, name)
+            elif without_free(saved[name]) != without_free(thing):
+                why = f"the contents of --{name}" if name in ("data", "ptx_data") else "the stages before it"
                 stop(f"{self.folder} was begun with another {name}: {why} have changed since. "
-                     "--overwrite starts it again, --out NAME beside it")
+                     "--overwrite begins it again, --out NAME beside it")
         self.set_random_states(saved["random"])
         lines = files.read_lines(log)[:saved["step"]]
-        if [line["step"] for line in lines] != list(range(saved["step"])):
+        if [line.get("step") for line in lines] != list(range(saved["step"])):
             stop(f"{log} has not the updates 0 to {saved['step'] - 1} that {path} comes after: it was changed since. Put it "
-                 "back, or start again with --overwrite")
+                 "back, or begin again with --overwrite")
         files.write(log, "".join(json.dumps(line) + "\n" for line in lines))     # those after it come again
-        print(f"going on from step {saved['step']}")
+        print(f"going on from update {saved['step']}")
         return saved["step"]
 
     def random_states(self):
@@ -466,22 +474,26 @@ class Run:
         return states
 
     def set_random_states(self, states):
-        self.generator.set_state(states["run"])
-        torch.set_rng_state(states["torch"])
-        if "python" in states:                           # earlier versions kept torch's alone
-            random.setstate(states["python"])
-            name, keys, *place = states["numpy"]
-            np.random.set_state((name, keys.numpy(), *place))
-        if self.device.type == "cuda" and "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"], self.device)
+        try:
+            self.generator.set_state(states["run"])
+            torch.set_rng_state(states["torch"])
+            if "python" in states:                       # earlier versions kept torch's alone
+                random.setstate(states["python"])
+                name, keys, *place = states["numpy"]
+                np.random.set_state((name, keys.numpy(), *place))
+            if self.device.type == "cuda" and "cuda" in states:
+                torch.cuda.set_rng_state(states["cuda"], self.device)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            stop(f"{self.folder}/checkpoint.pt holds random states that are none ({files.first_line(error)}); "
+                 + files.again(self.folder))
 
     def steps(self, first, last):
-        """The steps. Ctrl-C (or a plain kill) lets the one under way finish and be saved, a second leaves at once."""
+        """The updates. Ctrl-C (or a plain kill) lets the one under way finish and be saved, a second leaves at once."""
         def interrupt(signum, frame):
             if self.interrupted:
                 raise KeyboardInterrupt
             self.interrupted = True
-            print("\nfinishing this step, then saving; Ctrl-C again leaves at once", flush=True)
+            os.write(1, b"\nfinishing this update, then saving; Ctrl-C again leaves at once\n")    # print may be busy
 
         self.first, self.last = first, last
         before = {kind: signal.signal(kind, interrupt) for kind in (signal.SIGINT, signal.SIGTERM)}
@@ -495,7 +507,7 @@ class Run:
 
     def must_be_finite(self, taken=0, **values):
         """
-        Stops before a number that is none gets into the weights.
+        Stops before a number that is not finite gets into the weights.
 
         taken is how many gradient steps this update has made already. As long as there is none, everything is as it
         was at the start of the update, and is saved so; else the last checkpoint is the last to go on from.
@@ -508,14 +520,13 @@ class Run:
                     self.save(self.step, self.random_at_start)
                 first = bad.nonzero()[0].tolist()
                 where = f" in {int(bad.sum())} of {bad.numel()} places, first at {first}" if first else ""
-                cause = ("that is what the reward gave: look at the responses it was given" if name in ("scores", "score") else
+                cause = ("that is what the reward gave: have it print what it is given" if name in ("scores", "score") else
                          "try a lower --lr or a smaller --grad_clip, with another --out")
                 saved = f"{self.folder}/checkpoint.pt is from {'before' if taken else 'the start of'} that update"
                 if not (self.folder / "checkpoint.pt").exists():
                     saved = "No checkpoint had been written yet"
-                stop(f"{name} of update {self.step} is {value[bad][0].item()}{where}"
-                     + f", after {taken} of its gradient steps" * (taken > 0) + f"; {cause}. {saved}. README.md, 'When a "
-                     "number is not finite', shows how to find the operation")
+                stop(f"{name} in update {self.step}: {value[bad][0].item()}{where}; {cause}. {saved}. README.md, 'When a number "
+                     "is not finite', shows how to find the operation")
 
     def log(self, step, metrics, columns, every=1):
         """One object in log.jsonl; on the terminal an aligned line of the columns, and time left."""
@@ -541,11 +552,14 @@ class Run:
         if done % self.cfg.save_every == 0 or done == self.last or self.interrupted:
             self.save(done)
         if self.interrupted:
-            raise SystemExit(f"saved after {done} of {self.last} steps in {self.folder}; "
+            raise SystemExit(f"saved after {done} of {self.last} updates in {self.folder}; "
                              "the same command with --resume goes on from there")
 
     def save(self, done, random_states=None):
         """Write checkpoint.pt, the log's lines before it."""
+        for key, thing in self.state.items():            # whatever happened in the last gradient step
+            for name, weight in thing.named_parameters() if isinstance(thing, torch.nn.Module) else ():
+                check_finite(weight, f"{name} of the {key} after {done} updates")
         saved = {name: thing.state_dict() if hasattr(thing, "state_dict") else thing
                  for name, thing in self.state.items()}
         with files.writing(self.folder / "log.jsonl"):
@@ -558,7 +572,7 @@ class Run:
 
     def finish(self, report, results):
         """Write results.json and report.txt and print the report: the stage is now finished."""
-        report = visible(report + "\n" + self.made_by())
+        report = files.visible(report + "\n" + self.made_by())
         files.write(self.folder / "results.json", json.dumps(results, indent=1))
         files.write(self.folder / "report.txt", report + "\n")
         shutil.rmtree(self.old, ignore_errors=True)
@@ -570,13 +584,18 @@ class Run:
         last, n = self.starts()[-1], len(self.starts())
         packages = ", ".join(f"{name} {last[name]}" for name in ("python", *PACKAGES))
         return (f"command     {last['command']}\nmade with   commit {last['commit']}, {packages}; {last['device']}, "
-                f"{last['threads']} threads" + f"; gone on with {n - 1} times" * (n > 1))
+                f"{last['threads']} threads" + f"; resumed {n - 1}x" * (n > 1))
 
     def show(self):
         """Print again what a finished stage printed at its end -> its results"""
         print("This is the result of then, whatever has changed in the code since; --overwrite runs it "
-              "again, --out NAME beside it.\n\n" + (self.folder / "report.txt").read_text())
+              "again, --out NAME beside it.\n\n" + (self.folder / "report.txt").read_text(encoding="utf-8"))
         return files.read_json(self.folder / "results.json")
+
+
+def without_free(value):
+    """What a checkpoint says of a model, without what may differ when a run is resumed"""
+    return {name: x for name, x in value.items() if name not in FREE} if isinstance(value, dict) else value
 
 
 def seed_all(seed):
@@ -595,36 +614,40 @@ def pick_device(cfg):
         torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         torch.zeros(1, device=name)
+        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("these scripts know cpu, cuda and mps")
     except (RuntimeError, AssertionError) as error:
-        stop(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); "
-             "--device cpu always can")
+        stop(f"--device {name} cannot be used here ({files.first_line(error)}); --device cpu always can")
     return torch.device(name)
 
 
 def command(cfg, stage, names=None):
     """The command that runs a stage with these settings; or another stage of the same run, with those it has to be told"""
     usual = preset(type(cfg), sys.modules[type(cfg).__module__].PRESETS, cfg.config)
-    names = names or [field.name for field in dataclasses.fields(cfg) if field.name not in ("config", "export", "resume", "overwrite")]
-    changed = [(name, getattr(cfg, name)) for name in names if getattr(cfg, name, None) != getattr(usual, name, None)]
-    return f"python {stage}.py --config {cfg.config}" + "".join(f" --{name} {shlex.quote(str(value))}" for name, value in changed)
+    names = names or [name for name in asdict(cfg) if name not in ("config", "export", "resume", "overwrite")]
+    changed = [name for name in names if getattr(cfg, name, None) != getattr(usual, name, None)]
+    return " ".join([f"python {stage}.py --config {cfg.config}",
+                     *(f"--{name} {shlex.quote(str(getattr(cfg, name)))}" for name in changed)])
 
 
 def next_command(cfg, stage):
     """The command that runs another stage of the same run."""
-    return command(cfg, stage, ("base", "out", "seed", *LATER, "reward", "normalise_reward", "missing_eos_score", "score_clip"))
+    return command(cfg, stage, ("base", "out", "seed", *LATER, "reward", "normalise_reward", "missing_eos_score",
+                                "score_clip"))
 
 
 PACKAGES = ("torch", "transformers", "tokenizers", "tiktoken", "numpy")
 
 
-def versions():
-    """What a result depends on besides its settings: {commit, python, torch, ..}"""
+def circumstances(device):
+    """What the bits of a result depend on besides its settings: {host, device, threads, commit, python, torch, ..}"""
     try:
         commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"], text=True,
                                 capture_output=True, timeout=10, cwd=Path(__file__).parent).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):         # no git here
         commit = ""
-    return {"commit": commit.replace("-dirty", " with changes") or "unknown", "python": platform.python_version(),
+    return {"host": platform.node(), "device": str(device), "threads": torch.get_num_threads(),
+            "commit": commit.replace("-dirty", " with changes") or "unknown", "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
@@ -673,14 +696,6 @@ def progress(items, label):
             print(f"\r{label} [{bar:30}]", end="", flush=True)
         yield item
     print("\r\033[K" * terminal + f"{label}: {time.time() - begun:.1f} s", flush=True)
-
-
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-
-
-def visible(text):
-    """A text to be shown: control characters, which a terminal would obey, as their codes"""
-    return CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
 
 
 def table(rows, markdown=False):

@@ -1,12 +1,14 @@
 """
 Files that survive: written beside and renamed, read without running anything in them.
 
-    replacing, write, append    a file takes its place when all of it is on the disk: whatever happens before, a
+    replacing, write            a file takes its place when all of it is on the disk: whatever happens before, a
                                 crash, a full disk, a second Ctrl-C, what stood there stands there still
-    new_folder                  the same for a folder
-    one_process                 a folder that is written by one process at a time
+    append                      one more line of a log, in place
+    new_folder                  a folder that takes its place in the same way
+    one_process                 what is written by one process at a time
     read_json, load_checkpoint, fill    what is damaged, foreign or does not fit is refused by name
     read_lines                  a log, whose last line may have been cut off
+    Companions                  files that stand beside a checkpoint and belong to it
     stop                        ends the program with one clear message
 """
 
@@ -14,17 +16,32 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
 
 import filelock
 import torch
+from safetensors import SafetensorError
+
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 def stop(message):
     """End the program with one clear message: what was got, what was wanted, what to do."""
-    raise SystemExit(f"error: {message}")
+    raise SystemExit(visible(f"error: {message}"))
+
+
+def visible(text):
+    """A text to be shown: control characters, which a terminal would obey, and lone surrogates as their codes"""
+    text = CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def first_line(error):
+    """What an exception says, or where it says nothing its name"""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -35,9 +52,16 @@ def writing(path):
     """Ends the program with one message where the path cannot be written: no space, no permission."""
     try:
         yield
-    except OSError as error:
-        stop(f"{path} could not be written ({error.strerror or error}). What was saved before is as it was; with room "
-             "on the disk and the right to write there, the same command with --resume goes on from it")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError):              # torch.save cannot end its file after what went wrong before
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__
+            if not isinstance(error.__context__, OSError):
+                raise
+            error = error.__context__
+        stop(f"{path} could not be written ({getattr(error, 'strerror', None) or first_line(error)}); what stood there before "
+             "is as it was. Make room, or get the right to write there, and run the command again, with --resume if an "
+             "update had been saved")
 
 
 @contextlib.contextmanager
@@ -69,7 +93,7 @@ def append(path, text):
 
 @contextlib.contextmanager
 def new_folder(path, unless_there=False):
-    """A folder to fill: beside the path, flushed, and at the end renamed to it; or given up, if it is there by then."""
+    """A folder to fill, beside the path, flushed and renamed to it; with unless_there dropped if another was faster."""
     path = Path(path)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with writing(path):
@@ -78,25 +102,28 @@ def new_folder(path, unless_there=False):
             beside.mkdir(parents=True)
             yield beside
             for file in beside.rglob("*"):
-                if file.is_file():
-                    flush(file)
+                flush_folder(file) if file.is_dir() else flush(file)
+            flush_folder(beside)
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
-            if not (unless_there and path.exists()):
+            try:
                 os.replace(beside, path)
-                flush_folder(path.parent)
+            except OSError:
+                if not (unless_there and path.exists()):
+                    raise
+            flush_folder(path.parent)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 
 
 def flush(path):
-    """To the disk, what has been written to a file so far"""
+    """Write to the disk what is still in a file's buffers"""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 
 def flush_folder(path):
-    """To the disk, the names in a folder; Windows has no such thing"""
+    """Write to the disk the names in a folder; Windows has no such call"""
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -105,18 +132,18 @@ def flush_folder(path):
             os.close(handle)
 
 
-def one_process(path, name_the_first):
+def one_process(path, holder):
     """
-    A lock, held as long as it is kept and not released; stops where another process has it
+    A lock on a file, held as long as it is kept and not released; stops with holder() where another process has it
 
-    The operating system gives it back when a process dies, however it dies. name_the_first() -> who has it
+    The operating system takes it back when a process dies, however it dies.
     """
     lock = filelock.FileLock(Path(path).resolve(), is_singleton=True)
     with writing(path):
         try:
-            lock.acquire(blocking=False)
+            lock.acquire(timeout=1)                      # so long, since one who starts looks whether it is taken
         except filelock.Timeout:
-            stop(name_the_first())
+            stop(holder())
     return lock
 
 
@@ -124,21 +151,21 @@ def one_process(path, name_the_first):
 # Reading
 
 def read_json(path):
+    path = Path(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        stop(f"{path} cannot be read ({type(error).__name__}); put the right one there, make the stage again with "
-             "--overwrite, or give another --out")
+        stop(f"{path} cannot be read ({type(error).__name__}: {first_line(error)[:100]}); {again(path.parent)}")
 
 
 def read_lines(path):
     """The objects of a file with one a line, up to the first line that was not written whole; [] if it is not there"""
     found = []
     if Path(path).exists():
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+        for line in Path(path).read_bytes().splitlines():
             try:
-                found.append(json.loads(line))
-            except ValueError:
+                found.append(dict(json.loads(line)))
+            except (ValueError, TypeError, RecursionError):
                 break
     return found
 
@@ -156,10 +183,13 @@ def load_checkpoint(folder, *wanted):
         if damaged:
             raise ValueError(f"{damaged} is damaged")
         saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
-        stop(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:100]}); make the "
-             "stage again with --overwrite, or give another --out")
+        stop(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {first_line(error)[:100]}); {again(folder)}")
     must_hold(saved, folder, "step", "config", *wanted)
+    if type(saved["step"]) is not int or not isinstance(saved["config"], dict):
+        stop(f"{path} is no checkpoint of this project: its step is {saved['step']!r:.50}; {again(folder)}")
     return saved
 
 
@@ -168,17 +198,48 @@ def must_hold(saved, folder, *wanted):
     for key in wanted:
         if not isinstance(saved, dict) or key not in saved:
             there = ", ".join(map(str, saved)) if isinstance(saved, dict) else f"a {type(saved).__name__}"
-            stop(f"{folder}/checkpoint.pt holds no {key} but {there[:200]}: it belongs to another stage or program; make the "
-                 "stage again with --overwrite, or give another --out")
+            stop(f"{folder}/checkpoint.pt holds no {key} but {there[:200]}: it belongs to another stage or program; "
+                 + again(folder))
 
 
-def fill(thing, state, where):
-    """thing.load_state_dict(state); what does not fit is refused by the name of the file, with what differs"""
+def again(folder):
+    """What to do about a damaged stage"""
+    return (f"bring it back from a copy, run {Path(folder).name}.py with --overwrite for the run {Path(folder).parent.name}, or "
+            "give another --out")
+
+
+def fill(thing, state, folder, key):
+    """thing.load_state_dict(state), of a folder's checkpoint; what does not fit is refused by name, with what differs"""
     try:
         thing.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         differs = (str(error).splitlines() or [type(error).__name__])[:2][-1].strip()
-        stop(f"{where} does not fit the {type(thing).__name__} it is read for: {differs[:200]}")
+        stop(f"{folder}/checkpoint.pt: {key} does not fit the {type(thing).__name__} it is read for: {differs[:200]}; "
+             + again(folder))
+
+
+class Companions:
+    """
+    Files that stand beside a checkpoint and belong to it, as the pairs that a run has sampled: it holds their digests
+
+    add(path) after one was written; check(path) before it is read again, by a run that goes on
+    """
+
+    def __init__(self):
+        self.digests = {}
+
+    def add(self, path):
+        self.digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def check(self, path):
+        if not path.exists() or self.digests.get(path.name) != hashlib.sha256(path.read_bytes()).hexdigest():
+            stop(f"{path} is not the file that {path.with_name('checkpoint.pt')} goes with; {again(path.parent)}")
+
+    def state_dict(self):
+        return dict(self.digests)
+
+    def load_state_dict(self, state):
+        self.digests = dict(state)
 
 
 def fingerprint(module):

@@ -206,6 +206,7 @@ def collect(policies, reward, tokenizer, ids, counts, cfg):
             by_token, entropy = token_logprobs(policy, inputs, targets, mask, temperature,
                                                return_entropy=True)
             logprobs[k, at] = by_token.cpu().double().sum(dim=1)
+            experiment.check_finite(logprobs[k, at], f"a log-probability of {names[k]}")
             flat["entropy"][at] += (entropy.cpu().double().sum(dim=1) * (author[at] == k))
         measured = {"scores": reward(inputs, targets, mask, finished), "lengths": mask.sum(dim=1), "finished": finished}
         experiment.check_finite(measured["scores"], "the reward of a sampled response")

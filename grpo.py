@@ -176,11 +176,11 @@ def check(cfg):
     experiment.check_minibatch(cfg)
     scoring.check(cfg)
     if cfg.batch_size % cfg.group_size:
-        experiment.stop(f"--batch_size {cfg.batch_size} is no multiple of --group_size {cfg.group_size}; "
-                        "every group must be whole")
+        files.stop(f"--batch_size {cfg.batch_size} is no multiple of --group_size {cfg.group_size}; "
+                   "every group must be whole")
     if cfg.group_size == 1 and cfg.advantage != "reinforce":
-        experiment.stop(f"--group_size 1 has nobody to compare a response with, as --advantage "
-                        f"{cfg.advantage} does; it takes 2 or more, or --advantage reinforce")
+        files.stop(f"--group_size 1 has nobody to compare a response with, as --advantage "
+                   f"{cfg.advantage} does; it takes 2 or more, or --advantage reinforce")
 
 
 def main(cfg):
@@ -203,7 +203,8 @@ def main(cfg):
     state = dict(policy=actor, optimizer=optimizer, gpt=asdict(actor.config),
                  tokenizer=data.fingerprint(tokenizer), sft=sft_made, reward=reward,
                  data=corpus.source_of(train_prompts))
-    data.save_tokenizer(tokenizer, run.folder)
+    if not run.resuming:
+        data.save_tokenizer(tokenizer, run.folder)
 
     for step in run.steps(run.restore(**state), cfg.steps):
         clock = experiment.Clock(device)
@@ -258,7 +259,7 @@ def main(cfg):
                     experiment.add(metrics, {"policy_loss": part.pop("policy_loss")}, 1.0)
                     experiment.add(metrics, part, mask[rows].sum() / mask[minibatch].sum())
                 metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(actor.parameters(), cfg.grad_clip)
-                run.must_be_finite(len(history), loss=whole_loss, grad_norm=metrics["grad_norm"])
+                run.must_be_finite(taken=len(history), loss=whole_loss, **metrics)
                 optimizer.step()
                 optimizer.zero_grad()
                 history.append(metrics)
@@ -267,6 +268,7 @@ def main(cfg):
         with torch.no_grad():
             logprobs = token_logprobs(actor, inputs[rows], targets[rows], mask[rows], cfg.temperature)
             kl_old = masked_mean(ppo.kl_estimate(old_logprobs[rows], logprobs, "k3"), mask[rows])   # 0-d
+        run.must_be_finite(taken=len(history), kl_old=kl_old)
         clock.lap("control")
 
         # ---- 7. log

@@ -181,12 +181,13 @@ class GPT(nn.Module):
         changes are fields of GPTConfig: with block_size or vocab_size only so many positions or token ids
         are taken; more than there are is an error.
         """
+        from safetensors import SafetensorError
         from transformers import GPT2LMHeadModel         # here, because it takes seconds to import
         try:
             theirs = GPT2LMHeadModel.from_pretrained(name_or_folder, dtype=torch.float32)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{name_or_folder} is no folder with a GPT-2 that transformers saved, and as a name "
-                             f"it could not be fetched from the hub ({str(error).splitlines()[0]})") from error
+                             f"it could not be fetched from the hub ({(str(error).splitlines() or ['?'])[0]})") from error
         c = theirs.config
         computed = (c.model_type == "gpt2" and c.activation_function == "gelu_new"
                     and c.n_inner in (None, 4 * c.n_embd)

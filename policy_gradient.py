@@ -219,7 +219,7 @@ def trpo_step(parameters, measure, fisher_kl, max_kl=0.01, cg_steps=10, damping=
         x = (F + damping)^-1 grad objective,   step = sqrt(2 max_kl / x.(F + damping) x) x,
     by which kl grows to max_kl at most, in second order; halved until kl is within max_kl and the
     objective has grown, and not taken at all if it never does
-    -> {kl: after the step, gain: of the objective, halvings: times the step was halved}
+    -> {kl: after the step, gain: of the objective, halvings: times the step was halved, grad_norm: of the objective}
     """
     parameters = list(parameters)
     before = measure()[0]
@@ -234,9 +234,9 @@ def trpo_step(parameters, measure, fisher_kl, max_kl=0.01, cg_steps=10, damping=
         with torch.no_grad():
             objective, kl = measure()
         if kl <= max_kl and objective > before:
-            return {"kl": kl.item(), "gain": (objective - before).item(), "halvings": n}
+            return {"kl": kl.item(), "gain": (objective - before).item(), "halvings": n, "grad_norm": gradient.norm()}
     torch.nn.utils.vector_to_parameters(start, parameters)
-    return {"kl": 0.0, "gain": 0.0, "halvings": n}
+    return {"kl": 0.0, "gain": 0.0, "halvings": n, "grad_norm": gradient.norm()}
 
 
 def rung_loss(rung, logprobs, rows, cfg, coef):
@@ -309,7 +309,7 @@ def climb_by_trpo(actor, roll, order, cfg, max_kl):
         return mean_kl(log_pi.detach(), log_pi)
 
     taken = trpo_step(actor.parameters(), measure, fisher_kl, max_kl, cfg.cg_steps, cfg.damping)
-    return {"kl_step": taken["kl"], "gain": taken["gain"], "halvings": taken["halvings"]}
+    return {"kl_step": taken["kl"], "gain": taken["gain"], "halvings": taken["halvings"], "grad_norm": taken["grad_norm"]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -413,12 +413,12 @@ def check(cfg):
     experiment.check_minibatch(cfg)
     scoring.check(cfg)
     if cfg.fisher_rows > cfg.batch_size:
-        experiment.stop(f"--fisher_rows {cfg.fisher_rows} is more than --batch_size {cfg.batch_size}; lower it to that or less")
+        files.stop(f"--fisher_rows {cfg.fisher_rows} is more than --batch_size {cfg.batch_size}; lower it to that or less")
     if cfg.lora_rank:
-        experiment.stop("--lora_rank: the ladder compares gradients of all weights; ppo.py, grpo.py and dpo.py take LoRA")
+        files.stop("--lora_rank: the ladder compares gradients of all weights; ppo.py, grpo.py and dpo.py take LoRA")
     if cfg.rung == "all" and cfg.batch_size % (4 * cfg.variance_rows):
-        experiment.stop(f"--batch_size {cfg.batch_size} is no multiple of 4 times --variance_rows "
-                        f"{cfg.variance_rows}: the variance is taken over pairs of such batches")
+        files.stop(f"--batch_size {cfg.batch_size} is no multiple of 4 times --variance_rows "
+                   f"{cfg.variance_rows}: the variance is taken over pairs of such batches")
 
 
 def main(cfg):
@@ -445,9 +445,10 @@ def main(cfg):
     penalty = ppo.ThresholdKL(cfg.kl_penalty_coef, cfg.kl_old_target)
     state = dict(actor=actor, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer, penalty=penalty,
                  probe=probe, gpt=asdict(actor.config), tokenizer=data.fingerprint(tokenizer),
-                 sft=files.fingerprint(actor), reward=reward,
+                 sft=files.fingerprint(actor), reward=reward, data=corpus.source_of(train_prompts),
                  **{f"policy_{rung}": policy for rung, policy in policies.items()})
-    data.save_tokenizer(tokenizer, run.folder)
+    if not run.resuming:
+        data.save_tokenizer(tokenizer, run.folder)
 
     for step in run.steps(run.restore(**state), len(rungs) * cfg.steps):
         rung, update = rungs[step // cfg.steps], step % cfg.steps
@@ -479,6 +480,7 @@ def main(cfg):
         order = torch.randperm(cfg.batch_size, generator=run.generator)
         if rung == "trpo":                   # a step's KL goes with the square of its length
             metrics = climb_by_trpo(actor, roll, order, cfg, lr_factor ** 2 * cfg.max_kl)
+            run.must_be_finite(grad_norm=metrics["grad_norm"])   # else no step was taken
         else:
             metrics = climb(rung, actor, optimizer, roll, order, cfg, penalty.coef, run)
         _, returns = ppo.gae(roll["rewards"], roll["values"], roll["mask"], cfg.gamma, cfg.lam)     # (B, T)
@@ -487,14 +489,15 @@ def main(cfg):
                 rows, share = some(roll, part), roll["mask"][part].sum() / roll["mask"][at].sum()
                 loss, _ = ppo.value_loss(critic(rows["inputs"]), rows["values"], returns[part], rows["mask"], clip_eps=0)
                 (share * loss).backward()
-            torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.grad_clip)
-            run.must_be_finite(taken=1, value_loss=loss)         # the actor has moved already
+            critic_grad_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.grad_clip)
+            run.must_be_finite(taken=1, critic_grad_norm=critic_grad_norm)   # the actor has moved already
             critic_optimizer.step()
             critic_optimizer.zero_grad()
         rows = some(roll, order[:cfg.minibatch_size])
         with torch.no_grad():
             kl_old = masked_mean(ppo.kl_estimate(rows["old_logprobs"], logprobs_of(actor, rows, cfg), "k3"),
                                  rows["mask"])                               # 0-d
+        run.must_be_finite(taken=1, kl_old=kl_old)
         if rung == "kl_penalty":
             metrics["kl_penalty_coef"] = penalty.coef            # as it was in this update
             penalty.update(kl_old.item())

@@ -324,13 +324,13 @@ def check_first_minibatch(logprobs, old_logprobs, kl_ref, clip_fraction, dtype="
     if dtype == "bfloat16":                                                  # and round more
         drift, limit, clip_fraction = difference[old_logprobs != 0].mean().item(), 0.02, 0.0
     if drift > limit or clip_fraction > 0:
-        experiment.stop(f"at the first minibatch the ratio should be 1, but log ratio reaches "
-                        f"{drift:.1e} (clip fraction {clip_fraction:.3f}): old_logprobs were taken "
-                        "another way than logprobs. Look for dropout, a temperature or a mask that "
-                        "differs, or a step taken in between")
+        files.stop(f"at the first minibatch the ratio should be 1, but log ratio reaches "
+                   f"{drift:.1e} (clip fraction {clip_fraction:.3f}): old_logprobs were taken "
+                   "another way than logprobs. Look for dropout, a temperature or a mask that "
+                   "differs, or a step taken in between")
     if kl_ref.abs().max() > 1e-4:
-        experiment.stop(f"at the first update kl_ref should be 0, but reaches {kl_ref.abs().max():.1e}"
-                        " nats: actor and reference do not start from the same weights")
+        files.stop(f"at the first update kl_ref should be 0, but reaches {kl_ref.abs().max():.1e}"
+                   " nats: actor and reference do not start from the same weights")
 
 
 def check_rollout(kl_ref, bound):
@@ -360,6 +360,9 @@ def check(cfg):
     """Stops on settings that cannot be, before any work."""
     experiment.check_minibatch(cfg)
     scoring.check(cfg)
+    if cfg.kl_control == "proportional" and cfg.kl_horizon <= 0.2 * cfg.batch_size:
+        files.stop(f"--kl_horizon {cfg.kl_horizon} is so short that beta could fall below 0 in one update; it takes more than "
+                   f"0.2 --batch_size, {0.2 * cfg.batch_size:g}")
     if cfg.ptx_coef and cfg.ptx_data:
         corpus.check_source(cfg.ptx_data, "--ptx_data")
 
@@ -381,9 +384,9 @@ def main(cfg):
         print(f"--critic_init rm: {cfg.reward} is no reward model of ours, so the critic starts from the SFT policy")
         trunk = actor
     if cfg.ptx_coef:
-        texts = replace(cfg, data=cfg.ptx_data or cfg.data)
-        n = 20000 if texts.data == "reviews" else None           # of which there is no end
-        stream, _ = corpus.demonstrations(texts, tokenizer, block_size, n, 1)
+        ptx_cfg = replace(cfg, data=cfg.ptx_data or cfg.data)
+        n = 20000 if ptx_cfg.data == "reviews" else None         # of which there is no end
+        stream, _ = corpus.demonstrations(ptx_cfg, tokenizer, block_size, n, 1)
     run.begin()
     critic = ScalarGPT(trunk.config, init_from=trunk, zero_head=True).to(device).eval()
     add_lora(actor, cfg.lora_rank)
@@ -401,10 +404,12 @@ def main(cfg):
                  sft=sft_made, reward=reward, data=corpus.source_of(train_prompts))
     if cfg.ema:
         state["policy_ema"] = average
-    data.save_tokenizer(tokenizer, run.folder)
+    if cfg.ptx_coef:
+        state["ptx_data"] = corpus.source_of(stream)
+    if not run.resuming:
+        data.save_tokenizer(tokenizer, run.folder)
 
-    first = run.restore(**state)                                 # 0, or where the checkpoint stands
-    for step in run.steps(first, cfg.steps):
+    for step in run.steps(run.restore(**state), cfg.steps):
         clock = experiment.Clock(device)
 
         # ---- 1. roll out
@@ -472,8 +477,7 @@ def main(cfg):
                     metrics["ptx_loss"] = add_ptx_gradient(actor, texts, cfg.ptx_coef, cfg.accumulation)
                 metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(actor.parameters(), cfg.grad_clip)
                 metrics["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.grad_clip)
-                run.must_be_finite(len(history), **{name: metrics[name] for name in (
-                    "policy_loss", "value_loss", "grad_norm", "critic_grad_norm")})
+                run.must_be_finite(taken=len(history), **metrics)
                 for optimizer in optimizers:
                     optimizer.step()
                 actor_optimizer.zero_grad()
@@ -488,6 +492,7 @@ def main(cfg):
         with torch.no_grad():
             logprobs = token_logprobs(actor, inputs, targets, mask, cfg.temperature)
             kl_old = masked_mean(kl_estimate(old_logprobs, logprobs, "k3"), mask)           # 0-d
+        run.must_be_finite(taken=len(history), kl_old=kl_old)
         if cfg.kl_control == "proportional":
             control.update(kl_ref.mean().item(), cfg.batch_size)
         if cfg.surrogate == "kl_penalty":
@@ -512,7 +517,8 @@ def main(cfg):
     # ---- the result
     policies = {"SFT": reference, "PPO": actor} | ({"PPO, averaged": average} if cfg.ema else {})
     text, results = frontier.compare(policies, reward, tokenizer, eval_prompts, cfg)
-    picture, name = experiment.curves(run.folder, f"PPO, {run.folder}", CURVES), cfg.out or cfg.config
+    picture = experiment.curves(run.folder, f"PPO, {run.folder}", CURVES)
+    name = run.folder.parent.name
     hacked = replace(cfg, base=cfg.base or name, out=f"{name}-hacked")
     return run.finish("\n".join([
         text, "",

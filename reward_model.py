@@ -163,6 +163,14 @@ def make_comparisons(policy, tokenizer, prompts, cfg, generator):
     return comparisons
 
 
+def read_comparisons(folder):
+    """What a stage on the built-in task has stored -> comparisons to train on, held out"""
+    stored = files.read_json(folder / "comparisons.json")
+    if not (isinstance(stored, list) and len(stored) == 2 and all(isinstance(part, list) for part in stored)):
+        files.stop(f"{folder}/comparisons.json is not what reward_model.py writes; {files.again(folder)}")
+    return stored
+
+
 def rows_of(comparisons, device):
     """Rankings -> inputs, targets, mask, with the K responses of a prompt in K rows, best first"""
     prompts = [c["prompt_ids"] for c in comparisons for _ in c["response_ids"]]
@@ -190,10 +198,15 @@ def normalisation(raw, policy, tokenizer, prompts, cfg, n=512):
     scores = torch.cat(scores)                                               # (n,)
     experiment.check_finite(scores, "the reward of a response of the SFT policy")
     mean, std = scores.mean().item(), scores.std().item()
-    if std < 1e-6 * max(1.0, abs(mean)):
-        experiment.stop(f"the reward gave {mean:g} to each of {n} responses of the SFT policy: there is nothing to learn "
-                        "from it as it stands, nor to normalise by (--normalise_reward 0 leaves it as it is)")
+    check_spread(mean, std, f"{n} responses of the SFT policy")
     return 1 / std, -mean / std
+
+
+def check_spread(mean, std, whom):
+    """Stops where all scores are one: nothing can be learned from them."""
+    if not std >= 1e-6 * max(1.0, abs(mean)):
+        files.stop(f"the reward gave {mean:g} to each of {whom}: there is nothing to learn from it as it stands, nor to "
+                   "normalise by (--normalise_reward 0 leaves a reward that is no reward model as it is)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,16 +219,13 @@ def load_reward_model(folder, sft_policy, tokenizer, device, **how):
     if saved["sft"] != files.fingerprint(sft_policy):
         print(f"warning: {folder} was made from another SFT policy than the one here: its scores "
               "are not normalised for this one")
-    reward_model = ScalarGPT(sft.config_of(saved, folder, **how))
-    files.fill(reward_model, merged(saved["reward_model"]), f"{folder}/checkpoint.pt: reward_model")
-    return reward_model.eval().to(device)
+    return sft.rebuild(ScalarGPT, saved, folder, "reward_model", **how).to(device)
 
 
 def export(folder, to):
     """A finished stage's reward model for transformers' AutoModelForSequenceClassification, and its tokenizer"""
     saved, tokenizer = files.load_checkpoint(folder, "reward_model", "gpt"), data.load_tokenizer(folder)
-    reward_model = ScalarGPT(sft.config_of(saved, folder))
-    files.fill(reward_model, merged(saved["reward_model"]), f"{folder}/checkpoint.pt: reward_model")
+    reward_model = sft.rebuild(ScalarGPT, saved, folder, "reward_model")
     with files.new_folder(to) as beside:
         reward_model.save_pretrained(beside, tokenizer.eot_token)
         data.export_tokenizer(tokenizer, beside, pad=True)
@@ -225,10 +235,10 @@ def check(cfg):
     """Stops on settings that cannot be, before any work."""
     corpus.check_source(cfg.data)
     if cfg.n_responses < 2:
-        experiment.stop(f"--n_responses got {cfg.n_responses}; a comparison takes at least 2")
+        files.stop(f"--n_responses got {cfg.n_responses}; a comparison takes at least 2")
     if cfg.data == "reviews":
         if cfg.n_prompts is None:
-            experiment.stop("--n_prompts none takes all that a data set has; the built-in task has no end: give a number")
+            files.stop("--n_prompts none takes all that a data set has; the built-in task has no end: give a number")
         experiment.check_enough(cfg.n_prompts, cfg.batch_size, "rankings")
 
 
@@ -243,26 +253,28 @@ def main(cfg):
     trunk = sft_policy
     if cfg.init:
         if data.fingerprint(sft.tokenizer_of(cfg.init)) != data.fingerprint(tokenizer):
-            experiment.stop(f"--init {cfg.init} has another tokenizer than the SFT policy, whose ids it has to read; give "
-                            "weights with the same one, as GPT-2's of all sizes have")
+            files.stop(f"--init {cfg.init} has another tokenizer than the SFT policy, whose ids it has to read; give "
+                       "weights with the same one, as GPT-2's of all sizes have")
         trunk = sft.pretrained(cfg.init, tokenizer, block_size=sft_policy.config.block_size)
     if not built_in:
         comparisons, held_out = corpus.comparisons(cfg, tokenizer, sft_policy.config.block_size,
                                                    cfg.n_prompts, cfg.n_held_out)
         experiment.check_enough(len(comparisons), cfg.batch_size, "comparisons")
     run.begin()
-    data.save_tokenizer(tokenizer, run.folder)
+    if not run.resuming:
+        data.save_tokenizer(tokenizer, run.folder)
 
     # ---- 1. sample, 2. annotate
-    stored = run.folder / "comparisons.json"
+    stored, companions = run.folder / "comparisons.json", files.Companions()
     if built_in and run.resuming:
-        comparisons, held_out = files.read_json(stored)
+        comparisons, held_out = read_comparisons(run.folder)
     elif built_in:
         comparisons, held_out = (
             make_comparisons(sft_policy, tokenizer, data.draw(prompts, n, run.generator), cfg,
                              run.generator)
             for prompts, n in ((train_prompts, cfg.n_prompts), (held_out_prompts, cfg.n_held_out)))
         files.write(stored, json.dumps([comparisons, held_out]))
+        companions.add(stored)
     K = len(comparisons[0]["response_ids"])
 
     # ---- 3. train
@@ -273,10 +285,13 @@ def main(cfg):
                                   weight_decay=cfg.weight_decay, fused=True)
     state = dict(reward_model=reward_model, optimizer=optimizer, gpt=asdict(reward_model.config),
                  tokenizer=data.fingerprint(tokenizer), sft=files.fingerprint(sft_policy),
-                 data=corpus.source_of(train_prompts))
+                 data=corpus.source_of(train_prompts), companions=companions)
     steps = cfg.epochs * (len(comparisons) // cfg.batch_size)
     better, worse = torch.triu_indices(K, K, offset=1)                       # all pairs of a ranking
-    for step in run.steps(run.restore(**state), steps):
+    first = run.restore(**state)                                 # 0, or where the checkpoint stands
+    if built_in:
+        companions.check(stored)
+    for step in run.steps(first, steps):
         lr = experiment.learning_rate(step, steps, cfg.lr, cfg.warmup, cfg.lr_floor)
         experiment.set_learning_rate(optimizer, lr)
         metrics, batch = {}, data.batch_rows(len(comparisons), cfg.batch_size, step, cfg.seed)
@@ -307,6 +322,7 @@ def main(cfg):
     reward_model.eval()
     reward_model.normalise(gain=1.0, bias=0.0)
     scores = score_all(reward_model, held_out, device)                       # (N, K), as trained
+    experiment.check_finite(scores, "the score of a held-out response")
     if built_in:
         gold = torch.tensor([c["gold"] for c in held_out])                   # (N, K)
         accuracy = reviews.agreement(scores, gold, cfg.annotator_temperature).item()
@@ -325,6 +341,7 @@ def main(cfg):
 
     # ---- 5. normalise
     if built_in:                                                             # these are the policy's samples
+        check_spread(scores.mean().item(), scores.std().item(), "responses of the SFT policy")
         gain, bias = 1 / scores.std().item(), -(scores.mean() / scores.std()).item()
     else:
         gain, bias = normalisation(functools.partial(sequence_scores, reward_model), sft_policy, tokenizer,

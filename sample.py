@@ -60,14 +60,15 @@ OF_A_STAGE = ("out", "base", "data", "max_prompt_tokens", "text_prompt", "max_ne
 def find(name, run):
     """A name as in the docstring -> the stage's folder, in this run or in what it is based on, the key of its policy"""
     parts, out = name.split("/"), Path("out")
-    bases = [files.read_json(path)["base"] for path in sorted((out / run).glob("*/config.json"))]
+    bases = [experiment.stored_config(path.parent).get("base") for path in sorted((out / run).glob("*/config.json"))
+             if (path.parent / "checkpoint.pt").is_file()]
     for folder, rest in ((out / run / parts[0], parts[1:]), *((out / base / parts[0], parts[1:]) for base in bases if base),
                          (Path(out, *parts[:2]), parts[2:])):
         if (folder / "checkpoint.pt").is_file():
             return folder, "_".join(["policy", *rest])
     there = sorted(str(path.parent.relative_to("out")) for path in Path("out").glob("*/*/checkpoint.pt"))
-    experiment.stop(f"--stage names {name}, but neither out/{run}/{parts[0]} nor out/{name} has a checkpoint; there are: "
-                    f"{', '.join(there) or 'none'}")
+    files.stop(f"--stage names {name}, but neither out/{run}/{parts[0]} nor out/{name} has a checkpoint; there are: "
+               f"{', '.join(there) or 'none'}")
 
 
 def settle(cfg, folders):
@@ -106,9 +107,8 @@ def token_values(what, saved, folder, policy, reference, reward, inputs, targets
         return ppo.kl_estimate(logprobs, ref_logprobs)
     if "critic_gpt" not in saved:
         return None
-    critic = ScalarGPT(sft.config_of(saved, folder, "critic_gpt", **cfg.how()))
-    files.fill(critic, merged(saved["critic"]), f"{folder}/checkpoint.pt: critic")
-    values = critic.eval().to(inputs.device)(inputs) * mask
+    critic = sft.rebuild(ScalarGPT, saved, folder, "critic", "critic_gpt", **cfg.how()).to(inputs.device)
+    values = critic(inputs) * mask
     if what == "value":
         return values
     scores = reward(inputs, targets, mask, finished)
@@ -119,6 +119,8 @@ def token_values(what, saved, folder, policy, reference, reward, inputs, targets
 
 def main(cfg):
     names = [name for name in cfg.stage.split(",") if name]
+    if not names:
+        files.stop(f"--stage got {cfg.stage!r}; it takes names of stages, as in sft,ppo")
     folders = [find(name, cfg.out or cfg.config) for name in names]
     cfg, device = settle(cfg, [folder for folder, _ in folders]), experiment.pick_device(cfg)
     policies, saved = [], []
@@ -134,8 +136,8 @@ def main(cfg):
         reference, _ = sft.load_policy(experiment.ensure(cfg, sft), device, **cfg.how())
         for name, checkpoint in zip(names, saved):
             if checkpoint.get("sft", made := files.fingerprint(reference)) != made:
-                experiment.stop(f"{name} started from another SFT policy than this run's: without --score and --tokens it is "
-                                "shown all the same")
+                files.stop(f"{name} started from another SFT policy than this run's: without --score and --tokens it is "
+                           "shown all the same")
     if cfg.score or cfg.tokens == "advantage":
         reward = scoring.load_reward(cfg, reference, tokenizer, corpus.prompts(cfg, tokenizer, block_size)[0], device)
         for checkpoint in saved:                                             # normalised as in training
@@ -167,16 +169,16 @@ def main(cfg):
         print(f"{cfg.tokens} of each token" + f", blue positive, orange negative, {largest:.2f} at most" * in_colour())
     for i, prompt in enumerate(prompts):
         if not (i and cfg.prompt):
-            print("\n" + (experiment.visible(tokenizer.decode(prompt)) if prompt != [eos_id] else "(no prompt)"))
+            print("\n" + (files.visible(tokenizer.decode(prompt)) if prompt != [eos_id] else "(no prompt)"))
         for name, (responses, scores, values) in zip(names, written):
             label = name if scores is None else f"{name}  score {scores[i]:.2f}"
             if values is not None:
-                pieces = [experiment.visible(tokenizer.decode_single_token_bytes(token).decode(errors="replace"))
+                pieces = [files.visible(tokenizer.decode_single_token_bytes(token).decode(errors="replace"))
                           for token in responses[i]]
                 text = paint(pieces, values[i], largest, in_colour())
             else:
                 text, ended = data.decode_response(tokenizer, responses[i])
-                text = experiment.visible(text) + " .." * (not ended)        # cut at --max_new_tokens
+                text = files.visible(text) + " .." * (not ended)        # cut at --max_new_tokens
             print(f"    {label}" + "  (it has no critic)" * (cfg.tokens != "" and values is None) + f" {text}")
 
 

@@ -14,6 +14,8 @@ import ast
 import functools
 import hashlib
 import importlib.util
+import inspect
+import os
 import sys
 import traceback
 from dataclasses import dataclass
@@ -69,8 +71,8 @@ class Reward:
 
     def load_state_dict(self, state):
         if state["made_for"] != self.made_for:
-            experiment.stop(f"the run was begun with a different reward ({state['made_for']}) from this one "
-                            f"({self.made_for}). --overwrite starts it again, --out NAME beside it")
+            files.stop(f"the run was begun with a different reward ({state['made_for']}) from this one "
+                       f"({self.made_for}). --overwrite starts it again, --out NAME beside it")
         self.gain, self.bias = state["gain"], state["bias"]
 
 
@@ -100,21 +102,33 @@ def check(cfg):
     if cfg.data == "reviews" and hasattr(cfg, "n_eval"):
         corpus.check_n_eval(cfg.n_eval, len(corpus.built_in_prompts()[1]))
     path, _, name = cfg.reward.rpartition(":")
+    if cfg.reward == "reward_model" and cfg.config not in rm.PRESETS:
+        files.stop(f"--config {cfg.config} has no reward model; give a --reward, a function of yours or a classifier")
+    if cfg.reward == "reward_model" and os.path.exists(cfg.data):
+        _, _, responses = next(corpus.examples(cfg.data, {}), (None, None, [None, None]))
+        if len(responses) < 2:
+            corpus.stop_without_comparisons(cfg)
+    if cfg.reward != "reward_model" and not os.path.exists(cfg.reward) and "/" not in cfg.reward:
+        hint = experiment.nearest(cfg.reward, ["reward_model"])
+        if hint:
+            files.stop(f"--reward got {cfg.reward}{hint}")
+    if cfg.reward.endswith(".py"):
+        files.stop(f"--reward got {cfg.reward}; name the function in it, too: {cfg.reward}:FUNCTION")
     if path.endswith(".py"):
         check_function(path, name)
 
 
 def check_function(path, name):
     """Stops, without running it, on a file that is not there, is no Python or does not mention the name."""
-    if not Path(path).is_file():
-        experiment.stop(f"--reward got {path}:{name}, but {path} is not there")
+    if not os.path.isfile(path):
+        files.stop(f"--reward got {path}:{name}, but {path} is not there")
     try:
         source = Path(path).read_text(encoding="utf-8")
         ast.parse(source)
     except (OSError, ValueError, SyntaxError) as error:
-        experiment.stop(f"--reward got {path}:{name}, but {path} cannot be read ({type(error).__name__}: {error})")
+        files.stop(f"--reward got {path}:{name}, but {path} cannot be read ({type(error).__name__}: {error})")
     if not name or name not in source:
-        experiment.stop(f"--reward got {path}:{name}, but {path} has no function {name or 'after a colon'}")
+        files.stop(f"--reward got {path}:{name}, but {path} has no function {name or 'after a colon'}")
 
 
 def load_function(path, name, tokenizer):
@@ -126,12 +140,12 @@ def load_function(path, name, tokenizer):
     sys.path.insert(0, str(Path(path).resolve().parent))         # it may import what stands beside it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         traceback.print_exc()
-        experiment.stop(f"--reward got {path}:{name}, but {path} cannot be imported: it ended in the "
-                        f"{type(error).__name__} above")
+        files.stop(f"--reward got {path}:{name}, but {path} cannot be imported: it ended in the "
+                   f"{type(error).__name__} above")
     if not callable(getattr(module, name, None)):
-        experiment.stop(f"--reward got {path}:{name}, but {path} has no function {name or 'after a colon'}")
+        files.stop(f"--reward got {path}:{name}, but {path} has no function {name or 'after a colon'}")
     made_for = f"{Path(path).name}:{name} {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
     return functools.partial(score_texts, getattr(module, name), tokenizer), made_for
 
@@ -142,37 +156,40 @@ def score_texts(function, tokenizer, inputs, targets, mask):
     name = getattr(function, "__name__", repr(function))
     try:
         given = function(prompts, responses)
-    except Exception as error:
+        if inspect.isgenerator(given):
+            given = list(given)
+    except (Exception, SystemExit) as error:
         traceback.print_exc()
-        experiment.stop(f"the reward function {name} ended in the {type(error).__name__} above; what was saved before "
-                        "is as it was")
+        files.stop(f"the reward function {name} ended in the {type(error).__name__} above; what was saved before "
+                   "is as it was")
     try:
         scores = torch.tensor([float(score) for score in given])             # (B,)
-    except (TypeError, ValueError) as error:
-        experiment.stop(f"the reward function {name} gave back a {type(given).__name__} that is not a list of numbers "
-                        f"({error}); it should give one number for each response")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        files.stop(f"the reward function {name} gave back a {type(given).__name__} that is not a list of numbers "
+                   f"({error}); it should give one number for each response")
     if len(scores) != len(prompts):
-        experiment.stop(f"the reward function {name} was given {len(prompts)} prompts and responses and "
-                        f"gave back {len(scores)} numbers; it should give one for each")
+        files.stop(f"the reward function {name} was given {len(prompts)} prompts and responses and "
+                   f"gave back {len(scores)} numbers; it should give one for each")
     return scores.to(mask.device)
 
 
 def load_classifier(name, tokenizer, device):
     """A sequence classifier of transformers, with its own tokenizer -> raw, what tells it from others"""
+    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     try:
         classifier, loading = AutoModelForSequenceClassification.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True)
         its_tokenizer = AutoTokenizer.from_pretrained(name, truncation_side="left")
-    except (OSError, ValueError) as error:
-        experiment.stop(f"--reward got {name}; it takes reward_model, path/to/file.py:function, or a folder or hub name of "
-                        f"a transformers sequence classifier ({str(error).splitlines()[0]})")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        files.stop(f"--reward got {name}; it takes reward_model, path/to/file.py:function, or a folder or hub name of "
+                   f"a transformers sequence classifier ({files.first_line(error)})")
     if loading["missing_keys"]:
-        experiment.stop(f"--reward {name} has no weights for {', '.join(sorted(loading['missing_keys'])[:3])}: it was not "
-                        "trained to classify, and its scores would be random")
+        files.stop(f"--reward {name} has no weights for {', '.join(sorted(loading['missing_keys'])[:3])}: it was not "
+                   "trained to classify, and its scores would be random")
     if classifier.config.num_labels > 2:
-        experiment.stop(f"--reward {name} tells {classifier.config.num_labels} classes apart; a reward is one number, so it "
-                        "takes a classifier with one label or with two")
+        files.stop(f"--reward {name} tells {classifier.config.num_labels} classes apart; a reward is one number, so it "
+                   "takes a classifier with one label or with two")
     classifier = classifier.eval().requires_grad_(False).to(device)
     return (functools.partial(score_by_classifier, classifier, its_tokenizer, tokenizer),
             f"{name} {files.fingerprint(classifier)}")

@@ -91,7 +91,7 @@ def pretrained(init, tokenizer, **changes):
     try:
         return GPT.from_pretrained(init, vocab_size=tokenizer.n_vocab, **changes)
     except ValueError as error:
-        experiment.stop(f"--init {init}: {error}")
+        files.stop(f"--init {init}: {error}")
 
 
 def tokenizer_of(source):
@@ -99,7 +99,7 @@ def tokenizer_of(source):
     try:
         return data.gpt2_tokenizer(None if source == "gpt2" and not Path(source).is_dir() else source)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        experiment.stop(f"no tokenizer in {source}: {error}")
+        files.stop(f"no tokenizer in {source}: {error}")
 
 
 def choose_tokenizer(cfg):
@@ -109,29 +109,34 @@ def choose_tokenizer(cfg):
     return data.train_tokenizer(corpus.some_texts(cfg, cfg.n_texts or 20000, cfg.n_eval), cfg.vocab_size)
 
 
-def config_of(saved, folder, key="gpt", **how):
-    """The GPTConfig in a checkpoint; how the models of this run compute: cfg.how()"""
+def rebuild(kind, saved, folder, key, shape="gpt", **how):
+    """
+    A model, GPT or ScalarGPT, of a checkpoint, in eval mode; a low-rank change of its weights is added to them
+
+    shape: the key of its GPTConfig; how the models of this run compute: cfg.how()
+    """
     try:
-        return GPTConfig(**saved[key] | how)
-    except TypeError as error:
-        experiment.stop(f"{folder}/checkpoint.pt describes a model that model.py does not know ({error}): another version wrote "
-                        "it; make the stage again with --overwrite, or give another --out")
+        model, weights = kind(GPTConfig(**saved[shape] | how)), merged(saved[key])
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
+        if experiment.out_of_memory(error):
+            raise
+        files.stop(f"{folder}/checkpoint.pt describes a model that model.py does not know ({error}): another version wrote "
+                   f"it; {files.again(folder)}")
+    files.fill(model, weights, folder, key)
+    return model.eval()
 
 
 def load_policy(folder, device, key="policy", saved=None, **how):
     """
     A policy of a finished stage, in eval mode, and its tokenizer. The ladder's stage has several keys.
 
-    A low-rank change of its weights is added to them. saved is its checkpoint, where that has been read already;
-    how the models of this run compute: cfg.how().
+    saved is its checkpoint, where that has been read already; how the models of this run compute: cfg.how().
     """
     saved = saved or files.load_checkpoint(folder)
     files.must_hold(saved, folder, key, "gpt", "tokenizer")
     tokenizer = data.load_tokenizer(folder)
     data.check_vocabulary(saved["tokenizer"], tokenizer, folder)
-    policy = GPT(config_of(saved, folder, **how))
-    files.fill(policy, merged(saved[key]), f"{folder}/checkpoint.pt: {key}")
-    return policy.eval().to(device), tokenizer
+    return rebuild(GPT, saved, folder, key, **how).to(device), tokenizer
 
 
 def policies_in(saved):
@@ -157,14 +162,14 @@ def check(cfg):
     """Stops on settings that cannot be, before any work."""
     corpus.check_source(cfg.data)
     if cfg.n_embd % cfg.n_head:
-        experiment.stop(f"--n_embd {cfg.n_embd} is no multiple of --n_head {cfg.n_head}: every head takes as many dimensions")
+        files.stop(f"--n_embd {cfg.n_embd} is no multiple of --n_head {cfg.n_head}: every head takes as many dimensions")
     if cfg.vocab_size < 257:
-        experiment.stop(f"--vocab_size got {cfg.vocab_size}; it takes 257 or more: one id for each byte, and the EOS")
+        files.stop(f"--vocab_size got {cfg.vocab_size}; it takes 257 or more: one id for each byte, and the EOS")
     if cfg.data == "reviews" and cfg.n_texts is None:
-        experiment.stop("--n_texts none takes all that a data set has; the built-in task has no end: give a number")
+        files.stop("--n_texts none takes all that a data set has; the built-in task has no end: give a number")
     if cfg.lora_rank and not cfg.init:
-        experiment.stop(f"--lora_rank {cfg.lora_rank} trains a small change of weights that are good already; fresh ones "
-                        "need all of themselves. Give --init, or LoRA to the later stages only")
+        files.stop(f"--lora_rank {cfg.lora_rank} trains a small change of weights that are good already; fresh ones "
+                   "need all of themselves. Give --init, or LoRA to the later stages only")
 
 
 def check_rows(cfg, train, held_out, block_size):
@@ -174,7 +179,7 @@ def check_rows(cfg, train, held_out, block_size):
         longest = max(len(prompt) + len(response) for prompt, response in train + held_out)
         longest_prompt = max(len(prompt) for prompt, _ in train + held_out)
         if longest > block_size:
-            experiment.stop(f"rows of up to {longest} tokens exceed --block_size {block_size}; raise that")
+            files.stop(f"rows of up to {longest} tokens exceed --block_size {block_size}; raise that")
     corpus.check_room(cfg, longest_prompt, block_size)
     experiment.check_enough(len(train), cfg.batch_size, "texts")
 
@@ -205,7 +210,8 @@ def main(cfg):
     common = dict(block_size=block_size, dropout=cfg.dropout, **cfg.how())
     weights = pretrained(cfg.init, tokenizer, **common) if cfg.init else None
     run.begin()
-    data.save_tokenizer(tokenizer, run.folder)
+    if not run.resuming:
+        data.save_tokenizer(tokenizer, run.folder)
     policy = weights or GPT(GPTConfig(vocab_size=tokenizer.n_vocab, n_layer=cfg.n_layer, n_head=cfg.n_head,
                                       n_embd=cfg.n_embd, **common))
     policy = add_lora(policy.to(device), cfg.lora_rank)
@@ -237,7 +243,7 @@ def main(cfg):
             tokens, _ = generate(policy, held_prompts[:1], cfg.max_new_tokens, tokenizer.eot_token,
                                  generator=run.generator)
             print(f"held out: {metrics['held_out']:.2f} nats a response. "
-                  + experiment.visible(tokenizer.decode(tokens[0].tolist())))
+                  + files.visible(tokenizer.decode(tokens[0].tolist())))
             policy.train()
         run.log(step, metrics, ["loss", "lr", "grad_norm"], every=100)
         run.checkpoint(step + 1)
@@ -245,6 +251,7 @@ def main(cfg):
     # ---- 4. held out
     policy.eval()
     nats = nats_per_response(policy, held_prompts, held_responses, device)
+    experiment.check_finite(torch.tensor(nats), "the held-out loss")
     per_token = nats * len(held_out) / sum(map(len, held_responses))
     shown = held_prompts if built_in else held_prompts[:5]                   # all, to count the grammatical ones
     tokens, mask = generate(policy, shown, cfg.max_new_tokens, tokenizer.eot_token, generator=run.generator)
