@@ -18,10 +18,11 @@ A line of a file is one JSON object, a row of a data set one record, in one of t
     {"text"}                            a response to no prompt; with --text_prompt n its first n tokens are the prompt
     {"info", "summaries", "choice"}     OpenAI's comparisons of summaries
 
-What cannot be read is left out, counted and named by its line. Where a text stands there may also be a list of messages, which is written as HH-RLHF writes dialogues. It all
-becomes rows of token lists: a prompt, a response, and in a comparison a worse response. A prompt that is longer
-than --max_prompt_tokens keeps its end. Which prompts are held out is fixed by a hash of their text before it is cut, so
-that none is both trained on and measured on. The rows are stored in out/tokens and mapped into memory from there.
+What cannot be read is left out, counted and named by its line. Where a text stands there may also be a list of
+messages, which is written as HH-RLHF writes dialogues. It all becomes rows of token lists: a prompt, a response,
+and in a comparison a worse response. A prompt that is longer than --max_prompt_tokens keeps its end. Which prompts
+are held out is fixed by a hash of their text before it is cut, so that none is both trained on and measured on. The
+rows are stored in out/tokens and mapped into memory from there.
 """
 
 import array

@@ -116,8 +116,8 @@ def finished_stages(cfg):
     there = runs | {f"{folder.parent.name}/{folder.name}" for folder in folders}
     for run in wanted:
         if run not in there:
-            files.stop(f"--runs names {run}, but out/{run} has no finished stage{experiment.nearest(run, there)}; there are: "
-                       + ", ".join(sorted(runs)))
+            files.stop(f"--runs names {run}, but out/{run} has no finished stage{experiment.nearest(run, there)}; there "
+                       "are: " + ", ".join(sorted(runs)))
     return folders, wanted
 
 

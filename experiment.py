@@ -4,9 +4,10 @@ A run: config from the command line, output folder, log and progress, checkpoint
     python STAGE.py --config NAME [--field value ...]
 
 A stage writes to out/RUN/STAGE/: config.json, started.jsonl (when, by which command, commit and versions),
-log.jsonl (one object per update), checkpoint.pt, tokenizer.json, results.json, report.txt, pictures. The checkpoint holds everything that
-decides how the run goes on, random states included, so that (shown on CPUs) a run that was killed at any moment
-and resumed ends with the same bits as one that was never interrupted.
+log.jsonl (one object per update), checkpoint.pt, tokenizer.json, results.json, report.txt, pictures. The
+checkpoint holds, or vouches for, everything that decides how the run goes on, random states included, so that
+(shown on CPUs) a run that was killed at any moment and resumed ends with the same bits as one that was never
+interrupted.
 
 What the scripts use of it:
 
@@ -101,7 +102,8 @@ def launch(main, Config, presets, doc, export=None):
             export(Path("out") / (cfg.out or cfg.config) / Path(sys.argv[0]).stem, str(Path(cfg.export)))
             print(f"exported    {cfg.export}")
     except KeyboardInterrupt:
-        raise SystemExit("\nstopped; what was saved stands" + ", and the same command with --resume goes on from it" * (export is not None))
+        goes_on = ", and the same command with --resume goes on from it" if export else ""
+        raise SystemExit("\nstopped; what was saved stands" + goes_on)
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             stop(what_needs_less_memory(error, cfg))
@@ -278,14 +280,15 @@ def ensure(cfg, script):
     if (there / "report.txt").exists():
         made_by = stored_config(there)
         if made_by["config"] != cfg.config:
-            stop(f"{there} was made with --config {made_by['config']}, this is --config {cfg.config}; give another --out, or "
-                 "a --base of the same config")
+            stop(f"{there} was made with --config {made_by['config']}, this is --config {cfg.config}; give another "
+                 "--out, or a --base of the same config")
         if there == here:
             check_data(cfg, here, made_by)
         print(f"using {there} (seed {made_by['seed']}, data {made_by.get('data', 'reviews')})".replace(", data reviews", ""))
         return there
     if cfg.base and not begun:
-        stop(f"--base {cfg.base} has no finished {there}{nearest(cfg.base, finished_runs(stage))}; check the name, or make it: "
+        hint = nearest(cfg.base, [path.parts[1] for path in Path("out").glob(f"*/{stage}/report.txt")])
+        stop(f"--base {cfg.base} has no finished {there}{hint}; check the name, or make it: "
              f"python {stage}.py --config {cfg.config} --out {cfg.base} --resume")
     theirs = preset(script.Config, script.PRESETS, cfg.config, seed=cfg.seed,
                     **{name: getattr(cfg, name) for name in LATER})
@@ -294,8 +297,8 @@ def ensure(cfg, script):
         check_data(cfg, here, made_by)
         unknown = made_by.keys() - asdict(theirs).keys()
         if unknown:
-            stop(f"{here}/config.json has the settings {', '.join(sorted(unknown))}, which {stage}.py does not know: another "
-                 f"version began it. python {stage}.py with --overwrite begins it again")
+            stop(f"{here}/config.json has the settings {', '.join(sorted(unknown))}, which {stage}.py does not know: "
+                 f"another version began it. {stage}.py with --overwrite begins it again")
         theirs = script.Config(**made_by)
     print(f"{here} is not {'finished' if begun else 'there'} yet: making it first\n")
     script.main(dataclasses.replace(theirs, out=cfg.out, device=cfg.device, resume=True, overwrite=False))
@@ -317,10 +320,6 @@ def stored_config(folder):
     if not isinstance(config, dict) or not {"config", "seed"} <= config.keys():
         stop(f"{folder}/config.json is not what a stage writes; {files.again(folder)}")
     return config
-
-
-def finished_runs(stage):
-    return [path.parts[1] for path in Path("out").glob(f"*/{stage}/report.txt")]
 
 
 class Run:
@@ -347,7 +346,12 @@ class Run:
         check_fields(cfg)
         self.cfg, self.stage, self.device = cfg, stage, pick_device(cfg)
         self.folder = Path("out") / (cfg.out or cfg.config) / stage
-        self.old = self.folder.with_name(stage + ".old")
+        self.old, self.lock_file = (self.folder.with_name(name) for name in (f"{stage}.old", f".{stage}.lock"))
+        if self.lock_file.exists() and not self.what_stands()["report.txt"]:
+            lock = self.take()                           # nobody else is at it
+            if not self.folder.exists() and self.old.exists():
+                os.replace(self.old, self.folder)        # killed between the two renamings of make_room
+            lock.release()
         self.found = self.what_stands()
         self.finished = self.found["report.txt"]
         self.resuming = self.found["checkpoint.pt"] and not self.finished
@@ -357,12 +361,6 @@ class Run:
             self.finished = self.resuming = False
         if self.finished or self.resuming:
             self.must_be_alike(stored_config(self.folder))
-        if not self.finished and self.lock_file().exists():
-            lock = self.take()                           # nobody else is at it
-            if not self.folder.exists() and self.old.exists():
-                os.replace(self.old, self.folder)        # killed between the two renamings of make_room
-                self.found = self.what_stands()
-            lock.release()
         if self.resuming and not cfg.resume:
             stop(f"{self.folder} holds an unfinished stage; --resume goes on with it, --overwrite begins again")
         print(f"== {stage}   {self.folder}   seed {cfg.seed}   {self.device}   "
@@ -377,11 +375,8 @@ class Run:
         differ = [name for name in ours if name not in FREE and stored[name] != ours[name]]
         if differ:
             theirs, ours = (", ".join(f"{name} {config[name]}" for name in differ) for config in (stored, ours))
-            stop(f"{self.folder} holds a run with {theirs}, this one has {ours}; --out NAME keeps both, --overwrite replaces "
-                 "that one")
-
-    def lock_file(self):
-        return self.folder.with_name(f".{self.stage}.lock")
+            stop(f"{self.folder} holds a run with {theirs}, this one has {ours}; --out NAME keeps both, --overwrite "
+                 "replaces that one")
 
     def take(self):
         """The lock on the folder; stops where another process has it."""
@@ -390,7 +385,7 @@ class Run:
             return (f"{self.folder} is being written by process {start.get('process', '?')} on {start.get('host', '?')} "
                     f"({start.get('command', '?')}), started {start.get('time', 'just now')}; wait until it has ended, or "
                     "give another --out")
-        return files.one_process(self.lock_file(), holder)
+        return files.one_process(self.lock_file, holder)
 
     def starts(self):
         """What started.jsonl says: one object for each time that this run was begun or gone on with"""
@@ -398,7 +393,8 @@ class Run:
 
     def begin(self):
         """Make the folder ready to be written to, by this process alone, say so in it, and start the random numbers."""
-        start = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "process": os.getpid(), "command": command(self.cfg, self.stage)}
+        start = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "process": os.getpid(),
+                 "command": command(self.cfg, self.stage)}
         now = circumstances(self.device)
         with files.writing(self.folder):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -525,8 +521,8 @@ class Run:
                 saved = f"{self.folder}/checkpoint.pt is from {'before' if taken else 'the start of'} that update"
                 if not (self.folder / "checkpoint.pt").exists():
                     saved = "No checkpoint had been written yet"
-                stop(f"{name} in update {self.step}: {value[bad][0].item()}{where}; {cause}. {saved}. README.md, 'When a number "
-                     "is not finite', shows how to find the operation")
+                stop(f"{name} in update {self.step}: {value[bad][0].item()}{where}; {cause}. {saved}. README.md, 'When a "
+                     "number is not finite', shows how to find the operation")
 
     def log(self, step, metrics, columns, every=1):
         """One object in log.jsonl; on the terminal an aligned line of the columns, and time left."""

@@ -59,9 +59,9 @@ def writing(path):
             if not isinstance(error.__context__, OSError):
                 raise
             error = error.__context__
-        stop(f"{path} could not be written ({getattr(error, 'strerror', None) or first_line(error)}); what stood there before "
-             "is as it was. Make room, or get the right to write there, and run the command again, with --resume if an "
-             "update had been saved")
+        why = getattr(error, "strerror", None) or first_line(error)
+        stop(f"{path} could not be written ({why}); what stood there before is as it was. Make room, or get the right to "
+             "write there, and run the command again, with --resume if an update had been saved")
 
 
 @contextlib.contextmanager
@@ -204,8 +204,9 @@ def must_hold(saved, folder, *wanted):
 
 def again(folder):
     """What to do about a damaged stage"""
-    return (f"bring it back from a copy, run {Path(folder).name}.py with --overwrite for the run {Path(folder).parent.name}, or "
-            "give another --out")
+    folder = Path(folder)
+    return (f"bring it back from a copy, run {folder.name}.py with --overwrite for the run {folder.parent.name}, or give "
+            "another --out")
 
 
 def fill(thing, state, folder, key):

@@ -361,8 +361,8 @@ def check(cfg):
     experiment.check_minibatch(cfg)
     scoring.check(cfg)
     if cfg.kl_control == "proportional" and cfg.kl_horizon <= 0.2 * cfg.batch_size:
-        files.stop(f"--kl_horizon {cfg.kl_horizon} is so short that beta could fall below 0 in one update; it takes more than "
-                   f"0.2 --batch_size, {0.2 * cfg.batch_size:g}")
+        files.stop(f"--kl_horizon {cfg.kl_horizon} is so short that beta could fall below 0 in one update; it takes "
+                   f"more than a fifth of --batch_size {cfg.batch_size}")
     if cfg.ptx_coef and cfg.ptx_data:
         corpus.check_source(cfg.ptx_data, "--ptx_data")
 

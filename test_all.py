@@ -3931,8 +3931,11 @@ def test_a_finished_stage_set_aside_by_a_process_that_was_killed_comes_back(besi
         killed_at(monkeypatch, os, "replace", 1, after=True)                   # between the two renamings
         sft.main(short(sft, out="aside", lr=0.001, overwrite=True))
     assert in_a_child(work) == -signal.SIGKILL
-    assert not (beside / "aside" / "sft").exists() and (beside / "aside" / "sft.old" / "report.txt").exists()
+    report = beside / "aside" / "sft.old" / "report.txt"
+    assert not (beside / "aside" / "sft").exists() and report.exists()
+    written = report.stat().st_mtime_ns
     assert sft.main(short(sft, out="aside")) == first and not (beside / "aside" / "sft.old").exists()
+    assert (beside / "aside" / "sft" / "report.txt").stat().st_mtime_ns == written         # the very same, not made again
 
 
 def test_accumulation_and_checkpointing_may_change_when_a_run_goes_on(beside, monkeypatch, no_pictures):
