@@ -42,8 +42,8 @@ import numpy as np
 import torch
 
 import data
-import experiment
 import files
+import options
 import reviews
 
 LONGEST = 100_000               # characters of a text that go to a tokenizer; tiktoken overflows on a million spaces
@@ -158,7 +158,7 @@ def check_source(source, flag="--data"):
     known, there = ("reviews", "hh", "tldr"), os.path.isfile(source) or os.path.isdir(source)
     if source not in known and not source.startswith("hf:") and not there:
         beside = [] if os.path.exists(source) else map(str, Path(source).parent.glob("*"))
-        hint = experiment.nearest(source, (*known, *beside))
+        hint = options.nearest(source, (*known, *beside))
         files.stop(f"{flag} got {source}{hint}; it takes reviews, hh, tldr, hf:OWNER/NAME, or a file or folder that "
                    "is there")
 

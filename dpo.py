@@ -41,6 +41,7 @@ import data
 import experiment
 import files
 import frontier
+import options
 import reviews
 import reward_model as rm
 import scoring
@@ -278,7 +279,7 @@ def main(cfg):
     elif cfg.labels == "annotators":
         comparisons, _ = corpus.comparisons(cfg, tokenizer, block_size, n, 1)
         n = len(comparisons)
-    experiment.check_enough(n, cfg.batch_size, "pairs")
+    options.check_enough(n, cfg.batch_size, "pairs")
     available = sum(len(c["response_ids"]) * (len(c["response_ids"]) - 1) // 2 for c in comparisons or [])
     if cfg.labels == "annotators" and n > available:
         files.stop(f"--n_pairs asks for {n} of the annotators' comparisons, {rm_folder} has "
@@ -368,7 +369,7 @@ def main(cfg):
         text, "",
         f"curves      {picture}", f"log         {run.folder}/log.jsonl",
         f"checkpoint  {run.folder}/checkpoint.pt",
-        f"next        {experiment.next_command(cfg, 'evaluate')}"]), results)
+        f"next        {options.next_command(cfg, 'evaluate')}"]), results)
 
 
 if __name__ == "__main__":

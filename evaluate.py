@@ -33,6 +33,7 @@ import corpus
 import experiment
 import files
 import frontier
+import options
 import ppo
 import reward_model as rm
 import scoring
@@ -116,7 +117,7 @@ def finished_stages(cfg):
     there = runs | {f"{folder.parent.name}/{folder.name}" for folder in folders}
     for run in wanted:
         if run not in there:
-            files.stop(f"--runs names {run}, but out/{run} has no finished stage{experiment.nearest(run, there)}; there "
+            files.stop(f"--runs names {run}, but out/{run} has no finished stage{options.nearest(run, there)}; there "
                        "are: " + ", ".join(sorted(runs)))
     return folders, wanted
 
@@ -354,9 +355,9 @@ def overoptimise(cfg, sft_run, held_out):
     """Train a weak reward model, and a policy that follows it with little KL -> log, gold's mean and std"""
     name = f"{cfg.out or cfg.config}-weak"
     common = dict(out=name, base=sft_run, seed=cfg.seed, device=cfg.device, resume=True, overwrite=cfg.overwrite)
-    rm.main(experiment.preset(rm.Config, rm.PRESETS, cfg.config, n_prompts=cfg.weak_rankings, warmup=2, **common))
+    rm.main(options.preset(rm.Config, rm.PRESETS, cfg.config, n_prompts=cfg.weak_rankings, warmup=2, **common))
     print()
-    ppo.main(experiment.preset(ppo.Config, ppo.PRESETS, cfg.config, kl_control="fixed", beta=cfg.weak_beta,
+    ppo.main(options.preset(ppo.Config, ppo.PRESETS, cfg.config, kl_control="fixed", beta=cfg.weak_beta,
                                steps=cfg.weak_steps, kl_bound=1e9, **common))
     print()
     gold = torch.tensor([ranking["gold"] for ranking in held_out])           # of SFT's samples
@@ -373,7 +374,7 @@ def main(cfg):
     if cfg.overoptimise and (cfg.data != "reviews" or cfg.reward != "reward_model"):
         files.stop("--overoptimise compares with the true utility, which only the built-in task knows, what a weak "
                    "reward model of ours does to it")
-    if cfg.overoptimise and cfg.weak_rankings < (batch := experiment.preset(rm.Config, rm.PRESETS, cfg.config).batch_size):
+    if cfg.overoptimise and cfg.weak_rankings < (batch := options.preset(rm.Config, rm.PRESETS, cfg.config).batch_size):
         files.stop(f"--weak_rankings {cfg.weak_rankings} is less than one batch of {batch} rankings; raise it")
     finished_stages(cfg)
     sft_folder = experiment.ensure(cfg, sft)

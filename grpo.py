@@ -46,6 +46,7 @@ import data
 import experiment
 import files
 import frontier
+import options
 import ppo
 import scoring
 import sft
@@ -173,7 +174,7 @@ CURVES = [                                                       # heading, unit
 
 def check(cfg):
     """Stops on settings that cannot go together."""
-    experiment.check_minibatch(cfg)
+    options.check_minibatch(cfg)
     scoring.check(cfg)
     if cfg.batch_size % cfg.group_size:
         files.stop(f"--batch_size {cfg.batch_size} is no multiple of --group_size {cfg.group_size}; "
@@ -292,7 +293,7 @@ def main(cfg):
         text, "",
         f"curves      {picture}", f"log         {run.folder}/log.jsonl",
         f"checkpoint  {run.folder}/checkpoint.pt",
-        f"next        {experiment.next_command(cfg, 'evaluate')}"]), results)
+        f"next        {options.next_command(cfg, 'evaluate')}"]), results)
 
 
 if __name__ == "__main__":

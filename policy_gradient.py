@@ -50,6 +50,7 @@ import data
 import experiment
 import files
 import frontier
+import options
 import ppo
 import scoring
 import sft
@@ -410,7 +411,7 @@ def draw_variance(noise, cfg, path):
 
 def check(cfg):
     """Stops on settings that cannot go together."""
-    experiment.check_minibatch(cfg)
+    options.check_minibatch(cfg)
     scoring.check(cfg)
     if cfg.fisher_rows > cfg.batch_size:
         files.stop(f"--fisher_rows {cfg.fisher_rows} is more than --batch_size {cfg.batch_size}; lower it to that or less")
@@ -556,7 +557,7 @@ def main(cfg):
         f"score - {cfg.beta:g} KL, and its optimum an estimate, if anything too low.", "",
         f"pictures    {run.folder}/ladder.png" + f", {run.folder}/variance.png" * (cfg.rung == "all"),
         f"log         {run.folder}/log.jsonl", f"checkpoint  {run.folder}/checkpoint.pt",
-        f"next        {experiment.next_command(cfg, 'evaluate')} --runs {run.folder.parent.name}/policy_gradient"]), results)
+        f"next        {options.next_command(cfg, 'evaluate')} --runs {run.folder.parent.name}/policy_gradient"]), results)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ import data
 import experiment
 import files
 import frontier
+import options
 import scoring
 import sft
 from model import ScalarGPT, add_lora, generate, masked_mean, reference_of, token_logprobs, trained
@@ -358,7 +359,7 @@ CURVES = [                                                       # heading, unit
 
 def check(cfg):
     """Stops on settings that cannot be, before any work."""
-    experiment.check_minibatch(cfg)
+    options.check_minibatch(cfg)
     scoring.check(cfg)
     if cfg.kl_control == "proportional" and cfg.kl_horizon <= 0.2 * cfg.batch_size:
         files.stop(f"--kl_horizon {cfg.kl_horizon} is so short that beta could fall below 0 in one update; it takes "
@@ -524,8 +525,8 @@ def main(cfg):
         text, "",
         f"curves      {picture}", f"log         {run.folder}/log.jsonl",
         f"checkpoint  {run.folder}/checkpoint.pt",
-        f"next        {experiment.next_command(cfg, 'evaluate')}",
-        f"            {experiment.next_command(hacked, 'ppo')} --kl_control fixed --beta 0   (no KL penalty)"]), results)
+        f"next        {options.next_command(cfg, 'evaluate')}",
+        f"            {options.next_command(hacked, 'ppo')} --kl_control fixed --beta 0   (no KL penalty)"]), results)
 
 
 if __name__ == "__main__":

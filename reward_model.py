@@ -32,13 +32,14 @@ import corpus
 import data
 import experiment
 import files
+import options
 import reviews
 import sft
-from model import GPTConfig, ScalarGPT, add_lora, generate, masked_mean, merged, sequence_scores, trained
+from model import GPTConfig, ScalarGPT, add_lora, generate, masked_mean, sequence_scores, trained
 
 
 @dataclass
-class Config(experiment.Common):
+class Config(options.Common):
     init: str = ""                  # weights to start from in place of SFT's: GPT-2's, a folder or a name on the hub
     n_prompts: int | None = 2400    # rankings, or comparisons of --data, to train on; none: all that there are
     n_held_out: int = 1000          # rankings, or comparisons, to measure on
@@ -239,7 +240,7 @@ def check(cfg):
     if cfg.data == "reviews":
         if cfg.n_prompts is None:
             files.stop("--n_prompts none takes all that a data set has; the built-in task has no end: give a number")
-        experiment.check_enough(cfg.n_prompts, cfg.batch_size, "rankings")
+        options.check_enough(cfg.n_prompts, cfg.batch_size, "rankings")
 
 
 def main(cfg):
@@ -259,7 +260,7 @@ def main(cfg):
     if not built_in:
         comparisons, held_out = corpus.comparisons(cfg, tokenizer, sft_policy.config.block_size,
                                                    cfg.n_prompts, cfg.n_held_out)
-        experiment.check_enough(len(comparisons), cfg.batch_size, "comparisons")
+        options.check_enough(len(comparisons), cfg.batch_size, "comparisons")
     run.begin()
     if not run.resuming:
         data.save_tokenizer(tokenizer, run.folder)
@@ -355,7 +356,7 @@ def main(cfg):
         *lines, "", experiment.table(calibration(scores, truth)), "",
         f"normalised by       gain {gain:.3f}, bias {bias:.3f}",
         f"curves      {picture}", f"checkpoint  {run.folder}/checkpoint.pt",
-        f"next        {experiment.next_command(cfg, 'ppo')}"]), results | {"gain": gain, "bias": bias})
+        f"next        {options.next_command(cfg, 'ppo')}"]), results | {"gain": gain, "bias": bias})
 
 
 if __name__ == "__main__":

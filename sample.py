@@ -34,10 +34,11 @@ import corpus
 import data
 import experiment
 import files
+import options
 import ppo
 import scoring
 import sft
-from model import ScalarGPT, generate, merged, token_logprobs
+from model import ScalarGPT, generate, token_logprobs
 
 
 @dataclass
@@ -73,7 +74,7 @@ def find(name, run):
 
 def settle(cfg, folders):
     """What was not said otherwise is as it was when the first of the stages that know it was made -> cfg"""
-    usual, configs = experiment.preset(Config, PRESETS, cfg.config), [
+    usual, configs = options.preset(Config, PRESETS, cfg.config), [
         files.read_json(folder / "config.json") | {"out": folder.parent.name} for folder in folders]
     for name in OF_A_STAGE:
         known = [config[name] for config in configs if name in config]

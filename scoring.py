@@ -27,12 +27,13 @@ import corpus
 import data
 import experiment
 import files
+import options
 import reward_model as rm
 from model import sequence_scores
 
 
 @dataclass
-class Rewarded(experiment.Common):
+class Rewarded(options.Common):
     """What every stage has that follows a reward."""
     reward: str = "reward_model"    # or path/to/file.py:function, or a transformers classifier: folder or hub name
     normalise_reward: bool = True   # all but reward_model: to mean 0, standard deviation 1 on SFT's samples
@@ -109,7 +110,7 @@ def check(cfg):
         if len(responses) < 2:
             corpus.stop_without_comparisons(cfg)
     if cfg.reward != "reward_model" and not os.path.exists(cfg.reward) and "/" not in cfg.reward:
-        hint = experiment.nearest(cfg.reward, ["reward_model"])
+        hint = options.nearest(cfg.reward, ["reward_model"])
         if hint:
             files.stop(f"--reward got {cfg.reward}{hint}")
     if cfg.reward.endswith(".py"):

@@ -24,12 +24,13 @@ import corpus
 import data
 import experiment
 import files
+import options
 import reviews
 from model import GPT, GPTConfig, add_lora, generate, masked_mean, merged, token_logprobs, trained
 
 
 @dataclass
-class Config(experiment.Common):
+class Config(options.Common):
     init: str = ""                  # weights to start from: GPT-2's, a folder or a name on the hub; else fresh ones
     n_layer: int = 2                # transformer blocks of fresh weights
     n_head: int = 4                 # attention heads of fresh weights
@@ -181,7 +182,7 @@ def check_rows(cfg, train, held_out, block_size):
         if longest > block_size:
             files.stop(f"rows of up to {longest} tokens exceed --block_size {block_size}; raise that")
     corpus.check_room(cfg, longest_prompt, block_size)
-    experiment.check_enough(len(train), cfg.batch_size, "texts")
+    options.check_enough(len(train), cfg.batch_size, "texts")
 
 
 def main(cfg):
@@ -268,9 +269,9 @@ def main(cfg):
     picture = experiment.curves(run.folder, "SFT", [
         ("training loss", "nats per token", ["loss"]),
         ("held-out loss", "nats per response", ["held_out"])])
-    next_stage = experiment.next_command(cfg, "reward_model")
+    next_stage = options.next_command(cfg, "reward_model")
     if not (built_in or corpus.compared(train.rows).any()):
-        next_stage = experiment.next_command(cfg, "ppo") + "   (with a --reward, where the preset has none)"
+        next_stage = options.next_command(cfg, "ppo") + "   (with a --reward, where the preset has none)"
     examples = [tokenizer.decode(prompt) + text for prompt, (text, _) in zip(held_prompts[:5], samples)]
     return run.finish("\n".join([
         *lines, "", *examples, "",

@@ -7,7 +7,7 @@ Every formula against an independent oracle, every script end to end. Offline, o
     python test_all.py                          rewrite the line numbers in the README
     python test_all.py flips                    draw docs/flips.png as well
 
-In reading order: reviews, data, corpus, model, experiment, the stages' maths, the proof, the scripts, the README.
+In reading order: reviews, data, corpus, files, model, options, experiment, the stages' maths, the proof, the scripts, the README.
 A test's name is the claim it checks.
 """
 
@@ -53,6 +53,7 @@ import files
 import frontier
 import grpo
 import model
+import options
 import policy_gradient
 import ppo
 import reviews
@@ -64,7 +65,7 @@ from model import GPT, GPTConfig, ScalarGPT, generate, masked_mean, sequence_sco
 
 HERE = Path(__file__).parent
 SCRIPTS = (sft, reward_model, ppo, dpo, grpo, policy_gradient, evaluate)
-MODULES = (reviews, files, data, corpus, model, experiment, scoring, frontier, *SCRIPTS, sample)
+MODULES = (reviews, files, options, data, corpus, model, experiment, scoring, frontier, *SCRIPTS, sample)
 
 
 def seeded(n=0):
@@ -1344,7 +1345,7 @@ def test_in_bfloat16_products_are_rounded_but_weights_and_log_probabilities_stay
 
 
 # --------------------------------------------------------------------------------------------------
-# experiment.py
+# options.py, experiment.py
 
 @pytest.mark.parametrize("argv, message", [
     ("--stesp 5", "unknown option --stesp (did you mean --steps?)"),
@@ -1368,7 +1369,7 @@ def test_in_bfloat16_products_are_rounded_but_weights_and_log_probabilities_stay
     ("--kl_target 0", "--kl_target got 0.0; it takes a number above 0")])
 def test_bad_command_lines_end_with_what_was_got_and_what_was_wanted(argv, message):
     with pytest.raises(SystemExit) as stopped:
-        experiment.parse(ppo.Config, ppo.PRESETS, "", argv.split())
+        options.parse(ppo.Config, ppo.PRESETS, "", argv.split())
     assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
 
 
@@ -1377,27 +1378,27 @@ def test_every_field_is_typed_and_range_checked_before_any_work(script, here):
     """Also where a Config is made in Python, or a preset was edited"""
     kinds, refused = typing.get_type_hints(script.Config), {}
     for name, kind in kinds.items():
-        options, optional = typing.get_args(kind), type(None) in typing.get_args(kind)
-        base = options[0] if optional else kind
+        optional = type(None) in typing.get_args(kind)
+        base = typing.get_args(kind)[0] if optional else kind
         wrong = {bool: [1, "yes", None], int: [2.0, True, "3", -1, 2 ** 32], float: ["0.1", True, math.nan, math.inf, -math.inf],
                  str: [3, None, True]}.get(base, ["no such option", None, 0])
-        wrong += [0] * (base is int and name not in experiment.FROM_0) + [-0.5] * (base is float and name not in experiment.NEGATIVE_TOO)
-        wrong += [0.0] * (name in experiment.ABOVE_0 and name not in script.Config.may_be_zero) + [1.5] * (
-            name in (*experiment.UP_TO_1, *experiment.BELOW_1)) + [1.0] * (name in experiment.BELOW_1)
+        wrong += [0] * (base is int and name not in options.FROM_0) + [-0.5] * (base is float and name not in options.NEGATIVE_TOO)
+        wrong += [0.0] * (name in options.ABOVE_0 and name not in script.Config.may_be_zero) + [1.5] * (
+            name in (*options.UP_TO_1, *options.BELOW_1)) + [1.0] * (name in options.BELOW_1)
         wrong += ["a/b", "..", "tokens", "x\0y", "x" * 101, "\udcff"] * (name in ("out", "base"))
         for value in wrong:
             if value is None and optional:
                 continue
             with pytest.raises(SystemExit, match=rf"^error: --{name} got {re.escape(repr(value))}.*; it takes ."):
-                experiment.check_fields(dataclasses.replace(tiny(script), **{name: value}))
+                options.check_fields(dataclasses.replace(tiny(script), **{name: value}))
             refused[name] = value
-        experiment.check_fields(dataclasses.replace(tiny(script), **{name: 1} if base is float and name not in experiment.BELOW_1 else {}))
+        options.check_fields(dataclasses.replace(tiny(script), **{name: 1} if base is float and name not in options.BELOW_1 else {}))
     assert refused.keys() == kinds.keys()
     if script is not sample:                             # which has no folder of its own
         with pytest.raises(SystemExit, match="^error: --seed got -1; it takes a whole number from 0"):
             script.main(tiny(script, seed=-1))
     for preset in script.PRESETS:
-        experiment.check_fields(experiment.preset(script.Config, script.PRESETS, preset))
+        options.check_fields(options.preset(script.Config, script.PRESETS, preset))
     assert not list(here.iterdir())
 
 
@@ -1437,7 +1438,7 @@ def test_settings_that_cannot_be_are_refused_before_any_work(script, changes, me
 
 
 def test_command_lines_set_typed_fields_over_a_preset():
-    cfg = experiment.parse(ppo.Config, ppo.PRESETS, "", (
+    cfg = options.parse(ppo.Config, ppo.PRESETS, "", (
         "--config tiny --lr=1e-5 --missing_eos_score none --kl-control fixed --whiten_rewards --seed 3 "
         "--score_clip 2 --warmup 0").split())
     assert (cfg.config, cfg.lr, cfg.missing_eos_score, cfg.kl_control) == ("tiny", 1e-5, None, "fixed")
@@ -1447,7 +1448,7 @@ def test_command_lines_set_typed_fields_over_a_preset():
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 def test_every_config_field_is_read_and_has_a_comment_that_help_prints(script, capsys):
-    sources = inspect.getsource(script) + inspect.getsource(experiment)
+    sources = inspect.getsource(script) + inspect.getsource(experiment) + inspect.getsource(options)
     for helper in (scoring.load_reward, scoring.Reward, frontier.compare, ppo.roll_out, corpus.prompts):
         if helper.__name__ in sources:                                         # they are given the whole cfg
             sources += inspect.getsource(inspect.getmodule(helper) if helper is corpus.prompts else helper)
@@ -1458,7 +1459,7 @@ def test_every_config_field_is_read_and_has_a_comment_that_help_prints(script, c
     fields = {f.name for f in dataclasses.fields(script.Config)}
     assert fields <= read, f"never read: {fields - read}"
     with pytest.raises(SystemExit):
-        experiment.parse(script.Config, script.PRESETS, script.__doc__, ["--help"])
+        options.parse(script.Config, script.PRESETS, script.__doc__, ["--help"])
     printed = capsys.readouterr().out
     for name in fields:
         assert re.search(rf"^  --{name} .*\S.*", printed, re.M), name
@@ -3341,7 +3342,7 @@ def test_conservative_policy_iteration_bound():
 # The scripts, end to end at --config tiny
 
 def tiny(script, **changes):
-    return experiment.preset(script.Config, script.PRESETS, "tiny", **changes)
+    return options.preset(script.Config, script.PRESETS, "tiny", **changes)
 
 
 def log_of(folder):
@@ -3497,7 +3498,7 @@ def test_settings_that_differ_from_those_in_the_folder_are_an_error_that_names_t
     with pytest.raises(SystemExit, match=r"ppo holds a run with seed 1337, lr 0.002, this one has seed 2, lr 0.001; --out NAME"):
         ppo.main(tiny(ppo, lr=0.001, seed=2))
     with pytest.raises(SystemExit, match="made with --config tiny, this is --config small"):
-        reward_model.main(experiment.preset(reward_model.Config, reward_model.PRESETS, "small", out="other", base="tiny"))
+        reward_model.main(options.preset(reward_model.Config, reward_model.PRESETS, "small", out="other", base="tiny"))
     with pytest.raises(SystemExit, match="--base nowhere has no finished"):
         ppo.main(tiny(ppo, out="other", base="nowhere"))
 
@@ -3558,7 +3559,7 @@ def assert_same_run(folder, other):
     """Checkpoints and results bit for bit, logs but for times; each update once"""
     ours, theirs = map(files.load_checkpoint, (folder, other))
     for saved in (ours, theirs):
-        saved["config"] = {name: value for name, value in saved["config"].items() if name not in (*experiment.FREE, "base")}
+        saved["config"] = {name: value for name, value in saved["config"].items() if name not in (*options.FREE, "base")}
     assert_same_bits(ours, theirs)
     timed = re.compile("_seconds$|_per_second$")
     logs = [[{k: v for k, v in line.items() if not timed.search(k)} for line in log_of(run)] for run in (folder, other)]
@@ -4103,8 +4104,8 @@ def test_a_report_says_by_what_it_was_made_and_its_command_makes_it_again(beside
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
     assert experiment.circumstances("cpu")["commit"].split()[0] == (commit[:12] or "unknown")
     cfg = tiny(ppo, seed=7, missing_eos_score=None, out="a", whiten_rewards=True, reward="some where/my file.py:f")
-    words = shlex.split(experiment.command(cfg, "ppo"))
-    assert words[:2] == ["python", "ppo.py"] and experiment.parse(ppo.Config, ppo.PRESETS, "", words[2:]) == cfg
+    words = shlex.split(options.command(cfg, "ppo"))
+    assert words[:2] == ["python", "ppo.py"] and options.parse(ppo.Config, ppo.PRESETS, "", words[2:]) == cfg
 
 
 def test_without_git_the_commit_is_unknown(monkeypatch):
@@ -4898,12 +4899,12 @@ def test_a_run_may_go_on_in_parts_and_one_of_an_earlier_version_is_still_known(a
 
 def test_the_next_command_says_all_that_the_next_stage_has_to_know(among):
     cfg = mine(ppo, reward="word.py:exclaims", missing_eos_score=None, base="other", seed=3)
-    assert experiment.next_command(cfg, "evaluate") == (
+    assert options.next_command(cfg, "evaluate") == (
         "python evaluate.py --config tiny --base other --out own --seed 3 --data pairs.jsonl --max_prompt_tokens 40 "
         "--max_new_tokens 12 --reward word.py:exclaims --missing_eos_score None")
-    again = experiment.parse(evaluate.Config, evaluate.PRESETS, "", experiment.next_command(cfg, "evaluate").split()[2:])
+    again = options.parse(evaluate.Config, evaluate.PRESETS, "", options.next_command(cfg, "evaluate").split()[2:])
     assert (again.reward, again.missing_eos_score, again.data, again.max_new_tokens) == ("word.py:exclaims", None, "pairs.jsonl", 12)
-    assert experiment.next_command(tiny(ppo), "evaluate") == "python evaluate.py --config tiny"
+    assert options.next_command(tiny(ppo), "evaluate") == "python evaluate.py --config tiny"
     report = (among / "own" / "ppo" / "report.txt").read_text()
     assert "python ppo.py --config tiny --base own --out own-hacked --data pairs.jsonl --max_prompt_tokens 40" in report
 
@@ -5213,10 +5214,10 @@ def test_a_prompt_of_ones_own_is_answered_greedily_the_same_way_each_time(beside
     policy, tokenizer = sft.load_policy(beside / "tiny" / "ppo", "cpu")
     tokens, mask = generate(policy, [data.encode_prompt(tokenizer, TINY_PROMPT)], 24, tokenizer.eot_token, temperature=0)
     assert data.decode_response(tokenizer, data.responses_of(tokens, mask)[0])[0] in answers[0]
-    cfg = experiment.parse(sample.Config, sample.PRESETS, "", ["--temperature", "0"])
+    cfg = options.parse(sample.Config, sample.PRESETS, "", ["--temperature", "0"])
     assert cfg.temperature == 0
     with pytest.raises(SystemExit, match="--temperature got 0.0; it takes a number above 0"):
-        experiment.parse(ppo.Config, ppo.PRESETS, "", ["--temperature", "0"])
+        options.parse(ppo.Config, ppo.PRESETS, "", ["--temperature", "0"])
 
 
 @pytest.mark.parametrize("what", ["kl", "value", "advantage"])
@@ -5303,7 +5304,7 @@ def test_every_preset_runs_on_a_small_model_and_a_small_file(script, name, among
 
 
 def preset_of(name, script, **changes):
-    return experiment.preset(script.Config, script.PRESETS, name, **changes)
+    return options.preset(script.Config, script.PRESETS, name, **changes)
 
 
 @pytest.mark.slow
@@ -5313,7 +5314,7 @@ def test_the_small_run_reaches_its_figures(seed, tmp_path, monkeypatch):
     threads, begun = torch.get_num_threads(), time.time()
     torch.set_num_threads(os.cpu_count())                                      # as the command has, not one as the other tests
     try:
-        results = ppo.main(experiment.preset(ppo.Config, ppo.PRESETS, "small", seed=seed))
+        results = ppo.main(options.preset(ppo.Config, ppo.PRESETS, "small", seed=seed))
     finally:
         torch.set_num_threads(threads)
     taken = time.time() - begun
@@ -5353,7 +5354,7 @@ def test_every_command_in_the_readme_parses():
         script = sys.modules[name]
         words = [word.replace("N", "1") if word == "N" else word for word in shlex.split(arguments)]
         if "--help" not in words:
-            experiment.parse(script.Config, script.PRESETS, "", words)
+            options.parse(script.Config, script.PRESETS, "", words)
     for flag, value in re.findall(r"`--(\w+)(?: ([\w.]+))?", README):
         assert any(flag in {f.name for f in dataclasses.fields(s.Config)} for s in (*SCRIPTS, sample)), flag
 
