@@ -16,6 +16,7 @@ What the scripts use of it:
     learning_rate, Clock, ...       small things for the loop and the report
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -302,7 +303,7 @@ class Run:
             if self.device.type == "cuda" and "cuda" in states:
                 torch.cuda.set_rng_state(states["cuda"], self.device)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            stop(f"{self.folder}/checkpoint.pt holds random states that are none ({files.first_line(error)}); "
+            stop(f"{self.folder}/checkpoint.pt holds random states that cannot be set ({files.first_line(error)}); "
                  + files.again(self.folder))
 
     def steps(self, first, last):
@@ -311,7 +312,8 @@ class Run:
             if self.interrupted:
                 raise KeyboardInterrupt
             self.interrupted = True
-            os.write(1, b"\nfinishing this update, then saving; Ctrl-C again leaves at once\n")    # print may be busy
+            with contextlib.suppress(OSError):           # print may be busy, and the terminal gone
+                os.write(1, b"\nfinishing this update, then saving; Ctrl-C again leaves at once\n")
 
         self.first, self.last = first, last
         before = {kind: signal.signal(kind, interrupt) for kind in (signal.SIGINT, signal.SIGTERM)}
@@ -374,8 +376,8 @@ class Run:
                              "the same command with --resume goes on from there")
 
     def save(self, done, random_states=None):
-        """Write checkpoint.pt, the log's lines before it."""
-        for key, thing in self.state.items():            # whatever happened in the last gradient step
+        """Write checkpoint.pt, once the log is on the disk; never with weights that are not finite."""
+        for key, thing in self.state.items():
             for name, weight in thing.named_parameters() if isinstance(thing, torch.nn.Module) else ():
                 check_finite(weight, f"{name} of the {key} after {done} updates")
         saved = {name: thing.state_dict() if hasattr(thing, "state_dict") else thing

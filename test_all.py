@@ -4072,8 +4072,8 @@ def test_a_checkpoint_or_log_that_is_another_runs_is_refused_when_a_run_goes_on(
         (stage / "log.jsonl").write_bytes(content)
         (stage / "started.jsonl").write_bytes(content)
         refused("swapped/sft/log.jsonl has not the updates 0 to 4 that .*checkpoint.pt comes after: it was changed since")
-    for change, message in ((dict(random={}), "holds random states that are none .'run'"), (dict(random=saved["random"] | {"torch": torch.zeros(3)}),
-                             "holds random states that are none")):
+    for change, message in ((dict(random={}), "holds random states that cannot be set .'run'"), (dict(random=saved["random"] | {"torch": torch.zeros(3)}),
+                             "holds random states that cannot be set")):
         torch.save(saved | change, stage / "checkpoint.pt")
         refused(message)
     (stage / "config.json").write_text("{")
