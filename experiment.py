@@ -245,6 +245,8 @@ class Run:
                 os.replace(self.folder, self.old)
             for name in ("checkpoint.pt", "started.jsonl"):
                 (self.folder / name).unlink(missing_ok=True)
+        for stray in self.folder.parent.glob(f"{self.stage}.*.tmp"):          # of a process that was killed right here
+            shutil.rmtree(stray, ignore_errors=True)
         if self.folder.exists():
             files.write(self.folder / "config.json", config)
         else:

@@ -3926,17 +3926,19 @@ def test_files_beside_a_checkpoint_are_those_it_was_written_with(beside, monkeyp
 
 def test_a_finished_stage_set_aside_by_a_process_that_was_killed_comes_back(beside, monkeypatch, no_pictures):
     first = sft.main(short(sft, out="aside"))
-
-    def work():
-        sys.stdout = open(os.devnull, "w")
-        killed_at(monkeypatch, os, "replace", 1, after=True)                   # between the two renamings
-        sft.main(short(sft, out="aside", lr=0.001, overwrite=True))
-    assert in_a_child(work) == -signal.SIGKILL
-    report = beside / "aside" / "sft.old" / "report.txt"
-    assert not (beside / "aside" / "sft").exists() and report.exists()
-    written = report.stat().st_mtime_ns
-    assert sft.main(short(sft, out="aside")) == first and not (beside / "aside" / "sft.old").exists()
-    assert (beside / "aside" / "sft" / "report.txt").stat().st_mtime_ns == written         # the very same, not made again
+    written = (beside / "aside" / "sft" / "report.txt").stat().st_mtime_ns
+    for name, call, after in (("replace", 1, True), ("fsync", 1, False)):      # between its two renamings, and before its config is there
+        def work():
+            sys.stdout = open(os.devnull, "w")
+            killed_at(monkeypatch, os, name, call, after)
+            sft.main(short(sft, out="aside", lr=0.001, overwrite=True))
+        assert in_a_child(work) == -signal.SIGKILL
+        assert not (beside / "aside" / "sft").exists() and (beside / "aside" / "sft.old" / "report.txt").exists()
+        assert sft.main(short(sft, out="aside")) == first and not (beside / "aside" / "sft.old").exists()
+        assert (beside / "aside" / "sft" / "report.txt").stat().st_mtime_ns == written     # the very same, not made again
+    assert list((beside / "aside").glob("*.tmp"))
+    sft.main(short(sft, out="aside", lr=0.001, overwrite=True))
+    assert not list((beside / "aside").glob("*.tmp"))
 
 
 def test_accumulation_and_checkpointing_may_change_when_a_run_goes_on(beside, monkeypatch, no_pictures):
