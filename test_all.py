@@ -3941,6 +3941,21 @@ def test_a_finished_stage_set_aside_by_a_process_that_was_killed_comes_back(besi
     assert not list((beside / "aside").glob("*.tmp"))
 
 
+def test_a_run_whose_data_have_changed_is_told_so_and_keeps_its_tokenizer(here, monkeypatch, no_pictures):
+    rows = [comparison(i) for i in range(120)]
+    cfg = tiny(sft, data=write_rows(here / "rows.jsonl", rows), max_prompt_tokens=40, steps=6, save_every=2, n_eval=5, out="changing")
+    with crash_at(3, monkeypatch):
+        sft.main(cfg)
+    kept = (here / "out" / "changing" / "sft" / "tokenizer.json").read_bytes()
+    write_rows(here / "rows.jsonl", [{"prompt": f"an entirely other file {i}", "completion": f" with other words {i}"} for i in range(120)])
+    with pytest.raises(SystemExit, match="changing/sft was begun with another data: the contents of --data have changed since"):
+        sft.main(dataclasses.replace(cfg, resume=True))
+    assert (here / "out" / "changing" / "sft" / "tokenizer.json").read_bytes() == kept
+    write_rows(here / "rows.jsonl", rows)
+    sft.main(dataclasses.replace(cfg, resume=True))
+    assert len(log_of(here / "out" / "changing" / "sft")) == 6
+
+
 def test_accumulation_and_checkpointing_may_change_when_a_run_goes_on(beside, monkeypatch, no_pictures):
     cfg = tiny(ppo, out="changed", base="tiny", steps=4, save_every=2, n_eval=2, n_samples=2)
     with crash_at(2, monkeypatch):
@@ -4154,6 +4169,11 @@ def test_out_of_memory_says_where_and_what_needs_less(error, phase, flags, besid
     assert f"What needs less there: {flags}" in str(stopped.value)
     advice = f". --accumulation and --checkpointing may be changed when {script.__name__}.py itself is run with --resume"
     assert (advice in str(stopped.value)) == (phase != "generate")
+    if script is sft:                                    # it is the flags of the stage that was being made
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--config", "tiny", "--out", "memory_evaluate"])
+        with pytest.raises(SystemExit, match="sft.py in its phase '3. train' .*--lora_rank 8, --dtype bfloat16, --batch_size"):
+            experiment.launch(evaluate.main, evaluate.Config, evaluate.PRESETS, "")
+        monkeypatch.setattr(sys, "argv", ["ppo.py", "--config", "tiny", "--out", "memory_bug"])
     monkeypatch.setattr(script, phase, lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):                                     # and what is a bug keeps its traceback
         experiment.launch(ppo.main, ppo.Config, ppo.PRESETS, "", sft.export)
