@@ -335,13 +335,13 @@ def encoded(cfg, tokenizer, block_size, left_out, kept, cut):
                 kept.setdefault("with control characters", []).append(where)
             if cfg.data.endswith(".txt") and "\ufffd" in responses[0]:
                 kept.setdefault("with bytes that are no UTF-8, read as \ufffd", []).append(where)
-            known_by, cut_short = (text or responses[0]).encode(), len(text) > LONGEST
+            known_by = (text or responses[0]).encode()
             prompt, responses = next(ids), [next(ids) + [eos_id] for _ in responses]
             if not prompt and cfg.text_prompt:
                 prompt, responses = responses[0][:cfg.text_prompt], [responses[0][cfg.text_prompt:]]
                 known_by = tokenizer.decode_bytes(prompt)
             prompt = prompt or [eos_id]
-            cut["prompts"] += cut_short or len(prompt) > cfg.max_prompt_tokens
+            cut["prompts"] += len(prompt) > cfg.max_prompt_tokens
             prompt = prompt[-cfg.max_prompt_tokens:]
             room = block_size - len(prompt)
             cut["responses"] += any(len(response) > room for response in responses)

@@ -850,6 +850,13 @@ def test_a_checkpoint_with_any_bit_turned_or_cut_short_is_refused_by_name(tmp_pa
             files.load_checkpoint(path.parent)
 
 
+def test_a_checkpoint_that_memory_is_too_short_for_is_not_called_damaged(tmp_path, monkeypatch):
+    path = a_checkpoint(tmp_path / "stage")
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        files.load_checkpoint(path.parent)
+
+
 class Malicious:
     def __init__(self, folder):
         self.folder = str(folder)
@@ -3627,6 +3634,7 @@ def test_stages_that_do_not_belong_together_are_noticed(beside, capsys):
 @pytest.mark.parametrize("script, broken, call, tensor, step, taken", [
     (sft, "sft_loss", 25, "loss", 25, 0), (reward_model, "preference_loss", 12, "loss", 12, 0), (dpo, "dpo_loss", 10, "loss", 10, 0),
     (ppo, "value_loss", 10, "value_loss", 5, 0), (ppo, "policy_loss", 11, "policy_loss", 5, 1), (ppo, "kl_estimate", 15, "kl_ref", 5, 0),
+    (ppo, "kl_estimate", 16, "kl_old", 5, 2),
     (grpo, "grpo_loss", 6, "loss", 3, 0), (grpo, "grpo_loss", 11, "loss", 5, 1), (policy_gradient, "rung_loss", 9, "loss", 9, 0)],
     ids=lambda x: getattr(x, "__name__", str(x)))
 def test_numbers_that_are_none_stop_the_run_after_saving_and_mended_it_goes_on(
@@ -3886,6 +3894,32 @@ def test_rewards_that_are_no_numbers_are_noticed_wherever_they_come(calls, messa
     with pytest.raises(SystemExit, match=message):
         dpo.main(tiny(dpo, out="infinite", base="tiny", reward=f"after_{calls}.py:score", labels="reward_model", n_eval=4, n_samples=4,
                       missing_eos_score=None, eval_every=5, n_pairs=160))
+
+
+@pytest.mark.parametrize("script", [grpo, policy_gradient], ids=lambda s: s.__name__)
+def test_scores_that_are_no_numbers_stop_every_loop_at_the_start_of_the_update(script, beside, no_pictures):
+    (beside.parent / "late_inf.py").write_text("calls = []\ndef f(prompts, responses):\n    calls.append(1)\n"
+                                               "    return [float('-inf') if len(calls) > 11 else float(len(r)) for r in responses]\n")
+    with pytest.raises(SystemExit, match=r"^error: scores in update 3: -inf in \d+ of \d+ places, first at .*that is what the reward gave"):
+        script.main(tiny(script, out="late_inf", base="tiny", reward="late_inf.py:f", missing_eos_score=None))
+    assert files.load_checkpoint(beside / "late_inf" / script.__name__)["step"] == 3
+
+
+@pytest.mark.parametrize("owner, name, rung, tensor, step", [(ppo, "value_loss", "gae", "critic_grad_norm", 2), (policy_gradient, "trpo_step", "trpo", "grad_norm", 2)],
+                         ids=lambda x: x if isinstance(x, str) else "")
+def test_the_ladders_critic_and_trpo_stop_at_gradients_that_are_no_numbers(owner, name, rung, tensor, step, beside, monkeypatch, no_pictures):
+    original, calls = getattr(owner, name), []
+
+    def breaks(*args, **kwargs):
+        calls.append(1)
+        result = original(*args, **kwargs)
+        if len(calls) < 3 + 2 * (name == "value_loss"):
+            return result
+        return (result[0] * math.nan, result[1]) if name == "value_loss" else result | {"grad_norm": torch.tensor(math.nan)}
+    monkeypatch.setattr(owner, name, breaks)
+    with pytest.raises(SystemExit, match=f"^error: {tensor} in update {step}: nan"):
+        policy_gradient.main(tiny(policy_gradient, out=f"nan_{rung}", base="tiny", rung=rung))
+    assert files.load_checkpoint(beside / f"nan_{rung}" / "policy_gradient")["step"] == 2
 
 
 def test_a_last_update_that_ruins_the_weights_is_noticed_before_the_report(beside, no_pictures):
