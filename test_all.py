@@ -3538,22 +3538,27 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(beside, tmp_path):
         ppo.main(tiny(ppo))
 
 
+@contextlib.contextmanager
+def crash_at(step, monkeypatch):
+    """The power goes right after an update was logged"""
+    original = experiment.Run.log
+
+    def crash(run, now, *args, **kwargs):
+        original(run, now, *args, **kwargs)
+        if now == step:
+            raise RuntimeError("the power went")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the power went"):
+        patch.setattr(experiment.Run, "log", crash)
+        yield
+
+
 @pytest.mark.parametrize("script, at", [(sft, 33), (reward_model, 17), (ppo, 4), (dpo, 9), (grpo, 4),
                                         (policy_gradient, 16)], ids=lambda x: getattr(x, "__name__", ""))
 def test_an_interrupted_and_resumed_stage_ends_with_the_same_bits(script, at, beside, monkeypatch):
     """Stopped between two checkpoints, as a crash would: the steps since the last one come again."""
-    name, original = f"resumed_{script.__name__}", experiment.Run.log
-
-    def crash(run, step, *args, **kwargs):
-        original(run, step, *args, **kwargs)
-        if step == at:
-            raise RuntimeError("the power went")
-
-    base = "" if script is sft else "tiny"
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment.Run, "log", crash)
-        with pytest.raises(RuntimeError, match="the power went"):
-            script.main(tiny(script, out=name, base=base))
+    name, base = f"resumed_{script.__name__}", "" if script is sft else "tiny"
+    with crash_at(at, monkeypatch):
+        script.main(tiny(script, out=name, base=base))
     with pytest.raises(SystemExit, match="unfinished stage; --resume goes on with it, --overwrite begins again"):
         script.main(tiny(script, out=name, base=base))
     script.main(tiny(script, out=name, base=base, resume=True))
@@ -3606,16 +3611,8 @@ def test_a_folder_of_ones_own_is_not_emptied(beside):
 
 def test_resume_goes_on_even_where_the_command_says_overwrite(beside, monkeypatch, capsys):
     cfg = tiny(sft, out="both", steps=12, save_every=5, overwrite=True)
-    original = experiment.Run.log
-
-    def crash(run, step, *args, **kwargs):
-        original(run, step, *args, **kwargs)
-        if step == 7:
-            raise RuntimeError("crash")
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment.Run, "log", crash)
-        with pytest.raises(RuntimeError):
-            sft.main(cfg)
+    with crash_at(7, monkeypatch):
+        sft.main(cfg)
     sft.main(dataclasses.replace(cfg, resume=True))
     assert "going on from update 5" in capsys.readouterr().out
 
@@ -3812,20 +3809,6 @@ def test_a_second_run_in_the_same_folder_is_refused_and_told_of_the_first(beside
     sft.main(tiny(sft, out="late", steps=2))
     with pytest.raises(SystemExit, match="late/sft has changed while this run was starting; see what is there"):
         run.begin()
-
-
-@contextlib.contextmanager
-def crash_at(step, monkeypatch):
-    """The power goes right after an update was logged"""
-    original = experiment.Run.log
-
-    def crash(run, now, *args, **kwargs):
-        original(run, now, *args, **kwargs)
-        if now == step:
-            raise RuntimeError("the power went")
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the power went"):
-        patch.setattr(experiment.Run, "log", crash)
-        yield
 
 
 @pytest.mark.parametrize("script, changes", [
@@ -4790,21 +4773,13 @@ def test_lora_trains_the_change_alone_and_the_next_stage_gets_it_merged(own, amo
 def test_a_stage_on_data_of_ones_own_resumes_to_the_same_bits(script, changes, at, among, monkeypatch):
     """With LoRA, texts beside, an average, a normalised reward; as a crash between two checkpoints leaves it"""
     (among.parent / "exact.py").write_text("def exact(prompts, responses):\n    return [len(r) % 7 for r in responses]\n")
-    original, stage = experiment.Run.log, script.__name__
-    base = "" if script is sft else "own"
+    stage, base = script.__name__, "" if script is sft else "own"
     whole, name = f"whole_{stage}", f"again_{stage}"
     for run in (whole, name):
         shutil.rmtree(among / run, ignore_errors=True)
     script.main(mine(script, out=whole, base=base, save_every=2, **changes))
-
-    def crash(run, step, *args, **kwargs):
-        original(run, step, *args, **kwargs)
-        if step == at:
-            raise RuntimeError("the power went")
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment.Run, "log", crash)
-        with pytest.raises(RuntimeError, match="the power went"):
-            script.main(mine(script, out=name, base=base, save_every=2, **changes))
+    with crash_at(at, monkeypatch):
+        script.main(mine(script, out=name, base=base, save_every=2, **changes))
     script.main(mine(script, out=name, base=base, save_every=2, resume=True, **changes))
     ours, theirs = (files.load_checkpoint(among / run / stage) for run in (name, whole))
     assert ours.pop("config")["out"] == name and theirs.pop("config")["out"] == whole
