@@ -2465,7 +2465,7 @@ def test_any_prompts_are_answered_with_tokens_that_the_policy_scores(lengths, se
 @hypothesis.given(some_rows, any_seed, any_size, any_share, any_share)
 def test_gae_of_any_rows_equals_the_double_sum_and_reads_nothing_off_the_mask(lengths, seed, size, gamma, lam):
     rewards, values, _, mask = ragged_of(lengths, seed, size)
-    advantages, returns = ppo.gae(rewards * mask, values * mask, mask, gamma, lam)
+    advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
     for row, (n_prompt, n) in enumerate(lengths):
         at = slice(n_prompt - 1, n_prompt - 1 + n)
         r, v = rewards[row, at], torch.cat([values[row, at], torch.zeros(1, dtype=torch.float64)])
@@ -2474,7 +2474,7 @@ def test_gae_of_any_rows_equals_the_double_sum_and_reads_nothing_off_the_mask(le
             assert advantages[row, at][t].item() == pytest.approx(expected.item(), rel=1e-9, abs=1e-9 * max(1.0, size))
     assert not advantages[mask == 0].any() and not returns[mask == 0].any()
     torch.testing.assert_close(returns, (advantages + values) * mask)
-    torch.testing.assert_close(ppo.critic_targets(rewards * mask, values * mask, rewards[:, 0], mask, "gae", gamma, lam), returns,
+    torch.testing.assert_close(ppo.critic_targets(rewards, values, rewards[:, 0], mask, "gae", gamma, lam), returns,
                                atol=1e-9 * max(1.0, size), rtol=1e-9)
 
 
