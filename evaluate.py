@@ -451,7 +451,7 @@ def main(cfg):
                    f"at {fall['end_gold']:+.2f} at {fall['end_kl']:.1f} nats: a fall of {fall['fall']:.2f}, while "
                    f"the score goes from {fall['peak_score']:.2f} to {fall['end_score']:.2f}."]
     report = "\n".join(report)
-    files.write(run.folder / "report.md", report + "\n")
+    files.write(run.folder / "report.md", f"{report}\n\n```text\n{run.made_by()}\n```\n")
     for what, (_, elo) in wins.items():
         for name in samples.names:
             results[name][f"elo_by_{what}"] = elo[name]

@@ -4375,6 +4375,8 @@ def test_evaluate_finds_every_policy_and_reports_where_it_landed(evaluated):
     report = (folder / "report.md").read_text()
     for heading in ("## The limit", "## Best of n", "## Win rates", "## Samples", "## Over-optimisation"):
         assert heading in report
+    for text in (report, (folder / "report.txt").read_text()):
+        assert "\ncommand     python evaluate.py --config tiny" in text and "\nmade with   commit " in text
     for picture in ("frontier.png", "overoptimisation.png"):
         assert (folder / picture).read_bytes()[:4] == b"\x89PNG" and f"({picture})" in report
     assert results["SFT"]["kl_ref"] == 0 and results["SFT"]["elo_by_gold"] == 1000
