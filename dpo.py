@@ -288,9 +288,10 @@ def main(cfg):
     add_lora(policy, cfg.lora_rank)
     reference = reference_of(policy)
     optimizer = torch.optim.AdamW(trained(policy), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    companions = files.Companions()                              # of the checkpoint: the pairs of each round
     state = dict(policy=policy, optimizer=optimizer, gpt=asdict(policy.config),
                  tokenizer=data.fingerprint(tokenizer), sft=sft_made, reward=reward,
-                 data=corpus.source_of(train_prompts), companions=(companions := files.Companions()))
+                 data=corpus.source_of(train_prompts), companions=companions)
     if not run.resuming:
         data.save_tokenizer(tokenizer, run.folder)
 

@@ -365,18 +365,25 @@ def overoptimise(cfg, sft_run, held_out):
     return log, gold.mean().item(), gold.std().item()
 
 
-def main(cfg):
-    run = experiment.Run(replace(cfg, overwrite=True), "evaluate")           # once more, whatever stands there
-    device = run.device
+def check(cfg):
+    """Stops on settings that cannot be, before any work."""
     scoring.check(cfg)
     if cfg.n_reference < 2:
         files.stop(f"--n_reference got {cfg.n_reference}; best of n takes at least 2 responses")
     if cfg.overoptimise and (cfg.data != "reviews" or cfg.reward != "reward_model"):
         files.stop("--overoptimise compares with the true utility, which only the built-in task knows, what a weak "
                    "reward model of ours does to it")
-    if cfg.overoptimise and cfg.weak_rankings < (batch := options.preset(rm.Config, rm.PRESETS, cfg.config).batch_size):
-        files.stop(f"--weak_rankings {cfg.weak_rankings} is less than one batch of {batch} rankings; raise it")
-    finished_stages(cfg)
+    if cfg.overoptimise:
+        batch = options.preset(rm.Config, rm.PRESETS, cfg.config).batch_size
+        if cfg.weak_rankings < batch:
+            files.stop(f"--weak_rankings {cfg.weak_rankings} is less than one batch of {batch} rankings; raise it")
+    finished_stages(cfg)                                         # those of --runs must be among them
+
+
+def main(cfg):
+    run = experiment.Run(replace(cfg, overwrite=True), "evaluate")           # once more, whatever stands there
+    device = run.device
+    check(cfg)
     sft_folder = experiment.ensure(cfg, sft)
     reference, tokenizer = sft.load_policy(sft_folder, device, **cfg.how())
     train_prompts, prompts = corpus.prompts(cfg, tokenizer, reference.config.block_size, cfg.n_eval)
