@@ -64,6 +64,9 @@ def launch(main, Config, presets, doc, export=None):
     except KeyboardInterrupt:
         goes_on = ", and the same command with --resume goes on from it" if export else ""
         raise SystemExit("\nstopped; what was saved stands" + goes_on)
+    except BrokenPipeError:                              # as by  | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit("stopped: the output was closed; what was saved stands")
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             stop(what_needs_less_memory(error, cfg))

@@ -4199,6 +4199,11 @@ def test_out_of_memory_says_where_and_what_needs_less(error, phase, flags, besid
         experiment.launch(ppo.main, ppo.Config, ppo.PRESETS, "", sft.export)
 
 
+def test_closing_the_output_ends_with_one_line():
+    done = subprocess.run(f"{sys.executable} {HERE}/sft.py --help | head -1", shell=True, capture_output=True, text=True)
+    assert done.stdout == "Stage 1: supervised fine-tuning.\n" and done.stderr in ("", "stopped: the output was closed; what was saved stands\n")
+
+
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Drawing takes longer than all else in a run of two updates."""
