@@ -310,7 +310,7 @@ def rows_of(cfg, tokenizer, block_size):
 def digest(path, size, mtime_ns):
     """Of a file's contents, read once however many stages and kinds of rows ask for it"""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return files.digest(path)
     except OSError as error:
         files.stop(f"{path} cannot be read ({type(error).__name__}: {error})")
 

@@ -175,13 +175,17 @@ def make_encoding(name, vocab):
     """{token in byte-level BPE's printable characters: id}, ids in merge order -> tiktoken.Encoding"""
     to_byte = {character: byte for byte, character in printable().items()}
     ranks = {bytes(to_byte[c] for c in token): i for token, i in vocab.items()}
-    if len(set(ranks.values())) < len(ranks):
-        raise ValueError("the vocabulary has two tokens with one id")
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise ValueError(f"the vocabulary has no token for the byte {missing[0]}, so that not every text could be encoded")
-    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks,
-                             special_tokens={EOS: len(ranks)})
+    return encoding(name, PATTERN, ranks, len(ranks))
+
+
+def encoding(name, pattern, ranks, eos_id):
+    """{token bytes: id} -> tiktoken.Encoding, which would end the program at two tokens with one id"""
+    if len(set(ranks.values())) < len(ranks):
+        raise ValueError("the vocabulary has two tokens with one id")
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOS: eos_id})
 
 
 def merges_of(ranks):
@@ -232,10 +236,7 @@ def load_tokenizer(folder):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         ranks = {base64.b64decode(token): i for token, i in content["ranks"].items()}
-        if len(set(ranks.values())) < len(ranks):
-            raise ValueError("two tokens with one id")
-        return tiktoken.Encoding(content["name"], pat_str=content["pattern"], mergeable_ranks=ranks,
-                                 special_tokens={EOS: content["eos"]})
+        return encoding(content["name"], content["pattern"], ranks, content["eos"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         files.stop(f"{path} cannot be read as a tokenizer ({type(error).__name__}); it stands beside every "
                    f"checkpoint; {files.again(folder)}")

@@ -275,7 +275,7 @@ def main(cfg):
     if built_in and (cfg.labels == "annotators" or cfg.reward == "reward_model"):
         rm_folder = experiment.ensure(cfg, rm)
         comparisons, _ = rm.read_comparisons(rm_folder)
-        annotator_temperature = files.read_json(rm_folder / "config.json")["annotator_temperature"]
+        annotator_temperature = experiment.stored_config(rm_folder)["annotator_temperature"]
     elif cfg.labels == "annotators":
         comparisons, _ = corpus.comparisons(cfg, tokenizer, block_size, n, 1)
         n = len(comparisons)

@@ -144,7 +144,7 @@ def find_policies(cfg, reference, reward, device):
         else:
             for key in keys:
                 found[name + key.removeprefix("policy").replace("_", "/", 1)] = (
-                    sft.load_policy(folder, device, key, saved, **cfg.how())[0], files.read_json(folder / "config.json"))
+                    sft.load_policy(folder, device, key, saved, **cfg.how())[0], experiment.stored_config(folder))
     return found
 
 
@@ -392,7 +392,7 @@ def main(cfg):
     temperature = rm.Config.annotator_temperature
     if known and cfg.reward == "reward_model":
         rm_folder = experiment.ensure(cfg, rm)
-        temperature = files.read_json(rm_folder / "config.json")["annotator_temperature"]
+        temperature = experiment.stored_config(rm_folder)["annotator_temperature"]
 
     # ---- 1. policies
     found = find_policies(cfg, reference, reward, device)

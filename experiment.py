@@ -181,9 +181,8 @@ class Run:
         self.found = self.what_stands()
         self.finished = self.found["report.txt"]
         self.resuming = self.found["checkpoint.pt"] and not self.finished
-        self.replacing = cfg.overwrite and not (self.resuming and cfg.resume)
         self.interrupted, self.lines = False, 0
-        if self.replacing:
+        if cfg.overwrite and not (self.resuming and cfg.resume):
             self.finished = self.resuming = False
         if self.finished or self.resuming:
             self.must_be_alike(stored_config(self.folder))
@@ -234,7 +233,7 @@ class Run:
             if starts[0].get(name) != value:
                 print(f"note: begun with {name} {starts[0].get(name)}, resumed with {value}: the bits may not be those of a "
                       "run that was never interrupted")
-        files.write(self.folder / "started.jsonl", "".join(json.dumps(start) + "\n" for start in starts))
+        files.write_lines(self.folder / "started.jsonl", starts)
         seed_all(self.cfg.seed)
         self.generator = torch.Generator().manual_seed(self.cfg.seed)
 
@@ -285,7 +284,7 @@ class Run:
         if [line.get("step") for line in lines] != list(range(saved["step"])):
             stop(f"{log} has not the updates 0 to {saved['step'] - 1} that {path} comes after: it was changed since. Put it "
                  "back, or begin again with --overwrite")
-        files.write(log, "".join(json.dumps(line) + "\n" for line in lines))     # those after it come again
+        files.write_lines(log, lines)                            # those after it come again
         print(f"going on from update {saved['step']}")
         return saved["step"]
 

@@ -86,6 +86,11 @@ def write(path, text):
         file.write(text)
 
 
+def write_lines(path, objects):
+    """One JSON object a line, as read_lines reads them"""
+    write(path, "".join(json.dumps(x) + "\n" for x in objects))
+
+
 def append(path, text):
     with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(text)
@@ -219,6 +224,11 @@ def fill(thing, state, folder, key):
              + again(folder))
 
 
+def digest(path):
+    """Of a file's contents"""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 class Companions:
     """
     Files that stand beside a checkpoint and belong to it, as the pairs that a run has sampled: it holds their digests
@@ -230,10 +240,10 @@ class Companions:
         self.digests = {}
 
     def add(self, path):
-        self.digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.digests[path.name] = digest(path)
 
     def check(self, path):
-        if not path.exists() or self.digests.get(path.name) != hashlib.sha256(path.read_bytes()).hexdigest():
+        if not path.exists() or self.digests.get(path.name) != digest(path):
             stop(f"{path} is not the file that {path.with_name('checkpoint.pt')} goes with; {again(path.parent)}")
 
     def state_dict(self):

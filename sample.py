@@ -75,7 +75,7 @@ def find(name, run):
 def settle(cfg, folders):
     """What was not said otherwise is as it was when the first of the stages that know it was made -> cfg"""
     usual, configs = options.preset(Config, PRESETS, cfg.config), [
-        files.read_json(folder / "config.json") | {"out": folder.parent.name} for folder in folders]
+        experiment.stored_config(folder) | {"out": folder.parent.name} for folder in folders]
     for name in OF_A_STAGE:
         known = [config[name] for config in configs if name in config]
         if known and getattr(cfg, name) == getattr(usual, name):

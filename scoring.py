@@ -12,7 +12,6 @@ so that a KL strength beta, a score for a missing EOS and the critic's errors me
 
 import ast
 import functools
-import hashlib
 import importlib.util
 import inspect
 import os
@@ -147,7 +146,7 @@ def load_function(path, name, tokenizer):
                    f"{type(error).__name__} above")
     if not callable(getattr(module, name, None)):
         files.stop(f"--reward got {path}:{name}, but {path} has no function {name or 'after a colon'}")
-    made_for = f"{Path(path).name}:{name} {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
+    made_for = f"{Path(path).name}:{name} {files.digest(path)[:16]}"
     return functools.partial(score_texts, getattr(module, name), tokenizer), made_for
 
 
