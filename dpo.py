@@ -81,6 +81,7 @@ PRESETS = {
     "tldr": dict(n_pairs=50000, batch_size=64, accumulation=4, beta=0.5, lr=1e-6, warmup=150, lr_floor=1.0, grad_clip=10.0,
                  eval_every=100, n_samples=4, save_every=200),
 }
+Config.presets = PRESETS
 
 
 # --------------------------------------------------------------------------------------------------
@@ -114,7 +115,9 @@ def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_reject
                 label_smoothing e < 1/2 it is cDPO, t becomes (1 - e) t + e (1 - t)  (Mitchell 2023)
     robust      the same with t replaced by (t - e) / (1 - 2 e): without bias where a share e of the
                 labels is flipped, but without a lower bound    (Chowdhury et al. 2024)
-    ipo         t (h - 1 / (2 beta))^2 + (1 - t) (h + 1 / (2 beta))^2, for margin 0  (Azar et al. 2023)
+    ipo         t (h - 1 / (2 beta))^2 + (1 - t) (h + 1 / (2 beta))^2, for margin 0  (Azar et al. 2023).
+                h is of sums, as in the paper; TRL and LLaMA-Factory divide each by its length
+                (--length_normalise 1)
     hinge       t max(0, 1 - z) + (1 - t) max(0, 1 + z)     (RSO's hinge-norm, Liu et al. 2023; SLiC-HF,
                 Zhao et al. 2023, has it without the reference)
     fidelity    1 - sqrt(t sigma(z)) - sqrt((1 - t) sigma(-z)), from 0 to 1  (Tsai et al. 2007). With
@@ -260,8 +263,9 @@ def check(cfg):
               "of sums the shared tokens cancel")
 
 
+@experiment.self_contained
 def main(cfg):
-    run = experiment.Run(cfg, "dpo")
+    run = experiment.Run(cfg, "dpo", sft.export)
     if run.finished:
         return run.show()
     check(cfg)
@@ -333,6 +337,7 @@ def main(cfg):
         metrics, loss_metrics = {}, {}
         if step % cfg.eval_every == 0 or step + 1 == steps:      # before the update: 0 at first
             metrics = sample_policy(policy, reference, reward, tokenizer, eval_prompts, cfg)
+            run.must_be_finite(hint=scoring.HINT, score=metrics["score"])
             run.must_be_finite(**metrics)
         rows = data.batch_rows(len(pairs), cfg.batch_size, step_of_round, cfg.seed + round)
         n_tokens = sum(len(pairs[i]["chosen_ids"]) for i in rows)
@@ -350,7 +355,8 @@ def main(cfg):
                 "chosen_length": lengths[0].mean(), "rejected_length": lengths[1].mean()}, share)
             experiment.add(loss_metrics, {"nll": nll.detach()}, token_share)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
-        run.must_be_finite(loss=loss_metrics["loss"], nll=loss_metrics["nll"], grad_norm=grad_norm)
+        run.must_be_finite(hint="try a lower --lr or a less extreme --beta, with another --out",
+                           loss=loss_metrics["loss"], nll=loss_metrics["nll"], grad_norm=grad_norm)
         lr = experiment.learning_rate(step, steps, cfg.lr, cfg.warmup, cfg.lr_floor)
         experiment.set_learning_rate(optimizer, lr)
         optimizer.step()
@@ -374,4 +380,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    experiment.launch(main, Config, PRESETS, __doc__, sft.export)
+    experiment.launch(main, Config, __doc__)

@@ -24,7 +24,7 @@ Where did each policy land, and how good could it have been?
 import functools
 import math
 import textwrap
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -61,6 +61,7 @@ PRESETS = {
     "imdb": dict(n_reference=64, n_samples=32, missing_eos_score=None, reward="lvwerra/distilbert-imdb"),
     "tldr": dict(n_reference=64, n_samples=32, missing_eos_score=-1.0, temperature=0.7),
 }
+Config.presets = PRESETS
 
 
 # --------------------------------------------------------------------------------------------------
@@ -110,42 +111,72 @@ def distinct(texts, n=2):
 # What to evaluate
 
 def finished_stages(cfg):
-    """Folders of finished stages in out/, and the names in --runs, each of which must be among them"""
-    folders = sorted(path.parent for path in Path("out").glob("*/*/report.txt")
+    """Folders of finished stages beside this run, and the names in --runs, each of which must be among them"""
+    runs_in = options.folder_of(options.run_name(cfg)).parent
+    folders = sorted(path.parent for path in runs_in.glob("*/*/report.txt")
                      if (path.parent / "checkpoint.pt").exists())
-    wanted, runs = [name for name in cfg.runs.split(",") if name], {folder.parent.name for folder in folders}
-    there = runs | {f"{folder.parent.name}/{folder.name}" for folder in folders}
+    wanted = [name.strip() for name in cfg.runs.split(",") if name.strip()]
+    runs = {folder.parent.name for folder in folders}
+    known = runs | {f"{folder.parent.name}/{folder.name}" for folder in folders}
     for run in wanted:
-        if run not in there:
-            files.stop(f"--runs names {run}, but out/{run} has no finished stage{options.nearest(run, there)}; there "
-                       "are: " + ", ".join(sorted(runs)))
+        if run not in known:
+            files.stop(f"--runs names {run}, but {runs_in}/{run} has no finished stage"
+                       f"{options.nearest(run, known)}; there are: {', '.join(sorted(runs))}")
     return folders, wanted
 
 
 def find_policies(cfg, reference, reward, device):
-    """{run/stage: (GPT, its config)} of finished stages with policies, trained from this SFT policy"""
-    found, (folders, wanted) = {}, finished_stages(cfg)
+    """
+    {run/stage: (GPT, its config)} of finished stages with policies, trained from this SFT policy
+
+    One that cannot be used is left out by name, unless --runs asks for it.
+    """
+    found = {}
+    folders, wanted = finished_stages(cfg)
+    runs_in = options.folder_of(options.run_name(cfg)).parent
+    for path in sorted(runs_in.glob("*/*/checkpoint.pt")):
+        if path.parent not in folders:
+            print(f"leaving out {path.parent.relative_to(runs_in)}: it is not finished")
     sft_made = files.fingerprint(reference)
     for folder in folders:
         name = f"{folder.parent.name}/{folder.name}"
         earlier = folder.name in ("sft", "reward_model", "evaluate") or folder.suffix == ".old"
-        if earlier or (wanted and folder.parent.name not in wanted and name not in wanted):
+        named = folder.parent.name in wanted or name in wanted
+        if earlier or (wanted and not named):
             continue
-        saved = files.load_checkpoint(folder)
-        keys = sft.policies_in(saved)
-        if not keys or not {"sft", "reward"} <= saved.keys():    # a copy of an SFT stage, perhaps
-            continue
-        if saved["sft"] != sft_made:
-            print(f"leaving out {name}: it started from another SFT policy")
-        elif not reward.is_that_of(saved["reward"]):
-            print(f"leaving out {name}: it belongs to another reward")
-        elif folder.name == "policy_gradient" and len(keys) > 1 and name not in wanted:
-            print(f"leaving out the {len(keys)} policies of {name}; --runs {name} takes them in")
-        else:
-            for key in keys:
-                found[name + key.removeprefix("policy").replace("_", "/", 1)] = (
-                    sft.load_policy(folder, device, key, saved, **cfg.how())[0], experiment.stored_config(folder))
+        try:
+            policies, why_not = policies_of(folder, sft_made, reward, name in wanted, device, cfg)
+        except files.Stopped as error:                   # damaged, or written by a different version
+            if named:
+                raise
+            policies, why_not = {}, error
+        if why_not:
+            print(f"leaving out {name}: {why_not}")
+        found |= policies
     return found
+
+
+def policies_of(folder, sft_made, reward, whole_ladder, device, cfg):
+    """-> {run/stage: (GPT, its config)} of a finished stage, {} with the reason if it does not belong here"""
+    saved = files.load_checkpoint(folder)
+    keys = sft.policies_in(saved)
+    if not keys or not {"sft", "reward"} <= saved.keys():
+        return {}, "its checkpoint is not that of a stage trained for a reward"
+    if saved["sft"] != sft_made:
+        return {}, "it started from a different SFT policy"
+    if not reward.is_that_of(saved["reward"]):
+        return {}, "it was trained for a different reward"
+    name = f"{folder.parent.name}/{folder.name}"
+    if folder.name == "policy_gradient" and len(keys) > 1 and not whole_ladder:
+        return {}, f"it has {len(keys)} policies; --runs {name} takes them in"
+    # A field that an older version lacked has its default
+    config = asdict(scoring.Rewarded()) | experiment.stored_config(folder)
+    policies = {}
+    for key in keys:
+        shown = name + key.removeprefix("policy").replace("_", "/", 1)
+        policy, _ = sft.load_policy(folder, device, key, saved, **cfg.how())
+        policies[shown] = policy, config
+    return policies, None
 
 
 def own_objective(config, samples, annotator_temperature, cfg):
@@ -163,13 +194,16 @@ def own_objective(config, samples, annotator_temperature, cfg):
     elif "rung" in config:                                       # policy_gradient.py
         plain |= dict(gamma=1.0)
     elif "kl_in" in config:                                      # grpo.py
-        aims = config["kl_in"] == "reward" and (config["advantage"] != "reinforce" or config["normalise"] == "fixed")
+        baseline = config.get("advantage") != "reinforce" or config.get("normalise") == "fixed"
+        aims = config["kl_in"] == "reward" and baseline
     else:                                                        # dpo.py
         plain = dict(loss="sigmoid", label_smoothing=0.0, margin=0.0, length_normalise=False,
                      reference_free=False, nll_coef=0.0)
-        if config["labels"] == "annotators":                     # what real ones follow nobody knows
+        if config.get("labels") == "annotators":                     # what real ones follow nobody knows
             rewards = None if samples.gold is None else samples.gold / annotator_temperature
-    if rewards is None or any(config[k] != value for k, value in plain.items()) or config["beta"] == 0:
+    # An option that was unknown when the run was made was not in use
+    variant = any(config.get(k, value) != value for k, value in plain.items())
+    if rewards is None or variant or not config.get("beta"):
         return None
     return rewards, config["beta"], aims
 
@@ -276,15 +310,16 @@ def side_by_side(samples, n):
 MARKERS = "os^DvP*Xd<>ph8"
 
 
+@experiment.optional
 def draw_frontier(samples, path):
-    plt = experiment.pyplot()
     log_weights, at = samples.log_weights(), samples.columns(samples.names[0])
     rows = -(-(3 + len(samples.names)) // 3)                     # of the legend
     height = 4.2 + 0.2 * rows                                    # inches
     rewards = {"scores": "score (standard deviations of SFT's)", "gold": "true utility, gold"}
     if samples.gold is None:
         rewards.pop("gold")
-    figure, axes = plt.subplots(1, len(rewards), squeeze=False, figsize=(5.5 * len(rewards), height))
+    size = 5.5 * len(rewards), height
+    figure, axes = experiment.subplots(1, len(rewards), figsize=size, squeeze=False)
     axes = axes[0]
     best_of = best_of_sizes(samples)
     best_kl = [frontier.best_of_n_kl(n) for n in best_of]
@@ -312,56 +347,59 @@ def draw_frontier(samples, path):
             key = "score" if reward == "scores" else "gold"
             axis.errorbar(means["kl_ref"], means[key], xerr=1.96 * errors["kl_ref"], yerr=1.96 * errors[key],
                           fmt=marker, color="0.1", markerfacecolor="0.75", markersize=7, capsize=2, linewidth=0.8,
-                          label=name)
+                          label=experiment.no_math(name))
         axis.set(xlabel="KL to the reference (nats per response)", ylabel=unit, xlim=(-0.1, widest))
         if left_out:
             beyond = textwrap.fill("beyond the right edge: " + ", ".join(left_out), 60)
-            axis.text(0.98, 0.02, beyond, transform=axis.transAxes, ha="right", fontsize=7)
+            axis.text(0.98, 0.02, experiment.no_math(beyond), transform=axis.transAxes, ha="right", fontsize=7)
         axis.grid(alpha=0.3)
     for axis, title in zip(axes, ("What was trained for", "What was wanted")):
         axis.set_title(title)
     handles, labels = axes[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=1 + len(rewards), fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, (0.1 + 0.2 * rows) / height, 1, 1))
-    experiment.save_figure(figure, path, dpi=120)
+    return experiment.save_figure(figure, path, dpi=120)
 
 
-def draw_overoptimisation(log, gold_mean, gold_std, path):
+def overoptimisation(log, gold_mean, gold_std):
     """
     Score and gold against sqrt(KL), in standard deviations of SFT's, as means over five updates: the peak
-    of single ones would be the luckiest. -> peak, end, fall
+    of single ones would be the luckiest. -> {peak, end, fall}, the three curves
     """
-    plt = experiment.pyplot()
-    root = [math.sqrt(max(0.0, line["kl_ref"])) for line in log]
-    score = [line["score"] for line in log]
-    gold = [(line["gold"] - gold_mean) / gold_std for line in log]
-    root, score, gold = map(experiment.smooth, (root, score, gold))
-    figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    root = experiment.smooth([math.sqrt(max(0.0, line["kl_ref"])) for line in log])
+    score = experiment.smooth([line["score"] for line in log])
+    gold = experiment.smooth([(line["gold"] - gold_mean) / gold_std for line in log])
+    peak = gold.index(max(gold))
+    return {"peak_gold": gold[peak], "peak_kl": root[peak] ** 2, "end_gold": gold[-1], "end_kl": root[-1] ** 2,
+            "end_score": score[-1], "peak_score": score[peak], "fall": gold[peak] - gold[-1]}, (root, score, gold)
+
+
+@experiment.optional
+def draw_overoptimisation(root, score, gold, path):
+    figure, axis = experiment.subplots(figsize=(6.4, 4.2))
     axis.plot(root, score, "k--", marker="o", markersize=3, linewidth=1.0, label="score of the weak reward model")
     axis.plot(root, gold, "-", color="0.35", marker="s", markersize=3, linewidth=1.0, label="gold, the true utility")
-    peak = max(range(len(gold)), key=gold.__getitem__)
+    peak = gold.index(max(gold))
     axis.annotate("peak", (root[peak], gold[peak]), textcoords="offset points", xytext=(0, 9), ha="center", fontsize=9)
     axis.set(xlabel="square root of the KL to the reference (nats per response)",
              ylabel="standard deviations of SFT's samples above SFT\n(means over five updates)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
     figure.tight_layout()
-    experiment.save_figure(figure, path, dpi=120)
-    return {"peak_gold": gold[peak], "peak_kl": root[peak] ** 2, "end_gold": gold[-1], "end_kl": root[-1] ** 2,
-            "end_score": score[-1], "peak_score": score[peak], "fall": gold[peak] - gold[-1]}
+    return experiment.save_figure(figure, path, dpi=120)
 
 
 def overoptimise(cfg, sft_run, held_out):
     """Train a weak reward model, and a policy that follows it with little KL -> log, gold's mean and std"""
-    name = f"{cfg.out or cfg.config}-weak"
+    name = f"{options.run_name(cfg)}-weak"
     common = dict(out=name, base=sft_run, seed=cfg.seed, device=cfg.device, resume=True, overwrite=cfg.overwrite)
-    rm.main(options.preset(rm.Config, rm.PRESETS, cfg.config, n_prompts=cfg.weak_rankings, warmup=2, **common))
+    rm.main(rm.Config(config=cfg.config, n_prompts=cfg.weak_rankings, warmup=2, **common))
     print()
-    ppo.main(options.preset(ppo.Config, ppo.PRESETS, cfg.config, kl_control="fixed", beta=cfg.weak_beta,
-                               steps=cfg.weak_steps, kl_bound=1e9, **common))
+    ppo.main(ppo.Config(config=cfg.config, kl_control="fixed", beta=cfg.weak_beta, steps=cfg.weak_steps,
+                        kl_bound=1e9, **common))
     print()
     gold = torch.tensor([ranking["gold"] for ranking in held_out])           # of SFT's samples
-    log = files.read_lines(Path("out") / name / "ppo" / "log.jsonl")
+    log = files.read_lines(options.folder_of(name) / "ppo" / "log.jsonl")
     return log, gold.mean().item(), gold.std().item()
 
 
@@ -374,12 +412,13 @@ def check(cfg):
         files.stop("--overoptimise compares with the true utility, which only the built-in task knows, what a weak "
                    "reward model of ours does to it")
     if cfg.overoptimise:
-        batch = options.preset(rm.Config, rm.PRESETS, cfg.config).batch_size
+        batch = rm.Config(config=cfg.config).batch_size
         if cfg.weak_rankings < batch:
             files.stop(f"--weak_rankings {cfg.weak_rankings} is less than one batch of {batch} rankings; raise it")
     finished_stages(cfg)                                         # those of --runs must be among them
 
 
+@experiment.self_contained
 def main(cfg):
     run = experiment.Run(replace(cfg, overwrite=True), "evaluate")           # once more, whatever stands there
     device = run.device
@@ -409,8 +448,8 @@ def main(cfg):
     samples = frontier.collect(policies, reward, tokenizer, prompts, counts, cfg)
 
     # ---- 3. the limit
-    betas = sorted({1.0, 0.5, 0.25, 0.1} | {c["beta"] for c in configs.values() if c["beta"] > 0
-                                            and c.get("kl_control", "fixed") == "fixed"}, reverse=True)
+    fixed = {c.get("beta") for c in configs.values() if c.get("kl_control", "fixed") == "fixed"}
+    betas = sorted({1.0, 0.5, 0.25, 0.1} | (fixed - {0, None}), reverse=True)
     limits = [limit_table(samples, samples.scores, "score", betas)]
     if known:
         limits.append(limit_table(samples, samples.gold / temperature, f"gold / {temperature:g}", betas))
@@ -450,7 +489,8 @@ def main(cfg):
 
     # ---- 8. over-optimisation
     if cfg.overoptimise:
-        fall = draw_overoptimisation(*weak, run.folder / "overoptimisation.png")
+        fall, curves = overoptimisation(*weak)
+        draw_overoptimisation(*curves, run.folder / "overoptimisation.png")
         results["overoptimisation"] = fall
         report += ["", "## Over-optimisation", "", "![over-optimisation](overoptimisation.png)", "",
                    f"PPO at beta {cfg.weak_beta:g} for a reward model of {cfg.weak_rankings} rankings. Gold peaks "
@@ -466,4 +506,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    experiment.launch(main, Config, PRESETS, __doc__)
+    experiment.launch(main, Config, __doc__)

@@ -12,12 +12,14 @@ interrupted.
 What the scripts use of it:
 
     launch                          parse the command line and run main(cfg)
+    self_contained                  main(cfg) leaves the process as it found it: it can be called from Python
     Run, ensure                     a stage's folder; an earlier stage's, made where it is missing
     learning_rate, Clock, ...       small things for the loop and the report
 """
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import linecache
@@ -29,6 +31,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from dataclasses import asdict
@@ -45,37 +48,185 @@ from files import stop
 # --------------------------------------------------------------------------------------------------
 # Starting and ending
 
-def launch(main, Config, presets, doc, export=None):
+def launch(main, Config, doc):
+    """What a script does when it is run: parse, go, and end with one message if it cannot go on."""
+    with safe_output():
+        try:
+            cfg = options.parse(Config, doc, sys.argv[1:])
+            main(cfg)
+            sys.stdout.flush()
+        except files.Stopped as error:
+            raise SystemExit(str(error))
+        except KeyboardInterrupt:
+            raise SystemExit("\nstopped; what was saved is intact, --resume continues an unfinished stage")
+        except BrokenPipeError:                          # by  | head, outside of any training loop
+            raise SystemExit("stopped: the output was closed; what was saved is intact")
+        except (RuntimeError, MemoryError) as error:
+            if out_of_memory(error):
+                raise SystemExit(files.visible(f"error: {what_needs_less_memory(error, cfg)}"))
+            raise
+
+
+def self_contained(main):
     """
-    What a script does when it is run: parse, go, and end with one message where that is all there is to say.
-    export(stage's folder, folder) writes what it made for transformers.
+    Decorator: main(cfg) leaves the process as it found it, so a notebook or a program can call it.
+
+    It puts back the states of the random generators, the deterministic flag, the signal handlers and
+    standard output, and releases the lock on the stage's folder, however main ends.
     """
+    @functools.wraps(main)
+    def wrapped(cfg):
+        put_back = process_state()
+        OPENED.mains.append(main)
+        first = len(OPENED.runs)
+        try:
+            with safe_output():
+                return main(cfg)
+        finally:
+            for run in OPENED.runs[first:]:
+                run.close()
+            del OPENED.runs[first:]
+            OPENED.mains.pop()
+            put_back()
+    return wrapped
+
+
+class Opened(threading.local):
+    """The mains that this thread is in, and the runs that they write to"""
+
+    def __init__(self):
+        self.mains, self.runs = [], []
+
+
+OPENED = Opened()
+# Ctrl-C, a plain kill, a closed terminal
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def process_state():
+    """The state of this process that a main changes -> a function that puts it back"""
+    states = random_states()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    handlers = {kind: signal.getsignal(kind) for kind in SIGNALS}
+
+    def put_back():
+        set_random_states(states)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        if in_main_thread():
+            for kind, handler in handlers.items():
+                if signal.getsignal(kind) != handler:
+                    signal.signal(kind, handler)
+    return put_back
+
+
+def in_main_thread():
+    """Whether this is the thread that signals arrive in"""
+    return threading.current_thread() is threading.main_thread()
+
+
+def random_states(device=None):
+    """States of torch's, Python's and numpy's generators, for a checkpoint; of a GPU's too if it is given"""
+    name, keys, *place = np.random.get_state()
+    states = {"torch": torch.get_rng_state(), "python": random.getstate(),
+              "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *place]}
+    if device is not None and device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    if device is not None and device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_states(states, device=None):
+    torch.set_rng_state(states["torch"])
+    if "python" in states:                               # earlier versions kept torch's alone
+        random.setstate(states["python"])
+        name, keys, *place = states["numpy"]
+        np.random.set_state((name, keys.numpy(), *place))
+    if device is not None and device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    if device is not None and device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
+
+
+class Output:
+    """
+    Standard output that cannot end a run.
+
+    Characters that its encoding lacks are escaped. Where nothing can be written any more, on a full
+    disk or a closed terminal, the text is dropped: the log has the numbers. When the reader of a pipe
+    is gone, a training loop finishes its update, saves and leaves, as after a plain kill.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream                             # None where standard output was closed from the start
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def isatty(self):
+        return bool(self.stream) and not self.stream.closed and self.stream.isatty()
+
+    def write(self, text):
+        if self.stream is not None:
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self.stream.encoding
+                self.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            except (OSError, ValueError) as error:
+                self.give_up(error)
+        return len(text)
+
+    def flush(self):
+        if self.stream is not None:
+            try:
+                self.stream.flush()
+            except (OSError, ValueError) as error:
+                self.give_up(error)
+
+    def give_up(self, error):
+        with contextlib.suppress(OSError, ValueError):   # what is still in the buffer goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        self.stream = None
+        if isinstance(error, BrokenPipeError):
+            looping = [run for run in OPENED.runs if run.looping]
+            if not looping:
+                raise error
+            looping[-1].interrupted = True
+
+
+@contextlib.contextmanager
+def safe_output():
+    """sys.stdout cannot end the run inside this block."""
+    stream = sys.stdout
+    if isinstance(stream, Output):
+        yield
+        return
+    sys.stdout = Output(stream)
     try:
-        cfg = options.parse(Config, presets, doc, sys.argv[1:])
-        if export is None and (cfg.export or cfg.lora_rank or cfg.accumulation > 1):
-            stop("--export, --lora_rank and --accumulation are for stages that train; this one trains nothing")
-        for folder in [Path(cfg.export), Path(f"{Path(cfg.export)}-ema")] if cfg.export else []:
-            if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-                stop(f"--export {folder} is there and not empty; give a new folder")
-        main(cfg)
-        if cfg.export:
-            export(Path("out") / (cfg.out or cfg.config) / Path(sys.argv[0]).stem, str(Path(cfg.export)))
-            print(f"exported    {cfg.export}")
-    except KeyboardInterrupt:
-        goes_on = ", and the same command with --resume goes on from it" if export else ""
-        raise SystemExit("\nstopped; what was saved stands" + goes_on)
-    except BrokenPipeError:                              # as by  | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit("stopped: the output was closed; what was saved stands")
-    except (RuntimeError, MemoryError) as error:
-        if out_of_memory(error):
-            stop(what_needs_less_memory(error, cfg))
-        raise
+        yield
+        sys.stdout.flush()
+    finally:
+        sys.stdout = stream
 
 
 def out_of_memory(error):
-    """Of a GPU, which torch has a class for, or of the CPU, which it has not"""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """
+    Whether the memory of the CPU or of a GPU ran out.
+
+    torch has a class for that on CUDA alone, and its AcceleratorError can mean it as well; the CPU's
+    allocator and MPS raise a plain RuntimeError.
+    """
+    words = ("out of memory", "can't allocate memory", "cudaErrorMemoryAllocation")
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 
 def what_needs_less_memory(error, cfg):
@@ -99,10 +250,11 @@ def what_needs_less_memory(error, cfg):
 
 def ensure(cfg, script):
     """The folder of an earlier stage, of this run or of --base; else its main makes it here."""
-    stage, run = script.__name__, cfg.out or cfg.config
-    here = Path("out") / run / stage
+    stage = script.__name__
+    run = options.run_name(cfg)
+    here = options.folder_of(run) / stage
     begun = (here / "config.json").exists()
-    there = here if begun else Path("out") / (cfg.base or run) / stage
+    there = here if begun else options.folder_of(cfg.base or run) / stage
     if (there / "report.txt").exists():
         made_by = stored_config(there)
         if made_by["config"] != cfg.config:
@@ -113,11 +265,12 @@ def ensure(cfg, script):
         print(f"using {there} (seed {made_by['seed']}, data {made_by.get('data', 'reviews')})".replace(", data reviews", ""))
         return there
     if cfg.base and not begun:
-        hint = options.nearest(cfg.base, [path.parts[1] for path in Path("out").glob(f"*/{stage}/report.txt")])
+        finished = options.folder_of(cfg.base).parent.glob(f"*/{stage}/report.txt")
+        hint = options.nearest(cfg.base, [path.parent.parent.name for path in finished])
         stop(f"--base {cfg.base} has no finished {there}{hint}; check the name, or make it: "
              f"python {stage}.py --config {cfg.config} --out {cfg.base} --resume")
-    theirs = options.preset(script.Config, script.PRESETS, cfg.config, seed=cfg.seed,
-                    **{name: getattr(cfg, name) for name in options.LATER})
+    theirs = script.Config(config=cfg.config, seed=cfg.seed,
+                           **{name: getattr(cfg, name) for name in options.LATER})
     if begun:                                                    # perhaps with settings of its own
         made_by = stored_config(here)
         check_data(cfg, here, made_by)
@@ -127,7 +280,8 @@ def ensure(cfg, script):
                  f"another version began it. {stage}.py with --overwrite begins it again")
         theirs = script.Config(**made_by)
     print(f"{here} is not {'finished' if begun else 'there'} yet: making it first\n")
-    script.main(dataclasses.replace(theirs, out=cfg.out, device=cfg.device, resume=True, overwrite=False))
+    script.main(dataclasses.replace(theirs, out=cfg.out, device=cfg.device, export="", resume=True,
+                                    overwrite=False))
     print()
     return here
 
@@ -152,7 +306,7 @@ class Run:
     """
     The folder out/RUN/STAGE of one stage, and what is written there.
 
-        run = Run(cfg, "sft")                   # looks what is there, writes nothing
+        run = Run(cfg, "sft", export)           # looks at what is there, writes nothing
         if run.finished:
             return run.show()
         ...                                     # whatever may stop for bad input
@@ -165,13 +319,16 @@ class Run:
             run.checkpoint(step + 1)
         run.finish(report, results)
 
+    export(folder, to) writes what a finished stage made for transformers; a stage that trains nothing has none.
     run.generator, on the CPU, is the one source of randomness besides the seeded ones of torch, Python and numpy.
     """
 
-    def __init__(self, cfg, stage):
+    def __init__(self, cfg, stage, export=None):
         options.check_fields(cfg)
+        check_export(cfg, export)
         self.cfg, self.stage, self.device = cfg, stage, pick_device(cfg)
-        self.folder = Path("out") / (cfg.out or cfg.config) / stage
+        self.export, self.script, self.lock, self.looping = export, script_name(stage), None, False
+        self.folder = options.folder_of(options.run_name(cfg)) / stage
         self.old, self.lock_file = (self.folder.with_name(name) for name in (f"{stage}.old", f".{stage}.lock"))
         if self.lock_file.exists() and not self.what_stands()["report.txt"]:
             lock = self.take()                           # nobody else is at it
@@ -196,7 +353,7 @@ class Run:
 
     def must_be_alike(self, stored):
         """Stops where stored settings differ from this run's; one that they lack has its default."""
-        stored, ours = asdict(type(self.cfg)()) | stored, asdict(self.cfg)
+        stored, ours = asdict(type(self.cfg)(config=self.cfg.config)) | stored, asdict(self.cfg)
         differ = [name for name in ours if name not in options.FREE and stored[name] != ours[name]]
         if differ:
             theirs, ours = (", ".join(f"{name} {config[name]}" for name in differ) for config in (stored, ours))
@@ -219,11 +376,12 @@ class Run:
     def begin(self):
         """Make the folder ready to be written to, by this process alone, say so in it, and start the random numbers."""
         start = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "process": os.getpid(),
-                 "command": options.command(self.cfg, self.stage)}
+                 "command": options.command(self.cfg, self.script)}
         now = circumstances(self.device)
         with files.writing(self.folder):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.lock = self.take()
+        OPENED.runs.append(self)
         if self.what_stands() != self.found:
             stop(f"{self.folder} has changed while this run was starting; see what is there and run the command again")
         if not self.resuming:
@@ -240,7 +398,7 @@ class Run:
     def make_room(self):
         """What stands in the folder goes to STAGE.old, and stays there until the new one is finished."""
         unfinished = self.found["checkpoint.pt"] and not self.found["report.txt"]
-        config = json.dumps(asdict(self.cfg), indent=1)
+        config = files.to_json(asdict(self.cfg), indent=1)
         with files.writing(self.folder):
             if any(self.found.values()) and not (unfinished and self.old.exists()):     # which may hold a finished one
                 shutil.rmtree(self.old, ignore_errors=True)
@@ -254,6 +412,13 @@ class Run:
         else:
             with files.new_folder(self.folder) as beside:
                 files.write(beside / "config.json", config)
+
+    def close(self):
+        """Let other processes have the folder. If this run has not saved anything, the earlier one comes back."""
+        if self.old.exists() and not any(self.what_stands().values()):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.replace(self.old, self.folder)
+        self.lock.release()
 
     # ---- the loop
 
@@ -289,29 +454,21 @@ class Run:
         return saved["step"]
 
     def random_states(self):
-        name, keys, *place = np.random.get_state()
-        states = {"run": self.generator.get_state(), "torch": torch.get_rng_state(), "python": random.getstate(),
-                  "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *place]}
-        if self.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.device)
-        return states
+        return {"run": self.generator.get_state()} | random_states(self.device)
 
     def set_random_states(self, states):
         try:
             self.generator.set_state(states["run"])
-            torch.set_rng_state(states["torch"])
-            if "python" in states:                       # earlier versions kept torch's alone
-                random.setstate(states["python"])
-                name, keys, *place = states["numpy"]
-                np.random.set_state((name, keys.numpy(), *place))
-            if self.device.type == "cuda" and "cuda" in states:
-                torch.cuda.set_rng_state(states["cuda"], self.device)
+            set_random_states(states, self.device)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             stop(f"{self.folder}/checkpoint.pt holds random states that cannot be set ({files.first_line(error)}); "
                  + files.again(self.folder))
 
     def steps(self, first, last):
-        """The updates. Ctrl-C (or a plain kill) lets the one under way finish and be saved, a second leaves at once."""
+        """
+        The updates. Ctrl-C, a plain kill or a closed terminal lets the one under way finish and be
+        saved; a second signal leaves at once.
+        """
         def interrupt(signum, frame):
             if self.interrupted:
                 raise KeyboardInterrupt
@@ -319,22 +476,27 @@ class Run:
             with contextlib.suppress(OSError):           # print may be busy, and the terminal gone
                 os.write(1, b"\nfinishing this update, then saving; Ctrl-C again leaves at once\n")
 
-        self.first, self.last = first, last
-        before = {kind: signal.signal(kind, interrupt) for kind in (signal.SIGINT, signal.SIGTERM)}
+        self.first, self.last, self.looping = first, last, True
+        before = {}
+        if in_main_thread():
+            for kind in SIGNALS:
+                if not (kind.name == "SIGHUP" and signal.getsignal(kind) == signal.SIG_IGN):    # nohup
+                    before[kind] = signal.signal(kind, interrupt)
         try:
             for self.step in range(first, last):
                 self.random_at_start = self.random_states()
                 yield self.step
         finally:
+            self.looping = False
             for kind, handler in before.items():
                 signal.signal(kind, handler)
 
-    def must_be_finite(self, taken=0, **values):
+    def must_be_finite(self, taken=0, hint="try a lower --lr or a smaller --grad_clip, with another --out", **values):
         """
-        Stops before a number that is not finite gets into the weights.
+        Stop before a number that is not finite gets into the weights.
 
-        taken is how many gradient steps this update has made already. As long as there is none, everything is as it
-        was at the start of the update, and is saved so; else the last checkpoint is the last to go on from.
+        taken counts the gradient steps already made in this update. If it is 0 the weights are untouched, so the
+        state is saved before stopping. hint says what to try.
         """
         for name, value in values.items():
             value = torch.as_tensor(value)
@@ -344,19 +506,17 @@ class Run:
                     self.save(self.step, self.random_at_start)
                 first = bad.nonzero()[0].tolist()
                 where = f" in {int(bad.sum())} of {bad.numel()} places, first at {first}" if first else ""
-                cause = ("that is what the reward gave: have it print what it is given" if name in ("scores", "score") else
-                         "try a lower --lr or a smaller --grad_clip, with another --out")
                 saved = f"{self.folder}/checkpoint.pt is from {'before' if taken else 'the start of'} that update"
                 if not (self.folder / "checkpoint.pt").exists():
                     saved = "No checkpoint had been written yet"
-                stop(f"{name} in update {self.step}: {value[bad][0].item()}{where}; {cause}. {saved}. README.md, 'When a "
+                stop(f"{name} in update {self.step}: {value[bad][0].item()}{where}; {hint}. {saved}. README.md, 'When a "
                      "number is not finite', shows how to find the operation")
 
     def log(self, step, metrics, columns, every=1):
         """One object in log.jsonl; on the terminal an aligned line of the columns, and time left."""
         metrics = {k: v.item() if torch.is_tensor(v) else v for k, v in metrics.items()}
         columns = [name for name in columns if name in metrics]
-        files.append(self.folder / "log.jsonl", json.dumps({"step": step} | metrics) + "\n")
+        files.append(self.folder / "log.jsonl", files.to_json({"step": step} | metrics) + "\n")
         if step == self.first:                           # which is slow: time left is told after it
             self.begun = time.time()
         if step % every and step + 1 < self.last:
@@ -367,8 +527,7 @@ class Run:
         self.lines += 1
         pace = (time.time() - self.begun) / max(1, step - self.first)
         left = f"{pace * (self.last - step - 1):.0f}" if step > self.first else "?"
-        values = (f"{metrics[k]:.3f}" if abs(metrics[k]) > 0.01 or metrics[k] == 0
-                  else f"{metrics[k]:.0e}" for k in columns)
+        values = (short(metrics[name]) for name in columns)
         print(f"{step:6d}" + "".join(map(str.rjust, values, widths)) + f"{left:>8} s", flush=True)
 
     def checkpoint(self, done):
@@ -376,8 +535,8 @@ class Run:
         if done % self.cfg.save_every == 0 or done == self.last or self.interrupted:
             self.save(done)
         if self.interrupted:
-            raise SystemExit(f"saved after {done} of {self.last} updates in {self.folder}; "
-                             "the same command with --resume goes on from there")
+            raise files.Stopped(f"saved after {done} of {self.last} updates in {self.folder}; "
+                                "the same command with --resume continues from there")
 
     def save(self, done, random_states=None):
         """Write checkpoint.pt, once the log is on the disk; never with weights that are not finite."""
@@ -397,11 +556,17 @@ class Run:
     def finish(self, report, results):
         """Write results.json and report.txt and print the report: the stage is now finished."""
         report = files.visible(report + "\n" + self.made_by())
-        files.write(self.folder / "results.json", json.dumps(results, indent=1))
+        files.write(self.folder / "results.json", files.to_json(results, indent=1))
         files.write(self.folder / "report.txt", report + "\n")
         shutil.rmtree(self.old, ignore_errors=True)
         print("\n" + report, flush=True)
+        self.export_if_asked()
         return results
+
+    def export_if_asked(self):
+        if self.cfg.export:
+            self.export(self.folder, str(Path(self.cfg.export)))
+            print(f"exported    {self.cfg.export}")
 
     def made_by(self):
         """The command that makes this result again, and what it was made with"""
@@ -414,7 +579,24 @@ class Run:
         """Print again what a finished stage printed at its end -> its results"""
         print("This is the result of then, whatever has changed in the code since; --overwrite runs it "
               "again, --out NAME beside it.\n\n" + (self.folder / "report.txt").read_text(encoding="utf-8"))
+        self.export_if_asked()
         return files.read_json(self.folder / "results.json")
+
+
+def script_name(stage):
+    """The name of the script whose main is running, a copy of ours perhaps; in a notebook the stage's"""
+    file = OPENED.mains[-1].__globals__.get("__file__") if OPENED.mains else None
+    return Path(file).stem if file else stage
+
+
+def check_export(cfg, export):
+    """Exit, before any work, where --export cannot be done."""
+    if export is None and (cfg.export or cfg.lora_rank or cfg.accumulation > 1):
+        stop("--export, --lora_rank and --accumulation are for stages that train; this one trains nothing")
+    if cfg.export:
+        for folder in (Path(cfg.export), Path(f"{Path(cfg.export)}-ema")):
+            if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+                stop(f"--export {folder} already exists and is not empty; give a new folder")
 
 
 def without_free(value):
@@ -450,14 +632,24 @@ PACKAGES = ("torch", "transformers", "tokenizers", "tiktoken", "numpy")
 
 def circumstances(device):
     """What the bits of a result depend on besides its settings: {host, device, threads, commit, python, torch, ..}"""
+    here = Path(__file__).resolve().parent
+    # The clone may belong to another user, and without a .git of its own this folder is in a project of theirs
+    git = ["git", "-c", "safe.directory=*", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
     try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"], text=True,
-                                capture_output=True, timeout=10, cwd=Path(__file__).parent).stdout.strip()
+        commit = subprocess.run(git, text=True, capture_output=True, timeout=10, cwd=here,
+                                env=os.environ | {"GIT_CEILING_DIRECTORIES": str(here.parent)}).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):         # no git here
         commit = ""
     return {"host": platform.node(), "device": str(device), "threads": torch.get_num_threads(),
             "commit": commit.replace("-dirty", " with changes") or "unknown", "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES}}
+            **{name: version_of(name) for name in PACKAGES}}
+
+
+def version_of(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:      # copied into place, not installed
+        return "unknown"
 
 
 def check_finite(x, what):
@@ -497,6 +689,8 @@ class Clock:
     def lap(self, phase):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        if self.device.type == "mps":
+            torch.mps.synchronize()
         now = time.perf_counter()
         name = f"{phase}_seconds"
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
@@ -512,6 +706,19 @@ def progress(items, label):
             print(f"\r{label} [{bar:30}]", end="", flush=True)
         yield item
     print("\r\033[K" * terminal + f"{label}: {time.time() - begun:.1f} s", flush=True)
+
+
+def short(value):
+    """A number in at most seven characters, so that columns of width eight never touch"""
+    if value is None or value != value:
+        return "nan"
+    if value != 0 and abs(value) <= 0.01:
+        return f"{value:.0e}"
+    for digits in (3, 1, 0):
+        text = f"{value:.{digits}f}"
+        if len(text) <= 7:
+            return text
+    return f"{value:.0e}"
 
 
 def table(rows, markdown=False):
@@ -534,32 +741,55 @@ def smooth(values):
     return [sum(window) / len(window) for window in windows]
 
 
-def pyplot():
-    """matplotlib.pyplot, drawing to files alone; imported only where something is drawn"""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
+def subplots(*shape, figsize, **options):
+    """A figure and its axes, as pyplot's subplots; pyplot itself would change a notebook's backend"""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=figsize)
+    return figure, figure.subplots(*shape, **options)
+
+
+def no_math(text):
+    """A text to draw as it is: matplotlib would read $..$ in a run's name as a formula"""
+    return text.replace("$", r"\$")
+
+
+def optional(draw):
+    """
+    Decorator: a picture comes after hours of training, so one that fails costs nothing but itself.
+
+    Where matplotlib is missing, for example, the function returns the reason instead of a path.
+    """
+    @functools.wraps(draw)
+    def wrapped(*args, **kwargs):
+        try:
+            return draw(*args, **kwargs)
+        except files.Stopped:                            # no space on the disk: --resume draws it
+            raise
+        except Exception as error:
+            why = f"not drawn ({type(error).__name__}: {files.first_line(error)})"
+            print(f"warning: a picture was {why}")
+            return why
+    return wrapped
 
 
 def save_figure(figure, path, dpi=110):
-    """Write a picture, its place taken when it is whole, and forget the figure"""
+    """Write a picture to the path, all or nothing -> path"""
     with files.replacing(path, "wb") as file:
         figure.savefig(file, dpi=dpi, format=Path(path).suffix[1:])
-    pyplot().close(figure)
+    return path
 
 
+@optional
 def curves(folder, title, panels):
     """Draw logged metrics over updates, a panel for each (heading, unit, names) -> curves.png"""
-    plt = pyplot()
     log = files.read_lines(folder / "log.jsonl")
     panels = [panel for panel in panels if any(name in line for line in log for name in panel[2])]
     columns = min(3, len(panels))
-    figure, axes = plt.subplots(-(-len(panels) // columns), columns, squeeze=False, figsize=(
-        4 * columns, 2.8 * -(-len(panels) // columns)))
+    rows = -(-len(panels) // columns)
+    figure, axes = subplots(rows, columns, squeeze=False, figsize=(4 * columns, 2.8 * rows))
     for axis, (heading, unit, names) in zip(axes.flat, panels):
         for name, style in zip(names, ("-", "--", ":")):
-            points = [(line["step"], line[name]) for line in log if name in line]
+            points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
             if points:
                 axis.plot(*zip(*points), style, linewidth=1.4, label=name)
         axis.set(title=heading, xlabel="update", ylabel=unit)
@@ -567,7 +797,6 @@ def curves(folder, title, panels):
         axis.legend(fontsize=8)
     for axis in axes.flat[len(panels):]:
         axis.remove()
-    figure.suptitle(title)
+    figure.suptitle(no_math(title))
     figure.tight_layout()
-    save_figure(figure, folder / "curves.png")
-    return folder / "curves.png"
+    return save_figure(figure, folder / "curves.png")

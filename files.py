@@ -9,12 +9,14 @@ Files that survive: written beside and renamed, read without running anything in
     read_json, load_checkpoint, fill    what is damaged, foreign or does not fit is refused by name
     read_lines                  a log, whose last line may have been cut off
     Companions                  files that stand beside a checkpoint and belong to it
-    stop                        ends the program with one clear message
+    stop                        raises Stopped, with one clear message
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -28,9 +30,17 @@ from safetensors import SafetensorError
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
+class Stopped(Exception):
+    """
+    A stage cannot start or continue; the message says what was found, what was wanted, what to do.
+
+    A script prints the message and exits with 1. Whoever calls main(cfg) from Python can catch it.
+    """
+
+
 def stop(message):
-    """End the program with one clear message: what was got, what was wanted, what to do."""
-    raise SystemExit(visible(f"error: {message}"))
+    """Raise Stopped with one clear message: what was found, what was wanted, what to do."""
+    raise Stopped(visible(f"error: {message}"))
 
 
 def visible(text):
@@ -74,9 +84,8 @@ def replacing(path, mode="w"):
             with open(beside, mode, encoding=None if "b" in mode else "utf-8") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file)
             os.replace(beside, path)
-            flush_folder(path.parent)                    # the new name, too
         finally:
             beside.unlink(missing_ok=True)
 
@@ -86,9 +95,20 @@ def write(path, text):
         file.write(text)
 
 
+def to_json(value, indent=None):
+    """JSON text. Standard JSON has no NaN or Infinity, so a number that is not finite becomes null."""
+    def finite(x):
+        if isinstance(x, dict):
+            return {key: finite(item) for key, item in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [finite(item) for item in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+    return json.dumps(finite(value), indent=indent)
+
+
 def write_lines(path, objects):
     """One JSON object a line, as read_lines reads them"""
-    write(path, "".join(json.dumps(x) + "\n" for x in objects))
+    write(path, "".join(to_json(x) + "\n" for x in objects))
 
 
 def append(path, text):
@@ -107,8 +127,8 @@ def new_folder(path, unless_there=False):
             beside.mkdir(parents=True)
             yield beside
             for file in beside.rglob("*"):
-                flush_folder(file) if file.is_dir() else flush(file)
-            flush_folder(beside)
+                if file.is_file():
+                    flush(file)
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
             try:
@@ -116,39 +136,56 @@ def new_folder(path, unless_there=False):
             except OSError:
                 if not (unless_there and path.exists()):
                     raise
-            flush_folder(path.parent)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+# What a file system answers where it lacks a call: network mounts, VirtualBox, WSL
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+def sync(file):
+    """Write an open file's buffers to the disk, where the file system can do that on demand."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
 
 
 def flush(path):
     """Write to the disk what is still in a file's buffers"""
     with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def flush_folder(path):
-    """Write to the disk the names in a folder; Windows has no such call"""
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync(file)
 
 
 def one_process(path, holder):
     """
-    A lock on a file, held as long as it is kept and not released; stops with holder() where another process has it
+    Lock a file until the lock is released or the process ends; stop with holder() if it is taken.
 
-    The operating system takes it back when a process dies, however it dies.
+    The operating system frees the lock when a process dies. A file system without locks gets a
+    marker file instead; filelock removes one whose process has died on the same machine.
     """
     lock = filelock.FileLock(Path(path).resolve(), is_singleton=True)
     with writing(path):
         try:
-            lock.acquire(timeout=1)                      # so long, since one who starts looks whether it is taken
+            # One second: a process that is just starting takes the lock for a moment to look.
+            lock.acquire(timeout=1)
         except filelock.Timeout:
             stop(holder())
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            return one_process_by_marker(path, holder)
+    return lock
+
+
+def one_process_by_marker(path, holder):
+    lock = filelock.SoftFileLock(f"{Path(path).resolve()}.marker", is_singleton=True)
+    try:
+        lock.acquire(timeout=1)
+    except filelock.Timeout:
+        stop(holder())
     return lock
 
 

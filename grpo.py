@@ -83,6 +83,7 @@ PRESETS = {
     "imdb": dict(steps=400, batch_size=256, minibatch_size=64, group_size=8, beta=0.1, lr=1e-5, warmup=5,
                  missing_eos_score=None, reward="lvwerra/distilbert-imdb", n_samples=8, save_every=20),
 }
+Config.presets = PRESETS
 
 
 # --------------------------------------------------------------------------------------------------
@@ -92,27 +93,30 @@ def group_advantages(scores, group_size, kind="grpo"):
     """
     How much better each response did than its group: (B,) -> (B,), groups contiguous
 
-    grpo        (r_i - mean) / (std + 1e-6), population std    (Shao et al. 2024, DeepSeekMath, 4.1.2)
+    grpo        (r_i - mean) / (std + 1e-4)                    (Shao et al. 2024, DeepSeekMath, 4.1.2)
     dr_grpo     r_i - mean                                     (Liu et al. 2025)
     rloo        r_i - mean of the others = G / (G - 1) (r_i - mean)        (Kool et al. 2019)
     reinforce   r_i                                            (Williams 1992)
 
-    The mean of the others does not depend on y_i, so that as a baseline it adds no bias; the group's mean
-    holds r_i itself and shrinks the expected gradient to (G - 1) / G of it. Advantages of kind grpo are of
-    size 1 however little the rewards of a group differ, unless they are equal.
+    std is the sample's, over G - 1, as in TRL, verl and OpenRLHF; the paper does not say. The mean of
+    the others does not depend on y_i, so as a baseline it adds no bias; the group's mean contains r_i
+    itself and shrinks the expected gradient to (G - 1) / G of it. Advantages of kind grpo are of size 1
+    however little the rewards of a group differ, unless they are equal: then they are 0.
 
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0, 0.7, 0.7, 0.7, 0.7]), 4, "rloo")
     tensor([ 1.0000, -0.3333, -0.3333, -0.3333,  0.0000,  0.0000,  0.0000,  0.0000])
     """
     if len(scores) % group_size:
-        raise ValueError(f"got {len(scores)} scores, which is no multiple of group_size {group_size}")
+        raise ValueError(f"got {len(scores)} scores, which is not a multiple of group_size {group_size}")
     if kind == "reinforce":
         return scores
+    if group_size < 2:
+        raise ValueError(f"got group_size {group_size} with kind {kind}; a group takes 2 responses or more")
     groups = scores.view(-1, group_size)                                     # (B / G, G)
     groups = groups - groups[:, :1]          # so that equal rewards give 0 exactly, free of rounding
     centred = groups - groups.mean(dim=1, keepdim=True)
     if kind == "grpo":
-        centred = centred / (groups.std(dim=1, correction=0, keepdim=True) + 1e-6)
+        centred = centred / (groups.std(dim=1, keepdim=True) + 1e-4)
     elif kind == "rloo":
         centred = centred * group_size / (group_size - 1)
     elif kind != "dr_grpo":
@@ -135,7 +139,7 @@ def token_weights(mask, normalise="token", max_length=None):
     if normalise == "token":
         return mask / mask.sum()
     if normalise == "sequence":
-        return mask / mask.sum(dim=1, keepdim=True) / len(mask)
+        return mask / mask.sum(dim=1, keepdim=True).clamp_min(1) / len(mask)
     if normalise == "fixed":
         return mask / (len(mask) * max_length)
     raise ValueError(f"got normalise {normalise!r}; it is token, sequence or fixed")
@@ -147,10 +151,11 @@ def grpo_loss(logprobs, old_logprobs, advantages, weights, clip_eps=0.2, clip_ep
 
     Shao et al. 2024, equation 3, without its KL. advantages (B,), the same for all tokens of a response;
     weights (B, T) from token_weights. With eps_high > eps tokens may rise further than fall, which lets
-    unlikely ones grow (Yu et al. 2025, DAPO).
+    unlikely ones grow (Yu et al. 2025, DAPO). The clip is of each token's ratio for every kind of
+    advantage; TRL's RLOO clips the ratio of the whole response. log rho is capped as in ppo.policy_loss.
     -> loss, {policy_loss, clip_fraction: share of tokens where the clip decides, ratio: mean rho}
     """
-    ratio = torch.exp(logprobs - old_logprobs)                               # (B, T)
+    ratio = torch.exp((logprobs - old_logprobs).clamp(max=20.0))             # (B, T)
     high = clip_eps if clip_eps_high is None else clip_eps_high
     unclipped = ratio * advantages[:, None]
     clipped = ratio.clamp(1 - clip_eps, 1 + high) * advantages[:, None]
@@ -177,15 +182,16 @@ def check(cfg):
     options.check_minibatch(cfg)
     scoring.check(cfg)
     if cfg.batch_size % cfg.group_size:
-        files.stop(f"--batch_size {cfg.batch_size} is no multiple of --group_size {cfg.group_size}; "
+        files.stop(f"--batch_size {cfg.batch_size} is not a multiple of --group_size {cfg.group_size}; "
                    "every group must be whole")
     if cfg.group_size == 1 and cfg.advantage != "reinforce":
         files.stop(f"--group_size 1 has nobody to compare a response with, as --advantage "
                    f"{cfg.advantage} does; it takes 2 or more, or --advantage reinforce")
 
 
+@experiment.self_contained
 def main(cfg):
-    run = experiment.Run(cfg, "grpo")
+    run = experiment.Run(cfg, "grpo", sft.export)
     if run.finished:
         return run.show()
     check(cfg)
@@ -220,12 +226,12 @@ def main(cfg):
         scores = reward(inputs, targets, mask, finished)                                    # (B,)
 
         # ---- 3. logprobs
+        old_logprobs, entropy = ppo.score_rollout(actor, inputs, targets, mask, cfg)        # (B, T) x 2
         with torch.no_grad():
-            old_logprobs, entropy = token_logprobs(                                         # (B, T) x 2
-                actor, inputs, targets, mask, cfg.temperature, return_entropy=True)
             ref_logprobs = token_logprobs(reference, inputs, targets, mask, cfg.temperature)
         kl_ref = ppo.kl_estimate(old_logprobs, ref_logprobs).sum(dim=1)      # (B,) both 0 off the mask
-        run.must_be_finite(scores=scores, kl_ref=kl_ref)
+        run.must_be_finite(hint=scoring.HINT, scores=scores)
+        run.must_be_finite(kl_ref=kl_ref)
         ppo.check_rollout(kl_ref, cfg.kl_bound)
         clock.lap("score")
 
@@ -234,7 +240,8 @@ def main(cfg):
 
         # ---- 5. advantages
         advantages = group_advantages(rewards, G, cfg.advantage)                            # (B,)
-        group_std = rewards.view(-1, G).std(dim=1, correction=0)                            # (B / G,)
+        run.must_be_finite(hint="try a smaller --beta or --score_clip, with another --out", advantages=advantages)
+        group_std = rewards.view(-1, G).std(dim=1, correction=min(1, G - 1))                # (B / G,)
         equal = (scores.view(-1, G) == scores.view(-1, G)[:, :1]).all(dim=1)                # (B / G,)
 
         # ---- 6. update
@@ -251,7 +258,8 @@ def main(cfg):
                     loss, part = grpo_loss(logprobs, old_logprobs[rows], advantages[rows], w, cfg.clip_eps,
                                            cfg.clip_eps_high)
                     if step == 0 and not history:
-                        ppo.check_first_minibatch(logprobs, old_logprobs[rows], kl_ref, part["clip_fraction"], cfg.dtype)
+                        outside = ppo.check_first_minibatch(logprobs, old_logprobs[rows], mask[rows], kl_ref,
+                                                            cfg.clip_eps, cfg.clip_eps_high, cfg.dtype)
                     if cfg.kl_in == "loss":
                         k3 = ppo.kl_estimate(logprobs, ref_logprobs[rows], "k3")            # (b, T)
                         loss = loss + cfg.beta * (w * k3).sum()
@@ -260,7 +268,8 @@ def main(cfg):
                     experiment.add(metrics, {"policy_loss": part.pop("policy_loss")}, 1.0)
                     experiment.add(metrics, part, mask[rows].sum() / mask[minibatch].sum())
                 metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(actor.parameters(), cfg.grad_clip)
-                run.must_be_finite(taken=len(history), loss=whole_loss, **metrics)
+                run.must_be_finite(len(history), "try a lower --lr or a smaller --beta, with another --out",
+                                   loss=whole_loss, **metrics)
                 optimizer.step()
                 optimizer.zero_grad()
                 history.append(metrics)
@@ -281,6 +290,8 @@ def main(cfg):
                     "response_length": mask.sum(1).mean(), "eos_rate": finished.float().mean(),
                     "lr": lr, **frontier.true_utility(cfg, tokenizer, inputs, targets, mask), **clock.seconds}
         metrics["tokens_per_second"] = mask.sum().item() / sum(clock.seconds.values())
+        if step == 0:
+            metrics["ratio_outside_clip"] = outside
         run.log(step, metrics, ["score", "gold", "kl_ref", "kl_old", "entropy", "clip_fraction",
                                 "equal_groups", "group_std", "response_length"])
         run.checkpoint(step + 1)
@@ -297,4 +308,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    experiment.launch(main, Config, PRESETS, __doc__, sft.export)
+    experiment.launch(main, Config, __doc__)

@@ -29,9 +29,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 LORA_SCALE = 2.0                # alpha / r, by which a low-rank change is multiplied
+# The sampler's keys grow by a token each step. cuDNN's attention, which torch may prefer on new GPUs,
+# would build a plan for each of their lengths, some 30 ms a time.
+NO_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 LOGITS_AT_ONCE = 2 ** 26        # 256 MiB in fp32; more go through the output head one part at a time
 
 
@@ -405,6 +409,7 @@ def sequence_scores(reward_model, inputs, targets, mask):
 
 
 @torch.no_grad()
+@sdpa_kernel(NO_PLANS)
 def generate(policy, prompts, max_new_tokens, eos_id, temperature=1.0, generator=None):
     """
     Sample a response to each prompt -> tokens (B, T+1), mask (B, T), aligned as drawn above

@@ -1,28 +1,47 @@
 """
 Settings: a script's Config from its presets and the command line, each value of its type and in its range.
 
-    Common, COMMON, preset      the fields that every stage has, to which its own Config adds; their presets
+    Common, COMMON              the fields that every stage has, to which its own Config adds; their presets
+    Presets                     Config(config="tiny", steps=3): a preset's values, then those given
     parse                       --config NAME [--field value ...] -> Config
     check_fields, ...           what stops a run before any work
     command, next_command       the way back: the command line of a Config
+    run_name, folder_of         where a run is stored
 """
 
 import difflib
 import inspect
+import os
 import re
 import shlex
-import sys
 import typing
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from files import stop
 
 
+class Presets(type):
+    """
+    Makes Config(config="tiny", steps=3) take the values of the preset tiny, then those given.
+
+    A dataclass alone would fill in the defaults, which are those of the preset small.
+    """
+
+    def __call__(cls, **given):
+        name = given.get("config", cls.config)
+        if cls.presets and isinstance(name, str) and name not in cls.presets:
+            known = ", ".join(cls.presets)
+            stop(f"unknown --config {name}{nearest(name, cls.presets)}; there are: {known}")
+        # A name that is not a text is left to check_fields
+        return super().__call__(**{**COMMON.get(name, {}), **cls.presets.get(name, {}), **given})
+
+
 @dataclass
-class Common:
+class Common(metaclass=Presets):
     config: str = "small"       # preset to start from
-    out: str = ""               # name of the run, out/RUN/STAGE; by default the preset's
-    base: str = ""              # run to take earlier stages from that this run has not got
+    out: str = ""               # run name, for out/RUN/STAGE, or the path of a folder; default: the preset's name
+    base: str = ""              # run whose finished SFT and reward model stages to reuse
     data: str = "reviews"       # the built-in task; or a .jsonl file, a folder of them, hh, tldr, hf:OWNER/NAME
     max_prompt_tokens: int = 128        # of --data: longer prompts keep their end
     text_prompt: int = 0        # of --data with texts alone: so many first tokens are the prompt
@@ -40,6 +59,7 @@ class Common:
     overwrite: bool = False     # start again where a run stands already
 
     may_be_zero = ()            # options that elsewhere are above 0
+    presets = {}                # {name of --config: values of fields}; each script sets its own
 
     def how(self):
         """How the models of this run compute, whatever those that they were loaded from did"""
@@ -60,36 +80,33 @@ FREE = ("out", "device", "deterministic", "accumulation", "checkpointing", "expo
 # --------------------------------------------------------------------------------------------------
 # Command line
 
-def parse(Config, presets, doc, argv):
+def parse(Config, doc, argv):
     """--config NAME picks a preset, any other --field value changes one field -> Config"""
     if "-h" in argv or "--help" in argv:
-        print_help(Config, presets, doc)
+        print_help(Config, doc)
         raise SystemExit(0)
-    types, given = typing.get_type_hints(Config), {}
-    words = [part for word in argv
-             for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    types = typing.get_type_hints(Config)
+    given = {}
+    words = list(argv)
     while words:
-        flag = words.pop(0)
+        flag, equals, value = words.pop(0).partition("=")
         name = flag[2:].replace("-", "_") if flag.startswith("--") else None
         if name not in types:
             stop(f"unknown option {flag}{nearest(flag, ['--' + t for t in types])}; "
                  "--help lists all")
-        missing = not words or words[0].startswith("--")
-        if missing and types[name] is bool:
-            given[name] = True                                               # a bare --resume
-        elif missing:
-            stop(f"{flag} needs a value; --help says which")
-        else:
-            given[name] = read_value(flag, words.pop(0), types[name])
-    cfg = preset(Config, presets, given.pop("config", Config.config), **given)
+        if not equals:
+            missing = not words or re.fullmatch(r"--[\w-]+(=.*)?", words[0], re.DOTALL)
+            if missing and types[name] is bool:
+                value = "1"                                                  # a bare --resume
+            elif missing:
+                stop(f"{flag} needs a value; --help says which. One that starts with -- is "
+                     f"given as {flag}=VALUE")
+            else:
+                value = words.pop(0)
+        given[name] = read_value(flag, value, types[name])
+    cfg = Config(**given)
     check_fields(cfg)
     return cfg
-
-
-def preset(Config, presets, name, **changes):
-    if name not in presets:
-        stop(f"unknown --config {name}{nearest(name, presets)}; there are: {', '.join(presets)}")
-    return Config(**{"config": name, **COMMON.get(name, {}), **presets[name], **changes})
 
 
 def read_value(flag, text, kind):
@@ -116,7 +133,7 @@ def nearest(word, known):
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def print_help(Config, presets, doc):
+def print_help(Config, doc):
     print(doc.strip(), "\n\noptions, with their defaults:")
     for cls in [cls for cls in Config.__mro__ if cls is not object]:
         comments = re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M)
@@ -124,24 +141,45 @@ def print_help(Config, presets, doc):
             options = typing.get_args(typing.get_type_hints(cls)[name])
             kind = "" if not options or type(None) in options else f"[{'|'.join(options)}] "
             print(f"  --{name} {getattr(cls, name)}".ljust(34), kind + comment)
-    for name, fields in presets.items():
+    for name, fields in Config.presets.items():
         changed = ", ".join(f"{k} {v}" for k, v in {**COMMON.get(name, {}), **fields}.items())
         print(f"\n--config {name}: {changed or 'these defaults'}")
 
 
-def command(cfg, stage, names=None):
-    """The command that runs a stage with these settings; or another stage of the same run, with those it has to be told"""
-    usual = preset(type(cfg), sys.modules[type(cfg).__module__].PRESETS, cfg.config)
+def command(cfg, script, names=None):
+    """
+    The command that runs a script with these settings: all that differ from the preset's, or, for
+    a different stage of the same run, only those in names
+    """
+    usual = type(cfg)(config=cfg.config)
     names = names or [name for name in asdict(cfg) if name not in ("config", "export", "resume", "overwrite")]
-    changed = [name for name in names if getattr(cfg, name, None) != getattr(usual, name, None)]
-    return " ".join([f"python {stage}.py --config {cfg.config}",
-                     *(f"--{name} {shlex.quote(str(getattr(cfg, name)))}" for name in changed)])
+    words = [f"python {shlex.quote(f'{script}.py')} --config {cfg.config}"]
+    for name in names:
+        value = getattr(cfg, name, None)
+        if value != getattr(usual, name, None):
+            between = "=" if str(value).startswith("--") else " "
+            words.append(f"--{name}{between}{shlex.quote(str(value))}")
+    return " ".join(words)
 
 
 def next_command(cfg, stage):
     """The command that runs another stage of the same run."""
     return command(cfg, stage, ("base", "out", "seed", *LATER, "reward", "normalise_reward", "missing_eos_score",
                                 "score_clip"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Where a run is stored
+
+def run_name(cfg):
+    """The name of a run, by default its preset's, or the path of its folder"""
+    return cfg.out.rstrip("/" + os.sep) or cfg.config
+
+
+def folder_of(name):
+    """The folder of a run: out/NAME, or where it has a slash the path that it is"""
+    path = Path(name)
+    return Path("out") / name if len(path.parts) == 1 else path
 
 
 # --------------------------------------------------------------------------------------------------
@@ -184,10 +222,20 @@ def check_fields(cfg):
                 stop(f"{flag} got {value}; it takes a number {'above' if above else 'from'} 0")
             if name in UP_TO_1 and value > 1 or name in BELOW_1 and value >= 1:
                 stop(f"{flag} got {value}; it takes a number from 0 to 1" + ", but not 1" * (name in BELOW_1))
-        if name in ("out", "base") and (value in (".", "..", *TAKEN) or set(value) & set("/\\") or not value.isprintable()
-                                        or len(value) > 100):
-            stop(f"{flag} got {value!r}; it takes the name of a run, which becomes a folder in out/: without a slash, not "
-                 f"{' or '.join(TAKEN)}, at most 100 characters that can be printed")
+        if name in ("out", "base"):
+            check_run_name(flag, value)
+
+
+def check_run_name(flag, value):
+    """Exit unless a value can be the name of a run in out/ or the path of a folder."""
+    path = Path(value)
+    taken = path.name in TAKEN and folder_of(value).parent == Path("out")
+    special = taken or path.name in ("", "..")
+    foreign = "\\" in value and os.sep != "\\"
+    if value and (special or foreign or not value.isprintable() or len(path.name) > 100):
+        stop(f"{flag} got {value!r}; it takes the name of a run, which becomes a folder in out/, or the "
+             f"path of a folder. Not {' or '.join(TAKEN)}, no backslash, at most 100 characters in the "
+             "last part, all printable")
 
 
 def check_minibatch(cfg):

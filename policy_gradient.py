@@ -94,6 +94,7 @@ PRESETS = {
     "tiny": dict(steps=4, batch_size=16, minibatch_size=8, lr=2e-3, fisher_rows=8, cg_steps=3,
                  variance_rollouts=1, variance_rows=4, n_eval=4, n_samples=4, save_every=2),
 }
+Config.presets = PRESETS
 
 
 # --------------------------------------------------------------------------------------------------
@@ -260,8 +261,7 @@ def roll_out(actor, critic, reference, reward, tokenizer, prompts, cfg, generato
     """The first four steps of ppo.py: responses, scores, logprobs, KL-shaped rewards -> dict of tensors"""
     inputs, targets, mask, finished = ppo.roll_out(actor, prompts, cfg, tokenizer.eot_token, generator)
     scores = reward(inputs, targets, mask, finished)                         # (B,)
-    old_logprobs, entropy = token_logprobs(actor, inputs, targets, mask, cfg.temperature,
-                                           return_entropy=True)              # (B, T) x 2
+    old_logprobs, entropy = ppo.score_rollout(actor, inputs, targets, mask, cfg)            # (B, T) x 2
     ref_logprobs = token_logprobs(reference, inputs, targets, mask, cfg.temperature)
     return {"inputs": inputs, "targets": targets, "mask": mask, "finished": finished, "scores": scores,
             "old_logprobs": old_logprobs, "entropy": entropy, "values": critic(inputs) * mask,
@@ -364,12 +364,13 @@ PANELS = [("what to weigh a token by", ("plain_value", "total_return", "reward_t
           ("several steps on the same samples, or a long one", ("gae", "importance", "clip", "kl_penalty", "trpo"))]
 
 
+@experiment.optional
 def draw_ladder(log, cfg, best, path):
     """What was earned, rewards summed over a response, against the number of responses, for every rung"""
-    plt = experiment.pyplot()
     rungs = dict.fromkeys(line["rung"] for line in log)
     panels = PANELS if len(rungs) > 1 else [(cfg.rung, (cfg.rung,))]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 4.0), sharey=True, squeeze=False)
+    size = 4.4 * len(panels), 4.0
+    figure, axes = experiment.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
     for axis, (heading, names) in zip(axes.flat, panels):
         for rung, style in zip(names, ("-", "--", "-.", ":", (0, (1, 3)))):
             earned = experiment.smooth([line["objective"] for line in log if line["rung"] == rung])
@@ -385,13 +386,13 @@ def draw_ladder(log, cfg, best, path):
         axis.legend(fontsize=8, loc="lower right")
     axes[0, 0].set_ylabel(f"score - {cfg.beta:g} KL (mean over five updates)")
     figure.tight_layout()
-    experiment.save_figure(figure, path)
+    return experiment.save_figure(figure, path)
 
 
+@experiment.optional
 def draw_variance(noise, cfg, path):
     """The variance of every rung's gradient, and what the rung changed, with 95 % intervals"""
-    plt = experiment.pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    figure, axes = experiment.subplots(1, 2, figsize=(11, 4.2))
     for axis, quantity in zip(axes, ("variance", "change")):
         for later, marker, colour, label in ((False, "o", "0.0", "at the policy that sampled"),
                                              (True, "s", "0.55", "an update later, on the same samples")):
@@ -406,7 +407,7 @@ def draw_variance(noise, cfg, path):
     axes[1].set(ylabel="change from the rung before, same samples")
     axes[0].legend(fontsize=8)
     figure.tight_layout()
-    experiment.save_figure(figure, path)
+    return experiment.save_figure(figure, path)
 
 
 def check(cfg):
@@ -418,12 +419,13 @@ def check(cfg):
     if cfg.lora_rank:
         files.stop("--lora_rank: the ladder compares gradients of all weights; ppo.py, grpo.py and dpo.py take LoRA")
     if cfg.rung == "all" and cfg.batch_size % (4 * cfg.variance_rows):
-        files.stop(f"--batch_size {cfg.batch_size} is no multiple of 4 times --variance_rows "
+        files.stop(f"--batch_size {cfg.batch_size} is not a multiple of 4 times --variance_rows "
                    f"{cfg.variance_rows}: the variance is taken over pairs of such batches")
 
 
+@experiment.self_contained
 def main(cfg):
-    run = experiment.Run(cfg, "policy_gradient")
+    run = experiment.Run(cfg, "policy_gradient", sft.export)
     if run.finished:
         return run.show()
     check(cfg)
@@ -470,7 +472,10 @@ def main(cfg):
         # ---- 1. roll out
         prompts = data.draw(train_prompts, cfg.batch_size, run.generator)
         roll = roll_out(actor, critic, reference, reward, tokenizer, prompts, cfg, run.generator)
-        run.must_be_finite(scores=roll["scores"], kl_ref=roll["kl_ref"])
+        run.must_be_finite(hint=scoring.HINT, scores=roll["scores"])
+        run.must_be_finite(kl_ref=roll["kl_ref"])
+        run.must_be_finite(hint="try a lower --critic_lr, with another --out", values=roll["values"])
+        run.must_be_finite(hint="try a smaller --beta or --score_clip, with another --out", rewards=roll["rewards"])
         ppo.check_rollout(roll["kl_ref"], cfg.kl_bound)
         clock.lap("rollout")
 
@@ -491,7 +496,8 @@ def main(cfg):
                 loss, _ = ppo.value_loss(critic(rows["inputs"]), rows["values"], returns[part], rows["mask"], clip_eps=0)
                 (share * loss).backward()
             critic_grad_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.grad_clip)
-            run.must_be_finite(taken=1, critic_grad_norm=critic_grad_norm)   # the actor has moved already
+            run.must_be_finite(1, "try a lower --critic_lr, with another --out",
+                               critic_grad_norm=critic_grad_norm)            # the actor has moved already
             critic_optimizer.step()
             critic_optimizer.zero_grad()
         rows = some(roll, order[:cfg.minibatch_size])
@@ -518,7 +524,7 @@ def main(cfg):
         if update + 1 == cfg.steps:
             policies[rung].load_state_dict(actor.state_dict())
         run.checkpoint(step + 1)
-    report, results = [], {}
+    report, results, pictures = [], {}, []
 
     # ---- 4. variance
     if cfg.rung == "all":
@@ -526,7 +532,7 @@ def main(cfg):
                           data.draw(train_prompts, cfg.batch_size, run.generator), cfg, run.generator)
                  for _ in range(cfg.variance_rollouts)]
         noise = results["noise"] = measure_variance(probe["actor"], probe["moved"], rolls, cfg)
-        draw_variance(noise, cfg, run.folder / "variance.png")
+        pictures.append(draw_variance(noise, cfg, run.folder / "variance.png"))
         report += [experiment.table([
             [f"gradient of {cfg.variance_rows} responses", "variance", "change from the rung before",
              "responses for noise = signal"],
@@ -551,14 +557,15 @@ def main(cfg):
                       "" if limit["fraction"] is None else f"{limit['fraction']:.3f} ±{limit['standard_error']:.3f}"
                       + "*" * (not limit["optimum_trusted"])])
     log = files.read_lines(run.folder / "log.jsonl")
-    draw_ladder(log, cfg, results["SFT"].get("best_objective"), run.folder / "ladder.png")
+    best = results["SFT"].get("best_objective")
+    pictures.insert(0, draw_ladder(log, cfg, best, run.folder / "ladder.png"))
     return run.finish("\n".join([
         *report, experiment.table(table), "", "*: too few effective samples to know the optimum well; objective is "
         f"score - {cfg.beta:g} KL, and its optimum an estimate, if anything too low.", "",
-        f"pictures    {run.folder}/ladder.png" + f", {run.folder}/variance.png" * (cfg.rung == "all"),
+        f"pictures    {', '.join(map(str, pictures))}",
         f"log         {run.folder}/log.jsonl", f"checkpoint  {run.folder}/checkpoint.pt",
         f"next        {options.next_command(cfg, 'evaluate')} --runs {run.folder.parent.name}/policy_gradient"]), results)
 
 
 if __name__ == "__main__":
-    experiment.launch(main, Config, PRESETS, __doc__, sft.export)
+    experiment.launch(main, Config, __doc__)

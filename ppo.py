@@ -95,6 +95,7 @@ PRESETS = {
     "tldr": dict(steps=400, batch_size=128, minibatch_size=32, epochs=4, lr=3e-6, critic_lr=3e-6, lam=0.95, beta=0.05,
                  kl_control="fixed", temperature=0.7, missing_eos_score=-1.0, n_samples=4, save_every=20),
 }
+Config.presets = PRESETS
 
 
 # --------------------------------------------------------------------------------------------------
@@ -193,10 +194,11 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2):
     """
     - mean of min(rho A, clip(rho, 1 - eps, 1 + eps) A),   rho = exp(logprobs - old_logprobs)
 
-    Schulman et al. 2017, equation 7. Where the clip decides, the gradient is 0.
+    Schulman et al. 2017, equation 7. Where the clip decides, the gradient is 0. log rho is capped at 20,
+    as in verl and OpenRLHF: where rho overflows, that 0 would be inf * 0.
     -> loss, {policy_loss, clip_fraction: share of tokens where the clip decides, ratio: mean rho}
     """
-    ratio = torch.exp(logprobs - old_logprobs)
+    ratio = torch.exp((logprobs - old_logprobs).clamp(max=20.0))
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     loss = -masked_mean(torch.minimum(unclipped, clipped), mask)
@@ -212,7 +214,7 @@ def kl_penalty_loss(logprobs, old_logprobs, advantages, mask, coef):
     """
     log_ratio = logprobs - old_logprobs
     ratio = torch.exp(log_ratio)
-    kl_old = ratio - 1 - log_ratio
+    kl_old = torch.expm1(log_ratio) - log_ratio          # ratio - 1 would cancel near 0
     loss = -masked_mean(ratio * advantages - coef * kl_old, mask)
     return loss, {"policy_loss": loss.detach(), "ratio": masked_mean(ratio.detach(), mask),
                   "clip_fraction": torch.zeros(())}
@@ -245,14 +247,18 @@ class ProportionalKL:
 
     Ziegler et al. 2019, section 2.2, with the gain n / horizon of their code for the paper's K_beta.
     update takes nats per response against the reference, not per token, and the number of responses.
+    beta stays within a factor BOUND of where it started: from 0 it could never return.
     """
+    BOUND = 1e4
 
     def __init__(self, beta, target, horizon):
         self.beta, self.target, self.horizon = beta, target, horizon
+        self.low, self.high = beta / self.BOUND, beta * self.BOUND
 
     def update(self, kl_per_sequence, n):
         error = min(max(kl_per_sequence / self.target - 1, -0.2), 0.2)
         self.beta *= 1 + error * n / self.horizon
+        self.beta = min(max(self.beta, self.low), self.high)
 
     def state_dict(self):
         return {"beta": self.beta}
@@ -265,16 +271,20 @@ class ThresholdKL:
     """
     coef doubles where KL(pi_old, pi_theta) after an update is above 1.5 target, and halves where it
     is below target / 1.5    (Schulman et al. 2017, section 4). kl_old is in nats per token.
+    coef stays within a factor BOUND of where it started: ten doublings bring it back from quiet updates.
     """
+    BOUND = 1024
 
     def __init__(self, coef, target):
         self.coef, self.target = coef, target
+        self.low, self.high = coef / self.BOUND, coef * self.BOUND
 
     def update(self, kl_old):
         if kl_old > 1.5 * self.target:
             self.coef *= 2
         elif kl_old < self.target / 1.5:
             self.coef /= 2
+        self.coef = min(max(self.coef, self.low), self.high)
 
     def state_dict(self):
         return {"coef": self.coef}
@@ -318,20 +328,49 @@ def roll_out(actor, prompts, cfg, eos_id, generator):
     return inputs, targets, mask, data.met_eos(targets, mask, eos_id)
 
 
-def check_first_minibatch(logprobs, old_logprobs, kl_ref, clip_fraction, dtype="float32"):
-    """Before the first gradient step actor, pi_old and reference are one policy; else stop."""
-    difference, on_cpu = (logprobs - old_logprobs).detach().abs(), logprobs.device.type == "cpu"
-    drift, limit = difference.max().item(), 1e-4 if on_cpu else 1e-3         # kernels differ by the shape of a batch
-    if dtype == "bfloat16":                                                  # and round more
-        drift, limit, clip_fraction = difference[old_logprobs != 0].mean().item(), 0.02, 0.0
-    if drift > limit or clip_fraction > 0:
-        files.stop(f"at the first minibatch the ratio should be 1, but log ratio reaches "
-                   f"{drift:.1e} (clip fraction {clip_fraction:.3f}): old_logprobs were taken "
-                   "another way than logprobs. Look for dropout, a temperature or a mask that "
-                   "differs, or a step taken in between")
+@torch.no_grad()
+def score_rollout(policy, inputs, targets, mask, cfg):
+    """
+    log pi and the entropy of pi at every response token -> (B, T) x 2
+
+    bfloat16 rounds a product differently in a batch of a different shape, which alone can put several
+    percent of the ratios outside the clip range. So there the batches are as large as the update's.
+    """
+    size = len(mask)
+    if cfg.dtype == "bfloat16":
+        size = -(-cfg.minibatch_size // cfg.accumulation)
+    parts = [token_logprobs(policy, *rows, cfg.temperature, return_entropy=True)
+             for rows in zip(inputs.split(size), targets.split(size), mask.split(size))]
+    logprobs, entropy = zip(*parts)
+    return torch.cat(logprobs), torch.cat(entropy)
+
+
+@torch.no_grad()
+def check_first_minibatch(logprobs, old_logprobs, mask, kl_ref, clip_eps, clip_eps_high=None, dtype="float32"):
+    """
+    Before the first gradient step actor, pi_old and reference are one policy: exit if they are not.
+
+    -> share of tokens whose ratio is outside the clip range, 0 but for the rounding of bfloat16
+    """
+    log_ratio = logprobs - old_logprobs
+    high = clip_eps if clip_eps_high is None else clip_eps_high
+    ratio = log_ratio.exp()
+    outside = masked_mean(((ratio < 1 - clip_eps) | (ratio > 1 + high)).float(), mask).item()
+    drift = log_ratio.abs().max().item()
+    limit = 1e-4 if logprobs.device.type == "cpu" else 1e-3      # GPU kernels differ by the shape of a batch
+    if dtype == "bfloat16":
+        drift, limit = masked_mean(log_ratio.abs(), mask).item(), 0.02
+    if drift > limit or (outside and dtype != "bfloat16"):
+        files.stop(f"at the first minibatch the ratio should be 1, but the log ratio reaches {drift:.1e}: "
+                   "old_logprobs and logprobs were computed differently. Look for dropout, a different "
+                   "temperature or mask, or a gradient step in between")
+    if outside > 0.01:
+        print(f"warning: before any step, {outside:.1%} of the tokens have a ratio outside the clip range, from "
+              "the rounding of bfloat16; --dtype float32 has none")
     if kl_ref.abs().max() > 1e-4:
         files.stop(f"at the first update kl_ref should be 0, but reaches {kl_ref.abs().max():.1e}"
                    " nats: actor and reference do not start from the same weights")
+    return outside
 
 
 def check_rollout(kl_ref, bound):
@@ -368,8 +407,9 @@ def check(cfg):
         corpus.check_source(cfg.ptx_data, "--ptx_data")
 
 
+@experiment.self_contained
 def main(cfg):
-    run = experiment.Run(cfg, "ppo")
+    run = experiment.Run(cfg, "ppo", sft.export)
     if run.finished:
         return run.show()
     check(cfg)
@@ -422,13 +462,14 @@ def main(cfg):
         scores = reward(inputs, targets, mask, finished)                                    # (B,)
 
         # ---- 3. logprobs
+        old_logprobs, entropy = score_rollout(actor, inputs, targets, mask, cfg)            # (B, T) x 2
         with torch.no_grad():
-            old_logprobs, entropy = token_logprobs(                                         # (B, T) x 2
-                actor, inputs, targets, mask, cfg.temperature, return_entropy=True)
             ref_logprobs = token_logprobs(reference, inputs, targets, mask, cfg.temperature)
             old_values = critic(inputs) * mask                                              # (B, T)
         kl_ref = kl_estimate(old_logprobs, ref_logprobs).sum(dim=1)     # (B,) both 0 off the mask
-        run.must_be_finite(scores=scores, kl_ref=kl_ref)
+        run.must_be_finite(hint=scoring.HINT, scores=scores)
+        run.must_be_finite(kl_ref=kl_ref)
+        run.must_be_finite(hint="try a lower --critic_lr, with another --out", old_values=old_values)
         check_rollout(kl_ref, cfg.kl_bound)
         clock.lap("score")
 
@@ -442,6 +483,8 @@ def main(cfg):
         advantages, _ = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)                  # (B, T)
         returns = critic_targets(rewards, old_values, scores, mask, cfg.critic_target, cfg.gamma,
                                  cfg.lam)                                                   # (B, T)
+        run.must_be_finite(hint="try a smaller --beta, --score_clip or --critic_lr, with another --out",
+                           advantages=advantages, returns=returns)
         advantages = whiten(advantages, mask)
 
         # ---- 6. update
@@ -457,8 +500,10 @@ def main(cfg):
                 for rows in data.parts(minibatch, cfg.accumulation):
                     rows_mask = mask[rows]                                                  # (b, T)
                     share = rows_mask.sum() / mask[minibatch].sum()          # of the minibatch's tokens, 1 if whole
-                    logprobs, new_entropy = token_logprobs(
-                        actor, inputs[rows], targets[rows], rows_mask, cfg.temperature, return_entropy=True)
+                    logprobs = token_logprobs(actor, inputs[rows], targets[rows], rows_mask, cfg.temperature,
+                                              return_entropy=cfg.entropy_coef > 0)
+                    if cfg.entropy_coef > 0:             # its graph is as large as that of the logprobs
+                        logprobs, new_entropy = logprobs
                     if cfg.surrogate == "clip":
                         loss, part = policy_loss(logprobs, old_logprobs[rows], advantages[rows], rows_mask,
                                                  cfg.clip_eps)
@@ -466,8 +511,10 @@ def main(cfg):
                         loss, part = kl_penalty_loss(logprobs, old_logprobs[rows], advantages[rows], rows_mask,
                                                      penalty.coef)
                     if step == 0 and not history:
-                        check_first_minibatch(logprobs, old_logprobs[rows], kl_ref, part["clip_fraction"], cfg.dtype)
-                    loss = loss - cfg.entropy_coef * masked_mean(new_entropy, rows_mask)
+                        outside = check_first_minibatch(logprobs, old_logprobs[rows], rows_mask, kl_ref,
+                                                        cfg.clip_eps, dtype=cfg.dtype)
+                    if cfg.entropy_coef > 0:
+                        loss = loss - cfg.entropy_coef * masked_mean(new_entropy, rows_mask)
                     (share * loss).backward()
                     critic_loss, critic_part = value_loss(critic(inputs[rows]), old_values[rows], returns[rows],
                                                           rows_mask, cfg.value_clip_eps)
@@ -478,6 +525,8 @@ def main(cfg):
                     metrics["ptx_loss"] = add_ptx_gradient(actor, texts, cfg.ptx_coef, cfg.accumulation)
                 metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(actor.parameters(), cfg.grad_clip)
                 metrics["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.grad_clip)
+                run.must_be_finite(len(history), "try a lower --critic_lr, with another --out",
+                                   **{name: metrics[name] for name in ("value_loss", "critic_grad_norm")})
                 run.must_be_finite(taken=len(history), **metrics)
                 for optimizer in optimizers:
                     optimizer.step()
@@ -511,6 +560,8 @@ def main(cfg):
                     "lr": lr_factor * cfg.lr, "critic_lr": lr_factor * cfg.critic_lr,
                     **frontier.true_utility(cfg, tokenizer, inputs, targets, mask), **clock.seconds}
         metrics["tokens_per_second"] = mask.sum().item() / sum(clock.seconds.values())
+        if step == 0:
+            metrics["ratio_outside_clip"] = outside
         run.log(step, metrics, ["score", "gold", "kl_ref", "beta", "kl_old", "entropy",
                                 "clip_fraction", "explained_variance", "response_length"])
         run.checkpoint(step + 1)
@@ -519,15 +570,15 @@ def main(cfg):
     policies = {"SFT": reference, "PPO": actor} | ({"PPO, averaged": average} if cfg.ema else {})
     text, results = frontier.compare(policies, reward, tokenizer, eval_prompts, cfg)
     picture = experiment.curves(run.folder, f"PPO, {run.folder}", CURVES)
-    name = run.folder.parent.name
+    name = options.run_name(cfg)
     hacked = replace(cfg, base=cfg.base or name, out=f"{name}-hacked")
     return run.finish("\n".join([
         text, "",
         f"curves      {picture}", f"log         {run.folder}/log.jsonl",
         f"checkpoint  {run.folder}/checkpoint.pt",
         f"next        {options.next_command(cfg, 'evaluate')}",
-        f"            {options.next_command(hacked, 'ppo')} --kl_control fixed --beta 0   (no KL penalty)"]), results)
+        f"            {options.next_command(hacked, run.script)} --kl_control fixed --beta 0   (no KL penalty)"]), results)
 
 
 if __name__ == "__main__":
-    experiment.launch(main, Config, PRESETS, __doc__, sft.export)
+    experiment.launch(main, Config, __doc__)

@@ -63,6 +63,7 @@ PRESETS = {
     "gpt2": dict(n_prompts=None, batch_size=64, accumulation=4, lr=1e-5, warmup=50, lr_floor=0.0, save_every=200),
     "tldr": dict(n_prompts=None, batch_size=64, accumulation=4, lr=1.5e-5, warmup=50, lr_floor=0.0, save_every=200),
 }
+Config.presets = PRESETS
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,7 +105,7 @@ def token_wise_scores(chosen_values, rejected_values, chosen_targets, rejected_t
 
     Values stand in the state after each target. A pair is compared from the first column where its
     targets differ to the end of the longer row, two equal rows at their last column; a row that has
-    ended keeps its last score. -> chosen scores, rejected scores, weights that sum to 1 a pair
+    ended keeps its last score, where DeepSpeed-Chat scores its padding. -> chosen scores, rejected scores, weights that sum to 1 a pair
     """
     columns = torch.arange(chosen_mask.shape[1], device=chosen_mask.device)                 # (T,)
     chosen_end = (columns * (chosen_mask > 0)).amax(1, keepdim=True)                        # (N, 1)
@@ -243,8 +244,9 @@ def check(cfg):
         options.check_enough(cfg.n_prompts, cfg.batch_size, "rankings")
 
 
+@experiment.self_contained
 def main(cfg):
-    run = experiment.Run(cfg, "reward_model")
+    run = experiment.Run(cfg, "reward_model", export)
     if run.finished:
         return run.show()
     check(cfg)
@@ -360,4 +362,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    experiment.launch(main, Config, PRESETS, __doc__, export)
+    experiment.launch(main, Config, __doc__)

@@ -53,6 +53,7 @@ class Config(scoring.Rewarded):
 
 
 PRESETS = {"small": {}, "tiny": {}, "gpt2": {}, "imdb": {}, "tldr": {}}
+Config.presets = PRESETS
 BLUES, ORANGES = (255, 153, 117, 75, 33), (255, 223, 215, 209, 202)          # of the 256 colours, from pale to strong
 OF_A_STAGE = ("out", "base", "data", "max_prompt_tokens", "text_prompt", "max_new_tokens", "temperature", "reward",
               "normalise_reward", "missing_eos_score", "score_clip")
@@ -60,22 +61,41 @@ OF_A_STAGE = ("out", "base", "data", "max_prompt_tokens", "text_prompt", "max_ne
 
 def find(name, run):
     """A name as in the docstring -> the stage's folder, in this run or in what it is based on, the key of its policy"""
-    parts, out = name.split("/"), Path("out")
-    bases = [experiment.stored_config(path.parent).get("base") for path in sorted((out / run).glob("*/config.json"))
-             if (path.parent / "checkpoint.pt").is_file()]
-    for folder, rest in ((out / run / parts[0], parts[1:]), *((out / base / parts[0], parts[1:]) for base in bases if base),
-                         (Path(out, *parts[:2]), parts[2:])):
+    here = options.folder_of(run)
+    runs_in = here.parent
+    parts = name.split("/")
+    candidates = [(here / parts[0], parts[1:])]
+    for path in sorted(here.glob("*/checkpoint.pt")):
+        base = experiment.stored_config(path.parent).get("base")
+        if base:
+            candidates.append((options.folder_of(base) / parts[0], parts[1:]))
+    candidates.append((runs_in.joinpath(*parts[:2]), parts[2:]))
+    for folder, rest in candidates:
         if (folder / "checkpoint.pt").is_file():
             return folder, "_".join(["policy", *rest])
-    there = sorted(str(path.parent.relative_to("out")) for path in Path("out").glob("*/*/checkpoint.pt"))
-    files.stop(f"--stage names {name}, but neither out/{run}/{parts[0]} nor out/{name} has a checkpoint; there are: "
-               f"{', '.join(there) or 'none'}")
+    known = sorted(str(path.parent.relative_to(runs_in)) for path in runs_in.glob("*/*/checkpoint.pt"))
+    files.stop(f"--stage names {name}, but neither {here / parts[0]} nor {runs_in / name} has a checkpoint; there are: "
+               f"{', '.join(known) or 'none'}")
+
+
+def run_of(folder):
+    """The run of a stage's folder, as --out takes it"""
+    run = folder.parent
+    return run.name if run.parent == Path("out") else str(run)
+
+
+def check_has_policy(name, folder, key, saved):
+    """Exit unless the stage's checkpoint holds that policy."""
+    names = [folder.name + k.removeprefix("policy").replace("_", "/", 1) for k in sft.policies_in(saved)]
+    if key not in saved:
+        files.stop(f"--stage names {name}, but {folder} has no such policy to sample from; its "
+                   f"policies: {', '.join(names) or 'none'}")
 
 
 def settle(cfg, folders):
     """What was not said otherwise is as it was when the first of the stages that know it was made -> cfg"""
-    usual, configs = options.preset(Config, PRESETS, cfg.config), [
-        experiment.stored_config(folder) | {"out": folder.parent.name} for folder in folders]
+    usual = Config(config=cfg.config)
+    configs = [experiment.stored_config(folder) | {"out": run_of(folder)} for folder in folders]
     for name in OF_A_STAGE:
         known = [config[name] for config in configs if name in config]
         if known and getattr(cfg, name) == getattr(usual, name):
@@ -118,15 +138,18 @@ def token_values(what, saved, folder, policy, reference, reward, inputs, targets
     return ppo.gae(rewards, values, mask, config["gamma"], config["lam"])[0]
 
 
+@experiment.self_contained
 def main(cfg):
-    names = [name for name in cfg.stage.split(",") if name]
+    experiment.check_export(cfg, None)
+    names = [name.strip() for name in cfg.stage.split(",") if name.strip()]
     if not names:
         files.stop(f"--stage got {cfg.stage!r}; it takes names of stages, as in sft,ppo")
-    folders = [find(name, cfg.out or cfg.config) for name in names]
+    folders = [find(name, options.run_name(cfg)) for name in names]
     cfg, device = settle(cfg, [folder for folder, _ in folders]), experiment.pick_device(cfg)
     policies, saved = [], []
-    for folder, key in folders:
+    for name, (folder, key) in zip(names, folders):
         saved.append(files.load_checkpoint(folder))
+        check_has_policy(name, folder, key, saved[-1])
         policy, tokenizer = sft.load_policy(folder, device, key, saved[-1], **cfg.how())
         policies.append(policy)
         data.check_vocabulary(saved[0]["tokenizer"], tokenizer, folder)
@@ -135,10 +158,11 @@ def main(cfg):
     reference = reward = None
     if cfg.score or cfg.tokens:
         reference, _ = sft.load_policy(experiment.ensure(cfg, sft), device, **cfg.how())
+        made = files.fingerprint(reference)
         for name, checkpoint in zip(names, saved):
-            if checkpoint.get("sft", made := files.fingerprint(reference)) != made:
-                files.stop(f"{name} started from another SFT policy than this run's: without --score and --tokens it is "
-                           "shown all the same")
+            if checkpoint.get("sft", made) != made:
+                files.stop(f"{name} started from a different SFT policy than this run's, so it has no score and no "
+                           "KL here; leave out --score and --tokens to see its samples")
     if cfg.score or cfg.tokens == "advantage":
         reward = scoring.load_reward(cfg, reference, tokenizer, corpus.prompts(cfg, tokenizer, block_size)[0], device)
         for checkpoint in saved:                                             # normalised as in training
@@ -184,4 +208,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    experiment.launch(main, Config, PRESETS, __doc__)
+    experiment.launch(main, Config, __doc__)

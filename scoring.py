@@ -40,6 +40,9 @@ class Rewarded(options.Common):
     score_clip: float | None = None             # scores are clipped to plus and minus this
 
 
+HINT = "the reward returned it: print its inputs to find out why"        # of scores that are not finite
+
+
 class Reward:
     """
     reward(inputs, targets, mask, finished) -> (B,), the score of whole responses before any KL

@@ -62,6 +62,7 @@ PRESETS = {
     "tldr": dict(init="gpt2", block_size=640, n_texts=None, steps=900, batch_size=64, accumulation=2, lr=1e-5, warmup=150,
                  eval_every=200, n_eval=256, save_every=200),
 }
+Config.presets = PRESETS
 
 
 def sft_loss(logprobs, mask):
@@ -185,8 +186,9 @@ def check_rows(cfg, train, held_out, block_size):
     options.check_enough(len(train), cfg.batch_size, "texts")
 
 
+@experiment.self_contained
 def main(cfg):
-    run = experiment.Run(cfg, "sft")
+    run = experiment.Run(cfg, "sft", export)
     if run.finished:
         return run.show()
     check(cfg)
@@ -280,4 +282,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    experiment.launch(main, Config, PRESETS, __doc__, export)
+    experiment.launch(main, Config, __doc__)
