@@ -192,7 +192,8 @@ class Output:
                 self.give_up(error)
 
     def give_up(self, error):
-        with contextlib.suppress(OSError, ValueError):   # what is still in the buffer goes nowhere
+        # What is still in the buffer goes nowhere, or Python would try again at its end
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         self.stream = None
         if isinstance(error, BrokenPipeError):
@@ -473,8 +474,9 @@ class Run:
             if self.interrupted:
                 raise KeyboardInterrupt
             self.interrupted = True
-            with contextlib.suppress(OSError):           # print may be busy, and the terminal gone
-                os.write(1, b"\nfinishing this update, then saving; Ctrl-C again leaves at once\n")
+            # print may be busy; and standard output closed, its number another file's
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                os.write(sys.__stdout__.fileno(), b"\nfinishing this update, then saving; Ctrl-C again leaves at once\n")
 
         self.first, self.last, self.looping = first, last, True
         before = {}

@@ -313,11 +313,12 @@ def compare(policies, reward, tokenizer, prompts, cfg):
     results = {**ours, **limit, before.lower(): theirs, **{name: means[name] for name in samples.names[2:]}}
     if samples.gold is not None:
         spread = samples.gold[:, samples.columns(before)].std(correction=0).item()
-        results["gold_gain"] = gain = (ours["gold"] - theirs["gold"]) / max(spread, 1e-9)
-        lines += [
-            f"The true utility, gold, which training never saw, is {gain:+.2f} standard deviations of",
-            f"the {before} policy's gold above that policy's, at {ours['kl_ref']:.2f} nats of KL per "
-            "response."]
+        if spread > 1e-6:                                # more than one sample
+            results["gold_gain"] = gain = (ours["gold"] - theirs["gold"]) / spread
+            lines += [
+                f"The true utility, gold, which training never saw, is {gain:+.2f} standard deviations of",
+                f"the {before} policy's gold above that policy's, at {ours['kl_ref']:.2f} nats of KL per "
+                "response."]
     if limit["share"] is not None:
         lines += [
             f"The best possible score at that KL is about {limit['best_score']:.2f}: {after} made "

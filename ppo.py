@@ -525,7 +525,7 @@ def main(cfg):
                     metrics["ptx_loss"] = add_ptx_gradient(actor, texts, cfg.ptx_coef, cfg.accumulation)
                 metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(actor.parameters(), cfg.grad_clip)
                 metrics["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.grad_clip)
-                run.must_be_finite(len(history), "try a lower --critic_lr, with another --out",
+                run.must_be_finite(len(history), "try a lower --critic_lr or a smaller --beta, with another --out",
                                    **{name: metrics[name] for name in ("value_loss", "critic_grad_norm")})
                 run.must_be_finite(taken=len(history), **metrics)
                 for optimizer in optimizers:

@@ -20,6 +20,7 @@ import errno
 import functools
 import gzip
 import inspect
+import io
 import itertools
 import json
 import math
@@ -33,6 +34,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 import typing
@@ -1474,6 +1476,161 @@ def test_every_config_field_is_read_and_has_a_comment_that_help_prints(script, c
     assert len(script.Config.__annotations__) <= 35
 
 
+def test_a_config_takes_its_presets_values_and_then_those_given():
+    cfg = ppo.Config(config="tiny", steps=3)
+    assert (cfg.steps, cfg.batch_size, cfg.max_new_tokens) == (3, 32, 24)
+    assert ppo.Config() == ppo.Config(config="small") and ppo.Config().save_every == 20
+    assert dataclasses.replace(cfg, lr=1.0).batch_size == 32
+    with pytest.raises(Stopped, match=r"unknown --config tine .did you mean tiny\?.; there are: small, tiny"):
+        ppo.Config(config="tine")
+
+    class Mine(ppo.Config):                              # as in a notebook, whose module has no presets
+        pass
+    assert Mine(config="tiny", steps=3) == cfg or dataclasses.asdict(Mine(config="tiny", steps=3)) == dataclasses.asdict(cfg)
+    assert options.command(Mine(config="tiny", steps=3), "ppo") == "python ppo.py --config tiny --steps 3"
+
+
+@pytest.mark.parametrize("words, value", [
+    (["--prompt", "-- list all"], "-- list all"), (["--prompt=--n"], "--n"), (["--prompt=--seed=3"], "--seed=3"),
+    (["--prompt="], ""), (["--prompt", "a=b"], "a=b"), (["--prompt", "-1"], "-1"), (["--prompt", "--two\n\nlines"], "--two\n\nlines")])
+def test_a_value_may_be_anything_with_an_equals_sign_and_most_things_without(words, value):
+    cfg = options.parse(sample.Config, "", ["--config", "tiny", *words, "--n", "2"])
+    assert (cfg.prompt, cfg.n) == (value, 2)
+    again = shlex.split(options.command(cfg, "sample"))[2:]
+    assert options.parse(sample.Config, "", again) == cfg
+    with pytest.raises(Stopped, match="--prompt needs a value; .* given as --prompt=VALUE"):
+        options.parse(sample.Config, "", ["--prompt", "--n", "2"])
+
+
+def test_columns_of_the_log_never_touch():
+    for value in (0, 0.5, -0.5, 12.3456, 99.9996, -99.9996, 123.456, -999.99, 2993.75, 9999.96, -99999.9, 1e6, -1e6, 1e100, -1e-100, 3e-3):
+        text = experiment.short(value)
+        assert len(text) <= 7 and float(text) == pytest.approx(value, rel=0.05, abs=1e-3), value
+    assert [experiment.short(x) for x in (0.1234, -1.5, 0.0, 4e-4, math.nan, None)] == ["0.123", "-1.500", "0.000", "4e-04", "nan", "nan"]
+
+
+def test_json_files_hold_no_nan(tmp_path):
+    files.write_lines(tmp_path / "log", [{"a": math.nan, "b": [math.inf, 1.5], "c": {"d": -math.inf, "e": "NaN"}}])
+    text = (tmp_path / "log").read_text()
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == {"a": None, "b": [None, 1.5], "c": {"d": None, "e": "NaN"}}
+
+
+def written_to(encoding):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+    return stream, lambda: stream.buffer.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("encoding, shown", [("cp1252", "± \\U0001f98a"), ("ascii", "\\xb1 \\U0001f98a"), ("utf-8", "± 🦊")])
+def test_what_the_outputs_encoding_lacks_is_escaped(encoding, shown, monkeypatch):
+    stream, written = written_to(encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    experiment.self_contained(lambda cfg: print("± 🦊"))(None)
+    assert written() == shown + "\n" and sys.stdout is stream
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "gone"), ValueError("I/O operation on closed file"), None])
+def test_output_that_cannot_be_written_is_dropped(error, monkeypatch):
+    def fails(*args):
+        raise error
+    stream = error and types.SimpleNamespace(write=fails, flush=fails, isatty=lambda: True, closed=False)
+    monkeypatch.setattr(sys, "stdout", stream)
+    def main(cfg):
+        print("a line", flush=True)
+        list(experiment.progress([1], "working"))
+        return "done"
+    assert experiment.self_contained(main)(None) == "done" and sys.stdout is stream
+
+
+def test_a_main_leaves_the_process_as_it_found_it(monkeypatch):
+    def numbers():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+    def main(cfg):
+        experiment.seed_all(0)
+        experiment.pick_device(tiny(sft, deterministic=True))
+        signal.signal(signal.SIGTERM, lambda *args: None)
+        numbers()
+        if cfg:
+            files.stop("as asked")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    handler = signal.getsignal(signal.SIGTERM)
+    experiment.seed_all(5)
+    expected = numbers(), numbers()
+    experiment.seed_all(5)
+    first = numbers()
+    experiment.self_contained(main)(False)
+    with pytest.raises(Stopped, match="error: as asked"):
+        experiment.self_contained(main)(True)
+    assert (first, numbers()) == expected
+    assert not torch.are_deterministic_algorithms_enabled() and signal.getsignal(signal.SIGTERM) is handler
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ and not experiment.OPENED.mains
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+    getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
+    ids=lambda error: str(error)[:12])
+def test_out_of_memory_is_recognised_on_every_device(error):
+    assert experiment.out_of_memory(error)
+    assert not experiment.out_of_memory(RuntimeError("shapes differ")) and not experiment.out_of_memory(ValueError("out of memory"))
+
+
+def test_the_random_state_of_mps_is_kept_and_its_clock_waits(monkeypatch):
+    kept, waited = [], []
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: torch.tensor([7]))
+    monkeypatch.setattr(torch.mps, "set_rng_state", kept.append)
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append(1))
+    mps = torch.device("mps")
+    experiment.set_random_states(experiment.random_states(mps), mps)
+    experiment.Clock(mps).lap("rollout")
+    assert kept == [torch.tensor([7])] and waited == [1]
+
+
+def test_the_sampler_uses_no_attention_that_plans_for_each_length(monkeypatch):
+    seen, original = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(model.F, "scaled_dot_product_attention",
+                        lambda *args, **kwargs: (seen.append(torch.backends.cuda.cudnn_sdp_enabled()), original(*args, **kwargs))[1])
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    for _ in range(2):
+        generate(small_gpt(), [[1, 2]], 3, 10)
+    assert len(seen) > 4 and not any(seen) and torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+def test_a_package_without_metadata_and_a_clone_without_git_are_unknown(monkeypatch, tmp_path):
+    monkeypatch.setattr(experiment, "PACKAGES", ("torch", "no-such-package"))
+    assert experiment.circumstances(torch.device("cpu"))["no-such-package"] == "unknown"
+    subprocess.run("git init -q . && git -c user.name=a -c user.email=a@b commit -q --allow-empty -m outer && mkdir vendored", shell=True,
+                   cwd=tmp_path, check=True)
+    monkeypatch.setattr(experiment, "__file__", str(tmp_path / "vendored" / "experiment.py"))
+    assert experiment.circumstances(torch.device("cpu"))["commit"] == "unknown"
+    monkeypatch.setattr(experiment, "__file__", str(tmp_path / "experiment.py"))
+    assert re.fullmatch("[0-9a-f]{12}", experiment.circumstances(torch.device("cpu"))["commit"])
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_fsync_is_written_to_all_the_same(code, tmp_path, monkeypatch):
+    def unsupported(handle):
+        raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(os, "fsync", unsupported)
+    files.write(tmp_path / "a", "text")
+    with files.new_folder(tmp_path / "b") as beside:
+        (beside / "one").write_text("1")
+    assert (tmp_path / "a").read_text() == "text" and (tmp_path / "b" / "one").read_text() == "1"
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_still_keeps_a_second_process_out(code, tmp_path, monkeypatch):
+    def unsupported(handle, how):
+        raise OSError(code, os.strerror(code))
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    lock = files.one_process(tmp_path / ".lock", lambda: "taken")
+    other = in_a_child(lambda: files.one_process(tmp_path / ".lock", lambda: os._exit(7)))
+    assert other == 7
+    lock.release()
+    files.one_process(tmp_path / ".lock", lambda: "taken").release()
+
+
 def test_learning_rate_warms_up_and_decays_linearly_to_its_floor():
     rates = [experiment.learning_rate(s, 100, 2.0, 10, 0.1) for s in range(101)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
@@ -1772,6 +1929,67 @@ def test_threshold_kl_doubles_above_and_halves_below_and_else_stays():
         assert penalty.coef == coef
 
 
+@pytest.mark.parametrize("loss", ["policy_loss", "grpo_loss"])
+@pytest.mark.parametrize("log_ratio", [21.0, 89.0, 1000.0, -1000.0])
+def test_where_the_ratio_overflows_the_clipped_side_has_no_gradient(loss, log_ratio):
+    """inf * 0 is nan: exp overflows in float32 above 88"""
+    mask = torch.ones(2, 2)
+    advantages = torch.tensor([1.0, 0.0])
+    old = torch.tensor([[-1.0, -1 - log_ratio], [-1.0, -1 - log_ratio]])
+    logprobs = torch.full((2, 2), -1.0, requires_grad=True)
+    if loss == "policy_loss":
+        value, _ = ppo.policy_loss(logprobs, old, advantages[:, None].expand(2, 2), mask)
+    else:
+        value, _ = grpo.grpo_loss(logprobs, old, advantages, grpo.token_weights(mask))
+    value.backward()
+    far = 1.2 if log_ratio > 0 else 0.0
+    assert value.item() == pytest.approx(-(1 + far) / 4, abs=1e-6)
+    torch.testing.assert_close(logprobs.grad, torch.tensor([[-0.25, 0.0], [0.0, 0.0]]))
+
+
+def test_the_kl_penalty_does_not_cancel_near_zero():
+    log_ratio = torch.tensor([[1e-4, -3e-4, 2e-5]])
+    zero = torch.zeros(1, 3)
+    loss, _ = ppo.kl_penalty_loss(log_ratio, zero, zero, torch.ones(1, 3), coef=1.0)
+    exact = (torch.expm1(log_ratio.double()) - log_ratio.double()).mean().item()
+    assert loss.item() == pytest.approx(exact, rel=1e-3)     # ratio - 1 - log ratio is off by 30 % here
+
+
+def test_kl_coefficients_stay_within_reach_of_their_start():
+    penalty = ppo.ThresholdKL(1.0, target=0.002)
+    for _ in range(2000):
+        penalty.update(0.0)
+    assert penalty.coef == 1 / 1024
+    for _ in range(10):
+        penalty.update(1.0)
+    assert penalty.coef == 1.0
+    for _ in range(2000):
+        penalty.update(1.0)
+    assert penalty.coef == 1024
+    control = ppo.ProportionalKL(0.4, target=6.0, horizon=30.0)
+    for _ in range(2000):
+        control.update(0.0, 128)
+    assert control.beta == pytest.approx(4e-5)
+    for _ in range(2000):
+        control.update(100.0, 128)
+    assert control.beta == pytest.approx(4e3)
+
+
+def test_old_logprobs_in_bfloat16_come_from_batches_of_the_updates_shape(monkeypatch):
+    shapes, gpt = [], small_gpt()
+    inputs, targets, mask = data.collate([[1, 2]] * 12, [[3] * (1 + i % 4) + [10] for i in range(12)])
+    original = ppo.token_logprobs
+    monkeypatch.setattr(ppo, "token_logprobs", lambda policy, inputs, *args, **kwargs: (
+        shapes.append(len(inputs)), original(policy, inputs, *args, **kwargs))[1])
+    cfg = tiny(ppo, minibatch_size=8, accumulation=2)
+    whole = ppo.score_rollout(gpt, inputs, targets, mask, cfg)
+    parts = ppo.score_rollout(gpt, inputs, targets, mask, dataclasses.replace(cfg, dtype="bfloat16"))
+    assert shapes == [12, 4, 4, 4]
+    for a, b in zip(whole, parts):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    assert torch.equal(whole[0], token_logprobs(gpt, inputs, targets, mask))
+
+
 def test_first_minibatch_check_passes_at_ratio_one_and_names_what_is_wrong_otherwise(capsys):
     check, zero, none = ppo.check_first_minibatch, torch.zeros(2, 3), torch.zeros(2)
     mask = torch.ones(2, 3)
@@ -2012,6 +2230,18 @@ def test_group_advantages_move_with_the_rewards_as_they_should():
     torch.testing.assert_close(of("dr_grpo", 100 * rewards), 100 * of("dr_grpo"), atol=1e-3, rtol=0)
     half = math.sqrt(0.5)                                  # of two, the sample deviation is |r - r'| / sqrt(2)
     assert grpo.group_advantages(torch.tensor([0.3, 0.9]), 2).tolist() == pytest.approx([-half, half], abs=1e-3)
+
+
+def test_sequence_weights_of_a_row_without_tokens_are_zero():
+    mask = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    assert torch.equal(grpo.token_weights(mask, "sequence"), torch.tensor([[0.25, 0.25], [0.0, 0.0]]))
+
+
+def test_grpos_deviation_is_the_samples_as_in_other_libraries():
+    rewards = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64)
+    advantages = grpo.group_advantages(rewards, 4)
+    assert advantages.tolist() == pytest.approx([-0.9258, -0.4629, 0, 1.3887], abs=1e-3)
+    assert (rewards - 3)[3] / rewards.std(correction=0) / advantages[3] == pytest.approx(1.1547, abs=1e-3)
 
 
 @pytest.mark.parametrize("G", [2, 3, 4, 7, 64])
@@ -2399,14 +2629,64 @@ COPIED = {
     "fisher_product": lambda f, x, m: fisher_example(f, x), "mean_kl": lambda f, x, m: f(x.log_softmax(1), (2 * x).log_softmax(1)),
     "gradient_noise": lambda f, x, m: f(iter(x[:4])), "mixture_logprobs": lambda f, x, m: f(x[None].expand(2, -1, -1), [3, 6]),
     "optimum": lambda f, x, m: tuple(f(x, m, 0.1).values()), "best_of_n": lambda f, x, m: f(x, 3),
-    "ProportionalKL": lambda f, x, m: f(0.1, 6.0, 1e4).update(5.0, 8), "ThresholdKL": lambda f, x, m: f(1, 1).update(5)}
+    "ProportionalKL": lambda f, x, m: f(0.1, 6.0, 1e4).update(5.0, 8), "ThresholdKL": lambda f, x, m: f(1, 1).update(5),
+    "masked_mean": lambda f, x, m: f(x, m), "sequence_scores": lambda f, x, m: f(lambda tokens: tokens.double(), x, x, m),
+    "move_average": lambda f, x, m: moved_average(f, x), "plain_value": lambda f, x, m: f(x, x, m),
+    "reward_to_go": lambda f, x, m: f(x, x, m, 0.9), "baseline": lambda f, x, m: f(x, x, m, 0.9), "a2c": lambda f, x, m: f(x, x, m, 0.9),
+    "trpo_step": lambda f, x, m: trpo_example(f, x), "best_reward": lambda f, x, m: f(x, m, 0.5)[0],
+    "win_rate": lambda f, x, m: f(x, 2 * x), "elo_fit": lambda f, x, m: f((x[:, :5] ** 2).round()),
+    "preference": lambda f, x, m: f(x, 2 * x), "agreement": lambda f, x, m: f(x, 2 * x)}
+TAKES_ALONG = {
+    "plain_value": "next_values", "reward_to_go": "gae", "baseline": "reward_to_go gae", "a2c": "plain_value next_values",
+    "trpo_step": "conjugate_gradient fisher_product", "best_reward": "optimum BETAS",
+    "preference": "ANNOTATOR_TEMPERATURE", "agreement": "preference ANNOTATOR_TEMPERATURE"}
+PARTS_OF_SCRIPTS = ("token_logprobs", "generate", "add_lora", "merged", "normalisation", "main", "log_prob", "share_of_frontier")
+
+
+def moved_average(f, x):
+    mean, model = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    for p, q in zip(mean.parameters(), model.parameters()):
+        p.data.fill_(x[0, 0])
+        q.data.fill_(x[0, 1])
+    f(mean, model, 0.9)
+    return tuple(p.detach() for p in mean.parameters())
+
+
+def trpo_example(f, x):
+    """A policy over nine actions, and advantages of them"""
+    w, start = torch.zeros(9, dtype=x.dtype, requires_grad=True), torch.zeros(9, dtype=x.dtype).log_softmax(0)
+    kl = lambda: (start.exp() * (start - w.log_softmax(0))).sum()
+    return tuple(v for v in f([w], lambda: (w.softmax(0) @ x[0], kl()), kl).values())
+
+
+def pasted_source(name):
+    """A function's source, or the line that sets a constant"""
+    owner = next(m for m in (model, ppo, *SCRIPTS, frontier, reviews) if hasattr(m, name))
+    value = getattr(owner, name)
+    if callable(value):
+        return inspect.getsource(value)
+    return re.search(rf"^{name} = .*$", inspect.getsource(owner), re.M).group()
+
+
+def test_every_formula_of_the_table_is_pasted_or_named_as_part_of_a_script():
+    names = {name for _, name, _, _ in ROW.findall(README)}
+    assert names == {*COPIED, *PARTS_OF_SCRIPTS}
+    quote = README[README.index("## Quote it"):README.index("## What differs")]
+    for name in (*PARTS_OF_SCRIPTS, *TAKES_ALONG, *" ".join(TAKES_ALONG.values()).split()):
+        assert f"{name}`" in quote, name
 
 
 @pytest.mark.parametrize("name", COPIED)
 def test_maths_works_when_pasted_into_an_empty_file_with_masked_mean(name):
-    original = next(getattr(m, name) for m in (*SCRIPTS, frontier) if hasattr(m, name))
+    original = next(getattr(m, name) for m in (*SCRIPTS, frontier, reviews, model) if hasattr(m, name))
     pasted = {"torch": torch, "math": math}
-    exec(inspect.getsource(masked_mean) + "\n" + inspect.getsource(original), pasted)
+    if name == "trpo_step":                              # and one import
+        exec("from torch.nn.attention import SDPBackend, sdpa_kernel", pasted)
+    along = TAKES_ALONG.get(name, "").split()
+    for source in ("masked_mean", *reversed(along), name):
+        exec(pasted_source(source), pasted)
+    if "gae" in along:
+        pasted["ppo"] = types.SimpleNamespace(gae=pasted["gae"])
     x, mask = ragged()[0], ragged()[4]
     ours, theirs = COPIED[name](pasted[name], x, mask), COPIED[name](original, x, mask)
     flat = lambda result: result if isinstance(result, tuple) else (result,)
@@ -4220,6 +4500,183 @@ def test_closing_the_output_ends_with_one_line():
 def no_pictures(monkeypatch):
     """Drawing takes longer than all else in a run of two updates."""
     monkeypatch.setattr(experiment, "curves", lambda folder, title, panels: folder / "curves.png")
+
+
+def test_a_stage_called_from_python_can_be_refused_and_called_again(beside, no_pictures):
+    cfg = short(sft, out="from_python")
+    state = torch.get_rng_state()
+    with pytest.raises(Stopped, match="--vocab_size got 5"):
+        sft.main(dataclasses.replace(cfg, vocab_size=5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment.Run, "checkpoint", lambda run, done: files.stop("in the middle"))
+        with pytest.raises(Stopped, match="in the middle") as stopped:         # its traceback keeps the Run alive
+            sft.main(cfg)
+    results = sft.main(cfg)
+    assert results == sft.main(cfg) and torch.equal(torch.get_rng_state(), state)
+    assert stopped.value and "matplotlib.pyplot" not in sys.modules
+
+
+def test_a_main_runs_in_a_thread(beside, no_pictures):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(sft.main(short(sft, out="in_a_thread"))))
+    thread.start()
+    thread.join()
+    assert found[0].keys() >= {"held_out"} and (beside / "in_a_thread" / "sft" / "report.txt").exists()
+
+
+def test_copies_links_and_profilers_run_and_export_under_their_own_name(beside, tmp_path):
+    shutil.copytree(HERE, tmp_path / "clone", ignore=shutil.ignore_patterns("out", ".*", "*.md", "docs", "__pycache__"))
+    shutil.copy(HERE / "ppo.py", tmp_path / "clone" / "my_ppo.py")
+    (tmp_path / "clone" / "linked.py").symlink_to("ppo.py")
+    few = ["--config", "tiny", "--base", "tiny", "--steps", "1", "--n_eval", "2", "--n_samples", "2"]
+    running = {}
+    for name, command in (("my_ppo", [tmp_path / "clone" / "my_ppo.py"]), ("linked", [tmp_path / "clone" / "linked.py"]),
+                          ("profiled", ["-m", "cProfile", "-o", tmp_path / "profile", HERE / "ppo.py"])):
+        running[name] = subprocess.Popen([sys.executable, *map(str, command), *few, "--out", name, "--export", str(tmp_path / name)],
+                                         cwd=beside.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for name, process in running.items():
+        out, _ = process.communicate()
+        script = "ppo" if name == "profiled" else name
+        assert process.returncode == 0 and f"\ncommand     python {script}.py --config tiny --out {name}" in out, out
+        assert f"python {script}.py --config tiny --base tiny --out {name}-hacked" in out
+        assert (tmp_path / name / "model.safetensors").exists() and (beside / name / "ppo" / "report.txt").exists()
+
+
+def test_a_closed_terminal_or_reader_saves_and_a_closed_or_full_output_changes_nothing(beside, tmp_path):
+    slow = stage_command(sft, "--steps", "100000", "--save_every", "100000", "--n_eval", "8", "--n_texts", "100")
+    with started([*slow, "--out", "hangup"], beside.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        for line in process.stdout:
+            if re.match(" +[0-9]+ ", line):
+                process.send_signal(signal.SIGHUP)
+        assert process.wait() == 1 and "saved after" in process.stderr.read()
+    with started([*slow, "--out", "reader"], beside.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        for line in process.stdout:
+            if re.match(" +[0-9]+ ", line):
+                break
+        process.stdout.close()                           # as  | head  or a killed tee
+        assert process.wait() == 1
+        assert re.search("saved after .*--resume continues from there", process.stderr.read())
+    for run in ("hangup", "reader"):
+        saved = files.load_checkpoint(beside / run / "sft")
+        assert 0 < saved["step"] == len(log_of(beside / run / "sft"))
+    quick = " ".join(stage_command(sft, "--steps", "3", "--n_eval", "8", "--n_texts", "100", "--batch_size", "4"))
+    for where in (">&-", "> /dev/full", ">&- 2>&-"):
+        name = f"output{len(where)}"
+        done = subprocess.run(f"{quick} --out {name} {where}", shell=True, cwd=beside.parent, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (0, "") and (beside / name / "sft" / "report.txt").exists()
+        assert [line["step"] for line in log_of(beside / name / "sft")] == [0, 1, 2]
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored(beside, no_pictures, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    seen, original = [], experiment.Run.log
+    monkeypatch.setattr(experiment.Run, "log", lambda *args, **kwargs: (seen.append(signal.getsignal(signal.SIGHUP)), original(*args, **kwargs)))
+    try:
+        sft.main(short(sft, out="nohup"))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert len(seen) == 5 and set(seen) == {signal.SIG_IGN}
+
+
+def test_a_run_may_be_a_path_beside_which_others_are_found(beside, tmp_path, capsys, no_pictures):
+    disk = str(tmp_path / "disk" / "cost$_$")            # and its name is no formula
+    ppo.main(tiny(ppo, out=disk + "/", base="tiny", steps=1, n_eval=2, n_samples=2))
+    assert (tmp_path / "disk" / "cost$_$" / "ppo" / "report.txt").exists()
+    assert f"--out '{disk}-hacked'" in capsys.readouterr().out
+    found = evaluate.main(tiny(evaluate, out=disk, base="tiny", n_eval=2, n_reference=4, n_samples=2))
+    assert "cost$_$/ppo" in found and (tmp_path / "disk" / "cost$_$" / "evaluate" / "frontier.png").exists()
+    sample.main(tiny(sample, out=disk, stage="ppo", n=1))
+    ppo.main(tiny(ppo, out=str(tmp_path / "disk" / "next"), base=str(beside / "tiny"), steps=1, n_eval=2, n_samples=2))
+    with pytest.raises(Stopped, match="has no finished .*/disk/tin/sft"):
+        ppo.main(tiny(ppo, out="late", base=str(tmp_path / "disk" / "tin")))
+
+
+def test_a_run_name_with_dollars_is_drawn_as_it_is(beside, tmp_path, capsys):
+    files.write_lines(tmp_path / "log.jsonl", [{"step": 0, "loss": 1.0}, {"step": 1, "loss": None}])
+    assert experiment.curves(tmp_path, "SFT, out/cost$_$", [("loss", "", ["loss"])]) == tmp_path / "curves.png"
+    assert capsys.readouterr().out == ""
+
+
+def test_without_matplotlib_a_stage_finishes_without_pictures(beside, monkeypatch, capsys):
+    for name in list(sys.modules):
+        if name.startswith("matplotlib"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    sft.main(short(sft, out="undrawn"))
+    out = capsys.readouterr().out
+    assert "warning: a picture was not drawn (ModuleNotFoundError" in out and "curves      not drawn (ModuleNotFoundError" in out
+    assert (beside / "undrawn" / "sft" / "report.txt").exists()
+    found = evaluate.main(tiny(evaluate, out="undrawn_too", base="tiny", runs="tiny", n_eval=2, n_reference=4, n_samples=2))
+    assert "tiny/ppo" in found
+
+
+def test_one_bad_stage_among_many_is_left_out_by_name(beside, capsys, monkeypatch):
+    for run in ("damaged", "foreign", "older", "unfinished"):
+        shutil.copytree(beside / "tiny" / "ppo", beside / run / "ppo", dirs_exist_ok=True)
+    (beside / "damaged" / "ppo" / "checkpoint.pt").write_bytes((beside / "tiny" / "ppo" / "checkpoint.pt").read_bytes()[:5000])
+    torch.save({"weights": torch.zeros(3)}, beside / "foreign" / "ppo" / "checkpoint.pt")
+    config = files.read_json(beside / "older" / "ppo" / "config.json")
+    for name in ("score_clip", "ptx_coef", "ema", "text_prompt", "whiten_rewards"):
+        del config[name]
+    files.write(beside / "older" / "ppo" / "config.json", json.dumps(config))
+    (beside / "unfinished" / "ppo" / "report.txt").unlink()
+    small = dict(out="among_bad", base="tiny", n_eval=2, n_reference=4, n_samples=2)
+    found = evaluate.main(tiny(evaluate, **small))
+    out = capsys.readouterr().out
+    assert "older/ppo" in found and not {"damaged/ppo", "foreign/ppo", "unfinished/ppo"} & set(found)
+    for said in ("leaving out damaged/ppo: error: out/damaged/ppo/checkpoint.pt cannot be read", "leaving out foreign/ppo: error: ",
+                 "leaving out unfinished/ppo: it is not finished"):
+        assert said in out
+    with pytest.raises(Stopped, match="damaged/ppo/checkpoint.pt cannot be read"):         # one that was asked for
+        evaluate.main(tiny(evaluate, runs="tiny, damaged/ppo", **small))
+    for run in ("damaged", "foreign", "older", "unfinished", "among_bad"):
+        shutil.rmtree(beside / run)
+
+
+def test_a_full_disk_leaves_the_last_evaluation_where_it_was(beside, monkeypatch):
+    small = dict(out="evaluated_full", base="tiny", runs="tiny", n_eval=2, n_reference=4, n_samples=2)
+    evaluate.main(tiny(evaluate, **small))
+    folder = beside / "evaluated_full" / "evaluate"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    original = frontier.collect
+    def fill_the_disk(*args):
+        monkeypatch.setattr(os, "fsync", full)
+        return original(*args)
+    monkeypatch.setattr(frontier, "collect", fill_the_disk)
+    with pytest.raises(Stopped, match="could not be written .No space left on device"):
+        evaluate.main(tiny(evaluate, **small))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not folder.with_name("evaluate.old").exists()
+
+
+def test_one_sample_has_no_standard_deviation_to_speak_of(beside, capsys, no_pictures):
+    results = ppo.main(tiny(ppo, out="single", base="tiny", steps=1, n_eval=1, n_samples=1))
+    assert "standard deviations" not in capsys.readouterr().out and "gold_gain" not in results
+    json.loads((beside / "single" / "ppo" / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(beta=1e38, kl_control="fixed"), "in update [01]: .*; try .*a smaller --beta"),
+    (dict(critic_lr=1e30), "in update [01]: .*; try a (smaller --beta, --score_clip or|lower) --critic_lr"),
+    (dict(lr=1e30), "; try a lower --lr or a smaller --grad_clip")], ids=lambda x: " ".join(x) if isinstance(x, dict) else "")
+def test_a_number_that_is_not_finite_blames_the_option_behind_it(changes, said, beside, no_pictures):
+    with pytest.raises(Stopped, match=said):
+        ppo.main(tiny(ppo, out="blamed", base="tiny", overwrite=True, **changes))
+
+
+def test_without_a_bonus_the_update_builds_no_graph_for_the_entropy(beside, monkeypatch, no_pictures):
+    asked, original = [], ppo.token_logprobs
+    def recorded(*args, return_entropy=False, **kwargs):
+        if torch.is_grad_enabled():
+            asked.append(return_entropy)
+        return original(*args, return_entropy=return_entropy, **kwargs)
+    monkeypatch.setattr(ppo, "token_logprobs", recorded)
+    for coef in (0.0, 0.1):
+        ppo.main(tiny(ppo, out=f"bonus_{coef}", base="tiny", steps=1, n_eval=2, n_samples=2, entropy_coef=coef))
+    assert asked == [False] * 2 + [True] * 2
+    assert log_of(beside / "bonus_0.0" / "ppo")[0]["entropy"] > 0
 
 
 @pytest.fixture(scope="module")
