@@ -4560,10 +4560,10 @@ def test_a_closed_terminal_or_reader_saves_and_a_closed_or_full_output_changes_n
         saved = files.load_checkpoint(beside / run / "sft")
         assert 0 < saved["step"] == len(log_of(beside / run / "sft"))
     quick = " ".join(stage_command(sft, "--steps", "3", "--n_eval", "8", "--n_texts", "100", "--batch_size", "4"))
-    for where in (">&-", "> /dev/full", ">&- 2>&-"):
-        name = f"output{len(where)}"
-        done = subprocess.run(f"{quick} --out {name} {where}", shell=True, cwd=beside.parent, stderr=subprocess.PIPE, text=True)
-        assert (done.returncode, done.stderr) == (0, "") and (beside / name / "sft" / "report.txt").exists()
+    running = {name: subprocess.Popen(f"{quick} --out {name} {where}", shell=True, cwd=beside.parent, stderr=subprocess.PIPE, text=True)
+               for name, where in (("closed", ">&-"), ("full", "> /dev/full"), ("mute", ">&- 2>&-"))}
+    for name, process in running.items():
+        assert (process.communicate()[1], process.returncode) == ("", 0) and (beside / name / "sft" / "report.txt").exists()
         assert [line["step"] for line in log_of(beside / name / "sft")] == [0, 1, 2]
 
 
@@ -4588,7 +4588,7 @@ def test_a_run_may_be_a_path_beside_which_others_are_found(beside, tmp_path, cap
     sample.main(tiny(sample, out=disk, stage="ppo", n=1))
     ppo.main(tiny(ppo, out=str(tmp_path / "disk" / "next"), base=str(beside / "tiny"), steps=1, n_eval=2, n_samples=2))
     with pytest.raises(Stopped, match="has no finished .*/disk/tin/sft"):
-        ppo.main(tiny(ppo, out="late", base=str(tmp_path / "disk" / "tin")))
+        ppo.main(tiny(ppo, out="from_disk", base=str(tmp_path / "disk" / "tin")))
 
 
 def test_a_run_name_with_dollars_is_drawn_as_it_is(beside, tmp_path, capsys):
@@ -5882,6 +5882,15 @@ def test_the_readmes_way_to_the_first_nan_finds_it_and_nothing_where_there_is_no
     fine, bad = (process.communicate()[1] for process in both)
     assert both[0].returncode == 0, fine
     assert "(x - 20).log().tolist()" in bad and "ArithmeticError: aten.log.default made a nan of [torch.Size([32])]" in bad
+
+
+def test_the_readmes_notebook_runs(beside, capsys):
+    code = re.search(r"```python\n(# notebook.py\n.*?)```", README, re.S)[1]
+    exec(code.replace('out="notebook"', 'out="notebook", base="tiny"'), {})
+    results = files.read_json(beside / "notebook" / "ppo" / "results.json")
+    assert capsys.readouterr().out.endswith(f"{results['score']} {results['kl_ref']}\n")
+    exec(code.replace('out="notebook"', 'out="notebook", base="tiny", beta=0.7'), {})
+    assert "holds a run with" in capsys.readouterr().out
 
 
 def test_every_metric_that_is_logged_is_in_the_readme(whole_run):
