@@ -111,7 +111,7 @@ def distinct(texts, n=2):
 # What to evaluate
 
 def finished_stages(cfg):
-    """Folders of finished stages beside this run, and the names in --runs, each of which must be among them"""
+    """Folders of finished stages beside this run, and the names in --runs, which must be among them"""
     runs_in = options.folder_of(options.run_name(cfg)).parent
     folders = sorted(path.parent for path in runs_in.glob("*/*/report.txt")
                      if (path.parent / "checkpoint.pt").exists())
@@ -146,7 +146,7 @@ def find_policies(cfg, reference, reward, device):
             continue
         try:
             policies, why_not = policies_of(folder, sft_made, reward, name in wanted, device, cfg)
-        except files.Stopped as error:                   # damaged, or written by a different version
+        except files.Stopped as error:                   # damaged, or of a different version
             if named:
                 raise
             policies, why_not = {}, error
@@ -157,7 +157,7 @@ def find_policies(cfg, reference, reward, device):
 
 
 def policies_of(folder, sft_made, reward, whole_ladder, device, cfg):
-    """-> {run/stage: (GPT, its config)} of a finished stage, {} with the reason if it does not belong here"""
+    """-> {run/stage: (GPT, its config)} of a finished stage; {} and the reason if it is left out"""
     saved = files.load_checkpoint(folder)
     keys = sft.policies_in(saved)
     if not keys or not {"sft", "reward"} <= saved.keys():
@@ -351,7 +351,8 @@ def draw_frontier(samples, path):
         axis.set(xlabel="KL to the reference (nats per response)", ylabel=unit, xlim=(-0.1, widest))
         if left_out:
             beyond = textwrap.fill("beyond the right edge: " + ", ".join(left_out), 60)
-            axis.text(0.98, 0.02, experiment.no_math(beyond), transform=axis.transAxes, ha="right", fontsize=7)
+            axis.text(0.98, 0.02, experiment.no_math(beyond), transform=axis.transAxes, ha="right",
+                      fontsize=7)
         axis.grid(alpha=0.3)
     for axis, title in zip(axes, ("What was trained for", "What was wanted")):
         axis.set_title(title)
@@ -370,8 +371,10 @@ def overoptimisation(log, gold_mean, gold_std):
     score = experiment.smooth([line["score"] for line in log])
     gold = experiment.smooth([(line["gold"] - gold_mean) / gold_std for line in log])
     peak = gold.index(max(gold))
-    return {"peak_gold": gold[peak], "peak_kl": root[peak] ** 2, "end_gold": gold[-1], "end_kl": root[-1] ** 2,
-            "end_score": score[-1], "peak_score": score[peak], "fall": gold[peak] - gold[-1]}, (root, score, gold)
+    found = {"peak_gold": gold[peak], "peak_kl": root[peak] ** 2, "peak_score": score[peak],
+             "end_gold": gold[-1], "end_kl": root[-1] ** 2, "end_score": score[-1],
+             "fall": gold[peak] - gold[-1]}
+    return found, (root, score, gold)
 
 
 @experiment.optional
@@ -395,8 +398,8 @@ def overoptimise(cfg, sft_run, held_out):
     common = dict(out=name, base=sft_run, seed=cfg.seed, device=cfg.device, resume=True, overwrite=cfg.overwrite)
     rm.main(rm.Config(config=cfg.config, n_prompts=cfg.weak_rankings, warmup=2, **common))
     print()
-    ppo.main(ppo.Config(config=cfg.config, kl_control="fixed", beta=cfg.weak_beta, steps=cfg.weak_steps,
-                        kl_bound=1e9, **common))
+    ppo.main(ppo.Config(config=cfg.config, kl_control="fixed", beta=cfg.weak_beta,
+                        steps=cfg.weak_steps, kl_bound=1e9, **common))
     print()
     gold = torch.tensor([ranking["gold"] for ranking in held_out])           # of SFT's samples
     log = files.read_lines(options.folder_of(name) / "ppo" / "log.jsonl")

@@ -12,7 +12,7 @@ interrupted.
 What the scripts use of it:
 
     launch                          parse the command line and run main(cfg)
-    self_contained                  main(cfg) leaves the process as it found it: it can be called from Python
+    self_contained                  main(cfg) leaves the process as it found it, for use from Python
     Run, ensure                     a stage's folder; an earlier stage's, made where it is missing
     learning_rate, Clock, ...       small things for the loop and the report
 """
@@ -58,7 +58,8 @@ def launch(main, Config, doc):
         except files.Stopped as error:
             raise SystemExit(str(error))
         except KeyboardInterrupt:
-            raise SystemExit("\nstopped; what was saved is intact, --resume continues an unfinished stage")
+            raise SystemExit("\nstopped; what was saved is intact, "
+                             "--resume continues an unfinished stage")
         except BrokenPipeError:                          # by  | head, outside of any training loop
             raise SystemExit("stopped: the output was closed; what was saved is intact")
         except (RuntimeError, MemoryError) as error:
@@ -71,8 +72,8 @@ def self_contained(main):
     """
     Decorator: main(cfg) leaves the process as it found it, so a notebook or a program can call it.
 
-    It puts back the states of the random generators, the deterministic flag, the signal handlers and
-    standard output, and releases the lock on the stage's folder, however main ends.
+    It puts back the states of the random generators, the deterministic flag, the signal handlers
+    and standard output, and releases the lock on the stage's folder, however main ends.
     """
     @functools.wraps(main)
     def wrapped(cfg):
@@ -99,8 +100,9 @@ class Opened(threading.local):
 
 
 OPENED = Opened()
+FINISHING = b"\nfinishing this update, then saving; Ctrl-C again leaves at once\n"
 # Ctrl-C, a plain kill, a closed terminal
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = [kind for kind in signal.Signals if kind.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 
 
 def process_state():
@@ -132,7 +134,7 @@ def in_main_thread():
 
 
 def random_states(device=None):
-    """States of torch's, Python's and numpy's generators, for a checkpoint; of a GPU's too if it is given"""
+    """States of torch's, Python's and numpy's generators, and of a GPU's if one is given"""
     name, keys, *place = np.random.get_state()
     states = {"torch": torch.get_rng_state(), "python": random.getstate(),
               "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *place]}
@@ -160,12 +162,12 @@ class Output:
     Standard output that cannot end a run.
 
     Characters that its encoding lacks are escaped. Where nothing can be written any more, on a full
-    disk or a closed terminal, the text is dropped: the log has the numbers. When the reader of a pipe
-    is gone, a training loop finishes its update, saves and leaves, as after a plain kill.
+    disk or a closed terminal, the text is dropped: the log has the numbers. When the reader of a
+    pipe is gone, a training loop finishes its update, saves and leaves, as after a plain kill.
     """
 
     def __init__(self, stream):
-        self.stream = stream                             # None where standard output was closed from the start
+        self.stream = stream                             # None where standard output is closed
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -222,8 +224,8 @@ def out_of_memory(error):
     """
     Whether the memory of the CPU or of a GPU ran out.
 
-    torch has a class for that on CUDA alone, and its AcceleratorError can mean it as well; the CPU's
-    allocator and MPS raise a plain RuntimeError.
+    torch has a class for that on CUDA alone, where an AcceleratorError can mean it as well; the
+    CPU's allocator and MPS raise a plain RuntimeError.
     """
     words = ("out of memory", "can't allocate memory", "cudaErrorMemoryAllocation")
     return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
@@ -320,7 +322,7 @@ class Run:
             run.checkpoint(step + 1)
         run.finish(report, results)
 
-    export(folder, to) writes what a finished stage made for transformers; a stage that trains nothing has none.
+    export(folder, to) writes a finished stage's model for transformers; one that trains nothing has none.
     run.generator, on the CPU, is the one source of randomness besides the seeded ones of torch, Python and numpy.
     """
 
@@ -415,7 +417,7 @@ class Run:
                 files.write(beside / "config.json", config)
 
     def close(self):
-        """Let other processes have the folder. If this run has not saved anything, the earlier one comes back."""
+        """Release the folder. If this run has saved nothing, the earlier one comes back."""
         if self.old.exists() and not any(self.what_stands().values()):
             shutil.rmtree(self.folder, ignore_errors=True)
             os.replace(self.old, self.folder)
@@ -476,13 +478,14 @@ class Run:
             self.interrupted = True
             # print may be busy; and standard output closed, its number another file's
             with contextlib.suppress(OSError, ValueError, AttributeError):
-                os.write(sys.__stdout__.fileno(), b"\nfinishing this update, then saving; Ctrl-C again leaves at once\n")
+                os.write(sys.__stdout__.fileno(), FINISHING)
 
         self.first, self.last, self.looping = first, last, True
         before = {}
         if in_main_thread():
             for kind in SIGNALS:
-                if not (kind.name == "SIGHUP" and signal.getsignal(kind) == signal.SIG_IGN):    # nohup
+                nohup = kind.name == "SIGHUP" and signal.getsignal(kind) == signal.SIG_IGN
+                if not nohup:
                     before[kind] = signal.signal(kind, interrupt)
         try:
             for self.step in range(first, last):
@@ -493,12 +496,13 @@ class Run:
             for kind, handler in before.items():
                 signal.signal(kind, handler)
 
-    def must_be_finite(self, taken=0, hint="try a lower --lr or a smaller --grad_clip, with another --out", **values):
+    def must_be_finite(self, taken=0, hint="try a lower --lr or a smaller --grad_clip, with another --out",
+                       **values):
         """
         Stop before a number that is not finite gets into the weights.
 
-        taken counts the gradient steps already made in this update. If it is 0 the weights are untouched, so the
-        state is saved before stopping. hint says what to try.
+        taken counts the gradient steps already made in this update. If it is 0 the weights are
+        untouched, so the state is saved before stopping. hint says what to try.
         """
         for name, value in values.items():
             value = torch.as_tensor(value)
@@ -586,7 +590,7 @@ class Run:
 
 
 def script_name(stage):
-    """The name of the script whose main is running, a copy of ours perhaps; in a notebook the stage's"""
+    """The name of the script whose main is running, perhaps a copy; in a notebook the stage's"""
     file = OPENED.mains[-1].__globals__.get("__file__") if OPENED.mains else None
     return Path(file).stem if file else stage
 
@@ -594,7 +598,8 @@ def script_name(stage):
 def check_export(cfg, export):
     """Exit, before any work, where --export cannot be done."""
     if export is None and (cfg.export or cfg.lora_rank or cfg.accumulation > 1):
-        stop("--export, --lora_rank and --accumulation are for stages that train; this one trains nothing")
+        stop("--export, --lora_rank and --accumulation are for stages that train; "
+             "this one trains nothing")
     if cfg.export:
         for folder in (Path(cfg.export), Path(f"{Path(cfg.export)}-ema")):
             if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
@@ -635,11 +640,14 @@ PACKAGES = ("torch", "transformers", "tokenizers", "tiktoken", "numpy")
 def circumstances(device):
     """What the bits of a result depend on besides its settings: {host, device, threads, commit, python, torch, ..}"""
     here = Path(__file__).resolve().parent
-    # The clone may belong to another user, and without a .git of its own this folder is in a project of theirs
-    git = ["git", "-c", "safe.directory=*", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    # A clone may belong to a different user. Without a .git of its own this folder has no commit:
+    # git would go up to the project that it was copied into.
+    git = ["git", "-c", "safe.directory=*", "describe", "--always", "--dirty", "--exclude=*",
+           "--abbrev=12"]
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(here.parent)}
     try:
         commit = subprocess.run(git, text=True, capture_output=True, timeout=10, cwd=here,
-                                env=os.environ | {"GIT_CEILING_DIRECTORIES": str(here.parent)}).stdout.strip()
+                                env=environment).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):         # no git here
         commit = ""
     return {"host": platform.node(), "device": str(device), "threads": torch.get_num_threads(),
@@ -744,7 +752,7 @@ def smooth(values):
 
 
 def subplots(*shape, figsize, **options):
-    """A figure and its axes, as pyplot's subplots; pyplot itself would change a notebook's backend"""
+    """A figure and its axes, as pyplot's subplots, which would change a notebook's backend"""
     from matplotlib.figure import Figure
     figure = Figure(figsize=figsize)
     return figure, figure.subplots(*shape, **options)

@@ -96,7 +96,7 @@ def write(path, text):
 
 
 def to_json(value, indent=None):
-    """JSON text. Standard JSON has no NaN or Infinity, so a number that is not finite becomes null."""
+    """JSON text. JSON has no NaN or Infinity: a number that is not finite becomes null."""
     def finite(x):
         if isinstance(x, dict):
             return {key: finite(item) for key, item in x.items()}

@@ -93,25 +93,27 @@ def group_advantages(scores, group_size, kind="grpo"):
     """
     How much better each response did than its group: (B,) -> (B,), groups contiguous
 
-    grpo        (r_i - mean) / (std + 1e-4)                    (Shao et al. 2024, DeepSeekMath, 4.1.2)
-    dr_grpo     r_i - mean                                     (Liu et al. 2025)
+    grpo        (r_i - mean) / (std + 1e-4)            (Shao et al. 2024, DeepSeekMath, 4.1.2)
+    dr_grpo     r_i - mean                             (Liu et al. 2025)
     rloo        r_i - mean of the others = G / (G - 1) (r_i - mean)        (Kool et al. 2019)
-    reinforce   r_i                                            (Williams 1992)
+    reinforce   r_i                                    (Williams 1992)
 
-    std is the sample's, over G - 1, as in TRL, verl and OpenRLHF; the paper does not say. The mean of
-    the others does not depend on y_i, so as a baseline it adds no bias; the group's mean contains r_i
-    itself and shrinks the expected gradient to (G - 1) / G of it. Advantages of kind grpo are of size 1
-    however little the rewards of a group differ, unless they are equal: then they are 0.
+    std is the sample's, over G - 1, as in TRL, verl and OpenRLHF; the paper does not say. The mean
+    of the others does not depend on y_i, so as a baseline it adds no bias; the group's mean contains
+    r_i itself and shrinks the expected gradient to (G - 1) / G of it. Advantages of kind grpo are of
+    size 1 however little the rewards of a group differ, unless they are equal: then they are 0.
 
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0, 0.7, 0.7, 0.7, 0.7]), 4, "rloo")
     tensor([ 1.0000, -0.3333, -0.3333, -0.3333,  0.0000,  0.0000,  0.0000,  0.0000])
     """
     if len(scores) % group_size:
-        raise ValueError(f"got {len(scores)} scores, which is not a multiple of group_size {group_size}")
+        raise ValueError(f"got {len(scores)} scores, which is not a multiple of "
+                         f"group_size {group_size}")
     if kind == "reinforce":
         return scores
     if group_size < 2:
-        raise ValueError(f"got group_size {group_size} with kind {kind}; a group takes 2 responses or more")
+        raise ValueError(f"got group_size {group_size} with kind {kind}; a group takes 2 responses "
+                         "or more")
     groups = scores.view(-1, group_size)                                     # (B / G, G)
     groups = groups - groups[:, :1]          # so that equal rewards give 0 exactly, free of rounding
     centred = groups - groups.mean(dim=1, keepdim=True)
@@ -151,8 +153,9 @@ def grpo_loss(logprobs, old_logprobs, advantages, weights, clip_eps=0.2, clip_ep
 
     Shao et al. 2024, equation 3, without its KL. advantages (B,), the same for all tokens of a response;
     weights (B, T) from token_weights. With eps_high > eps tokens may rise further than fall, which lets
-    unlikely ones grow (Yu et al. 2025, DAPO). The clip is of each token's ratio for every kind of
-    advantage; TRL's RLOO clips the ratio of the whole response. log rho is capped as in ppo.policy_loss.
+    unlikely ones grow (Yu et al. 2025, DAPO). Each token's ratio is clipped, whatever the kind of
+    advantage; TRL's RLOO clips the ratio of the whole response. log rho is capped as in
+    ppo.policy_loss.
     -> loss, {policy_loss, clip_fraction: share of tokens where the clip decides, ratio: mean rho}
     """
     ratio = torch.exp((logprobs - old_logprobs).clamp(max=20.0))             # (B, T)
@@ -182,8 +185,8 @@ def check(cfg):
     options.check_minibatch(cfg)
     scoring.check(cfg)
     if cfg.batch_size % cfg.group_size:
-        files.stop(f"--batch_size {cfg.batch_size} is not a multiple of --group_size {cfg.group_size}; "
-                   "every group must be whole")
+        files.stop(f"--batch_size {cfg.batch_size} is not a multiple of --group_size "
+                   f"{cfg.group_size}; every group must be whole")
     if cfg.group_size == 1 and cfg.advantage != "reinforce":
         files.stop(f"--group_size 1 has nobody to compare a response with, as --advantage "
                    f"{cfg.advantage} does; it takes 2 or more, or --advantage reinforce")
@@ -226,7 +229,7 @@ def main(cfg):
         scores = reward(inputs, targets, mask, finished)                                    # (B,)
 
         # ---- 3. logprobs
-        old_logprobs, entropy = ppo.score_rollout(actor, inputs, targets, mask, cfg)        # (B, T) x 2
+        old_logprobs, entropy = ppo.score_rollout(actor, inputs, targets, mask, cfg)    # (B, T) x 2
         with torch.no_grad():
             ref_logprobs = token_logprobs(reference, inputs, targets, mask, cfg.temperature)
         kl_ref = ppo.kl_estimate(old_logprobs, ref_logprobs).sum(dim=1)      # (B,) both 0 off the mask
@@ -240,8 +243,9 @@ def main(cfg):
 
         # ---- 5. advantages
         advantages = group_advantages(rewards, G, cfg.advantage)                            # (B,)
-        run.must_be_finite(hint="try a smaller --beta or --score_clip, with another --out", advantages=advantages)
-        group_std = rewards.view(-1, G).std(dim=1, correction=min(1, G - 1))                # (B / G,)
+        run.must_be_finite(hint="try a smaller --beta or --score_clip, with another --out",
+                           advantages=advantages)
+        group_std = rewards.view(-1, G).std(dim=1, correction=min(1, G - 1))            # (B / G,)
         equal = (scores.view(-1, G) == scores.view(-1, G)[:, :1]).all(dim=1)                # (B / G,)
 
         # ---- 6. update
@@ -258,8 +262,9 @@ def main(cfg):
                     loss, part = grpo_loss(logprobs, old_logprobs[rows], advantages[rows], w, cfg.clip_eps,
                                            cfg.clip_eps_high)
                     if step == 0 and not history:
-                        outside = ppo.check_first_minibatch(logprobs, old_logprobs[rows], mask[rows], kl_ref,
-                                                            cfg.clip_eps, cfg.clip_eps_high, cfg.dtype)
+                        outside = ppo.check_first_minibatch(
+                            logprobs, old_logprobs[rows], mask[rows], kl_ref, cfg.clip_eps,
+                            cfg.clip_eps_high, cfg.dtype)
                     if cfg.kl_in == "loss":
                         k3 = ppo.kl_estimate(logprobs, ref_logprobs[rows], "k3")            # (b, T)
                         loss = loss + cfg.beta * (w * k3).sum()
@@ -268,8 +273,9 @@ def main(cfg):
                     experiment.add(metrics, {"policy_loss": part.pop("policy_loss")}, 1.0)
                     experiment.add(metrics, part, mask[rows].sum() / mask[minibatch].sum())
                 metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(actor.parameters(), cfg.grad_clip)
-                run.must_be_finite(len(history), "try a lower --lr or a smaller --beta, with another --out",
-                                   loss=whole_loss, **metrics)
+                run.must_be_finite(
+                    len(history), "try a lower --lr or a smaller --beta, with another --out",
+                    loss=whole_loss, **metrics)
                 optimizer.step()
                 optimizer.zero_grad()
                 history.append(metrics)

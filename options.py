@@ -1,7 +1,7 @@
 """
 Settings: a script's Config from its presets and the command line, each value of its type and in its range.
 
-    Common, COMMON              the fields that every stage has, to which its own Config adds; their presets
+    Common, COMMON              the fields that every stage has, and their presets
     Presets                     Config(config="tiny", steps=3): a preset's values, then those given
     parse                       --config NAME [--field value ...] -> Config
     check_fields, ...           what stops a run before any work
@@ -40,7 +40,7 @@ class Presets(type):
 @dataclass
 class Common(metaclass=Presets):
     config: str = "small"       # preset to start from
-    out: str = ""               # run name, for out/RUN/STAGE, or the path of a folder; default: the preset's name
+    out: str = ""               # run name, for out/RUN/STAGE, or a path; default: the preset's name
     base: str = ""              # run whose finished SFT and reward model stages to reuse
     data: str = "reviews"       # the built-in task; or a .jsonl file, a folder of them, hh, tldr, hf:OWNER/NAME
     max_prompt_tokens: int = 128        # of --data: longer prompts keep their end
@@ -233,9 +233,9 @@ def check_run_name(flag, value):
     special = taken or path.name in ("", "..")
     foreign = "\\" in value and os.sep != "\\"
     if value and (special or foreign or not value.isprintable() or len(path.name) > 100):
-        stop(f"{flag} got {value!r}; it takes the name of a run, which becomes a folder in out/, or the "
-             f"path of a folder. Not {' or '.join(TAKEN)}, no backslash, at most 100 characters in the "
-             "last part, all printable")
+        stop(f"{flag} got {value!r}; it takes the name of a run, which becomes a folder in out/, or "
+             f"the path of a folder. Not {' or '.join(TAKEN)}, no backslash, at most 100 characters "
+             "in the last part, all printable")
 
 
 def check_minibatch(cfg):

@@ -194,8 +194,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2):
     """
     - mean of min(rho A, clip(rho, 1 - eps, 1 + eps) A),   rho = exp(logprobs - old_logprobs)
 
-    Schulman et al. 2017, equation 7. Where the clip decides, the gradient is 0. log rho is capped at 20,
-    as in verl and OpenRLHF: where rho overflows, that 0 would be inf * 0.
+    Schulman et al. 2017, equation 7. Where the clip decides, the gradient is 0. log rho is capped
+    at 20, as in verl and OpenRLHF: where rho overflows, that 0 would be inf * 0.
     -> loss, {policy_loss, clip_fraction: share of tokens where the clip decides, ratio: mean rho}
     """
     ratio = torch.exp((logprobs - old_logprobs).clamp(max=20.0))
@@ -271,7 +271,7 @@ class ThresholdKL:
     """
     coef doubles where KL(pi_old, pi_theta) after an update is above 1.5 target, and halves where it
     is below target / 1.5    (Schulman et al. 2017, section 4). kl_old is in nats per token.
-    coef stays within a factor BOUND of where it started: ten doublings bring it back from quiet updates.
+    coef stays within a factor BOUND of where it started: ten doublings end any quiet spell.
     """
     BOUND = 1024
 
@@ -333,8 +333,8 @@ def score_rollout(policy, inputs, targets, mask, cfg):
     """
     log pi and the entropy of pi at every response token -> (B, T) x 2
 
-    bfloat16 rounds a product differently in a batch of a different shape, which alone can put several
-    percent of the ratios outside the clip range. So there the batches are as large as the update's.
+    bfloat16 rounds a product differently in a batch of a different shape, which alone can put
+    several percent of the ratios outside the clip range. So its batches are as large as the update's.
     """
     size = len(mask)
     if cfg.dtype == "bfloat16":
@@ -346,7 +346,8 @@ def score_rollout(policy, inputs, targets, mask, cfg):
 
 
 @torch.no_grad()
-def check_first_minibatch(logprobs, old_logprobs, mask, kl_ref, clip_eps, clip_eps_high=None, dtype="float32"):
+def check_first_minibatch(logprobs, old_logprobs, mask, kl_ref, clip_eps, clip_eps_high=None,
+                          dtype="float32"):
     """
     Before the first gradient step actor, pi_old and reference are one policy: exit if they are not.
 
@@ -357,16 +358,17 @@ def check_first_minibatch(logprobs, old_logprobs, mask, kl_ref, clip_eps, clip_e
     ratio = log_ratio.exp()
     outside = masked_mean(((ratio < 1 - clip_eps) | (ratio > 1 + high)).float(), mask).item()
     drift = log_ratio.abs().max().item()
-    limit = 1e-4 if logprobs.device.type == "cpu" else 1e-3      # GPU kernels differ by the shape of a batch
+    # GPU kernels round differently for batches of different shape
+    limit = 1e-4 if logprobs.device.type == "cpu" else 1e-3
     if dtype == "bfloat16":
         drift, limit = masked_mean(log_ratio.abs(), mask).item(), 0.02
     if drift > limit or (outside and dtype != "bfloat16"):
-        files.stop(f"at the first minibatch the ratio should be 1, but the log ratio reaches {drift:.1e}: "
-                   "old_logprobs and logprobs were computed differently. Look for dropout, a different "
-                   "temperature or mask, or a gradient step in between")
+        files.stop(f"at the first minibatch the ratio should be 1, but the log ratio reaches "
+                   f"{drift:.1e}: old_logprobs and logprobs were computed differently. Look for "
+                   "dropout, a different temperature or mask, or a gradient step in between")
     if outside > 0.01:
-        print(f"warning: before any step, {outside:.1%} of the tokens have a ratio outside the clip range, from "
-              "the rounding of bfloat16; --dtype float32 has none")
+        print(f"warning: before any step, {outside:.1%} of the tokens have a ratio outside the clip "
+              "range, from the rounding of bfloat16; --dtype float32 has none")
     if kl_ref.abs().max() > 1e-4:
         files.stop(f"at the first update kl_ref should be 0, but reaches {kl_ref.abs().max():.1e}"
                    " nats: actor and reference do not start from the same weights")
@@ -462,14 +464,15 @@ def main(cfg):
         scores = reward(inputs, targets, mask, finished)                                    # (B,)
 
         # ---- 3. logprobs
-        old_logprobs, entropy = score_rollout(actor, inputs, targets, mask, cfg)            # (B, T) x 2
+        old_logprobs, entropy = score_rollout(actor, inputs, targets, mask, cfg)        # (B, T) x 2
         with torch.no_grad():
             ref_logprobs = token_logprobs(reference, inputs, targets, mask, cfg.temperature)
             old_values = critic(inputs) * mask                                              # (B, T)
         kl_ref = kl_estimate(old_logprobs, ref_logprobs).sum(dim=1)     # (B,) both 0 off the mask
         run.must_be_finite(hint=scoring.HINT, scores=scores)
         run.must_be_finite(kl_ref=kl_ref)
-        run.must_be_finite(hint="try a lower --critic_lr, with another --out", old_values=old_values)
+        run.must_be_finite(hint="try a lower --critic_lr, with another --out",
+                           old_values=old_values)
         check_rollout(kl_ref, cfg.kl_bound)
         clock.lap("score")
 
@@ -483,8 +486,9 @@ def main(cfg):
         advantages, _ = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)                  # (B, T)
         returns = critic_targets(rewards, old_values, scores, mask, cfg.critic_target, cfg.gamma,
                                  cfg.lam)                                                   # (B, T)
-        run.must_be_finite(hint="try a smaller --beta, --score_clip or --critic_lr, with another --out",
-                           advantages=advantages, returns=returns)
+        run.must_be_finite(
+            hint="try a smaller --beta, --score_clip or --critic_lr, with another --out",
+            advantages=advantages, returns=returns)
         advantages = whiten(advantages, mask)
 
         # ---- 6. update
@@ -500,10 +504,10 @@ def main(cfg):
                 for rows in data.parts(minibatch, cfg.accumulation):
                     rows_mask = mask[rows]                                                  # (b, T)
                     share = rows_mask.sum() / mask[minibatch].sum()          # of the minibatch's tokens, 1 if whole
-                    logprobs = token_logprobs(actor, inputs[rows], targets[rows], rows_mask, cfg.temperature,
-                                              return_entropy=cfg.entropy_coef > 0)
-                    if cfg.entropy_coef > 0:             # its graph is as large as that of the logprobs
-                        logprobs, new_entropy = logprobs
+                    scored = token_logprobs(actor, inputs[rows], targets[rows], rows_mask,
+                                            cfg.temperature, return_entropy=cfg.entropy_coef > 0)
+                    # The entropy's graph is as large as that of the logprobs: only for a bonus
+                    logprobs, new_entropy = scored if cfg.entropy_coef > 0 else (scored, None)
                     if cfg.surrogate == "clip":
                         loss, part = policy_loss(logprobs, old_logprobs[rows], advantages[rows], rows_mask,
                                                  cfg.clip_eps)
@@ -511,8 +515,8 @@ def main(cfg):
                         loss, part = kl_penalty_loss(logprobs, old_logprobs[rows], advantages[rows], rows_mask,
                                                      penalty.coef)
                     if step == 0 and not history:
-                        outside = check_first_minibatch(logprobs, old_logprobs[rows], rows_mask, kl_ref,
-                                                        cfg.clip_eps, dtype=cfg.dtype)
+                        outside = check_first_minibatch(logprobs, old_logprobs[rows], rows_mask,
+                                                        kl_ref, cfg.clip_eps, dtype=cfg.dtype)
                     if cfg.entropy_coef > 0:
                         loss = loss - cfg.entropy_coef * masked_mean(new_entropy, rows_mask)
                     (share * loss).backward()
@@ -525,8 +529,9 @@ def main(cfg):
                     metrics["ptx_loss"] = add_ptx_gradient(actor, texts, cfg.ptx_coef, cfg.accumulation)
                 metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(actor.parameters(), cfg.grad_clip)
                 metrics["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.grad_clip)
-                run.must_be_finite(len(history), "try a lower --critic_lr or a smaller --beta, with another --out",
-                                   **{name: metrics[name] for name in ("value_loss", "critic_grad_norm")})
+                run.must_be_finite(
+                    len(history), "try a lower --critic_lr or a smaller --beta, with another --out",
+                    value_loss=metrics["value_loss"], critic_grad_norm=metrics["critic_grad_norm"])
                 run.must_be_finite(taken=len(history), **metrics)
                 for optimizer in optimizers:
                     optimizer.step()

@@ -73,9 +73,10 @@ def find(name, run):
     for folder, rest in candidates:
         if (folder / "checkpoint.pt").is_file():
             return folder, "_".join(["policy", *rest])
-    known = sorted(str(path.parent.relative_to(runs_in)) for path in runs_in.glob("*/*/checkpoint.pt"))
-    files.stop(f"--stage names {name}, but neither {here / parts[0]} nor {runs_in / name} has a checkpoint; there are: "
-               f"{', '.join(known) or 'none'}")
+    stages = [path.parent for path in runs_in.glob("*/*/checkpoint.pt")]
+    known = sorted(str(stage.relative_to(runs_in)) for stage in stages)
+    files.stop(f"--stage names {name}, but neither {here / parts[0]} nor {runs_in / name} has a "
+               f"checkpoint; there are: {', '.join(known) or 'none'}")
 
 
 def run_of(folder):
@@ -86,7 +87,8 @@ def run_of(folder):
 
 def check_has_policy(name, folder, key, saved):
     """Exit unless the stage's checkpoint holds that policy."""
-    names = [folder.name + k.removeprefix("policy").replace("_", "/", 1) for k in sft.policies_in(saved)]
+    names = [folder.name + policy.removeprefix("policy").replace("_", "/", 1)
+             for policy in sft.policies_in(saved)]
     if key not in saved:
         files.stop(f"--stage names {name}, but {folder} has no such policy to sample from; its "
                    f"policies: {', '.join(names) or 'none'}")
@@ -161,8 +163,8 @@ def main(cfg):
         made = files.fingerprint(reference)
         for name, checkpoint in zip(names, saved):
             if checkpoint.get("sft", made) != made:
-                files.stop(f"{name} started from a different SFT policy than this run's, so it has no score and no "
-                           "KL here; leave out --score and --tokens to see its samples")
+                files.stop(f"{name} started from a different SFT policy than this run's, so it has no "
+                           "score and no KL here; leave out --score and --tokens to see its samples")
     if cfg.score or cfg.tokens == "advantage":
         reward = scoring.load_reward(cfg, reference, tokenizer, corpus.prompts(cfg, tokenizer, block_size)[0], device)
         for checkpoint in saved:                                             # normalised as in training
