@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import importlib.util
 import json
 import linecache
 import os
@@ -600,10 +601,16 @@ def check_export(cfg, export):
     if export is None and (cfg.export or cfg.lora_rank or cfg.accumulation > 1):
         stop("--export, --lora_rank and --accumulation are for stages that train; "
              "this one trains nothing")
-    if cfg.export:
-        for folder in (Path(cfg.export), Path(f"{Path(cfg.export)}-ema")):
-            if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-                stop(f"--export {folder} already exists and is not empty; give a new folder")
+    if not cfg.export:
+        return
+    for folder in (Path(cfg.export), Path(f"{Path(cfg.export)}-ema")):
+        if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+            stop(f"--export {folder} already exists and is not empty; give a new folder")
+    parent = next(parent for parent in Path(cfg.export).absolute().parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        stop(f"--export {cfg.export} cannot be made: {parent} is not a folder that you may write to")
+    if importlib.util.find_spec("transformers") is None:
+        stop("--export takes the transformers package: pip install transformers")
 
 
 def without_free(value):

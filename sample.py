@@ -22,6 +22,7 @@ in blue where it is positive and in orange where it is negative, the stronger th
 no colour the number stands behind the token.
 """
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -66,9 +67,10 @@ def find(name, run):
     parts = name.split("/")
     candidates = [(here / parts[0], parts[1:])]
     for path in sorted(here.glob("*/checkpoint.pt")):
-        base = experiment.stored_config(path.parent).get("base")
-        if base:
-            candidates.append((options.folder_of(base) / parts[0], parts[1:]))
+        with contextlib.suppress(files.Stopped):         # a damaged stage that was not asked for
+            base = experiment.stored_config(path.parent).get("base")
+            if base:
+                candidates.append((options.folder_of(base) / parts[0], parts[1:]))
     candidates.append((runs_in.joinpath(*parts[:2]), parts[2:]))
     for folder, rest in candidates:
         if (folder / "checkpoint.pt").is_file():

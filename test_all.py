@@ -4651,6 +4651,25 @@ def test_a_full_disk_leaves_the_last_evaluation_where_it_was(beside, monkeypatch
     assert not folder.with_name("evaluate.old").exists()
 
 
+def test_an_export_that_cannot_be_made_is_refused_before_any_work(beside, tmp_path, monkeypatch):
+    (tmp_path / "a_file").write_text("")
+    with pytest.raises(Stopped, match="--export .*/a_file/there cannot be made: .*a_file is not a folder"):
+        sft.main(short(sft, out="unexported", export=str(tmp_path / "a_file" / "there")))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(Stopped, match="pip install transformers"):
+        sft.main(short(sft, out="unexported", export=str(tmp_path / "there")))
+    assert not (beside / "unexported").exists()
+
+
+def test_a_damaged_stage_does_not_keep_others_from_being_sampled(beside, capsys):
+    for stage in ("sft", "ppo", "dpo"):
+        shutil.copytree(beside / "tiny" / stage, beside / "half_damaged" / stage)
+    (beside / "half_damaged" / "dpo" / "config.json").write_text("{")
+    sample.main(tiny(sample, out="half_damaged", stage="ppo", n=1))
+    assert "    ppo " in capsys.readouterr().out
+    shutil.rmtree(beside / "half_damaged")
+
+
 def test_one_sample_has_no_standard_deviation_to_speak_of(beside, capsys, no_pictures):
     results = ppo.main(tiny(ppo, out="single", base="tiny", steps=1, n_eval=1, n_samples=1))
     assert "standard deviations" not in capsys.readouterr().out and "gold_gain" not in results
