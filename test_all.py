@@ -43,6 +43,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import corpus
 import data
@@ -56,6 +57,7 @@ import model
 import options
 import policy_gradient
 import ppo
+import pretrained
 import reviews
 import reward_model
 import sample
@@ -65,7 +67,7 @@ from model import GPT, GPTConfig, ScalarGPT, generate, masked_mean, sequence_sco
 
 HERE = Path(__file__).parent
 SCRIPTS = (sft, reward_model, ppo, dpo, grpo, policy_gradient, evaluate)
-MODULES = (reviews, files, options, data, corpus, model, experiment, scoring, frontier, *SCRIPTS, sample)
+MODULES = (reviews, files, pretrained, options, data, corpus, model, experiment, scoring, frontier, *SCRIPTS, sample)
 
 
 def seeded(n=0):
@@ -962,12 +964,262 @@ def test_logits_equal_transformers_gpt2_in_both_directions(tmp_path):
     torch.testing.assert_close(ours.double()(ids), back(ids).logits, atol=1e-9, rtol=1e-9)
 
 
-def test_a_gpt2_variant_that_is_not_computed_is_refused(tmp_path):
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory):
+    """A GPT-2 as transformers saves it, its logits on ids, and a function that changes a copy of the folder"""
     from transformers import GPT2Config, GPT2LMHeadModel
-    GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=8, n_layer=1, n_head=1, n_embd=8, bos_token_id=0,
-                               eos_token_id=0, activation_function="relu")).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="variant of GPT-2"):
-        GPT.from_pretrained(tmp_path)
+    home = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=12, n_layer=2, n_head=2, n_embd=8,
+                                        bos_token_id=0, eos_token_id=0)).eval()
+    for p in theirs.parameters():
+        p.data.normal_(std=0.3)
+    theirs.save_pretrained(home / "whole")
+    ids = torch.randint(30, (2, 12), generator=seeded())
+    return home, ids, theirs(ids).logits.detach()
+
+
+def folder_of(gpt2_folder, weights=None, config=None, save=save_file, name="model.safetensors"):
+    """A copy of that folder: its weights after a function of {name: tensor}, its config with other values"""
+    whole, folder = gpt2_folder[0] / "whole", gpt2_folder[0] / "changed"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    tensors = load_file(whole / "model.safetensors")
+    save(weights(tensors) if weights else tensors, folder / name)
+    settings = json.loads((whole / "config.json").read_text()) | (config or {})
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def prefixed(prefix):
+    return lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+WTE, MLP = "transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"
+
+
+@pytest.mark.parametrize("weights", [
+    *map(prefixed, ("_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "base_model.model.")),
+    lambda x: {name.replace("h.0.", "h.0._checkpoint_wrapped_module."): w for name, w in x.items()},
+    lambda x: {name.removeprefix("transformer."): w for name, w in x.items()},     # a trunk by itself
+    lambda x: x | {"lm_head.weight": x[WTE].clone()},
+    lambda x: {name.replace(WTE, "lm_head.weight"): w for name, w in x.items()},
+    lambda x: x | {"transformer.h.0.attn.bias": torch.ones(1, 1, 12, 12, dtype=torch.bool),
+                   "transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}])
+def test_weights_load_by_the_names_that_wrappers_and_old_files_give_them(weights, gpt2_folder):
+    _, ids, logits = gpt2_folder
+    ours = GPT.from_pretrained(folder_of(gpt2_folder, weights)).eval()
+    torch.testing.assert_close(ours(ids), logits)
+
+
+@pytest.mark.parametrize("weights, message", [
+    (prefixed("foo."), "missing are h.0.attn.c_attn.bias, .* unknown are foo.transformer.h.0"),
+    (lambda x: {name: w for name, w in x.items() if "c_fc.b" not in name}, "missing are h.0.mlp.c_fc.bias, h.1"),
+    (lambda x: x | {"v_head.weight": torch.zeros(2)}, "missing are none; unknown are v_head.weight"),
+    (lambda x: x | {MLP: torch.zeros(8, 31)}, r"h.1.mlp.c_fc.weight: got \(31, 8\) .*, wanted \(32, 8\)"),
+    (lambda x: x | {WTE: torch.zeros(31, 8)}, r"wte.weight: got \(31, 8\) .*, wanted \(30, 8\)"),
+    (lambda x: x | {MLP: torch.zeros(8, 32, dtype=torch.int8)}, "h.1.mlp.c_fc.weight: got .* of torch.int8"),
+    (lambda x: x | {"lm_head.weight": x[WTE] + 1e-3}, "lm_head.weight differs from wte.weight"),
+    (lambda x: x | {"module." + WTE: x[WTE].clone()}, "transformer.wte.weight twice")])
+def test_no_weight_is_missing_unknown_or_of_a_different_shape_in_silence(weights, message, gpt2_folder):
+    folder = folder_of(gpt2_folder, weights)
+    with pytest.raises(SystemExit, match=f"^error: --init .*: .*{message}"):
+        sft.pretrained(str(folder), types.SimpleNamespace(n_vocab=20), block_size=5)
+
+
+def in_parts(save, pattern, index):
+    """A way to save weights in two files and an index"""
+    def save_parts(tensors, path):
+        names, where = list(tensors), {}
+        for i, part in enumerate((names[:9], names[9:])):
+            save({name: tensors[name] for name in part}, path.parent / pattern.format(i + 1))
+            where |= dict.fromkeys(part, pattern.format(i + 1))
+        (path.parent / index).write_text(json.dumps({"weight_map": where}))
+    return save_parts
+
+
+IN_PARTS = in_parts(save_file, "model-0000{}-of-00002.safetensors", "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("save, name", [
+    (torch.save, "pytorch_model.bin"), (IN_PARTS, ""),
+    (functools.partial(torch.save, _use_new_zipfile_serialization=False), "pytorch_model.bin"),
+    (in_parts(torch.save, "pytorch_model-0000{}-of-00002.bin", "pytorch_model.bin.index.json"), "")])
+def test_weights_are_read_from_every_kind_of_file_that_transformers_wrote(save, name, gpt2_folder, capsys):
+    _, ids, logits = gpt2_folder
+    folder = folder_of(gpt2_folder, prefixed("_orig_mod."), save=save, name=name or "x")
+    torch.testing.assert_close(GPT.from_pretrained(folder).eval()(ids), logits)
+    save_file({}, folder / "model.safetensors")          # of two kinds the first counts, as in transformers
+    with pytest.raises(ValueError, match="missing are h.0"):
+        GPT.from_pretrained(folder)
+    assert "model.safetensors is used, as transformers does" in capsys.readouterr().out
+
+
+def test_folders_without_one_whole_gpt2_are_refused_by_what_they_hold(gpt2_folder):
+    owned = gpt2_folder[0] / "owned"
+
+    def refused(folder, message):
+        with pytest.raises(ValueError, match=message):
+            GPT.from_pretrained(folder)
+    folder = folder_of(gpt2_folder)
+    content = (folder / "model.safetensors").read_bytes()
+    for n in (0, 20, len(content) // 2, len(content) - 1):
+        (folder / "model.safetensors").write_bytes(content[:n])
+        refused(folder, "changed/model.safetensors cannot be read as weights")
+    (folder / "model.safetensors").rename(folder / "tf_model.h5")
+    refused(folder, "has no weights: wanted model.safetensors or .*; found config.json, tf_model.h5")
+    (folder / "adapter_config.json").write_text("{}")
+    refused(folder, "holds an adapter .LoRA.*; merge it into them first")
+    for settings, message in (("{", "config.json cannot be read"), ("[]", "config.json holds a list")):
+        folder = folder_of(gpt2_folder)
+        (folder / "config.json").write_text(settings)
+        refused(folder, message)
+    (folder / "config.json").unlink()
+    refused(folder, "has no config.json, which says what its weights are")
+    refused(folder_of(gpt2_folder, config={"quantization_config": {"quant_method": "gptq"}}), "quantized weights .*gptq")
+    folder = folder_of(gpt2_folder, save=IN_PARTS)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    refused(folder, "model-00002-of-00002.safetensors cannot be read as weights .FileNotFoundError")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    refused(folder, "has no weight_map")
+    for saved, message in (({"state_dict": {}}, "holds a dict by the name state_dict"), ([3], "cannot be read"),
+                           ({"x": Malicious(owned)}, "holds more than tensors")):
+        folder = folder_of(gpt2_folder, weights=lambda x: saved, save=torch.save, name="pytorch_model.bin")
+        refused(folder, message)
+    assert not owned.exists()
+
+
+@pytest.mark.parametrize("config, message", [
+    (dict(activation_function="relu"), "activation_function 'relu', wanted 'gelu_new' or"),
+    (dict(n_inner=20), "n_inner 20, wanted None or 32"), (dict(scale_attn_weights=False), "scale_attn_weights False"),
+    (dict(scale_attn_by_inverse_layer_idx=True), "by_inverse_layer_idx True"), (dict(model_type="llama"), "'llama'"),
+    (dict(tie_word_embeddings=False), "tie_word_embeddings"), (dict(layer_norm_epsilon=1e-6), "epsilon 1e-06"),
+    (dict(add_cross_attention=True), "add_cross_attention"), (dict(n_layer=1), "unknown are h.1.attn"),
+    (dict(n_layer=3), "missing are h.2.attn"), (dict(n_head=3), "n_embd must be a multiple of n_head"),
+    (dict(n_head=0), "zero"), (dict(n_embd="8"), ""), (dict(n_embd=-8), "negative")])
+def test_a_gpt2_variant_that_is_not_computed_is_refused(config, message, gpt2_folder):
+    with pytest.raises(SystemExit, match=f"^error: --init .*: .*{message}"):
+        sft.pretrained(str(folder_of(gpt2_folder, config=config)), types.SimpleNamespace(n_vocab=30))
+
+
+def test_what_an_old_config_does_not_say_is_as_in_gpt2(gpt2_folder):
+    _, ids, logits = gpt2_folder
+    old = dict(vocab_size=30, n_positions=12, n_ctx=12, n_layer=2, n_head=2, n_embd=8)
+    renamed = dict(model_type="gpt2", vocab_size=30, max_position_embeddings=12, hidden_size=8,
+                   num_hidden_layers=2, num_attention_heads=2)
+    for config in (old, renamed):
+        folder = folder_of(gpt2_folder)
+        (folder / "config.json").write_text(json.dumps(config))
+        torch.testing.assert_close(GPT.from_pretrained(folder).eval()(ids), logits)
+    assert pretrained.read_config(gpt2_folder[0] / "whole")["n_positions"] == GPT.from_pretrained(folder).config.block_size
+    (folder / "config.json").write_text("{}")            # GPT-2 itself
+    with pytest.raises(ValueError, match="GPT-2 of 12 layers"):
+        GPT.from_pretrained(folder)
+
+
+def test_either_gelu_is_computed_as_transformers_does_and_written_for_it(gpt2_folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+    _, ids, logits = gpt2_folder
+    folder = folder_of(gpt2_folder, config=dict(activation_function="gelu"))
+    exact = GPT.from_pretrained(folder).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    torch.testing.assert_close(exact.double()(ids), theirs(ids).logits, atol=1e-9, rtol=1e-9)
+    assert (exact.float()(ids) - logits).abs().max() > 1e-5
+    exact.save_pretrained(tmp_path / "exact", eos_id=0)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "exact", dtype=torch.float64).eval()
+    assert back.config.activation_function == "gelu"
+    torch.testing.assert_close(back(ids).logits, theirs(ids).logits, atol=1e-9, rtol=1e-9)
+    for name in ("gelu_pytorch_tanh", "gelu_fast"):      # the same approximation, written differently
+        ours = GPT.from_pretrained(folder_of(gpt2_folder, config=dict(activation_function=name))).eval()
+        torch.testing.assert_close(ours(ids), logits)
+    assert GPTConfig(**{"vocab_size": 5}).activation == "gelu_tanh"          # of checkpoints without the field
+
+
+def nanogpt(weights, n_layer, n_head, ids):
+    """nanoGPT's forward, written from its published model: LayerNorm with or without bias, exact GELU, tied head"""
+    F = torch.nn.functional
+    at = lambda name: weights.get(name)
+
+    def norm(x, name):
+        return F.layer_norm(x, (x.shape[-1],), at(f"{name}.weight"), at(f"{name}.bias"), 1e-5)
+
+    def linear(x, name):
+        return F.linear(x, at(f"{name}.weight"), at(f"{name}.bias"))
+
+    x = at("wte.weight")[ids] + at("wpe.weight")[torch.arange(ids.shape[1])]
+    B, T, C = x.shape
+    for i in range(n_layer):
+        q, k, v = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(C, dim=2)
+        q, k, v = (y.view(B, T, n_head, C // n_head).transpose(1, 2) for y in (q, k, v))
+        scores = (q @ k.transpose(-2, -1)) / math.sqrt(C // n_head)
+        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), float("-inf"))
+        y = (scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(B, T, C)
+        x = x + linear(y, f"h.{i}.attn.c_proj")
+        h = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        x = x + linear(h * 0.5 * (1 + torch.erf(h / math.sqrt(2))), f"h.{i}.mlp.c_proj")
+    return (norm(x, "ln_f") @ at("wte.weight").T).log_softmax(dim=-1)
+
+
+def nanogpt_weights(bias, V=40, T=12, C=8, n_layer=2):
+    """Random weights by nanoGPT's names, without the transformer. before them"""
+    shapes = {"wte.weight": (V, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    for i in range(n_layer):
+        for name, shape in {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "ln_2": (C,),
+                            "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}.items():
+            shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[:1]}
+    generator = seeded(3)
+    return {name: torch.randn(shape, generator=generator) * 0.4 for name, shape in shapes.items()
+            if bias or not name.endswith("bias")}
+
+
+def save_nanogpt(path, weights, prefix="_orig_mod.", **changes):
+    """A checkpoint as nanoGPT's train.py writes it, with its optimizer"""
+    named = {f"{prefix}transformer.{name}": weight for name, weight in weights.items()}
+    named[f"{prefix}lm_head.weight"] = weights["wte.weight"]
+    args = dict(n_layer=2, n_head=2, n_embd=8, block_size=12, vocab_size=len(weights["wte.weight"]), dropout=0.1,
+                bias="ln_f.bias" in weights) | changes
+    torch.save({"model": named, "optimizer": {"state": {0: torch.zeros(9)}}, "model_args": args, "iter_num": 7,
+                "best_val_loss": torch.tensor(1.0), "config": {"dataset": "openwebtext"}}, path)
+    return path
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_checkpoint_of_nanogpt_has_nanogpts_log_probabilities(bias, tmp_path):
+    """Compiled or not, without biases, with rows that pad the vocabulary; exported to transformers as well"""
+    from transformers import AutoModelForCausalLM
+    weights, ids = nanogpt_weights(bias), torch.randint(30, (3, 12), generator=seeded())
+    wanted = nanogpt(weights, 2, 2, ids)
+    path = save_nanogpt(tmp_path / "ckpt.pt", weights)
+    for source in (path, tmp_path, save_nanogpt(tmp_path / "other.pt", weights, prefix="")):
+        ours = GPT.from_pretrained(source).eval()
+        torch.testing.assert_close(ours(ids).log_softmax(dim=-1), wanted, atol=1e-5, rtol=0)
+    assert ours.config == GPTConfig(40, 12, n_layer=2, n_head=2, n_embd=8, activation="gelu")
+    cut = GPT.from_pretrained(path, vocab_size=33, block_size=12).eval()
+    torch.testing.assert_close(cut(ids).log_softmax(dim=-1), wanted[..., :33].log_softmax(dim=-1), atol=1e-5, rtol=0)
+    ours.save_pretrained(tmp_path / "exported", eos_id=0)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    torch.testing.assert_close(theirs(ids).logits.log_softmax(dim=-1), wanted, atol=1e-5, rtol=0)
+
+
+def test_checkpoints_that_are_not_nanogpts_are_refused(tmp_path):
+    weights = nanogpt_weights(True)
+    without = {name: w for name, w in weights.items() if name != "h.1.ln_2.bias"}
+    for path, message in (
+            (save_nanogpt(tmp_path / "a.pt", without), "missing are h.1.ln_2.bias"),
+            (save_nanogpt(tmp_path / "b.pt", weights, n_kv_head=1), "variant of nanoGPT .*n_kv_head in its model_args"),
+            (save_nanogpt(tmp_path / "c.pt", weights, vocab_size=65), r"wte.weight: got \(40, 8\) .*, wanted \(65, 8\)"),
+            (tmp_path / "d.pt", "d.pt is not a folder here")):
+        with pytest.raises(ValueError, match=message):
+            GPT.from_pretrained(path)
+    for saved, message in (({"policy": {}, "step": 3}, "is not a checkpoint of nanoGPT, .* holds policy, step"),
+                           ({"model": Malicious(tmp_path / "owned")}, "holds more than tensors"), (3, "cannot be read")):
+        torch.save(saved, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match=message):
+            GPT.from_pretrained(tmp_path / "x.pt")
+    assert not (tmp_path / "owned").exists()
+    (tmp_path / "x.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:999])
+    with pytest.raises(ValueError, match="x.pt cannot be read as weights"):
+        GPT.from_pretrained(tmp_path / "x.pt")
 
 
 def test_weights_that_do_not_fit_are_refused_by_name():
@@ -985,7 +1237,7 @@ def test_weights_may_be_cut_to_fewer_positions_and_ids_but_not_stretched(tmp_pat
                              (dict(vocab_size=21), "the tokenizer has 21 token ids, .* has weights for 20")):
         with pytest.raises(ValueError, match=message):
             GPT.from_pretrained(tmp_path, **changes)
-    with pytest.raises(ValueError, match="is no folder with a GPT-2 that transformers saved"):
+    with pytest.raises(ValueError, match="nowhere is not a folder here"):
         GPT.from_pretrained(tmp_path / "nowhere")
 
 
@@ -3998,8 +4250,9 @@ def test_copies_and_exports_in_out_do_not_confuse_the_readers(beside, capsys, no
 
 
 def test_truncated_weights_and_broken_tokenizers_of_ones_own_are_refused(own, among, tmp_path):
-    for name, message in (("model.safetensors", "--init .* is no folder with a GPT-2 that transformers saved"), ("config.json", "--init .* is no folder with a GPT-2"),
-                          ("tokenizer.json", "no tokenizer in")):
+    for name, message in (("model.safetensors", "--init .* cannot be read as weights"),
+                          ("tokenizer.json", "no tokenizer in .* cannot be read"),
+                          ("config.json", "no tokenizer in .*/config.json cannot be read")):
         folder = tmp_path / name.split(".")[0]
         shutil.copytree(own[0] / "gpt2", folder)
         content = (folder / name).read_bytes()
@@ -4844,7 +5097,8 @@ def test_export_is_a_flag_that_works_on_a_finished_stage_and_never_overwrites(ow
 
 @pytest.mark.parametrize("changes, message", [
     (dict(init="gpt2", block_size=97), "block_size 97 is longer than the 96 positions that gpt2 has weights for; lower it to that"),
-    (dict(init="nowhere"), "no tokenizer in nowhere: nowhere is no folder here, and as a name it could not be fetched from the hub"),
+    (dict(init="nowhere"), "no tokenizer in nowhere: nowhere is not a folder here, and could not be"
+                           " fetched from the hub by that name"),
     (dict(tokenizer="nowhere"), "no tokenizer in nowhere"), (dict(n_texts=None, data="reviews"), "--n_texts none takes all"),
     (dict(init="gpt2", tokenizer="other"), "the tokenizer has .* token ids, gpt2 has weights for .*; they do not belong together"),
     (dict(batch_size=500, n_texts=None), "there are .* texts to train on, less than one batch; lower --batch_size 500"),
@@ -4863,13 +5117,24 @@ def test_weights_and_tokenizers_that_do_not_fit_are_refused(changes, message, am
     assert not (among / "refused").exists()
 
 
-def test_weights_come_from_the_hub_by_name(among, monkeypatch):
+def test_weights_and_tokenizers_come_from_the_hub_by_name(among, monkeypatch):
     import huggingface_hub
-    fetched = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: fetched.append((name, allow_patterns)) or "gpt2")
+    fetched, here = [], ["gpt2", "as_bin"]
+
+    def fetch(name, allow_patterns):
+        fetched.append((name, allow_patterns))
+        return here[0]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     theirs = data.gpt2_tokenizer("someone/gpt")
-    assert fetched == [("someone/gpt", ["tokenizer.json", "vocab.json", "merges.txt"])]
     assert data.fingerprint(theirs) == data.fingerprint(data.load_tokenizer(among / "own" / "sft"))
+    GPT.from_pretrained("someone/gpt")
+    assert fetched == [("someone/gpt", ["*.json", "merges.txt"]),
+                       ("someone/gpt", ["*.json", "model*.safetensors"])]
+    shutil.copytree("gpt2", "as_bin", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file("gpt2/model.safetensors"), "as_bin/pytorch_model.bin")
+    here.pop(0)
+    GPT.from_pretrained("someone/older")                 # which has no safetensors
+    assert fetched[-1] == ("someone/older", ["*.json", "pytorch_model*.bin"])
 
 
 def test_a_reward_model_of_another_size_gives_the_critic_its_size(among):
@@ -4926,6 +5191,9 @@ def test_a_run_may_go_on_in_parts_and_one_of_an_earlier_version_is_still_known(a
     config = files.read_json(among / "parts" / "ppo" / "config.json")
     (among / "parts" / "ppo" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in ("ema", "text_prompt", "dtype")}))
     ppo.main(cfg)                                                              # as if these had not been there yet
+    saved = files.load_checkpoint(among / "parts" / "ppo")
+    del saved["gpt"]["activation"], saved["critic_gpt"]["activation"]          # nor these
+    torch.save(saved, among / "parts" / "ppo" / "checkpoint.pt")
     (among / "parts" / "ppo" / "report.txt").unlink()        # the same rows in a newer file are the same data
     os.utime(among.parent / "pairs.jsonl")
     ppo.main(dataclasses.replace(cfg, resume=True))
