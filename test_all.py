@@ -19,6 +19,7 @@ import doctest
 import errno
 import functools
 import gzip
+import hashlib
 import inspect
 import itertools
 import json
@@ -386,6 +387,209 @@ def test_gpt2_tokenizer_from_local_files_equals_transformers(tmp_path):
     (tmp_path / "merges.txt").unlink()
     with pytest.raises(ValueError, match="merges.txt is not there"):
         data.gpt2_tokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    """A tokenizer.json with three special tokens first, as trainers number them; text follows after a gap"""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    theirs = Tokenizer(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.train_from_iterator([p + r for p, r in zip(*reviews.sample(300, seed=3))] + AWKWARD, trainers.BpeTrainer(
+        vocab_size=600, special_tokens=[data.EOS, "<|start|>", "<|end|>"], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    content = json.loads(theirs.to_str())
+    vocab = content["model"]["vocab"]
+    content["model"]["vocab"] = {token: i if i < 100 else i + 7 for token, i in vocab.items()}
+    return content
+
+
+def bpe_folder(folder, content, **beside):
+    """beside: {a file's name without .json: its content}"""
+    folder.mkdir(exist_ok=True)
+    for name, x in {"tokenizer": content, **beside}.items():
+        (folder / f"{name}.json").write_text(json.dumps(x))
+    return folder
+
+
+def changed(content, *path, to):
+    """A copy of nested dicts and lists with one value changed; -1 appends to a list"""
+    copied = inner = copy.deepcopy(content)
+    for key in path[:-1]:
+        inner = inner[key]
+    if path[-1] == -1:
+        inner.append(to)
+    else:
+        inner[path[-1]] = to
+    return copied
+
+
+def some_text(rng):
+    """Random characters of all kinds, special tokens and what GPT-2's pattern looks at"""
+    ranges = [(32, 127), (32, 127), (160, 0x2000), (0x2000, 0x2070), (0x3000, 0xd7ff), (0x1f300, 0x1faff)]
+    pieces = [" ", "\n", "\t", "\r\n", "  ", "'s", "'LL", "1999", " the", *AWKWARD, "<|start|>", "<|end|>"]
+    some = lambda: chr(rng.randrange(*rng.choice(ranges))) if rng.random() < 0.7 else rng.choice(pieces)
+    return "".join(some() for _ in range(rng.randrange(12)))
+
+
+def test_ids_are_those_in_the_files_and_text_becomes_no_special_token(bpe, tmp_path):
+    """Special tokens first, a gap in the ids, one more special token after a second gap"""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+    late = dict(bpe["added_tokens"][0], id=620, content="<|pad|>")
+    content = changed(changed(bpe, "added_tokens", -1, to=late), "model", "vocab", late["content"], to=620)
+    ours = data.gpt2_tokenizer(bpe_folder(tmp_path / "x", content))
+    theirs = Tokenizer.from_file(str(tmp_path / "x" / "tokenizer.json"))
+    theirs.encode_special_tokens = True                  # as text
+    rng, special = random.Random(0), {0, 1, 2, 620}
+    for text in AWKWARD + [some_text(rng) for _ in range(3000)]:
+        ids = ours.encode_ordinary(text)
+        assert ids == theirs.encode(text).ids and ours.decode(ids) == text, text
+        assert not special & set(ids)
+    assert ours.eot_token == 0 and ours.n_vocab == 621
+    assert ours.decode([0, 1, 2, 620]) == data.EOS + "<|start|><|end|><|pad|>"
+    ours.decode(list(range(ours.n_vocab)))               # the gaps too: a model may sample such an id
+    data.export_tokenizer(ours, tmp_path / "exported", pad=True)
+    back = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert back.convert_tokens_to_ids([data.EOS, "<|end|>", "<|pad|>"]) == [0, 2, 620]
+    assert back.pad_token_id == 621                      # one more, by a name that was free
+    assert back("good", add_special_tokens=True)["input_ids"] == ours.encode_ordinary("good")
+
+
+@pytest.mark.parametrize("eos, said, beside", [
+    (0, "", {}), (2, "", dict(tokenizer_config={"eos_token": "<|end|>"})),
+    (2, "", dict(special_tokens_map={"eos_token": {"content": "<|end|>"}}, config={"eos_token_id": [1, 2]})),
+    (2, "", dict(tokenizer_config={"eos_token": {"content": "<|end|>"}}, special_tokens_map={"eos_token": "<|start|>"})),
+    (2, "", dict(config={"eos_token_id": 2})), (1, "", dict(config={"eos_token_id": [599, 1]})),
+    (0, "config.json has eos_token_id [50256]", dict(config={"eos_token_id": 50256})),
+    (2, "ends a text with <|end|> (id 2), config.json has eos_token_id [0] and generation_config.json has",
+     dict(tokenizer_config={"eos_token": "<|end|>"}, config={"eos_token_id": 0},
+          generation_config={"eos_token_id": [0, 1]}))])
+def test_the_eos_is_the_one_that_the_files_name(eos, said, beside, bpe, tmp_path, capsys):
+    """The tokenizer's before the model's; what is said where they differ"""
+    from transformers import AutoTokenizer
+    ours = data.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe, **beside))
+    assert ours.eot_token == eos and data.encode_prompt(ours, "") == [eos]
+    note = capsys.readouterr().out
+    assert said in note and bool(said) == note.startswith("note: ") and note.count("\n") == bool(said)
+    data.save_tokenizer(ours, tmp_path)
+    data.export_tokenizer(ours, tmp_path / "exported")
+    for again in (data.load_tokenizer(tmp_path), data.gpt2_tokenizer(tmp_path / "exported")):
+        assert again.eot_token == eos and data.fingerprint(again) == data.fingerprint(ours)
+        assert again.decode(list(range(607))) == ours.decode(list(range(607)))
+    renamed = json.loads(json.dumps(bpe).replace("<|start|>", "<|begin|>"))
+    renamed = data.gpt2_tokenizer(bpe_folder(tmp_path / "y", renamed))
+    assert data.fingerprint(renamed) != data.fingerprint(ours)
+    assert AutoTokenizer.from_pretrained(tmp_path / "exported").eos_token_id == eos
+
+
+ADDED = dict(id=600, content="<x>", single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+BOS = dict(type="TemplateProcessing", single=[{"SpecialToken": {"id": "<|start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}])
+
+
+@pytest.mark.parametrize("path, to, message", [
+    (["normalizer"], {"type": "NFC"}, "normalizer NFC"),
+    (["normalizer"], {"type": "Sequence", "normalizers": [{"type": "NFC"}]}, "normalizer NFC"),
+    (["pre_tokenizer", "add_prefix_space"], True, "add_prefix_space"),
+    (["pre_tokenizer", "use_regex"], False, "use_regex false"), (["pre_tokenizer"], None, "pre-tokenizer null"),
+    (["pre_tokenizer"], {"type": "Whitespace"}, "pre-tokenizer Whitespace"),
+    (["pre_tokenizer"], {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]},
+     r"pre-tokenizer Digits \+ ByteLevel"),
+    (["post_processor"], BOS, "TemplateProcessing, which adds tokens"),
+    (["post_processor"], {"type": "Sequence", "processors": [BOS]}, "TemplateProcessing, which adds tokens"),
+    (["post_processor"], {"type": "RobertaProcessing"}, "RobertaProcessing"),
+    (["model", "unk_token"], "<|end|>", "unk_token '<|end|>'".replace("|", r"\|")),
+    (["model", "byte_fallback"], True, "byte_fallback True"), (["model", "dropout"], 0.1, "dropout 0.1"),
+    (["model", "ignore_merges"], True, "ignore_merges True"),
+    (["model", "end_of_word_suffix"], "</w>", "end_of_word_suffix"), (["model", "type"], "Unigram", "byte-level BPE"),
+    (["added_tokens", -1], ADDED | {"special": False}, "'<x>' .not special"),
+    (["added_tokens", -1], ADDED | {"lstrip": True, "single_word": True}, "'<x>' .lstrip, single_word"),
+    (["added_tokens", -1], ADDED | {"rstrip": True}, "'<x>' .rstrip"),
+    (["added_tokens", -1], ADDED | {"content": "!", "id": 3}, "special token '!' .* piece of ordinary text"),
+    (["added_tokens", -1], ADDED | {"id": 50}, "two tokens with one id"),
+    (["added_tokens", 1, "id"], 50, "special token '<|start|>' has a second id".replace("|", r"\|")),
+    (["added_tokens", -1], ADDED | {"id": 10 ** 9}, "token with the id 1000000000; wanted ids below"),
+    (["model", "merges"], [["t", "h"]], "number the merges in their order"),
+    (["model", "vocab", "a▁"], 610, "number the merges in their order")])
+def test_what_a_tokenizer_asks_for_beyond_gpt2s_is_refused_by_name(path, to, message, bpe, tmp_path):
+    with pytest.raises(SystemExit, match=f"^error: no tokenizer in .*{message}"):
+        sft.tokenizer_of(str(bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))))
+
+
+@pytest.mark.parametrize("beside, message", [
+    (dict(tokenizer_config={"add_prefix_space": True}), "add_prefix_space"),
+    (dict(tokenizer_config={"add_bos_token": True}), "add_bos_token"),
+    (dict(tokenizer_config={"eos_token": "</s>"}), "which of its special tokens ends a text.* got </s>"),
+    (dict(tokenizer_config={"eos_token": "a"}), "which of its special tokens ends a text.* got a"),
+    (dict(tokenizer=[1]), "holds a list"), (dict(config=[1]), "config.json holds a list")])
+def test_settings_beside_a_tokenizer_that_cannot_be_are_refused(beside, message, bpe, tmp_path):
+    with pytest.raises(SystemExit, match=f"^error: no tokenizer in .*{message}"):
+        sft.tokenizer_of(str(bpe_folder(tmp_path / "x", bpe, **beside)))
+
+
+@pytest.mark.parametrize("merges", [[("~^", "`")], [("^", "`"), ("~", "^"), ("~^", "`")]])
+def test_merges_that_tiktoken_would_make_in_a_different_way_are_refused(merges, bpe, tmp_path):
+    """Of a part that is not a token; into a token that is never reached, since its parts merge otherwise first"""
+    content = copy.deepcopy(bpe)
+    for i, (left, right) in enumerate(merges):
+        content["model"]["vocab"][left + right] = 700 + i
+        content["model"]["merges"].append([left, right])
+    with pytest.raises(ValueError, match="number the merges in their order"):
+        data.gpt2_tokenizer(bpe_folder(tmp_path / "x", content))
+
+
+def test_harmless_words_in_a_tokenizer_json_change_nothing(bpe, tmp_path):
+    whole = data.fingerprint(data.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe)))
+    plain = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
+    merges = [" ".join(pair) for pair in bpe["model"]["merges"]]
+    untyped = {key: x for key, x in bpe["model"].items() if key != "type"}
+    for path, to in ((["post_processor"], {"type": "ByteLevel"}), (["post_processor"], plain),
+                     (["normalizer"], {"type": "Sequence", "normalizers": []}), (["model", "merges"], merges),
+                     (["model", "end_of_word_suffix"], ""), (["model", "dropout"], 0.0), (["model"], untyped),
+                     (["pre_tokenizer"], {"type": "Sequence", "pretokenizers": [bpe["pre_tokenizer"]]})):
+        folder = bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))
+        assert data.fingerprint(data.gpt2_tokenizer(folder / "tokenizer.json")) == whole, path
+
+
+def test_vocab_and_merges_files_know_their_special_tokens_too(bpe, tmp_path):
+    """First in the vocabulary, or listed by the slow tokenizers of transformers, old and new"""
+    whole = data.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe))
+    (tmp_path / "x" / "tokenizer.json").rename(tmp_path / "x" / "vocab.json")
+    (tmp_path / "x" / "vocab.json").write_text(json.dumps(bpe["model"]["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in bpe["model"]["merges"])
+    (tmp_path / "x" / "merges.txt").write_text("#version: 0.2\n" + merges + "\n")
+    assert data.fingerprint(data.gpt2_tokenizer(tmp_path / "x")) == data.fingerprint(whole)
+    (tmp_path / "x" / "added_tokens.json").write_text(json.dumps({"<pad>": 607}))
+    assert data.gpt2_tokenizer(tmp_path / "x").decode([607, 2]) == "<pad><|end|>"
+    for special, message in ((True, None), (False, "'<x>' .not special")):
+        flags = {"added_tokens_decoder": {"608": ADDED | {"special": special}}, "eos_token": "<x>"}
+        (tmp_path / "x" / "tokenizer_config.json").write_text(json.dumps(flags))
+        if special:
+            assert data.gpt2_tokenizer(tmp_path / "x").eot_token == 608
+        else:
+            with pytest.raises(ValueError, match=message):
+                data.gpt2_tokenizer(tmp_path / "x")
+    (tmp_path / "x" / "tokenizer_config.json").unlink()
+    nameless = {token.replace(data.EOS, "<s>"): i for token, i in bpe["model"]["vocab"].items()}
+    (tmp_path / "x" / "vocab.json").write_text(json.dumps(nameless))
+    with pytest.raises(ValueError, match="wanted one of .*<s>, .*<|end|> as eos_token".replace("|", r"\|")):
+        data.gpt2_tokenizer(tmp_path / "x")
+
+
+def test_a_tokenizer_that_an_earlier_version_wrote_is_the_same_tokenizer(tokenizer, tmp_path):
+    data.save_tokenizer(tokenizer, tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
+    before = hashlib.sha256(repr((data.PATTERN, ranks, tokenizer.eot_token)).encode()).hexdigest()[:16]
+    assert data.fingerprint(tokenizer) == before         # which its checkpoints hold
+    del content["special"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    loaded = data.load_tokenizer(tmp_path)
+    assert data.fingerprint(loaded) == before and loaded.eot_token == tokenizer.eot_token
+    for eos in (3, None):                                # an ordinary token, nothing
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"special": {"<x>": 900}, "eos": eos}))
+        with pytest.raises(SystemExit, match="cannot be read as a tokenizer"):
+            data.load_tokenizer(tmp_path)
 
 
 def test_no_prompt_is_both_trained_on_and_held_out():
@@ -5135,6 +5339,36 @@ def test_weights_and_tokenizers_come_from_the_hub_by_name(among, monkeypatch):
     here.pop(0)
     GPT.from_pretrained("someone/older")                 # which has no safetensors
     assert fetched[-1] == ("someone/older", ["*.json", "pytorch_model*.bin"])
+
+
+def test_stages_start_from_a_checkpoint_of_nanogpt_and_a_tokenizer_of_ones_own(among, monkeypatch):
+    """GPT-2's by default; characters are refused, since nanoGPT lists them in a pickle"""
+    (among.parent / "nano").mkdir(exist_ok=True)
+    weights = nanogpt_weights(True, V=410, T=96, C=32)
+    ckpt = str(save_nanogpt(among.parent / "nano" / "ckpt.pt", weights, n_embd=32, block_size=96))
+    small = dict(out="nano", init="nano/ckpt.pt", lora_rank=0, batch_size=8)
+    sft.main(mine(sft, tokenizer="gpt2", steps=1, lr=1e-9, n_texts=None, n_eval=6, **small))       # that folder
+    policy, tokenizer = sft.load_policy(among / "nano" / "sft", "cpu")
+    assert (policy.config.vocab_size, policy.config.activation) == (400, "gelu") and tokenizer.n_vocab == 400
+    torch.testing.assert_close(policy.transformer.h[1].mlp.c_fc.weight, weights["h.1.mlp.c_fc.weight"])
+    torch.testing.assert_close(policy.transformer.wte.weight, weights["wte.weight"][:400])
+    reward_model.main(mine(reward_model, n_prompts=40, n_held_out=10, **small))
+    assert files.load_checkpoint(among / "nano" / "reward_model")["gpt"]["activation"] == "gelu"
+
+    gpt2s = types.SimpleNamespace(n_vocab=50257)
+    monkeypatch.setattr(data.tiktoken, "get_encoding", {"gpt2": gpt2s}.get)
+    with pytest.raises(SystemExit, match="nano/ckpt.pt has 410 token ids, fewer than GPT-2's 50257"):
+        sft.tokenizer_of("nano/ckpt.pt")
+    save_nanogpt(ckpt, weights, vocab_size=50304)
+    assert sft.tokenizer_of("nano/ckpt.pt") is gpt2s is sft.tokenizer_of("nano")
+    data.export_tokenizer(tokenizer, among.parent / "nano")                    # files beside it count
+    assert data.fingerprint(sft.tokenizer_of("nano/ckpt.pt")) == data.fingerprint(tokenizer)
+    (among.parent / "characters").mkdir(exist_ok=True)
+    (among.parent / "characters" / "meta.pkl").write_bytes(pickle.dumps(Malicious(among / "owned")))
+    for source in ("characters", "characters/meta.pkl"):
+        with pytest.raises(SystemExit, match="meta.pkl lists characters .* is not read, since a pickle can run code"):
+            sft.main(mine(sft, out="refused", init=ckpt, tokenizer=source, lora_rank=0))
+    assert not (among / "owned").exists() and not (among / "refused").exists()
 
 
 def test_a_reward_model_of_another_size_gives_the_critic_its_size(among):
