@@ -5656,6 +5656,31 @@ def test_classifiers_of_more_labels_are_refused_and_other_weights_are_another_re
     assert load_own(tokenizer, str(tmp_path / "copy")).made_for != one
 
 
+@pytest.mark.parametrize("weights, message", [
+    (prefixed("_orig_mod."), ""), (prefixed("module._orig_mod."), ""), (prefixed("base_model.model."), ""),
+    (lambda x: x | {"bert.embeddings.position_ids": torch.arange(12)[None]}, ""),
+    (prefixed("foo."), "has no weights for bert.embeddings"),
+    (lambda x: x | {"cls.predictions.bias": torch.zeros(3)}, "does not use: cls.predictions.bias"),
+    (lambda x: x | {"classifier.weight": torch.zeros(5, 16)},
+     r"has classifier.weight of shape \(5, 16\), and its config.json wants \(1, 16\)"),
+    (lambda x: {name: w for name, w in x.items() if "query.weight" not in name}, "has no weights for .*query"),
+    ("adapter_config.json", "holds an adapter .LoRA.*; merge it into them first")])
+def test_a_classifiers_weights_all_load_or_are_refused_by_name(weights, message, classifiers, tokenizer, tmp_path):
+    batch = data.collate(*data.encode_texts(tokenizer, ["the plot"], [" is good"]))
+    whole = load_own(tokenizer, str(classifiers / "1"))(*batch, torch.tensor([True]))
+    shutil.copytree(classifiers / "1", tmp_path / "x")
+    if isinstance(weights, str):
+        (tmp_path / "x" / weights).write_text("{}")
+    else:
+        tensors = weights(load_file(classifiers / "1" / "model.safetensors"))
+        save_file(tensors, tmp_path / "x" / "model.safetensors", metadata={"format": "pt"})
+    if message:
+        with pytest.raises(SystemExit, match=f"^error: --reward .*{message}"):
+            load_own(tokenizer, str(tmp_path / "x"))
+    else:
+        assert torch.equal(load_own(tokenizer, str(tmp_path / "x"))(*batch, torch.tensor([True])), whole)
+
+
 def test_an_exported_reward_model_is_the_same_reward_as_before(beside, tmp_path):
     policy, tokenizer = sft.load_policy(beside / "tiny" / "sft", "cpu")
     reward_model.export(beside / "tiny" / "reward_model", str(tmp_path / "exported"))
