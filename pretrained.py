@@ -1,13 +1,14 @@
 """
-Weights and settings of other projects, as plain names and tensors. What they mean here: model.py, data.py.
+Weights and settings of other projects, as plain names and tensors. model.py and data.py map them.
 
+    check          whether there is anything to read, before anything long is done
     read           a folder that transformers saved, its name on the hub, or nanoGPT's ckpt.pt
                    -> its config, {name: tensor} without the prefixes that wrappers add
     read_json      a JSON object, refused by name where it is damaged
     from_hub       the files of a model on the hub
 
-No file can run code here: safetensors hold numbers only, and torch.load reads weights only. Whatever cannot be
-read is a ValueError that says what was found and what was wanted.
+No file can run code here: safetensors hold numbers only, and torch.load reads weights only.
+Whatever cannot be read is a ValueError that says what was found and what was wanted.
 """
 
 import json
@@ -47,6 +48,15 @@ def read(source):
         if not any(folder.glob("model*.safetensors")):
             folder = from_hub(source, ["*.json", "pytorch_model*.bin"])
     return read_config(folder), unwrapped(read_weights(folder), source)
+
+
+def check(source):
+    """Raises what is wrong with a file or folder, as far as it shows without reading weights."""
+    if nanogpt(source):
+        read(source)                                     # only names, as it is mapped into memory
+    elif Path(source).is_dir():
+        read_config(Path(source))
+        weight_files(Path(source))
 
 
 def nanogpt(source):
@@ -95,13 +105,19 @@ def read_config(folder):
     return config
 
 
-def read_weights(folder):
-    """{name: tensor} of the one file of weights in a folder, or of all the parts that an index lists"""
+def weight_files(folder):
     found = [name for name in WEIGHTS if (folder / name).is_file()]
     if not found:
         there = ", ".join(sorted(path.name for path in folder.iterdir()))
         raise ValueError(f"{folder} has no weights: wanted model.safetensors or pytorch_model.bin, "
-                         f"or parts of them with their index.json; found {there[:200]}")
+                         f"or parts of them with their index.json; found {there[:200]}. A stage of "
+                         "this project writes them with --export")
+    return found
+
+
+def read_weights(folder):
+    """{name: tensor} of a folder's one file of weights, or of all the parts that an index lists"""
+    found = weight_files(folder)
     if len(found) > 1:
         print(f"note: {folder} has {' and '.join(found)}; {found[0]} is used, as transformers does")
     path = folder / found[0]

@@ -27,6 +27,7 @@ import files
 import options
 import reviews
 from model import GPT, GPTConfig, add_lora, generate, masked_mean, merged, token_logprobs, trained
+from pretrained import check as check_pretrained
 
 
 @dataclass
@@ -101,6 +102,14 @@ def pretrained(init, tokenizer, **changes):
         files.stop(f"--init {init}: {error}")
 
 
+def check_init(init):
+    """Stops, before any work, where --init does not name whole weights."""
+    try:
+        check_pretrained(init)
+    except ValueError as error:
+        files.stop(f"--init {init}: {error}")
+
+
 def tokenizer_of(source):
     """GPT-2's tokenizer, or that of a folder or of a name on the hub"""
     try:
@@ -168,6 +177,8 @@ def export(folder, to):
 def check(cfg):
     """Stops on settings that cannot be, before any work."""
     corpus.check_source(cfg.data)
+    if cfg.init:
+        check_init(cfg.init)
     if cfg.n_embd % cfg.n_head:
         files.stop(f"--n_embd {cfg.n_embd} is no multiple of --n_head {cfg.n_head}: every head takes as many dimensions")
     if cfg.vocab_size < 257:

@@ -4456,7 +4456,7 @@ def test_copies_and_exports_in_out_do_not_confuse_the_readers(beside, capsys, no
 def test_truncated_weights_and_broken_tokenizers_of_ones_own_are_refused(own, among, tmp_path):
     for name, message in (("model.safetensors", "--init .* cannot be read as weights"),
                           ("tokenizer.json", "no tokenizer in .* cannot be read"),
-                          ("config.json", "no tokenizer in .*/config.json cannot be read")):
+                          ("config.json", "--init .*/config.json cannot be read")):
         folder = tmp_path / name.split(".")[0]
         shutil.copytree(own[0] / "gpt2", folder)
         content = (folder / name).read_bytes()
@@ -4464,6 +4464,16 @@ def test_truncated_weights_and_broken_tokenizers_of_ones_own_are_refused(own, am
             (folder / name).write_bytes(content[:cut])
             with pytest.raises(SystemExit, match="^error: " + message):
                 sft.main(mine(sft, out="cut", init=str(folder), lora_rank=0))
+    (tmp_path / "adapter").mkdir()                       # without a tokenizer, as peft saves it
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "bare").mkdir()
+    shutil.copy(own[0] / "gpt2" / "model.safetensors", tmp_path / "bare")
+    for init, message in (("adapter", "merge it into them first"), ("bare", "bare has no config.json"),
+                          (among / "own" / "sft", "A stage of this project writes them with --export"),
+                          (among / "own" / "sft" / "checkpoint.pt", "is not a checkpoint of nanoGPT")):
+        for script in (sft, reward_model):
+            with pytest.raises(SystemExit, match=f"^error: --init .*{message}"):
+                script.main(mine(script, out="cut", base="own", init=str(tmp_path / init), lora_rank=0))
     tokenizer = json.loads((own[0] / "gpt2" / "tokenizer.json").read_text())
     byte, other = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)[7:9]
     for change, message in (({byte: tokenizer["model"]["vocab"][other]}, "two tokens with one id"), ({"A": None}, "number the merges in their order")):
