@@ -615,7 +615,10 @@ def check_export(cfg, export):
 
 def without_free(value):
     """What a checkpoint says of a model, without what may differ when a run is resumed"""
-    return {name: x for name, x in value.items() if name not in options.FREE} if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    fixed = {name: x for name, x in value.items() if name not in options.FREE}
+    return {"activation": "gelu_tanh"} | fixed           # which earlier versions did not write down
 
 
 def seed_all(seed):

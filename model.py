@@ -24,13 +24,16 @@ forward needs an attention mask or position ids, and the mask keeps it out of ev
 """
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+
+import pretrained
 
 LORA_SCALE = 2.0                # alpha / r, by which a low-rank change is multiplied
 # The sampler's keys grow by a token each step. cuDNN's attention, which torch may prefer on new GPUs,
@@ -49,6 +52,7 @@ class GPTConfig:
     dropout: float = 0.0       # for SFT; every later stage runs in eval mode, where it is off
     dtype: str = "float32"     # of the blocks' matrix products; bfloat16 by autocast, weights stay in float32
     checkpointing: bool = False         # compute blocks again in the backward pass: less memory, more time
+    activation: str = "gelu_tanh"       # GPT-2's approximation; or gelu, the exact one, as in nanoGPT
 
 
 # --------------------------------------------------------------------------------------------------
@@ -96,9 +100,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.approximate = {"gelu_tanh": "tanh", "gelu": "none"}[config.activation]
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
 
 
 class Block(nn.Module):
@@ -178,40 +183,37 @@ class GPT(nn.Module):
         return self.lm_head(self.transformer(ids))
 
     @classmethod
-    def from_pretrained(cls, name_or_folder, **changes):
+    def from_pretrained(cls, source, **changes):
         """
-        GPT-2 weights, from a folder that transformers saved or by name from its hub.
+        GPT-2 weights: a folder that transformers saved, its name on the hub, or nanoGPT's ckpt.pt
 
-        changes are fields of GPTConfig: with block_size or vocab_size only so many positions or token ids
-        are taken; more than there are is an error.
+        changes are fields of GPTConfig. With block_size or vocab_size only so many positions or
+        token ids are taken; more than there are is an error. So is a weight that is missing, has
+        no place here or a different shape.
         """
-        from safetensors import SafetensorError
-        from transformers import GPT2LMHeadModel         # here, because it takes seconds to import
-        try:
-            theirs = GPT2LMHeadModel.from_pretrained(name_or_folder, dtype=torch.float32)
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{name_or_folder} is no folder with a GPT-2 that transformers saved, and as a name "
-                             f"it could not be fetched from the hub ({(str(error).splitlines() or ['?'])[0]})") from error
-        c = theirs.config
-        computed = (c.model_type == "gpt2" and c.activation_function == "gelu_new"
-                    and c.n_inner in (None, 4 * c.n_embd)
-                    and c.scale_attn_weights and not c.scale_attn_by_inverse_layer_idx
-                    and c.tie_word_embeddings and c.layer_norm_epsilon == 1e-5)
-        if not computed:
-            raise ValueError(f"{name_or_folder} is a variant of GPT-2 that model.py does not compute; "
-                             "it wants gelu_new, MLPs four times as wide as the embedding, attention "
-                             "scaled by head size alone, layer_norm_epsilon 1e-5, tied embeddings")
-        model = cls(GPTConfig(**dict(vocab_size=c.vocab_size, block_size=c.n_positions, n_layer=c.n_layer,
-                                     n_head=c.n_head, n_embd=c.n_embd) | changes))
-        if model.config.block_size > c.n_positions:
-            raise ValueError(f"block_size {model.config.block_size} is longer than the {c.n_positions} positions that "
-                             f"{name_or_folder} has weights for; lower it to that or less")
-        if model.config.vocab_size > c.vocab_size:
-            raise ValueError(f"the tokenizer has {model.config.vocab_size} token ids, {name_or_folder} has weights for "
-                             f"{c.vocab_size}; they do not belong together")
-        weights = theirs.transformer.state_dict()
-        weights["wpe.weight"] = weights["wpe.weight"][:model.config.block_size]
-        weights["wte.weight"] = weights["wte.weight"][:model.config.vocab_size]
+        theirs, weights = pretrained.read(source)
+        nanogpt = theirs.get("model_type") == "nanogpt"
+        stored = nanogpt_config(theirs) if nanogpt else gpt2_like(theirs)
+        c = replace(stored, **changes)
+        if c.block_size > stored.block_size:
+            raise ValueError(f"block_size {c.block_size} is longer than the {stored.block_size} "
+                             f"positions that {source} has weights for; lower it to that or less")
+        if c.vocab_size > stored.vocab_size:
+            raise ValueError(f"the tokenizer has {c.vocab_size} token ids, {source} has weights for "
+                             f"{stored.vocab_size}; they do not belong together")
+        weights = trunk_of(weights)
+        if not nanogpt:
+            weights = transposed(weights)
+        with torch.device("meta"):
+            whole = Transformer(stored)
+        if nanogpt and not theirs.get("bias", True):     # biases of zero do the same
+            for name, parameter in whole.named_parameters():
+                if name.endswith("bias"):
+                    weights.setdefault(name, torch.zeros(parameter.shape))
+        copy_weights(weights, whole)                     # on "meta" this only compares names and shapes
+        weights["wpe.weight"] = weights["wpe.weight"][:c.block_size]
+        weights["wte.weight"] = weights["wte.weight"][:c.vocab_size]
+        model = cls(c)
         copy_weights(weights, model.transformer)
         return model
 
@@ -219,8 +221,62 @@ class GPT(nn.Module):
         """Write config.json and model.safetensors for transformers' AutoModelForCausalLM."""
         from transformers import GPT2LMHeadModel
         theirs = GPT2LMHeadModel(gpt2_config(self.config, eos_id))
-        copy_weights(merged(self.transformer.state_dict()), theirs.transformer)
+        copy_weights(transposed(merged(self.transformer.state_dict())), theirs.transformer)
         theirs.save_pretrained(folder)
+
+
+GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
+         "gelu": "gelu", "gelu_python": "gelu"}          # transformers' names, and ours
+SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer",
+         "n_head": "n_head", "n_embd": "n_embd", "max_position_embeddings": "block_size",
+         "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "hidden_size": "n_embd"}
+
+
+def gpt2_like(theirs):
+    """A config.json -> GPTConfig. Keys that old files do not have yet are as in GPT-2."""
+    sizes = {SIZES[key]: value for key, value in theirs.items() if key in SIZES}
+    computed = {
+        "model_type": ["gpt2"], "activation_function": list(GELUS),
+        "n_inner": [None, 4 * sizes.get("n_embd", GPTConfig.n_embd)],
+        "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
+        "add_cross_attention": [False], "tie_word_embeddings": [True], "layer_norm_epsilon": [1e-5]}
+    for key, values in computed.items():
+        if theirs.get(key, values[0]) not in values:
+            raise ValueError("this is a variant of GPT-2 that model.py does not compute: config.json "
+                             f"has {key} {theirs[key]!r}, wanted {' or '.join(map(repr, values))}")
+    return GPTConfig(**sizes, activation=GELUS[theirs.get("activation_function", "gelu_new")])
+
+
+def nanogpt_config(theirs):
+    """The model_args of a checkpoint of nanoGPT -> GPTConfig"""
+    sizes = {key: x for key, x in theirs.items() if key not in ("model_type", "bias", "dropout")}
+    unknown = sizes.keys() - SIZES.values()
+    if unknown:
+        raise ValueError("this is a variant of nanoGPT that model.py does not compute: it has "
+                         f"{', '.join(sorted(map(str, unknown)))} in its model_args")
+    return GPTConfig(**sizes, activation="gelu")
+
+
+def trunk_of(weights):
+    """
+    The weights of a language model, by the trunk's names, which saved alone have no prefix
+
+    Without the causal masks of old files, and without a head that repeats the token embedding.
+    """
+    trunk = {name.removeprefix("transformer."): weight for name, weight in weights.items()
+             if not re.fullmatch(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias", name)}
+    head = trunk.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(trunk.setdefault("wte.weight", head), head):
+        raise ValueError("lm_head.weight differs from wte.weight; model.py computes a GPT-2 that "
+                         "uses one table for both")
+    return trunk
+
+
+def transposed(weights):
+    """Between our Linear and transformers' Conv1D, which stores its matrix the other way around"""
+    conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return {name: weight.T if name.endswith(conv1d) and weight.dim() == 2 else weight
+            for name, weight in weights.items()}
 
 
 def gpt2_config(c, eos_id, **more):
@@ -228,19 +284,22 @@ def gpt2_config(c, eos_id, **more):
     return GPT2Config(**{**dict(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
         resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=eos_id,
+        activation_function="gelu" if c.activation == "gelu" else "gelu_new",
         eos_token_id=eos_id), **more})
 
 
 def copy_weights(weights, trunk):
-    """Between our trunk and transformers': the same names, but its Conv1D stores weights transposed."""
+    """Into a trunk, ours or transformers', which has a place for each weight and a weight for each place"""
     target = trunk.state_dict()
-    if weights.keys() != target.keys():
-        raise ValueError(f"weights on one side only: {sorted(weights.keys() ^ target.keys())[:5]}")
+    missing, unknown = target.keys() - weights.keys(), weights.keys() - target.keys()
+    if missing or unknown:
+        raise ValueError(f"the weights are not those of a GPT-2 of {len(trunk.h)} layers: missing are "
+                         f"{', '.join(sorted(missing)[:5]) or 'none'}; unknown are "
+                         f"{', '.join(sorted(unknown)[:5]) or 'none'}")
     for name, weight in weights.items():
-        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-            weight = weight.T
-        if weight.shape != target[name].shape:
-            raise ValueError(f"{name}: got {tuple(weight.shape)}, wanted {tuple(target[name].shape)}")
+        if weight.shape != target[name].shape or not weight.is_floating_point():
+            raise ValueError(f"{name}: got {tuple(weight.shape)} of {weight.dtype}, wanted "
+                             f"{tuple(target[name].shape)} of floats")
         target[name].copy_(weight)
 
 
@@ -287,7 +346,7 @@ class ScalarGPT(nn.Module):
             self.config, eos_id, vocab_size=vocab_size + 1, pad_token_id=vocab_size, num_labels=1, reads_eos=True))
         weights["ln_f.bias"] = weights["ln_f.bias"] + constant * w[0] / w.square().sum().clamp_min(1e-30)
         weights["wte.weight"] = F.pad(weights["wte.weight"], (0, 0, 0, 1))                  # (V+1, C)
-        copy_weights(weights, theirs.transformer)
+        copy_weights(transposed(weights), theirs.transformer)
         theirs.score.weight.data.copy_(w)
         theirs.save_pretrained(folder)
 

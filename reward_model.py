@@ -33,6 +33,7 @@ import data
 import experiment
 import files
 import options
+import pretrained
 import reviews
 import sft
 from model import GPTConfig, ScalarGPT, add_lora, generate, masked_mean, sequence_scores, trained
@@ -40,7 +41,7 @@ from model import GPTConfig, ScalarGPT, add_lora, generate, masked_mean, sequenc
 
 @dataclass
 class Config(options.Common):
-    init: str = ""                  # weights to start from in place of SFT's: GPT-2's, a folder or a name on the hub
+    init: str = ""                  # weights to start from in place of SFT's, as sft.py --init takes them
     n_prompts: int | None = 2400    # rankings, or comparisons of --data, to train on; none: all that there are
     n_held_out: int = 1000          # rankings, or comparisons, to measure on
     n_responses: int = 4            # K, responses to a ranking; 2 is the plain case
@@ -236,6 +237,8 @@ def export(folder, to):
 def check(cfg):
     """Stops on settings that cannot be, before any work."""
     corpus.check_source(cfg.data)
+    if cfg.init:
+        sft.check_init(cfg.init)
     if cfg.n_responses < 2:
         files.stop(f"--n_responses got {cfg.n_responses}; a comparison takes at least 2")
     if cfg.data == "reviews":
@@ -255,7 +258,9 @@ def main(cfg):
     train_prompts, held_out_prompts = corpus.prompts(cfg, tokenizer, sft_policy.config.block_size)
     trunk = sft_policy
     if cfg.init:
-        if data.fingerprint(sft.tokenizer_of(cfg.init)) != data.fingerprint(tokenizer):
+        if pretrained.nanogpt(cfg.init):
+            print(f"note: {cfg.init} does not name its tokenizer; it is taken to be the SFT policy's")
+        elif data.fingerprint(sft.tokenizer_of(cfg.init)) != data.fingerprint(tokenizer):
             files.stop(f"--init {cfg.init} has another tokenizer than the SFT policy, whose ids it has to read; give "
                        "weights with the same one, as GPT-2's of all sizes have")
         trunk = sft.pretrained(cfg.init, tokenizer, block_size=sft_policy.config.block_size)

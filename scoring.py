@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import traceback
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import data
 import experiment
 import files
 import options
+import pretrained
 import reward_model as rm
 from model import sequence_scores
 
@@ -180,16 +182,29 @@ def load_classifier(name, tokenizer, device):
     """A sequence classifier of transformers, with its own tokenizer -> raw, what tells it from others"""
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    wrapped = rf"^(?:{pretrained.WRAPPERS.pattern})+"
     try:
+        if os.path.isdir(name):
+            pretrained.read_config(Path(name))
         classifier, loading = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True)
+            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
+            key_mapping={wrapped: ""})
         its_tokenizer = AutoTokenizer.from_pretrained(name, truncation_side="left")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         files.stop(f"--reward got {name}; it takes reward_model, path/to/file.py:function, or a folder or hub name of "
                    f"a transformers sequence classifier ({files.first_line(error)})")
     if loading["missing_keys"]:
         files.stop(f"--reward {name} has no weights for {', '.join(sorted(loading['missing_keys'])[:3])}: it was not "
                    "trained to classify, and its scores would be random")
+    for weight, stored, wanted in loading["mismatched_keys"]:
+        files.stop(f"--reward {name} has {weight} of shape {tuple(stored)}, and its config.json wants "
+                   f"{tuple(wanted)}")
+    # Not weights: causal masks and positions in old files. RoBERTa's classifier has no use for a pooler.
+    unknown = sorted(key for key in loading["unexpected_keys"]
+                     if not re.search(r"attn\.(masked_)?bias$|position_ids$|\.pooler\.", key))
+    if unknown:
+        files.stop(f"--reward {name} holds weights that its classifier does not use: "
+                   f"{', '.join(unknown[:3])}; wanted those of a classifier alone")
     if classifier.config.num_labels > 2:
         files.stop(f"--reward {name} tells {classifier.config.num_labels} classes apart; a reward is one number, so it "
                    "takes a classifier with one label or with two")

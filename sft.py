@@ -27,11 +27,12 @@ import files
 import options
 import reviews
 from model import GPT, GPTConfig, add_lora, generate, masked_mean, merged, token_logprobs, trained
+from pretrained import check as check_pretrained
 
 
 @dataclass
 class Config(options.Common):
-    init: str = ""                  # weights to start from: GPT-2's, a folder or a name on the hub; else fresh ones
+    init: str = ""                  # GPT-2's weights, a folder, a hub name or nanoGPT's ckpt.pt; else fresh ones
     n_layer: int = 2                # transformer blocks of fresh weights
     n_head: int = 4                 # attention heads of fresh weights
     n_embd: int = 128               # width of the hidden states of fresh weights
@@ -65,6 +66,10 @@ PRESETS = {
 Config.presets = PRESETS
 
 
+# What comes up where a model or a tokenizer is built from what a file says and the file is wrong
+UNFIT = (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+
+
 def sft_loss(logprobs, mask):
     """
     - mean over response tokens of log pi(y_t | x, y_<t), nats per token: (B, T), (B, T) -> 0-d
@@ -89,9 +94,19 @@ def nats_per_response(policy, prompts, responses, device, batch_size=256):
 
 
 def pretrained(init, tokenizer, **changes):
-    """GPT-2 weights of a folder or a name on the hub, with other values for fields of GPTConfig"""
+    """GPT-2 weights as --init names them, with other values for fields of GPTConfig"""
     try:
         return GPT.from_pretrained(init, vocab_size=tokenizer.n_vocab, **changes)
+    except UNFIT as error:
+        if experiment.out_of_memory(error):
+            raise
+        files.stop(f"--init {init}: {error}")
+
+
+def check_init(init):
+    """Stops, before any work, where --init does not name whole weights."""
+    try:
+        check_pretrained(init)
     except ValueError as error:
         files.stop(f"--init {init}: {error}")
 
@@ -100,7 +115,7 @@ def tokenizer_of(source):
     """GPT-2's tokenizer, or that of a folder or of a name on the hub"""
     try:
         return data.gpt2_tokenizer(None if source == "gpt2" and not Path(source).is_dir() else source)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (*UNFIT, OSError) as error:
         files.stop(f"no tokenizer in {source}: {error}")
 
 
@@ -119,7 +134,7 @@ def rebuild(kind, saved, folder, key, shape="gpt", **how):
     """
     try:
         model, weights = kind(GPTConfig(**saved[shape] | how)), merged(saved[key])
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
+    except UNFIT as error:
         if experiment.out_of_memory(error):
             raise
         files.stop(f"{folder}/checkpoint.pt describes a model that model.py does not know ({error}): another version wrote "
@@ -163,6 +178,8 @@ def export(folder, to):
 def check(cfg):
     """Stops on settings that cannot be, before any work."""
     corpus.check_source(cfg.data)
+    if cfg.init:
+        check_init(cfg.init)
     if cfg.n_embd % cfg.n_head:
         files.stop(f"--n_embd {cfg.n_embd} is no multiple of --n_head {cfg.n_head}: every head takes as many dimensions")
     if cfg.vocab_size < 257:
@@ -197,6 +214,9 @@ def main(cfg):
     # ---- 1. texts
     tokenizer = choose_tokenizer(cfg)
     block_size = cfg.block_size or (72 if built_in else cfg.max_prompt_tokens + cfg.max_new_tokens)
+    common = dict(block_size=block_size, dropout=cfg.dropout, **cfg.how())
+    # Before the texts, which can take long to read
+    weights = pretrained(cfg.init, tokenizer, **common) if cfg.init else None
     train, held_out = corpus.demonstrations(cfg, tokenizer, block_size, cfg.n_texts, cfg.n_eval)
     check_rows(cfg, train, held_out, block_size)
     held_prompts, held_responses = map(list, zip(*held_out))                 # lists of token lists
@@ -210,8 +230,6 @@ def main(cfg):
         print(f"{len(train)} texts, {sum(map(len, held_responses)) / len(held_out):.1f} {said}")
 
     # ---- 2. model
-    common = dict(block_size=block_size, dropout=cfg.dropout, **cfg.how())
-    weights = pretrained(cfg.init, tokenizer, **common) if cfg.init else None
     run.begin()
     if not run.resuming:
         data.save_tokenizer(tokenizer, run.folder)

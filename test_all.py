@@ -19,6 +19,7 @@ import doctest
 import errno
 import functools
 import gzip
+import hashlib
 import inspect
 import io
 import itertools
@@ -45,6 +46,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import corpus
 import data
@@ -58,6 +60,7 @@ import model
 import options
 import policy_gradient
 import ppo
+import pretrained
 import reviews
 import reward_model
 import sample
@@ -68,7 +71,7 @@ from model import GPT, GPTConfig, ScalarGPT, generate, masked_mean, sequence_sco
 
 HERE = Path(__file__).parent
 SCRIPTS = (sft, reward_model, ppo, dpo, grpo, policy_gradient, evaluate)
-MODULES = (reviews, files, options, data, corpus, model, experiment, scoring, frontier, *SCRIPTS, sample)
+MODULES = (reviews, files, pretrained, options, data, corpus, model, experiment, scoring, frontier, *SCRIPTS, sample)
 
 
 def seeded(n=0):
@@ -387,6 +390,209 @@ def test_gpt2_tokenizer_from_local_files_equals_transformers(tmp_path):
     (tmp_path / "merges.txt").unlink()
     with pytest.raises(ValueError, match="merges.txt is not there"):
         data.gpt2_tokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    """A tokenizer.json with three special tokens first, as trainers number them; text follows after a gap"""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    theirs = Tokenizer(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.train_from_iterator([p + r for p, r in zip(*reviews.sample(300, seed=3))] + AWKWARD, trainers.BpeTrainer(
+        vocab_size=600, special_tokens=[data.EOS, "<|start|>", "<|end|>"], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    content = json.loads(theirs.to_str())
+    vocab = content["model"]["vocab"]
+    content["model"]["vocab"] = {token: i if i < 100 else i + 7 for token, i in vocab.items()}
+    return content
+
+
+def bpe_folder(folder, content, **beside):
+    """beside: {a file's name without .json: its content}"""
+    folder.mkdir(exist_ok=True)
+    for name, x in {"tokenizer": content, **beside}.items():
+        (folder / f"{name}.json").write_text(json.dumps(x))
+    return folder
+
+
+def changed(content, *path, to):
+    """A copy of nested dicts and lists with one value changed; -1 appends to a list"""
+    copied = inner = copy.deepcopy(content)
+    for key in path[:-1]:
+        inner = inner[key]
+    if path[-1] == -1:
+        inner.append(to)
+    else:
+        inner[path[-1]] = to
+    return copied
+
+
+def some_text(rng):
+    """Random characters of all kinds, special tokens and what GPT-2's pattern looks at"""
+    ranges = [(32, 127), (32, 127), (160, 0x2000), (0x2000, 0x2070), (0x3000, 0xd7ff), (0x1f300, 0x1faff)]
+    pieces = [" ", "\n", "\t", "\r\n", "  ", "'s", "'LL", "1999", " the", *AWKWARD, "<|start|>", "<|end|>"]
+    some = lambda: chr(rng.randrange(*rng.choice(ranges))) if rng.random() < 0.7 else rng.choice(pieces)
+    return "".join(some() for _ in range(rng.randrange(12)))
+
+
+def test_ids_are_those_in_the_files_and_text_becomes_no_special_token(bpe, tmp_path):
+    """Special tokens first, a gap in the ids, one more special token after a second gap"""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+    late = dict(bpe["added_tokens"][0], id=620, content="<|pad|>")
+    content = changed(changed(bpe, "added_tokens", -1, to=late), "model", "vocab", late["content"], to=620)
+    ours = data.gpt2_tokenizer(bpe_folder(tmp_path / "x", content))
+    theirs = Tokenizer.from_file(str(tmp_path / "x" / "tokenizer.json"))
+    theirs.encode_special_tokens = True                  # as text
+    rng, special = random.Random(0), {0, 1, 2, 620}
+    for text in AWKWARD + [some_text(rng) for _ in range(3000)]:
+        ids = ours.encode_ordinary(text)
+        assert ids == theirs.encode(text).ids and ours.decode(ids) == text, text
+        assert not special & set(ids)
+    assert ours.eot_token == 0 and ours.n_vocab == 621
+    assert ours.decode([0, 1, 2, 620]) == data.EOS + "<|start|><|end|><|pad|>"
+    ours.decode(list(range(ours.n_vocab)))               # the gaps too: a model may sample such an id
+    data.export_tokenizer(ours, tmp_path / "exported", pad=True)
+    back = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert back.convert_tokens_to_ids([data.EOS, "<|end|>", "<|pad|>"]) == [0, 2, 620]
+    assert back.pad_token_id == 621                      # one more, by a name that was free
+    assert back("good", add_special_tokens=True)["input_ids"] == ours.encode_ordinary("good")
+
+
+@pytest.mark.parametrize("eos, said, beside", [
+    (0, "", {}), (2, "", dict(tokenizer_config={"eos_token": "<|end|>"})),
+    (2, "", dict(special_tokens_map={"eos_token": {"content": "<|end|>"}}, config={"eos_token_id": [1, 2]})),
+    (2, "", dict(tokenizer_config={"eos_token": {"content": "<|end|>"}}, special_tokens_map={"eos_token": "<|start|>"})),
+    (2, "", dict(config={"eos_token_id": 2})), (1, "", dict(config={"eos_token_id": [599, 1]})),
+    (0, "config.json has eos_token_id [50256]", dict(config={"eos_token_id": 50256})),
+    (2, "ends a text with <|end|> (id 2), config.json has eos_token_id [0] and generation_config.json has",
+     dict(tokenizer_config={"eos_token": "<|end|>"}, config={"eos_token_id": 0},
+          generation_config={"eos_token_id": [0, 1]}))])
+def test_the_eos_is_the_one_that_the_files_name(eos, said, beside, bpe, tmp_path, capsys):
+    """The tokenizer's before the model's; what is said where they differ"""
+    from transformers import AutoTokenizer
+    ours = data.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe, **beside))
+    assert ours.eot_token == eos and data.encode_prompt(ours, "") == [eos]
+    note = capsys.readouterr().out
+    assert said in note and bool(said) == note.startswith("note: ") and note.count("\n") == bool(said)
+    data.save_tokenizer(ours, tmp_path)
+    data.export_tokenizer(ours, tmp_path / "exported")
+    for again in (data.load_tokenizer(tmp_path), data.gpt2_tokenizer(tmp_path / "exported")):
+        assert again.eot_token == eos and data.fingerprint(again) == data.fingerprint(ours)
+        assert again.decode(list(range(607))) == ours.decode(list(range(607)))
+    renamed = json.loads(json.dumps(bpe).replace("<|start|>", "<|begin|>"))
+    renamed = data.gpt2_tokenizer(bpe_folder(tmp_path / "y", renamed))
+    assert data.fingerprint(renamed) != data.fingerprint(ours)
+    assert AutoTokenizer.from_pretrained(tmp_path / "exported").eos_token_id == eos
+
+
+ADDED = dict(id=600, content="<x>", single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+BOS = dict(type="TemplateProcessing", single=[{"SpecialToken": {"id": "<|start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}])
+
+
+@pytest.mark.parametrize("path, to, message", [
+    (["normalizer"], {"type": "NFC"}, "normalizer NFC"),
+    (["normalizer"], {"type": "Sequence", "normalizers": [{"type": "NFC"}]}, "normalizer NFC"),
+    (["pre_tokenizer", "add_prefix_space"], True, "add_prefix_space"),
+    (["pre_tokenizer", "use_regex"], False, "use_regex false"), (["pre_tokenizer"], None, "pre-tokenizer null"),
+    (["pre_tokenizer"], {"type": "Whitespace"}, "pre-tokenizer Whitespace"),
+    (["pre_tokenizer"], {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]},
+     r"pre-tokenizer Digits \+ ByteLevel"),
+    (["post_processor"], BOS, "TemplateProcessing, which adds tokens"),
+    (["post_processor"], {"type": "Sequence", "processors": [BOS]}, "TemplateProcessing, which adds tokens"),
+    (["post_processor"], {"type": "RobertaProcessing"}, "RobertaProcessing"),
+    (["model", "unk_token"], "<|end|>", "unk_token '<|end|>'".replace("|", r"\|")),
+    (["model", "byte_fallback"], True, "byte_fallback True"), (["model", "dropout"], 0.1, "dropout 0.1"),
+    (["model", "ignore_merges"], True, "ignore_merges True"),
+    (["model", "end_of_word_suffix"], "</w>", "end_of_word_suffix"), (["model", "type"], "Unigram", "byte-level BPE"),
+    (["added_tokens", -1], ADDED | {"special": False}, "'<x>' .not special"),
+    (["added_tokens", -1], ADDED | {"lstrip": True, "single_word": True}, "'<x>' .lstrip, single_word"),
+    (["added_tokens", -1], ADDED | {"rstrip": True}, "'<x>' .rstrip"),
+    (["added_tokens", -1], ADDED | {"content": "!", "id": 3}, "special token '!' .* piece of ordinary text"),
+    (["added_tokens", -1], ADDED | {"id": 50}, "two tokens with one id"),
+    (["added_tokens", 1, "id"], 50, "special token '<|start|>' has a second id".replace("|", r"\|")),
+    (["added_tokens", -1], ADDED | {"id": 10 ** 9}, "token with the id 1000000000; wanted ids below"),
+    (["model", "merges"], [["t", "h"]], "number the merges in their order"),
+    (["model", "vocab", "a▁"], 610, "number the merges in their order")])
+def test_what_a_tokenizer_asks_for_beyond_gpt2s_is_refused_by_name(path, to, message, bpe, tmp_path):
+    with pytest.raises(SystemExit, match=f"^error: no tokenizer in .*{message}"):
+        sft.tokenizer_of(str(bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))))
+
+
+@pytest.mark.parametrize("beside, message", [
+    (dict(tokenizer_config={"add_prefix_space": True}), "add_prefix_space"),
+    (dict(tokenizer_config={"add_bos_token": True}), "add_bos_token"),
+    (dict(tokenizer_config={"eos_token": "</s>"}), "which of its special tokens ends a text.* got </s>"),
+    (dict(tokenizer_config={"eos_token": "a"}), "which of its special tokens ends a text.* got a"),
+    (dict(tokenizer=[1]), "holds a list"), (dict(config=[1]), "config.json holds a list")])
+def test_settings_beside_a_tokenizer_that_cannot_be_are_refused(beside, message, bpe, tmp_path):
+    with pytest.raises(SystemExit, match=f"^error: no tokenizer in .*{message}"):
+        sft.tokenizer_of(str(bpe_folder(tmp_path / "x", bpe, **beside)))
+
+
+@pytest.mark.parametrize("merges", [[("~^", "`")], [("^", "`"), ("~", "^"), ("~^", "`")]])
+def test_merges_that_tiktoken_would_make_in_a_different_way_are_refused(merges, bpe, tmp_path):
+    """Of a part that is not a token; into a token that is never reached, since its parts merge otherwise first"""
+    content = copy.deepcopy(bpe)
+    for i, (left, right) in enumerate(merges):
+        content["model"]["vocab"][left + right] = 700 + i
+        content["model"]["merges"].append([left, right])
+    with pytest.raises(ValueError, match="number the merges in their order"):
+        data.gpt2_tokenizer(bpe_folder(tmp_path / "x", content))
+
+
+def test_harmless_words_in_a_tokenizer_json_change_nothing(bpe, tmp_path):
+    whole = data.fingerprint(data.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe)))
+    plain = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
+    merges = [" ".join(pair) for pair in bpe["model"]["merges"]]
+    untyped = {key: x for key, x in bpe["model"].items() if key != "type"}
+    for path, to in ((["post_processor"], {"type": "ByteLevel"}), (["post_processor"], plain),
+                     (["normalizer"], {"type": "Sequence", "normalizers": []}), (["model", "merges"], merges),
+                     (["model", "end_of_word_suffix"], ""), (["model", "dropout"], 0.0), (["model"], untyped),
+                     (["pre_tokenizer"], {"type": "Sequence", "pretokenizers": [bpe["pre_tokenizer"]]})):
+        folder = bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))
+        assert data.fingerprint(data.gpt2_tokenizer(folder / "tokenizer.json")) == whole, path
+
+
+def test_vocab_and_merges_files_know_their_special_tokens_too(bpe, tmp_path):
+    """First in the vocabulary, or listed by the slow tokenizers of transformers, old and new"""
+    whole = data.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe))
+    (tmp_path / "x" / "tokenizer.json").rename(tmp_path / "x" / "vocab.json")
+    (tmp_path / "x" / "vocab.json").write_text(json.dumps(bpe["model"]["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in bpe["model"]["merges"])
+    (tmp_path / "x" / "merges.txt").write_text("#version: 0.2\n" + merges + "\n")
+    assert data.fingerprint(data.gpt2_tokenizer(tmp_path / "x")) == data.fingerprint(whole)
+    (tmp_path / "x" / "added_tokens.json").write_text(json.dumps({"<pad>": 607}))
+    assert data.gpt2_tokenizer(tmp_path / "x").decode([607, 2]) == "<pad><|end|>"
+    for special, message in ((True, None), (False, "'<x>' .not special")):
+        flags = {"added_tokens_decoder": {"608": ADDED | {"special": special}}, "eos_token": "<x>"}
+        (tmp_path / "x" / "tokenizer_config.json").write_text(json.dumps(flags))
+        if special:
+            assert data.gpt2_tokenizer(tmp_path / "x").eot_token == 608
+        else:
+            with pytest.raises(ValueError, match=message):
+                data.gpt2_tokenizer(tmp_path / "x")
+    (tmp_path / "x" / "tokenizer_config.json").unlink()
+    nameless = {token.replace(data.EOS, "<s>"): i for token, i in bpe["model"]["vocab"].items()}
+    (tmp_path / "x" / "vocab.json").write_text(json.dumps(nameless))
+    with pytest.raises(ValueError, match="wanted one of .*<s>, .*<|end|> as eos_token".replace("|", r"\|")):
+        data.gpt2_tokenizer(tmp_path / "x")
+
+
+def test_a_tokenizer_that_an_earlier_version_wrote_is_the_same_tokenizer(tokenizer, tmp_path):
+    data.save_tokenizer(tokenizer, tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
+    before = hashlib.sha256(repr((data.PATTERN, ranks, tokenizer.eot_token)).encode()).hexdigest()[:16]
+    assert data.fingerprint(tokenizer) == before         # which its checkpoints hold
+    del content["special"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    loaded = data.load_tokenizer(tmp_path)
+    assert data.fingerprint(loaded) == before and loaded.eot_token == tokenizer.eot_token
+    for eos in (3, None):                                # an ordinary token, nothing
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"special": {"<x>": 900}, "eos": eos}))
+        with pytest.raises(SystemExit, match="cannot be read as a tokenizer"):
+            data.load_tokenizer(tmp_path)
 
 
 def test_no_prompt_is_both_trained_on_and_held_out():
@@ -965,12 +1171,262 @@ def test_logits_equal_transformers_gpt2_in_both_directions(tmp_path):
     torch.testing.assert_close(ours.double()(ids), back(ids).logits, atol=1e-9, rtol=1e-9)
 
 
-def test_a_gpt2_variant_that_is_not_computed_is_refused(tmp_path):
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory):
+    """A GPT-2 as transformers saves it, its logits on ids, and a function that changes a copy of the folder"""
     from transformers import GPT2Config, GPT2LMHeadModel
-    GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=8, n_layer=1, n_head=1, n_embd=8, bos_token_id=0,
-                               eos_token_id=0, activation_function="relu")).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="variant of GPT-2"):
-        GPT.from_pretrained(tmp_path)
+    home = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=12, n_layer=2, n_head=2, n_embd=8,
+                                        bos_token_id=0, eos_token_id=0)).eval()
+    for p in theirs.parameters():
+        p.data.normal_(std=0.3)
+    theirs.save_pretrained(home / "whole")
+    ids = torch.randint(30, (2, 12), generator=seeded())
+    return home, ids, theirs(ids).logits.detach()
+
+
+def folder_of(gpt2_folder, weights=None, config=None, save=save_file, name="model.safetensors"):
+    """A copy of that folder: its weights after a function of {name: tensor}, its config with other values"""
+    whole, folder = gpt2_folder[0] / "whole", gpt2_folder[0] / "changed"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    tensors = load_file(whole / "model.safetensors")
+    save(weights(tensors) if weights else tensors, folder / name)
+    settings = json.loads((whole / "config.json").read_text()) | (config or {})
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def prefixed(prefix):
+    return lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+WTE, MLP = "transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"
+
+
+@pytest.mark.parametrize("weights", [
+    *map(prefixed, ("_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "base_model.model.")),
+    lambda x: {name.replace("h.0.", "h.0._checkpoint_wrapped_module."): w for name, w in x.items()},
+    lambda x: {name.removeprefix("transformer."): w for name, w in x.items()},     # a trunk by itself
+    lambda x: x | {"lm_head.weight": x[WTE].clone()},
+    lambda x: {name.replace(WTE, "lm_head.weight"): w for name, w in x.items()},
+    lambda x: x | {"transformer.h.0.attn.bias": torch.ones(1, 1, 12, 12, dtype=torch.bool),
+                   "transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}])
+def test_weights_load_by_the_names_that_wrappers_and_old_files_give_them(weights, gpt2_folder):
+    _, ids, logits = gpt2_folder
+    ours = GPT.from_pretrained(folder_of(gpt2_folder, weights)).eval()
+    torch.testing.assert_close(ours(ids), logits)
+
+
+@pytest.mark.parametrize("weights, message", [
+    (prefixed("foo."), "missing are h.0.attn.c_attn.bias, .* unknown are foo.transformer.h.0"),
+    (lambda x: {name: w for name, w in x.items() if "c_fc.b" not in name}, "missing are h.0.mlp.c_fc.bias, h.1"),
+    (lambda x: x | {"v_head.weight": torch.zeros(2)}, "missing are none; unknown are v_head.weight"),
+    (lambda x: x | {MLP: torch.zeros(8, 31)}, r"h.1.mlp.c_fc.weight: got \(31, 8\) .*, wanted \(32, 8\)"),
+    (lambda x: x | {WTE: torch.zeros(31, 8)}, r"wte.weight: got \(31, 8\) .*, wanted \(30, 8\)"),
+    (lambda x: x | {MLP: torch.zeros(8, 32, dtype=torch.int8)}, "h.1.mlp.c_fc.weight: got .* of torch.int8"),
+    (lambda x: x | {"lm_head.weight": x[WTE] + 1e-3}, "lm_head.weight differs from wte.weight"),
+    (lambda x: x | {"module." + WTE: x[WTE].clone()}, "transformer.wte.weight twice")])
+def test_no_weight_is_missing_unknown_or_of_a_different_shape_in_silence(weights, message, gpt2_folder):
+    folder = folder_of(gpt2_folder, weights)
+    with pytest.raises(SystemExit, match=f"^error: --init .*: .*{message}"):
+        sft.pretrained(str(folder), types.SimpleNamespace(n_vocab=20), block_size=5)
+
+
+def in_parts(save, pattern, index):
+    """A way to save weights in two files and an index"""
+    def save_parts(tensors, path):
+        names, where = list(tensors), {}
+        for i, part in enumerate((names[:9], names[9:])):
+            save({name: tensors[name] for name in part}, path.parent / pattern.format(i + 1))
+            where |= dict.fromkeys(part, pattern.format(i + 1))
+        (path.parent / index).write_text(json.dumps({"weight_map": where}))
+    return save_parts
+
+
+IN_PARTS = in_parts(save_file, "model-0000{}-of-00002.safetensors", "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("save, name", [
+    (torch.save, "pytorch_model.bin"), (IN_PARTS, ""),
+    (functools.partial(torch.save, _use_new_zipfile_serialization=False), "pytorch_model.bin"),
+    (in_parts(torch.save, "pytorch_model-0000{}-of-00002.bin", "pytorch_model.bin.index.json"), "")])
+def test_weights_are_read_from_every_kind_of_file_that_transformers_wrote(save, name, gpt2_folder, capsys):
+    _, ids, logits = gpt2_folder
+    folder = folder_of(gpt2_folder, prefixed("_orig_mod."), save=save, name=name or "x")
+    torch.testing.assert_close(GPT.from_pretrained(folder).eval()(ids), logits)
+    save_file({}, folder / "model.safetensors")          # of two kinds the first counts, as in transformers
+    with pytest.raises(ValueError, match="missing are h.0"):
+        GPT.from_pretrained(folder)
+    assert "model.safetensors is used, as transformers does" in capsys.readouterr().out
+
+
+def test_folders_without_one_whole_gpt2_are_refused_by_what_they_hold(gpt2_folder):
+    owned = gpt2_folder[0] / "owned"
+
+    def refused(folder, message):
+        with pytest.raises(ValueError, match=message):
+            GPT.from_pretrained(folder)
+    folder = folder_of(gpt2_folder)
+    content = (folder / "model.safetensors").read_bytes()
+    for n in (0, 20, len(content) // 2, len(content) - 1):
+        (folder / "model.safetensors").write_bytes(content[:n])
+        refused(folder, "changed/model.safetensors cannot be read as weights")
+    (folder / "model.safetensors").rename(folder / "tf_model.h5")
+    refused(folder, "has no weights: wanted model.safetensors or .*; found config.json, tf_model.h5")
+    (folder / "adapter_config.json").write_text("{}")
+    refused(folder, "holds an adapter .LoRA.*; merge it into them first")
+    for settings, message in (("{", "config.json cannot be read"), ("[]", "config.json holds a list")):
+        folder = folder_of(gpt2_folder)
+        (folder / "config.json").write_text(settings)
+        refused(folder, message)
+    (folder / "config.json").unlink()
+    refused(folder, "has no config.json, which says what its weights are")
+    refused(folder_of(gpt2_folder, config={"quantization_config": {"quant_method": "gptq"}}), "quantized weights .*gptq")
+    folder = folder_of(gpt2_folder, save=IN_PARTS)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    refused(folder, "model-00002-of-00002.safetensors cannot be read as weights .FileNotFoundError")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    refused(folder, "has no weight_map")
+    for saved, message in (({"state_dict": {}}, "holds a dict by the name state_dict"), ([3], "cannot be read"),
+                           ({"x": Malicious(owned)}, "holds more than tensors")):
+        folder = folder_of(gpt2_folder, weights=lambda x: saved, save=torch.save, name="pytorch_model.bin")
+        refused(folder, message)
+    assert not owned.exists()
+
+
+@pytest.mark.parametrize("config, message", [
+    (dict(activation_function="relu"), "activation_function 'relu', wanted 'gelu_new' or"),
+    (dict(n_inner=20), "n_inner 20, wanted None or 32"), (dict(scale_attn_weights=False), "scale_attn_weights False"),
+    (dict(scale_attn_by_inverse_layer_idx=True), "by_inverse_layer_idx True"), (dict(model_type="llama"), "'llama'"),
+    (dict(tie_word_embeddings=False), "tie_word_embeddings"), (dict(layer_norm_epsilon=1e-6), "epsilon 1e-06"),
+    (dict(add_cross_attention=True), "add_cross_attention"), (dict(n_layer=1), "unknown are h.1.attn"),
+    (dict(n_layer=3), "missing are h.2.attn"), (dict(n_head=3), "n_embd must be a multiple of n_head"),
+    (dict(n_head=0), "zero"), (dict(n_embd="8"), ""), (dict(n_embd=-8), "negative")])
+def test_a_gpt2_variant_that_is_not_computed_is_refused(config, message, gpt2_folder):
+    with pytest.raises(SystemExit, match=f"^error: --init .*: .*{message}"):
+        sft.pretrained(str(folder_of(gpt2_folder, config=config)), types.SimpleNamespace(n_vocab=30))
+
+
+def test_what_an_old_config_does_not_say_is_as_in_gpt2(gpt2_folder):
+    _, ids, logits = gpt2_folder
+    old = dict(vocab_size=30, n_positions=12, n_ctx=12, n_layer=2, n_head=2, n_embd=8)
+    renamed = dict(model_type="gpt2", vocab_size=30, max_position_embeddings=12, hidden_size=8,
+                   num_hidden_layers=2, num_attention_heads=2)
+    for config in (old, renamed):
+        folder = folder_of(gpt2_folder)
+        (folder / "config.json").write_text(json.dumps(config))
+        torch.testing.assert_close(GPT.from_pretrained(folder).eval()(ids), logits)
+    assert pretrained.read_config(gpt2_folder[0] / "whole")["n_positions"] == GPT.from_pretrained(folder).config.block_size
+    (folder / "config.json").write_text("{}")            # GPT-2 itself
+    with pytest.raises(ValueError, match="GPT-2 of 12 layers"):
+        GPT.from_pretrained(folder)
+
+
+def test_either_gelu_is_computed_as_transformers_does_and_written_for_it(gpt2_folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+    _, ids, logits = gpt2_folder
+    folder = folder_of(gpt2_folder, config=dict(activation_function="gelu"))
+    exact = GPT.from_pretrained(folder).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    torch.testing.assert_close(exact.double()(ids), theirs(ids).logits, atol=1e-9, rtol=1e-9)
+    assert (exact.float()(ids) - logits).abs().max() > 1e-5
+    exact.save_pretrained(tmp_path / "exact", eos_id=0)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "exact", dtype=torch.float64).eval()
+    assert back.config.activation_function == "gelu"
+    torch.testing.assert_close(back(ids).logits, theirs(ids).logits, atol=1e-9, rtol=1e-9)
+    for name in ("gelu_pytorch_tanh", "gelu_fast"):      # the same approximation, written differently
+        ours = GPT.from_pretrained(folder_of(gpt2_folder, config=dict(activation_function=name))).eval()
+        torch.testing.assert_close(ours(ids), logits)
+    assert GPTConfig(**{"vocab_size": 5}).activation == "gelu_tanh"          # of checkpoints without the field
+
+
+def nanogpt(weights, n_layer, n_head, ids):
+    """nanoGPT's forward, written from its published model: LayerNorm with or without bias, exact GELU, tied head"""
+    F = torch.nn.functional
+    at = lambda name: weights.get(name)
+
+    def norm(x, name):
+        return F.layer_norm(x, (x.shape[-1],), at(f"{name}.weight"), at(f"{name}.bias"), 1e-5)
+
+    def linear(x, name):
+        return F.linear(x, at(f"{name}.weight"), at(f"{name}.bias"))
+
+    x = at("wte.weight")[ids] + at("wpe.weight")[torch.arange(ids.shape[1])]
+    B, T, C = x.shape
+    for i in range(n_layer):
+        q, k, v = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(C, dim=2)
+        q, k, v = (y.view(B, T, n_head, C // n_head).transpose(1, 2) for y in (q, k, v))
+        scores = (q @ k.transpose(-2, -1)) / math.sqrt(C // n_head)
+        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), float("-inf"))
+        y = (scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(B, T, C)
+        x = x + linear(y, f"h.{i}.attn.c_proj")
+        h = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        x = x + linear(h * 0.5 * (1 + torch.erf(h / math.sqrt(2))), f"h.{i}.mlp.c_proj")
+    return (norm(x, "ln_f") @ at("wte.weight").T).log_softmax(dim=-1)
+
+
+def nanogpt_weights(bias, V=40, T=12, C=8, n_layer=2):
+    """Random weights by nanoGPT's names, without the transformer. before them"""
+    shapes = {"wte.weight": (V, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    for i in range(n_layer):
+        for name, shape in {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "ln_2": (C,),
+                            "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}.items():
+            shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[:1]}
+    generator = seeded(3)
+    return {name: torch.randn(shape, generator=generator) * 0.4 for name, shape in shapes.items()
+            if bias or not name.endswith("bias")}
+
+
+def save_nanogpt(path, weights, prefix="_orig_mod.", **changes):
+    """A checkpoint as nanoGPT's train.py writes it, with its optimizer"""
+    named = {f"{prefix}transformer.{name}": weight for name, weight in weights.items()}
+    named[f"{prefix}lm_head.weight"] = weights["wte.weight"]
+    args = dict(n_layer=2, n_head=2, n_embd=8, block_size=12, vocab_size=len(weights["wte.weight"]), dropout=0.1,
+                bias="ln_f.bias" in weights) | changes
+    torch.save({"model": named, "optimizer": {"state": {0: torch.zeros(9)}}, "model_args": args, "iter_num": 7,
+                "best_val_loss": torch.tensor(1.0), "config": {"dataset": "openwebtext"}}, path)
+    return path
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_checkpoint_of_nanogpt_has_nanogpts_log_probabilities(bias, tmp_path):
+    """Compiled or not, without biases, with rows that pad the vocabulary; exported to transformers as well"""
+    from transformers import AutoModelForCausalLM
+    weights, ids = nanogpt_weights(bias), torch.randint(30, (3, 12), generator=seeded())
+    wanted = nanogpt(weights, 2, 2, ids)
+    path = save_nanogpt(tmp_path / "ckpt.pt", weights)
+    for source in (path, tmp_path, save_nanogpt(tmp_path / "other.pt", weights, prefix="")):
+        ours = GPT.from_pretrained(source).eval()
+        torch.testing.assert_close(ours(ids).log_softmax(dim=-1), wanted, atol=1e-5, rtol=0)
+    assert ours.config == GPTConfig(40, 12, n_layer=2, n_head=2, n_embd=8, activation="gelu")
+    cut = GPT.from_pretrained(path, vocab_size=33, block_size=12).eval()
+    torch.testing.assert_close(cut(ids).log_softmax(dim=-1), wanted[..., :33].log_softmax(dim=-1), atol=1e-5, rtol=0)
+    ours.save_pretrained(tmp_path / "exported", eos_id=0)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    torch.testing.assert_close(theirs(ids).logits.log_softmax(dim=-1), wanted, atol=1e-5, rtol=0)
+
+
+def test_checkpoints_that_are_not_nanogpts_are_refused(tmp_path):
+    weights = nanogpt_weights(True)
+    without = {name: w for name, w in weights.items() if name != "h.1.ln_2.bias"}
+    for path, message in (
+            (save_nanogpt(tmp_path / "a.pt", without), "missing are h.1.ln_2.bias"),
+            (save_nanogpt(tmp_path / "b.pt", weights, n_kv_head=1), "variant of nanoGPT .*n_kv_head in its model_args"),
+            (save_nanogpt(tmp_path / "c.pt", weights, vocab_size=65), r"wte.weight: got \(40, 8\) .*, wanted \(65, 8\)"),
+            (tmp_path / "d.pt", "d.pt is not a folder here")):
+        with pytest.raises(ValueError, match=message):
+            GPT.from_pretrained(path)
+    for saved, message in (({"policy": {}, "step": 3}, "is not a checkpoint of nanoGPT, .* holds policy, step"),
+                           ({"model": Malicious(tmp_path / "owned")}, "holds more than tensors"), (3, "cannot be read")):
+        torch.save(saved, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match=message):
+            GPT.from_pretrained(tmp_path / "x.pt")
+    assert not (tmp_path / "owned").exists()
+    (tmp_path / "x.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:999])
+    with pytest.raises(ValueError, match="x.pt cannot be read as weights"):
+        GPT.from_pretrained(tmp_path / "x.pt")
 
 
 def test_weights_that_do_not_fit_are_refused_by_name():
@@ -988,7 +1444,7 @@ def test_weights_may_be_cut_to_fewer_positions_and_ids_but_not_stretched(tmp_pat
                              (dict(vocab_size=21), "the tokenizer has 21 token ids, .* has weights for 20")):
         with pytest.raises(ValueError, match=message):
             GPT.from_pretrained(tmp_path, **changes)
-    with pytest.raises(ValueError, match="is no folder with a GPT-2 that transformers saved"):
+    with pytest.raises(ValueError, match="nowhere is not a folder here"):
         GPT.from_pretrained(tmp_path / "nowhere")
 
 
@@ -4290,8 +4746,9 @@ def test_copies_and_exports_in_out_do_not_confuse_the_readers(beside, capsys, no
 
 
 def test_truncated_weights_and_broken_tokenizers_of_ones_own_are_refused(own, among, tmp_path):
-    for name, message in (("model.safetensors", "--init .* is no folder with a GPT-2 that transformers saved"), ("config.json", "--init .* is no folder with a GPT-2"),
-                          ("tokenizer.json", "no tokenizer in")):
+    for name, message in (("model.safetensors", "--init .* cannot be read as weights"),
+                          ("tokenizer.json", "no tokenizer in .* cannot be read"),
+                          ("config.json", "--init .*/config.json cannot be read")):
         folder = tmp_path / name.split(".")[0]
         shutil.copytree(own[0] / "gpt2", folder)
         content = (folder / name).read_bytes()
@@ -4299,6 +4756,16 @@ def test_truncated_weights_and_broken_tokenizers_of_ones_own_are_refused(own, am
             (folder / name).write_bytes(content[:cut])
             with pytest.raises(Stopped, match="^error: " + message):
                 sft.main(mine(sft, out="cut", init=str(folder), lora_rank=0))
+    (tmp_path / "adapter").mkdir()                       # without a tokenizer, as peft saves it
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "bare").mkdir()
+    shutil.copy(own[0] / "gpt2" / "model.safetensors", tmp_path / "bare")
+    for init, message in (("adapter", "merge it into them first"), ("bare", "bare has no config.json"),
+                          (among / "own" / "sft", "A stage of this project writes them with --export"),
+                          (among / "own" / "sft" / "checkpoint.pt", "is not a checkpoint of nanoGPT")):
+        for script in (sft, reward_model):
+            with pytest.raises(SystemExit, match=f"^error: --init .*{message}"):
+                script.main(mine(script, out="cut", base="own", init=str(tmp_path / init), lora_rank=0))
     tokenizer = json.loads((own[0] / "gpt2" / "tokenizer.json").read_text())
     byte, other = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)[7:9]
     for change, message in (({byte: tokenizer["model"]["vocab"][other]}, "two tokens with one id"), ({"A": None}, "number the merges in their order")):
@@ -5333,7 +5800,8 @@ def test_export_is_a_flag_that_works_on_a_finished_stage_and_never_overwrites(ow
 
 @pytest.mark.parametrize("changes, message", [
     (dict(init="gpt2", block_size=97), "block_size 97 is longer than the 96 positions that gpt2 has weights for; lower it to that"),
-    (dict(init="nowhere"), "no tokenizer in nowhere: nowhere is no folder here, and as a name it could not be fetched from the hub"),
+    (dict(init="nowhere"), "no tokenizer in nowhere: nowhere is not a folder here, and could not be"
+                           " fetched from the hub by that name"),
     (dict(tokenizer="nowhere"), "no tokenizer in nowhere"), (dict(n_texts=None, data="reviews"), "--n_texts none takes all"),
     (dict(init="gpt2", tokenizer="other"), "the tokenizer has .* token ids, gpt2 has weights for .*; they do not belong together"),
     (dict(batch_size=500, n_texts=None), "there are .* texts to train on, less than one batch; lower --batch_size 500"),
@@ -5352,13 +5820,54 @@ def test_weights_and_tokenizers_that_do_not_fit_are_refused(changes, message, am
     assert not (among / "refused").exists()
 
 
-def test_weights_come_from_the_hub_by_name(among, monkeypatch):
+def test_weights_and_tokenizers_come_from_the_hub_by_name(among, monkeypatch):
     import huggingface_hub
-    fetched = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: fetched.append((name, allow_patterns)) or "gpt2")
+    fetched, here = [], ["gpt2", "as_bin"]
+
+    def fetch(name, allow_patterns):
+        fetched.append((name, allow_patterns))
+        return here[0]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     theirs = data.gpt2_tokenizer("someone/gpt")
-    assert fetched == [("someone/gpt", ["tokenizer.json", "vocab.json", "merges.txt"])]
     assert data.fingerprint(theirs) == data.fingerprint(data.load_tokenizer(among / "own" / "sft"))
+    GPT.from_pretrained("someone/gpt")
+    assert fetched == [("someone/gpt", ["*.json", "merges.txt"]),
+                       ("someone/gpt", ["*.json", "model*.safetensors"])]
+    shutil.copytree("gpt2", "as_bin", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file("gpt2/model.safetensors"), "as_bin/pytorch_model.bin")
+    here.pop(0)
+    GPT.from_pretrained("someone/older")                 # which has no safetensors
+    assert fetched[-1] == ("someone/older", ["*.json", "pytorch_model*.bin"])
+
+
+def test_stages_start_from_a_checkpoint_of_nanogpt_and_a_tokenizer_of_ones_own(among, monkeypatch):
+    """GPT-2's by default; characters are refused, since nanoGPT lists them in a pickle"""
+    (among.parent / "nano").mkdir(exist_ok=True)
+    weights = nanogpt_weights(True, V=410, T=96, C=32)
+    ckpt = str(save_nanogpt(among.parent / "nano" / "ckpt.pt", weights, n_embd=32, block_size=96))
+    small = dict(out="nano", init="nano/ckpt.pt", lora_rank=0, batch_size=8)
+    sft.main(mine(sft, tokenizer="gpt2", steps=1, lr=1e-9, n_texts=None, n_eval=6, **small))       # that folder
+    policy, tokenizer = sft.load_policy(among / "nano" / "sft", "cpu")
+    assert (policy.config.vocab_size, policy.config.activation) == (400, "gelu") and tokenizer.n_vocab == 400
+    torch.testing.assert_close(policy.transformer.h[1].mlp.c_fc.weight, weights["h.1.mlp.c_fc.weight"])
+    torch.testing.assert_close(policy.transformer.wte.weight, weights["wte.weight"][:400])
+    reward_model.main(mine(reward_model, n_prompts=40, n_held_out=10, **small))
+    assert files.load_checkpoint(among / "nano" / "reward_model")["gpt"]["activation"] == "gelu"
+
+    gpt2s = types.SimpleNamespace(n_vocab=50257)
+    monkeypatch.setattr(data.tiktoken, "get_encoding", {"gpt2": gpt2s}.get)
+    with pytest.raises(SystemExit, match="nano/ckpt.pt has 410 token ids, fewer than GPT-2's 50257"):
+        sft.tokenizer_of("nano/ckpt.pt")
+    save_nanogpt(ckpt, weights, vocab_size=50304)
+    assert sft.tokenizer_of("nano/ckpt.pt") is gpt2s is sft.tokenizer_of("nano")
+    data.export_tokenizer(tokenizer, among.parent / "nano")                    # files beside it count
+    assert data.fingerprint(sft.tokenizer_of("nano/ckpt.pt")) == data.fingerprint(tokenizer)
+    (among.parent / "characters").mkdir(exist_ok=True)
+    (among.parent / "characters" / "meta.pkl").write_bytes(pickle.dumps(Malicious(among / "owned")))
+    for source in ("characters", "characters/meta.pkl"):
+        with pytest.raises(SystemExit, match="meta.pkl lists characters .* is not read, since a pickle can run code"):
+            sft.main(mine(sft, out="refused", init=ckpt, tokenizer=source, lora_rank=0))
+    assert not (among / "owned").exists() and not (among / "refused").exists()
 
 
 def test_a_reward_model_of_another_size_gives_the_critic_its_size(among):
@@ -5415,6 +5924,9 @@ def test_a_run_may_go_on_in_parts_and_one_of_an_earlier_version_is_still_known(a
     config = files.read_json(among / "parts" / "ppo" / "config.json")
     (among / "parts" / "ppo" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in ("ema", "text_prompt", "dtype")}))
     ppo.main(cfg)                                                              # as if these had not been there yet
+    saved = files.load_checkpoint(among / "parts" / "ppo")
+    del saved["gpt"]["activation"], saved["critic_gpt"]["activation"]          # nor these
+    torch.save(saved, among / "parts" / "ppo" / "checkpoint.pt")
     (among / "parts" / "ppo" / "report.txt").unlink()        # the same rows in a newer file are the same data
     os.utime(among.parent / "pairs.jsonl")
     ppo.main(dataclasses.replace(cfg, resume=True))
@@ -5641,6 +6153,31 @@ def test_classifiers_of_more_labels_are_refused_and_other_weights_are_another_re
     changed.classifier.bias.data.add_(1.0)
     changed.save_pretrained(tmp_path / "copy")
     assert load_own(tokenizer, str(tmp_path / "copy")).made_for != one
+
+
+@pytest.mark.parametrize("weights, message", [
+    (prefixed("_orig_mod."), ""), (prefixed("module._orig_mod."), ""), (prefixed("base_model.model."), ""),
+    (lambda x: x | {"bert.embeddings.position_ids": torch.arange(12)[None]}, ""),
+    (prefixed("foo."), "has no weights for bert.embeddings"),
+    (lambda x: x | {"cls.predictions.bias": torch.zeros(3)}, "does not use: cls.predictions.bias"),
+    (lambda x: x | {"classifier.weight": torch.zeros(5, 16)},
+     r"has classifier.weight of shape \(5, 16\), and its config.json wants \(1, 16\)"),
+    (lambda x: {name: w for name, w in x.items() if "query.weight" not in name}, "has no weights for .*query"),
+    ("adapter_config.json", "holds an adapter .LoRA.*; merge it into them first")])
+def test_a_classifiers_weights_all_load_or_are_refused_by_name(weights, message, classifiers, tokenizer, tmp_path):
+    batch = data.collate(*data.encode_texts(tokenizer, ["the plot"], [" is good"]))
+    whole = load_own(tokenizer, str(classifiers / "1"))(*batch, torch.tensor([True]))
+    shutil.copytree(classifiers / "1", tmp_path / "x")
+    if isinstance(weights, str):
+        (tmp_path / "x" / weights).write_text("{}")
+    else:
+        tensors = weights(load_file(classifiers / "1" / "model.safetensors"))
+        save_file(tensors, tmp_path / "x" / "model.safetensors", metadata={"format": "pt"})
+    if message:
+        with pytest.raises(SystemExit, match=f"^error: --reward .*{message}"):
+            load_own(tokenizer, str(tmp_path / "x"))
+    else:
+        assert torch.equal(load_own(tokenizer, str(tmp_path / "x"))(*batch, torch.tensor([True])), whole)
 
 
 def test_an_exported_reward_model_is_the_same_reward_as_before(beside, tmp_path):

@@ -1,0 +1,164 @@
+"""
+Weights and settings of other projects, as plain names and tensors. model.py and data.py map them.
+
+    check          whether there is anything to read, before anything long is done
+    read           a folder that transformers saved, its name on the hub, or nanoGPT's ckpt.pt
+                   -> its config, {name: tensor} without the prefixes that wrappers add
+    read_json      a JSON object, refused by name where it is damaged
+    from_hub       the files of a model on the hub
+
+No file can run code here: safetensors hold numbers only, and torch.load reads weights only.
+Whatever cannot be read is a ValueError that says what was found and what was wanted.
+"""
+
+import json
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import files
+
+# What torch.compile, DataParallel, FSDP and peft put before a name, or in it where they wrap a part
+WRAPPERS = re.compile(r"\b(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+                      r"|base_model\.model)\.")
+# In this order, which is also that of transformers
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
+           "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def read(source):
+    """
+    -> config as a dict, {name: tensor}
+
+    The config is config.json's, or nanoGPT's model_args with model_type "nanogpt".
+    """
+    checkpoint = nanogpt(source)
+    if checkpoint:
+        saved = read_tensors(checkpoint)
+        if not all(isinstance(saved.get(key), dict) for key in ("model", "model_args")):
+            raise ValueError(f"{checkpoint} is not a checkpoint of nanoGPT, which holds model and "
+                             f"model_args; this one holds {', '.join(map(str, saved))[:200]}")
+        return saved["model_args"] | {"model_type": "nanogpt"}, unwrapped(saved["model"], source)
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = from_hub(source, ["*.json", "model*.safetensors"])
+        if not any(folder.glob("model*.safetensors")):
+            folder = from_hub(source, ["*.json", "pytorch_model*.bin"])
+    return read_config(folder), unwrapped(read_weights(folder), source)
+
+
+def check(source):
+    """Raises what is wrong with a file or folder, as far as it shows without reading weights."""
+    if nanogpt(source):
+        read(source)                                     # only names, as it is mapped into memory
+    elif Path(source).is_dir():
+        read_config(Path(source))
+        weight_files(Path(source))
+
+
+def nanogpt(source):
+    """The path of a checkpoint of nanoGPT: a file, or ckpt.pt in a folder; None if there is none"""
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").exists():
+        path = path / "ckpt.pt"
+    return path if path.suffix in (".pt", ".pth", ".ckpt") and path.is_file() else None
+
+
+def from_hub(name, patterns):
+    """Download the files of a model that match -> their folder"""
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=patterns))
+    except Exception as error:
+        raise ValueError(f"{name} is not a folder here, and could not be fetched from the hub by "
+                         f"that name ({type(error).__name__}); check the spelling and the network"
+                         ) from error
+
+
+def read_json(path):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: "
+                         f"{files.first_line(error)[:100]})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; wanted an object")
+    return content
+
+
+def read_config(folder):
+    """config.json, if the weights beside it are what it describes: all of them, as plain numbers"""
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} holds an adapter (LoRA), a change of other weights; merge it "
+                         "into them first, with peft's merge_and_unload, and save the result")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json, which says what its weights are; copy it "
+                         "there from where the weights came from")
+    config = read_json(folder / "config.json")
+    quantized = config.get("quantization_config") or config.get("compression_config")
+    if quantized:
+        raise ValueError(f"{folder} holds quantized weights ({str(quantized)[:80]}); give the "
+                         "folder of the weights before they were quantized")
+    return config
+
+
+def weight_files(folder):
+    found = [name for name in WEIGHTS if (folder / name).is_file()]
+    if not found:
+        there = ", ".join(sorted(path.name for path in folder.iterdir()))
+        raise ValueError(f"{folder} has no weights: wanted model.safetensors or pytorch_model.bin, "
+                         f"or parts of them with their index.json; found {there[:200]}. A stage of "
+                         "this project writes them with --export")
+    return found
+
+
+def read_weights(folder):
+    """{name: tensor} of a folder's one file of weights, or of all the parts that an index lists"""
+    found = weight_files(folder)
+    if len(found) > 1:
+        print(f"note: {folder} has {' and '.join(found)}; {found[0]} is used, as transformers does")
+    path = folder / found[0]
+    if path.suffix != ".json":
+        return read_tensors(path)
+    parts = read_json(path).get("weight_map")
+    if not isinstance(parts, dict):
+        raise ValueError(f"{path} has no weight_map, which says which file holds which weight")
+    weights = {}
+    for part in sorted({str(part) for part in parts.values()}):
+        weights |= read_tensors(folder / part)
+    return weights
+
+
+def read_tensors(path):
+    """The dict in a file of weights"""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # mmap reads only what is used: not nanoGPT's optimizer. torch's old format does not know it
+        mmap = zipfile.is_zipfile(path)
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {files.first_line(error)[:100]}"
+        if "Weights only" in reason:
+            reason = "it holds more than tensors and plain values, which may run code"
+        raise ValueError(f"{path} cannot be read as weights ({reason}); wanted a whole file that "
+                         "save_pretrained or torch.save wrote, with tensors alone") from error
+
+
+def unwrapped(weights, source):
+    """Weights by their plain names"""
+    plain = {}
+    for name, weight in weights.items():
+        if not isinstance(weight, torch.Tensor):
+            raise ValueError(f"{source} holds a {type(weight).__name__} by the name {name}; wanted "
+                             "tensors alone, by their names, as model.state_dict() gives them")
+        short = WRAPPERS.sub("", str(name))
+        if short in plain:
+            raise ValueError(f"{source} holds {short} twice, once as {name}; wanted one of them")
+        plain[short] = weight
+    return plain
