@@ -2,8 +2,9 @@
 The reward of RL: what a response is worth, before any KL.
 
     --reward reward_model           this run's reward model
-    --reward path/to/file.py:name   a function of yours: lists of prompts and responses -> list of numbers
+    --reward path/to/file.py:name   a function of yours: prompts, responses -> list of numbers
     --reward FOLDER or NAME         a sequence classifier of transformers, with one label or two
+    --reward FOLDER:LABEL           one with two labels or more: the log-odds of this one
 
 Whatever it comes from, the scripts call  reward(inputs, targets, mask, finished) -> (B,). Functions and classifiers
 are normalised to mean 0 and standard deviation 1 on responses of the SFT policy, as reward_model.py does with its own,
@@ -34,7 +35,7 @@ from model import sequence_scores
 @dataclass
 class Rewarded(options.Common):
     """What every stage has that follows a reward."""
-    reward: str = "reward_model"    # or path/to/file.py:function, or a transformers classifier: folder or hub name
+    reward: str = "reward_model"    # or FILE.py:NAME, or a classifier: FOLDER, NAME or FOLDER:LABEL
     normalise_reward: bool = True   # all but reward_model: to mean 0, standard deviation 1 on SFT's samples
     missing_eos_score: float | None = -3.0      # score of a response without EOS; none: as it is
     score_clip: float | None = None             # scores are clipped to plus and minus this
@@ -82,11 +83,11 @@ def load_reward(cfg, sft_policy, tokenizer, prompts, device):
         folder = experiment.ensure(cfg, rm)
         model = rm.load_reward_model(folder, sft_policy, tokenizer, device, **cfg.how())
         return Reward(functools.partial(sequence_scores, model), files.fingerprint(model), cfg, model)
-    path, _, name = cfg.reward.rpartition(":")
-    if path.endswith(".py"):
+    path, name = split(cfg.reward)
+    if path.endswith(".py") and name:
         raw, made_for = load_function(path, name, tokenizer)
     else:
-        raw, made_for = load_classifier(cfg.reward, tokenizer, device)
+        raw, made_for = load_classifier(path, name, tokenizer, device)
     reward = Reward(raw, made_for, cfg)
     if cfg.normalise_reward:
         experiment.seed_all(cfg.seed)                    # for a function that draws random numbers
@@ -101,14 +102,14 @@ def check(cfg):
     corpus.check_source(cfg.data)
     if cfg.data == "reviews" and hasattr(cfg, "n_eval"):
         corpus.check_n_eval(cfg.n_eval, len(corpus.built_in_prompts()[1]))
-    path, _, name = cfg.reward.rpartition(":")
+    path, name = split(cfg.reward)
     if cfg.reward == "reward_model" and cfg.config not in rm.PRESETS:
         files.stop(f"--config {cfg.config} has no reward model; give a --reward, a function of yours or a classifier")
     if cfg.reward == "reward_model" and os.path.exists(cfg.data):
         _, _, responses = next(corpus.examples(cfg.data, {}), (None, None, [None, None]))
         if len(responses) < 2:
             corpus.stop_without_comparisons(cfg)
-    if cfg.reward != "reward_model" and not os.path.exists(cfg.reward) and "/" not in cfg.reward:
+    if cfg.reward != "reward_model" and not os.path.exists(path) and "/" not in path:
         hint = options.nearest(cfg.reward, ["reward_model"])
         if hint:
             files.stop(f"--reward got {cfg.reward}{hint}")
@@ -116,7 +117,19 @@ def check(cfg):
         files.stop(f"--reward got {cfg.reward}; name the function in it, too: {cfg.reward}:FUNCTION")
     if path.endswith(".py"):
         check_function(path, name)
+    elif cfg.reward != "reward_model":
+        which_label(path, name)
 
+
+def split(reward):
+    """file.py:function or FOLDER:LABEL -> its two parts. The colon of C:\\FOLDER parts nothing."""
+    path, _, name = reward.rpartition(":")
+    whole = len(path) < 2 or os.path.exists(reward)
+    return (reward, "") if whole else (path, name)
+
+
+# --------------------------------------------------------------------------------------------------
+# A function of the user's
 
 def check_function(path, name):
     """Stops, without running it, on a file that is not there, is no Python or does not mention the name."""
@@ -173,31 +186,69 @@ def score_texts(function, tokenizer, inputs, targets, mask):
     return scores.to(mask.device)
 
 
-def load_classifier(name, tokenizer, device):
-    """A sequence classifier of transformers, with its own tokenizer -> raw, what tells it from others"""
+# --------------------------------------------------------------------------------------------------
+# A classifier of transformers
+
+def pretrained(auto, name, **how):
+    """auto.from_pretrained(name) of a classifier; stops where that fails"""
     from safetensors import SafetensorError
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
     try:
-        classifier, loading = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True)
-        its_tokenizer = AutoTokenizer.from_pretrained(name, truncation_side="left")
+        return auto.from_pretrained(name, **how)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        files.stop(f"--reward got {name}; it takes reward_model, path/to/file.py:function, or a folder or hub name of "
-                   f"a transformers sequence classifier ({files.first_line(error)})")
+        files.stop(f"--reward got {name}; it takes reward_model, path/to/file.py:function, or a "
+                   "folder or hub name of a transformers sequence classifier "
+                   f"({files.first_line(error)})")
+
+
+def which_label(name, label):
+    """
+    The labels of a classifier -> labels, the index of the rewarded one, those of its alternatives
+
+    By default the second of two is rewarded. Labels that may hold together have no alternatives.
+    """
+    from transformers import AutoConfig
+    config = pretrained(AutoConfig, name)
+    labels = [str(config.id2label[i]) for i in sorted(config.id2label)]
+    if label and label not in labels:
+        files.stop(f"--reward got {name}:{label}, but that classifier has no label {label}"
+                   f"{options.nearest(label, labels)}; it has {', '.join(labels)}")
+    if not label and len(labels) > 2:
+        files.stop(f"--reward {name} tells {len(labels)} classes apart; a reward is one number, so "
+                   f"name the label to reward: {name}:LABEL, with one of {', '.join(labels)}")
+    rewarded = labels.index(label) if label else len(labels) - 1
+    if label and config.problem_type == "multi_label_classification":
+        return labels, rewarded, []
+    return labels, rewarded, [i for i in range(len(labels)) if i != rewarded]
+
+
+def load_classifier(name, label, tokenizer, device):
+    """A sequence classifier, with its own tokenizer -> raw, what tells it from others"""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    labels, rewarded, others = which_label(name, label)
+    classifier, loading = pretrained(AutoModelForSequenceClassification, name, dtype=torch.float32,
+                                     output_loading_info=True)
+    its_tokenizer = pretrained(AutoTokenizer, name, truncation_side="left")
     if loading["missing_keys"]:
         files.stop(f"--reward {name} has no weights for {', '.join(sorted(loading['missing_keys'])[:3])}: it was not "
                    "trained to classify, and its scores would be random")
-    if classifier.config.num_labels > 2:
-        files.stop(f"--reward {name} tells {classifier.config.num_labels} classes apart; a reward is one number, so it "
-                   "takes a classifier with one label or with two")
+    told = f"the logit of {labels[rewarded]}"
+    if others:
+        against = "all other labels" if len(others) > 1 else labels[others[0]]
+        told = f"log-odds of {labels[rewarded]} against {against}"
+    print(f"reward: {told}")
     classifier = classifier.eval().requires_grad_(False).to(device)
-    return (functools.partial(score_by_classifier, classifier, its_tokenizer, tokenizer),
-            f"{name} {files.fingerprint(classifier)}")
+    made_for = f"{name} {files.fingerprint(classifier)}"
+    if label and others != [0]:                          # others == [0]: as without a label
+        made_for = f"{name}:{label} {files.fingerprint(classifier)}"
+    raw = functools.partial(score_by_classifier, classifier, its_tokenizer, rewarded, others,
+                            tokenizer)
+    return raw, made_for
 
 
-def score_by_classifier(classifier, its_tokenizer, tokenizer, inputs, targets, mask, batch_size=64):
+def score_by_classifier(classifier, its_tokenizer, rewarded, others, tokenizer,
+                        inputs, targets, mask, batch_size=64):
     """
-    The one logit of prompt + response, or of two logits the second less the first: log-odds -> (B,)
+    Of prompt + response, the logit of the rewarded label, less that of its alternatives -> (B,)
 
     A text that is too long for the classifier keeps its end. One made by --export is shown the EOS, too.
     """
@@ -215,6 +266,9 @@ def score_by_classifier(classifier, its_tokenizer, tokenizer, inputs, targets, m
         if getattr(config, "reads_eos", False):
             ids = [(row + [its_tokenizer.eos_token_id] * end)[-longest:] for row, end in zip(ids, finished[i:i + step])]
         batch = its_tokenizer.pad({"input_ids": ids}, padding=step > 1, return_tensors="pt").to(mask.device)
-        logits = classifier(**batch).logits.float()                          # (b, 1) or (b, 2)
-        scores.append(logits[:, -1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0])
+        logits = classifier(**batch).logits.float()                          # (b, number of labels)
+        score = logits[:, rewarded]
+        if others:
+            score = score - logits[:, others].logsumexp(dim=1)               # log-odds
+        scores.append(score)
     return torch.cat(scores)

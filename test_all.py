@@ -1415,6 +1415,7 @@ def test_every_field_is_typed_and_range_checked_before_any_work(script, here):
     (ppo, dict(reward="nowhere.py:f"), "--reward got nowhere.py:f, but nowhere.py is not there"),
     (ppo, dict(reward="broken.py:f"), "but broken.py cannot be read .SyntaxError"), (ppo, dict(reward="fine.py:g"), "but fine.py has no function g"),
     (ppo, dict(reward="fine.py:"), "has no function after a colon"),
+    (ppo, dict(reward="nowhere/c2:toxic"), "--reward got nowhere/c2; it takes reward_model, path"),
     (ppo, dict(data="review"), r"--data got review .did you mean reviews\?.; it takes reviews, hh"),
     (ppo, dict(data="fine.jsnl"), r"--data got fine.jsnl .did you mean fine.jsonl\?.; it takes"),
     (ppo, dict(ptx_coef=1.0, ptx_data="none.txt"), "--ptx_data got none.txt.*; it takes"),
@@ -5125,6 +5126,54 @@ def test_a_classifier_of_transformers_scores_by_its_logit_or_the_difference_of_t
     assert torch.isfinite(reward(*nothing, torch.tensor([True]))).all()
 
 
+@pytest.mark.parametrize("problem", [None, "multi_label_classification"])
+@pytest.mark.parametrize("labels", [1, 2, 3])
+def test_a_classifier_rewards_the_label_that_is_named(labels, problem, classifiers, tokenizer,
+                                                      tmp_path, capsys):
+    """log p / (1 - p) of it, with p by softmax, or by sigmoid where labels may hold together"""
+    folder = tmp_path / "c:d"                                                  # a colon of its own
+    shutil.copytree(classifiers / str(labels), folder)
+    config = json.loads((folder / "config.json").read_text())
+    names = ["mild", "not mild", "5 stars"][:labels]
+    config |= {"id2label": dict(enumerate(names)), "label2id": {}, "problem_type": problem}
+    (folder / "config.json").write_text(json.dumps(config))
+    texts = data.encode_texts(tokenizer, ["the plot", "a good"], [" is good .", " acting !"])
+    batch = (*data.collate(*texts), torch.tensor([True] * 2))
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    its = AutoTokenizer.from_pretrained(folder)
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    logits = torch.stack([theirs(its(text, return_tensors="pt").input_ids).logits[0] for text in
+                          ("the plot is good .", "a good acting !")]).double().detach()
+    p = logits.sigmoid() if problem or labels == 1 else logits.softmax(dim=1)
+    made_for = set()
+    for i, name in enumerate(names):
+        capsys.readouterr()
+        reward = load_own(tokenizer, f"{folder}:{name}", missing_eos_score=None)
+        against = "all other labels" if labels == 3 else names[i - 1]
+        told = f"log-odds of {name} against {against}"
+        if problem or labels == 1:
+            told = f"the logit of {name}"
+        assert f"reward: {told}\n" in capsys.readouterr().out
+        torch.testing.assert_close(reward(*batch).double(), p[:, i].logit(), atol=1e-4, rtol=1e-4)
+        made_for.add(reward.made_for)
+    assert len(made_for) == labels
+    with pytest.raises(SystemExit, match="c:d:mold, but that classifier has no label mold .did "
+                       "you mean mild.*; it has mild"):
+        load_own(tokenizer, f"{folder}:mold")
+    if labels == 2 and not problem:
+        plain = load_own(tokenizer, str(folder), missing_eos_score=None)
+        assert torch.equal(plain(*batch), reward(*batch)) and plain.made_for == reward.made_for
+        assert re.fullmatch(re.escape(str(folder)) + " [0-9a-f]{16}", plain.made_for)
+
+
+def test_only_a_colon_before_a_label_or_a_function_parts_a_reward(here):
+    for whole in (r"C:\models\c2", "owner/c2", "judge.py", r"C:\judge.py"):
+        assert scoring.split(whole) == (whole, "")
+        assert scoring.split(whole + ":a b") == (whole, "a b")
+    (here / "run:2").mkdir()
+    assert scoring.split("run:2") == ("run:2", "") and scoring.split("run:2:x") == ("run:2", "x")
+
+
 def test_a_roberta_reads_two_positions_less_than_it_has(tokenizer, classifiers, tmp_path):
     from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
     torch.manual_seed(0)
@@ -5139,7 +5188,8 @@ def test_a_roberta_reads_two_positions_less_than_it_has(tokenizer, classifiers, 
 
 
 def test_classifiers_of_more_labels_are_refused_and_other_weights_are_another_reward(classifiers, tokenizer, tmp_path):
-    with pytest.raises(SystemExit, match="tells 3 classes apart; a reward is one number"):
+    with pytest.raises(SystemExit, match="tells 3 classes apart; a reward is one number, so name "
+                       "the label to reward: .*/3:LABEL, with one of LABEL_0, "):
         load_own(tokenizer, str(classifiers / "3"))
     GPT(GPTConfig(20, 16, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path / "no-head", eos_id=0)
     data.export_tokenizer(tokenizer, tmp_path / "no-head")
