@@ -168,6 +168,9 @@ class Run:
     run.generator, on the CPU, is the one source of randomness besides the seeded ones of torch, Python and numpy.
     """
 
+    looping = None              # the run whose updates are under way, for what they call
+    in_users_code = False       # whether a function of the user's is being called right now
+
     def __init__(self, cfg, stage):
         options.check_fields(cfg)
         self.cfg, self.stage, self.device = cfg, stage, pick_device(cfg)
@@ -311,21 +314,33 @@ class Run:
                  + files.again(self.folder))
 
     def steps(self, first, last):
-        """The updates. Ctrl-C (or a plain kill) lets the one under way finish and be saved, a second leaves at once."""
+        """
+        The updates. Ctrl-C (or a plain kill) lets the one under way finish and be saved, a second
+        leaves at once. In a function of the user's it drops the update: drop_interrupted_update.
+        """
         def interrupt(signum, frame):
+            if os.getpid() != process:                   # a fork of a reward function: let it end
+                signal.signal(signum, before[signum])
+                return os.kill(os.getpid(), signum)
             if self.interrupted:
                 raise KeyboardInterrupt
             self.interrupted = True
+            what = b"dropping" if Run.in_users_code else b"finishing"
             with contextlib.suppress(OSError):           # print may be busy, and the terminal gone
-                os.write(1, b"\nfinishing this update, then saving; Ctrl-C again leaves at once\n")
+                os.write(1, b"\n%s this update, then saving; Ctrl-C again leaves at once\n" % what)
+            if Run.in_users_code:
+                raise KeyboardInterrupt
 
         self.first, self.last = first, last
+        process = os.getpid()
+        Run.looping = self
         before = {kind: signal.signal(kind, interrupt) for kind in (signal.SIGINT, signal.SIGTERM)}
         try:
             for self.step in range(first, last):
                 self.random_at_start = self.random_states()
                 yield self.step
         finally:
+            Run.looping = None                           # it would keep the lock and the models
             for kind, handler in before.items():
                 signal.signal(kind, handler)
 
@@ -376,8 +391,25 @@ class Run:
         if done % self.cfg.save_every == 0 or done == self.last or self.interrupted:
             self.save(done)
         if self.interrupted:
-            raise SystemExit(f"saved after {done} of {self.last} updates in {self.folder}; "
-                             "the same command with --resume goes on from there")
+            self.leave(done)
+
+    def leave(self, done):
+        """End the program after an interrupt, with what is saved."""
+        raise SystemExit(f"saved after {done} of {self.last} updates in {self.folder}; "
+                         "the same command with --resume goes on from there")
+
+    @classmethod
+    def drop_interrupted_update(cls):
+        """
+        Leave the run that is interrupted, if there is one, as it was at the start of this update.
+
+        Before and after each call of a function of the user's: its child processes get Ctrl-C, too,
+        so what it returns is not to be trained on. No gradient step has been taken by then.
+        """
+        run = cls.looping
+        if run and run.interrupted:
+            run.save(run.step, run.random_at_start)
+            run.leave(run.step)
 
     def save(self, done, random_states=None):
         """Write checkpoint.pt, once the log is on the disk; never with weights that are not finite."""
