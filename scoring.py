@@ -2,7 +2,7 @@
 The reward of RL: what a response is worth, before any KL.
 
     --reward reward_model           this run's reward model
-    --reward path/to/file.py:name   a function of yours: prompts, responses -> list of numbers
+    --reward path/to/file.py:name   a function of yours: prompts, completions -> list of numbers
     --reward FOLDER or NAME         a sequence classifier of transformers, with one label or two
     --reward FOLDER:LABEL           one with two labels or more: the log-odds of this one
 
@@ -13,10 +13,8 @@ so that a KL strength beta, a score for a missing EOS and the critic's errors me
 
 import ast
 import functools
-import importlib.util
 import inspect
 import os
-import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ import experiment
 import files
 import options
 import reward_model as rm
+from guest import Guest, arguments, call
 from model import sequence_scores
 
 
@@ -145,45 +144,32 @@ def check_function(path, name):
 
 
 def load_function(path, name, tokenizer):
-    """A user's function of a list of prompts and a list of responses -> raw, what tells it from others"""
+    """A user's function -> raw, what tells it from others: digests of its file and its imports"""
     check_function(path, name)
-    spec = importlib.util.spec_from_file_location(f"reward_of_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(Path(path).resolve().parent))         # it may import what stands beside it
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        traceback.print_exc()
-        files.stop(f"--reward got {path}:{name}, but {path} cannot be imported: it ended in the "
-                   f"{type(error).__name__} above")
-    if not callable(getattr(module, name, None)):
-        files.stop(f"--reward got {path}:{name}, but {path} has no function {name or 'after a colon'}")
+    guest = Guest(path)
+    with guest.running():
+        try:
+            function = getattr(guest.load(), name, None)
+            if inspect.isclass(function):                # its objects are called
+                function = function()
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            files.stop(f"--reward got {path}:{name}, but {path} cannot be imported: it ended in "
+                       f"the {type(error).__name__} above")
+    if not callable(function):
+        files.stop(f"--reward got {path}:{name}, but {path} has no function {name}")
+    arguments(function, name, [], [])                    # stops if it asks for more than there is
     made_for = f"{Path(path).name}:{name} {files.digest(path)[:16]}"
-    return functools.partial(score_texts, getattr(module, name), tokenizer), made_for
+    for file in guest.imported():
+        made_for += f" {file.relative_to(guest.folder).as_posix()} {files.digest(file)[:16]}"
+    return functools.partial(score_texts, function, name, guest, tokenizer), made_for
 
 
-def score_texts(function, tokenizer, inputs, targets, mask):
-    """The numbers that a function gives to the texts of prompts and responses -> (B,)"""
+def score_texts(function, name, guest, tokenizer, inputs, targets, mask):
+    """The numbers that a user's function gives to the texts of prompts and responses -> (B,)"""
     prompts, responses = data.texts_of(tokenizer, inputs, targets, mask)
-    name = getattr(function, "__name__", repr(function))
-    try:
-        given = function(prompts, responses)
-        if inspect.isgenerator(given):
-            given = list(given)
-    except (Exception, SystemExit) as error:
-        traceback.print_exc()
-        files.stop(f"the reward function {name} ended in the {type(error).__name__} above; what was saved before "
-                   "is as it was")
-    try:
-        scores = torch.tensor([float(score) for score in given])             # (B,)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        files.stop(f"the reward function {name} gave back a {type(given).__name__} that is not a list of numbers "
-                   f"({error}); it should give one number for each response")
-    if len(scores) != len(prompts):
-        files.stop(f"the reward function {name} was given {len(prompts)} prompts and responses and "
-                   f"gave back {len(scores)} numbers; it should give one for each")
-    return scores.to(mask.device)
+    scores = call(function, name, guest, prompts, responses)
+    return torch.tensor(scores, dtype=torch.float32, device=mask.device)
 
 
 # --------------------------------------------------------------------------------------------------
