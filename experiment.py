@@ -101,7 +101,7 @@ class Opened(threading.local):
 
 
 OPENED = Opened()
-FINISHING = b"\nfinishing this update, then saving; Ctrl-C again leaves at once\n"
+THEN_SAVING = b" this update, then saving; Ctrl-C again leaves at once\n"
 # Ctrl-C, a plain kill, a closed terminal
 SIGNALS = [kind for kind in signal.Signals if kind.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 
@@ -327,6 +327,8 @@ class Run:
     run.generator, on the CPU, is the one source of randomness besides the seeded ones of torch, Python and numpy.
     """
 
+    in_users_code = False       # whether a function of the user's is being called right now
+
     def __init__(self, cfg, stage, export=None):
         options.check_fields(cfg)
         check_export(cfg, export)
@@ -471,17 +473,25 @@ class Run:
     def steps(self, first, last):
         """
         The updates. Ctrl-C, a plain kill or a closed terminal lets the one under way finish and be
-        saved; a second signal leaves at once.
+        saved; a second signal leaves at once. While a function of the user's runs the first one drops
+        the update: drop_interrupted_update.
         """
         def interrupt(signum, frame):
+            if os.getpid() != process:                   # a fork of a reward function: let it end
+                signal.signal(signum, before[signum])
+                return os.kill(os.getpid(), signum)
             if self.interrupted:
                 raise KeyboardInterrupt
             self.interrupted = True
+            what = b"dropping" if Run.in_users_code else b"finishing"
             # print may be busy; and standard output closed, its number another file's
             with contextlib.suppress(OSError, ValueError, AttributeError):
-                os.write(sys.__stdout__.fileno(), FINISHING)
+                os.write(sys.__stdout__.fileno(), b"\n" + what + THEN_SAVING)
+            if Run.in_users_code:
+                raise KeyboardInterrupt
 
         self.first, self.last, self.looping = first, last, True
+        process = os.getpid()
         before = {}
         if in_main_thread():
             for kind in SIGNALS:
@@ -542,8 +552,25 @@ class Run:
         if done % self.cfg.save_every == 0 or done == self.last or self.interrupted:
             self.save(done)
         if self.interrupted:
-            raise files.Stopped(f"saved after {done} of {self.last} updates in {self.folder}; "
-                                "the same command with --resume continues from there")
+            self.leave(done)
+
+    def leave(self, done):
+        """End the run after an interrupt, with what is saved."""
+        raise files.Stopped(f"saved after {done} of {self.last} updates in {self.folder}; "
+                            "the same command with --resume continues from there")
+
+    @staticmethod
+    def drop_interrupted_update():
+        """
+        Leave the run that is interrupted, if there is one, as it was at the start of this update.
+
+        Before and after each call of a function of the user's: its child processes get Ctrl-C, too,
+        so what it returns is not to be trained on. No gradient step has been taken by then.
+        """
+        for run in OPENED.runs:
+            if run.looping and run.interrupted:
+                run.save(run.step, run.random_at_start)
+                run.leave(run.step)
 
     def save(self, done, random_states=None):
         """Write checkpoint.pt, once the log is on the disk; never with weights that are not finite."""

@@ -2,8 +2,9 @@
 The reward of RL: what a response is worth, before any KL.
 
     --reward reward_model           this run's reward model
-    --reward path/to/file.py:name   a function of yours: lists of prompts and responses -> list of numbers
+    --reward path/to/file.py:name   a function of yours: prompts, completions -> list of numbers
     --reward FOLDER or NAME         a sequence classifier of transformers, with one label or two
+    --reward FOLDER:LABEL           one with two labels or more: the log-odds of this one
 
 Whatever it comes from, the scripts call  reward(inputs, targets, mask, finished) -> (B,). Functions and classifiers
 are normalised to mean 0 and standard deviation 1 on responses of the SFT policy, as reward_model.py does with its own,
@@ -12,11 +13,9 @@ so that a KL strength beta, a score for a missing EOS and the critic's errors me
 
 import ast
 import functools
-import importlib.util
 import inspect
 import os
 import re
-import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +29,14 @@ import files
 import options
 import pretrained
 import reward_model as rm
+from guest import Guest, arguments, call
 from model import sequence_scores
 
 
 @dataclass
 class Rewarded(options.Common):
     """What every stage has that follows a reward."""
-    reward: str = "reward_model"    # or path/to/file.py:function, or a transformers classifier: folder or hub name
+    reward: str = "reward_model"    # or FILE.py:NAME, or a classifier: FOLDER, NAME or FOLDER:LABEL
     normalise_reward: bool = True   # all but reward_model: to mean 0, standard deviation 1 on SFT's samples
     missing_eos_score: float | None = -3.0      # score of a response without EOS; none: as it is
     score_clip: float | None = None             # scores are clipped to plus and minus this
@@ -87,11 +87,11 @@ def load_reward(cfg, sft_policy, tokenizer, prompts, device):
         folder = experiment.ensure(cfg, rm)
         model = rm.load_reward_model(folder, sft_policy, tokenizer, device, **cfg.how())
         return Reward(functools.partial(sequence_scores, model), files.fingerprint(model), cfg, model)
-    path, _, name = cfg.reward.rpartition(":")
-    if path.endswith(".py"):
+    path, name = split(cfg.reward)
+    if path.endswith(".py") and name:
         raw, made_for = load_function(path, name, tokenizer)
     else:
-        raw, made_for = load_classifier(cfg.reward, tokenizer, device)
+        raw, made_for = load_classifier(path, name, tokenizer, device)
     reward = Reward(raw, made_for, cfg)
     if cfg.normalise_reward:
         experiment.seed_all(cfg.seed)                    # for a function that draws random numbers
@@ -106,14 +106,14 @@ def check(cfg):
     corpus.check_source(cfg.data)
     if cfg.data == "reviews" and hasattr(cfg, "n_eval"):
         corpus.check_n_eval(cfg.n_eval, len(corpus.built_in_prompts()[1]))
-    path, _, name = cfg.reward.rpartition(":")
+    path, name = split(cfg.reward)
     if cfg.reward == "reward_model" and cfg.config not in rm.PRESETS:
         files.stop(f"--config {cfg.config} has no reward model; give a --reward, a function of yours or a classifier")
     if cfg.reward == "reward_model" and os.path.exists(cfg.data):
         _, _, responses = next(corpus.examples(cfg.data, {}), (None, None, [None, None]))
         if len(responses) < 2:
             corpus.stop_without_comparisons(cfg)
-    if cfg.reward != "reward_model" and not os.path.exists(cfg.reward) and "/" not in cfg.reward:
+    if cfg.reward != "reward_model" and not os.path.exists(path) and "/" not in path:
         hint = options.nearest(cfg.reward, ["reward_model"])
         if hint:
             files.stop(f"--reward got {cfg.reward}{hint}")
@@ -121,7 +121,19 @@ def check(cfg):
         files.stop(f"--reward got {cfg.reward}; name the function in it, too: {cfg.reward}:FUNCTION")
     if path.endswith(".py"):
         check_function(path, name)
+    elif cfg.reward != "reward_model":
+        which_label(path, name)
 
+
+def split(reward):
+    """file.py:function or FOLDER:LABEL -> its two parts. The colon of C:\\FOLDER parts nothing."""
+    path, _, name = reward.rpartition(":")
+    whole = len(path) < 2 or os.path.exists(reward)
+    return (reward, "") if whole else (path, name)
+
+
+# --------------------------------------------------------------------------------------------------
+# A function of the user's
 
 def check_function(path, name):
     """Stops, without running it, on a file that is not there, is no Python or does not mention the name."""
@@ -137,65 +149,77 @@ def check_function(path, name):
 
 
 def load_function(path, name, tokenizer):
-    """A user's function of a list of prompts and a list of responses -> raw, what tells it from others"""
+    """A user's function -> raw, what tells it from others: digests of its file and its imports"""
     check_function(path, name)
-    spec = importlib.util.spec_from_file_location(f"reward_of_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(Path(path).resolve().parent))         # it may import what stands beside it
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        traceback.print_exc()
-        files.stop(f"--reward got {path}:{name}, but {path} cannot be imported: it ended in the "
-                   f"{type(error).__name__} above")
-    if not callable(getattr(module, name, None)):
-        files.stop(f"--reward got {path}:{name}, but {path} has no function {name or 'after a colon'}")
+    guest = Guest(path)
+    with guest.running():
+        try:
+            function = getattr(guest.load(), name, None)
+            if inspect.isclass(function):                # its objects are called
+                function = function()
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            files.stop(f"--reward got {path}:{name}, but {path} cannot be imported: it ended in "
+                       f"the {type(error).__name__} above")
+    if not callable(function):
+        files.stop(f"--reward got {path}:{name}, but {path} has no function {name}")
+    arguments(function, name, [], [])                    # stops if it asks for more than there is
     made_for = f"{Path(path).name}:{name} {files.digest(path)[:16]}"
-    return functools.partial(score_texts, getattr(module, name), tokenizer), made_for
+    for file in guest.imported():
+        made_for += f" {file.relative_to(guest.folder).as_posix()} {files.digest(file)[:16]}"
+    return functools.partial(score_texts, function, name, guest, tokenizer), made_for
 
 
-def score_texts(function, tokenizer, inputs, targets, mask):
-    """The numbers that a function gives to the texts of prompts and responses -> (B,)"""
+def score_texts(function, name, guest, tokenizer, inputs, targets, mask):
+    """The numbers that a user's function gives to the texts of prompts and responses -> (B,)"""
     prompts, responses = data.texts_of(tokenizer, inputs, targets, mask)
-    name = getattr(function, "__name__", repr(function))
-    try:
-        given = function(prompts, responses)
-        if inspect.isgenerator(given):
-            given = list(given)
-    except (Exception, SystemExit) as error:
-        traceback.print_exc()
-        files.stop(f"the reward function {name} ended in the {type(error).__name__} above; what was saved before "
-                   "is as it was")
-    try:
-        scores = torch.tensor([float(score) for score in given])             # (B,)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        files.stop(f"the reward function {name} gave back a {type(given).__name__} that is not a list of numbers "
-                   f"({error}); it should give one number for each response")
-    if len(scores) != len(prompts):
-        files.stop(f"the reward function {name} was given {len(prompts)} prompts and responses and "
-                   f"gave back {len(scores)} numbers; it should give one for each")
-    return scores.to(mask.device)
+    scores = call(function, name, guest, prompts, responses)
+    return torch.tensor(scores, dtype=torch.float32, device=mask.device)
 
 
-def load_classifier(name, tokenizer, device):
-    """A sequence classifier of transformers, with its own tokenizer -> raw, what tells it from others"""
+# --------------------------------------------------------------------------------------------------
+# A classifier of transformers
+
+def from_pretrained(auto, name, **how):
+    """auto.from_pretrained(name) of a classifier; stops where that fails"""
     from safetensors import SafetensorError
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    wrapped = rf"^(?:{pretrained.WRAPPERS.pattern})+"
     try:
         if os.path.isdir(name):
             pretrained.read_config(Path(name))
-        classifier, loading = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
-            key_mapping={wrapped: ""})
-        its_tokenizer = AutoTokenizer.from_pretrained(name, truncation_side="left")
+        return auto.from_pretrained(name, **how)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        files.stop(f"--reward got {name}; it takes reward_model, path/to/file.py:function, or a folder or hub name of "
-                   f"a transformers sequence classifier ({files.first_line(error)})")
+        files.stop(f"--reward got {name}; it takes reward_model, path/to/file.py:function, or a "
+                   "folder or hub name of a transformers sequence classifier "
+                   f"({files.first_line(error)})")
+
+
+def which_label(name, label):
+    """
+    The labels of a classifier -> labels, the index of the rewarded one, those of its alternatives
+
+    By default the second of two is rewarded. Labels that may hold together have no alternatives.
+    """
+    from transformers import AutoConfig
+    config = from_pretrained(AutoConfig, name)
+    labels = [str(config.id2label[i]) for i in sorted(config.id2label)]
+    if label and label not in labels:
+        files.stop(f"--reward got {name}:{label}, but that classifier has no label {label}"
+                   f"{options.nearest(label, labels)}; it has {', '.join(labels)}")
+    if not label and len(labels) > 2:
+        files.stop(f"--reward {name} tells {len(labels)} classes apart; a reward is one number, so "
+                   f"name the label to reward: {name}:LABEL, with one of {', '.join(labels)}")
+    rewarded = labels.index(label) if label else len(labels) - 1
+    if label and config.problem_type == "multi_label_classification":
+        return labels, rewarded, []
+    return labels, rewarded, [i for i in range(len(labels)) if i != rewarded]
+
+
+def check_loading(name, loading):
+    """Exit unless all weights of a classifier were loaded and all that the file holds are used."""
     if loading["missing_keys"]:
-        files.stop(f"--reward {name} has no weights for {', '.join(sorted(loading['missing_keys'])[:3])}: it was not "
-                   "trained to classify, and its scores would be random")
+        files.stop(f"--reward {name} has no weights for "
+                   f"{', '.join(sorted(loading['missing_keys'])[:3])}: it was not trained to classify, "
+                   "and its scores would be random")
     for weight, stored, wanted in loading["mismatched_keys"]:
         files.stop(f"--reward {name} has {weight} of shape {tuple(stored)}, and its config.json wants "
                    f"{tuple(wanted)}")
@@ -205,17 +229,36 @@ def load_classifier(name, tokenizer, device):
     if unknown:
         files.stop(f"--reward {name} holds weights that its classifier does not use: "
                    f"{', '.join(unknown[:3])}; wanted those of a classifier alone")
-    if classifier.config.num_labels > 2:
-        files.stop(f"--reward {name} tells {classifier.config.num_labels} classes apart; a reward is one number, so it "
-                   "takes a classifier with one label or with two")
+
+
+def load_classifier(name, label, tokenizer, device):
+    """A sequence classifier, with its own tokenizer -> raw, what tells it from others"""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    labels, rewarded, others = which_label(name, label)
+    wrapped = rf"^(?:{pretrained.WRAPPERS.pattern})+"
+    classifier, loading = from_pretrained(
+        AutoModelForSequenceClassification, name, dtype=torch.float32, output_loading_info=True,
+        ignore_mismatched_sizes=True, key_mapping={wrapped: ""})
+    check_loading(name, loading)
+    its_tokenizer = from_pretrained(AutoTokenizer, name, truncation_side="left")
+    told = f"the logit of {labels[rewarded]}"
+    if others:
+        against = "all other labels" if len(others) > 1 else labels[others[0]]
+        told = f"log-odds of {labels[rewarded]} against {against}"
+    print(f"reward: {told}")
     classifier = classifier.eval().requires_grad_(False).to(device)
-    return (functools.partial(score_by_classifier, classifier, its_tokenizer, tokenizer),
-            f"{name} {files.fingerprint(classifier)}")
+    made_for = f"{name} {files.fingerprint(classifier)}"
+    if label and others != [0]:                          # others == [0]: as without a label
+        made_for = f"{name}:{label} {files.fingerprint(classifier)}"
+    raw = functools.partial(score_by_classifier, classifier, its_tokenizer, rewarded, others,
+                            tokenizer)
+    return raw, made_for
 
 
-def score_by_classifier(classifier, its_tokenizer, tokenizer, inputs, targets, mask, batch_size=64):
+def score_by_classifier(classifier, its_tokenizer, rewarded, others, tokenizer,
+                        inputs, targets, mask, batch_size=64):
     """
-    The one logit of prompt + response, or of two logits the second less the first: log-odds -> (B,)
+    Of prompt + response, the logit of the rewarded label, less that of its alternatives -> (B,)
 
     A text that is too long for the classifier keeps its end. One made by --export is shown the EOS, too.
     """
@@ -233,6 +276,9 @@ def score_by_classifier(classifier, its_tokenizer, tokenizer, inputs, targets, m
         if getattr(config, "reads_eos", False):
             ids = [(row + [its_tokenizer.eos_token_id] * end)[-longest:] for row, end in zip(ids, finished[i:i + step])]
         batch = its_tokenizer.pad({"input_ids": ids}, padding=step > 1, return_tensors="pt").to(mask.device)
-        logits = classifier(**batch).logits.float()                          # (b, 1) or (b, 2)
-        scores.append(logits[:, -1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0])
+        logits = classifier(**batch).logits.float()                          # (b, number of labels)
+        score = logits[:, rewarded]
+        if others:
+            score = score - logits[:, others].logsumexp(dim=1)               # log-odds
+        scores.append(score)
     return torch.cat(scores)

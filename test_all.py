@@ -35,6 +35,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 import types
@@ -56,6 +57,7 @@ import experiment
 import files
 import frontier
 import grpo
+import guest
 import model
 import options
 import policy_gradient
@@ -71,7 +73,8 @@ from model import GPT, GPTConfig, ScalarGPT, generate, masked_mean, sequence_sco
 
 HERE = Path(__file__).parent
 SCRIPTS = (sft, reward_model, ppo, dpo, grpo, policy_gradient, evaluate)
-MODULES = (reviews, files, pretrained, options, data, corpus, model, experiment, scoring, frontier, *SCRIPTS, sample)
+MODULES = (reviews, files, pretrained, options, data, corpus, model, experiment, guest, scoring, frontier,
+           *SCRIPTS, sample)
 
 
 def seeded(n=0):
@@ -515,7 +518,7 @@ BOS = dict(type="TemplateProcessing", single=[{"SpecialToken": {"id": "<|start|>
     (["model", "merges"], [["t", "h"]], "number the merges in their order"),
     (["model", "vocab", "a▁"], 610, "number the merges in their order")])
 def test_what_a_tokenizer_asks_for_beyond_gpt2s_is_refused_by_name(path, to, message, bpe, tmp_path):
-    with pytest.raises(SystemExit, match=f"^error: no tokenizer in .*{message}"):
+    with pytest.raises(Stopped, match=f"^error: no tokenizer in .*{message}"):
         sft.tokenizer_of(str(bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))))
 
 
@@ -526,7 +529,7 @@ def test_what_a_tokenizer_asks_for_beyond_gpt2s_is_refused_by_name(path, to, mes
     (dict(tokenizer_config={"eos_token": "a"}), "which of its special tokens ends a text.* got a"),
     (dict(tokenizer=[1]), "holds a list"), (dict(config=[1]), "config.json holds a list")])
 def test_settings_beside_a_tokenizer_that_cannot_be_are_refused(beside, message, bpe, tmp_path):
-    with pytest.raises(SystemExit, match=f"^error: no tokenizer in .*{message}"):
+    with pytest.raises(Stopped, match=f"^error: no tokenizer in .*{message}"):
         sft.tokenizer_of(str(bpe_folder(tmp_path / "x", bpe, **beside)))
 
 
@@ -591,7 +594,7 @@ def test_a_tokenizer_that_an_earlier_version_wrote_is_the_same_tokenizer(tokeniz
     assert data.fingerprint(loaded) == before and loaded.eot_token == tokenizer.eot_token
     for eos in (3, None):                                # an ordinary token, nothing
         (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"special": {"<x>": 900}, "eos": eos}))
-        with pytest.raises(SystemExit, match="cannot be read as a tokenizer"):
+        with pytest.raises(Stopped, match="cannot be read as a tokenizer"):
             data.load_tokenizer(tmp_path)
 
 
@@ -1135,7 +1138,10 @@ def test_json_that_cannot_be_read_is_refused_and_a_torn_last_line_of_a_log_left_
 
 
 def test_no_file_of_the_project_can_run_what_it_reads():
-    """No exec, eval or pickle; torch.load with weights_only, numpy.load without pickles; code of the user's in scoring alone"""
+    """
+    No exec, eval or pickle; torch.load with weights_only, numpy.load without pickles; the user's
+    own code in guest alone
+    """
     for module in MODULES:
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -1144,7 +1150,7 @@ def test_no_file_of_the_project_can_run_what_it_reads():
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called not in ("eval", "exec", "__import__", "compile"), module
-                assert called.split(".")[-1] != "exec_module" or module is scoring
+                assert called.split(".")[-1] != "exec_module" or module is guest
                 keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert called != "torch.load" or keywords["weights_only"] == "True", module
                 assert called != "np.load" or "allow_pickle" not in keywords, module
@@ -1230,7 +1236,7 @@ def test_weights_load_by_the_names_that_wrappers_and_old_files_give_them(weights
     (lambda x: x | {"module." + WTE: x[WTE].clone()}, "transformer.wte.weight twice")])
 def test_no_weight_is_missing_unknown_or_of_a_different_shape_in_silence(weights, message, gpt2_folder):
     folder = folder_of(gpt2_folder, weights)
-    with pytest.raises(SystemExit, match=f"^error: --init .*: .*{message}"):
+    with pytest.raises(Stopped, match=f"^error: --init .*: .*{message}"):
         sft.pretrained(str(folder), types.SimpleNamespace(n_vocab=20), block_size=5)
 
 
@@ -1305,7 +1311,7 @@ def test_folders_without_one_whole_gpt2_are_refused_by_what_they_hold(gpt2_folde
     (dict(n_layer=3), "missing are h.2.attn"), (dict(n_head=3), "n_embd must be a multiple of n_head"),
     (dict(n_head=0), "zero"), (dict(n_embd="8"), ""), (dict(n_embd=-8), "negative")])
 def test_a_gpt2_variant_that_is_not_computed_is_refused(config, message, gpt2_folder):
-    with pytest.raises(SystemExit, match=f"^error: --init .*: .*{message}"):
+    with pytest.raises(Stopped, match=f"^error: --init .*: .*{message}"):
         sft.pretrained(str(folder_of(gpt2_folder, config=config)), types.SimpleNamespace(n_vocab=30))
 
 
@@ -1874,6 +1880,7 @@ def test_every_field_is_typed_and_range_checked_before_any_work(script, here):
     (ppo, dict(reward="nowhere.py:f"), "--reward got nowhere.py:f, but nowhere.py is not there"),
     (ppo, dict(reward="broken.py:f"), "but broken.py cannot be read .SyntaxError"), (ppo, dict(reward="fine.py:g"), "but fine.py has no function g"),
     (ppo, dict(reward="fine.py:"), "has no function after a colon"),
+    (ppo, dict(reward="nowhere/c2:toxic"), "--reward got nowhere/c2; it takes reward_model, path"),
     (ppo, dict(data="review"), r"--data got review .did you mean reviews\?.; it takes reviews, hh"),
     (ppo, dict(data="fine.jsnl"), r"--data got fine.jsnl .did you mean fine.jsonl\?.; it takes"),
     (ppo, dict(ptx_coef=1.0, ptx_data="none.txt"), "--ptx_data got none.txt.*; it takes"),
@@ -2824,10 +2831,233 @@ def test_a_reward_of_ones_own_is_called_with_texts_and_must_give_a_number_for_ea
     mine.write_text("import torch\ndef f(p, r):\n    return torch.ones(3, requires_grad=True)\n")
     other = load_own(tokenizer, f"{mine}:f")
     assert not other(*batch, finished).requires_grad and other.made_for.split()[1] != reward.made_for.split()[1]    # edited
-    for answer in ("None", "[None] * 3", "['high'] * 3", "[[1.0, 2.0]] * 3", "3.0", "[10 ** 400] * 3", "__import__('torch').zeros(3, 2)"):
-        mine.write_text(f"def f(p, r):\n    return {answer}\n")
-        with pytest.raises(Stopped, match="that is not a list of numbers .*; it should give one number for each response"):
-            load_own(tokenizer, f"{mine}:f")(*batch, finished)
+
+
+@pytest.fixture
+def of_three(tokenizer, tmp_path):
+    """The rewards of a function, as a line of Python or a whole file, for three responses"""
+    def rewards(code, name="f", file="mine.py"):
+        if "\n" not in code:
+            code = f"import numpy as np, torch\ndef f(prompts, completions):\n    return {code}\n"
+        (tmp_path / file).write_text(code)
+        reward = load_own(tokenizer, f"{tmp_path / file}:{name}", missing_eos_score=None)
+        ids = data.encode_texts(tokenizer, ["a", "b", "c"], [" The", " Skip it.", " A"])
+        return reward(*data.collate(*ids), torch.tensor([True] * 3)).tolist()
+    return rewards
+
+
+CALLABLES = """
+import functools
+
+def lengths(prompts, responses):
+    assert prompts == ["a", "b", "c"]
+    return [len(r) for r in responses]
+
+def passed_on(wrapper):
+    return functools.wraps(turned)(wrapper)
+
+def turned(completions, prompts): return lengths(prompts, completions)
+def trl(prompts, completions, **kwargs): return lengths(prompts, completions) + list(kwargs)
+def open_ended(completions, **kwargs): return lengths(**kwargs, responses=completions)
+def stars(**kwargs): return lengths(kwargs["prompts"], kwargs["completions"])
+def star(*args): return lengths(*args)
+def alone(responses): return [len(r) for r in responses]
+def keywords(*, completions, prompts): return lengths(prompts, completions)
+def slash(completions, prompts, /): return lengths(prompts, completions)
+def unnamed(p, r, weight=1): return lengths(p, r)
+def optional(weight=1, responses=(), prompts=None): return lengths(prompts, responses)
+def given(answers, responses, prompts): return lengths(prompts, responses)
+def nothing_more(prompts, responses, **kwargs): return lengths(prompts, responses) + list(kwargs)
+by_lambda = lambda p, r: lengths(p, r)
+anything = lambda *args, **kwargs: by_lambda(*args, **kwargs)
+first_given = functools.partial(given, {})
+named_given = functools.partial(given, answers={})
+passes_both = passed_on(lambda *args, **kwargs: turned(*args, **kwargs))
+passes_args = passed_on(lambda *args: turned(*args))
+passes_named = passed_on(lambda **kwargs: turned(**kwargs))
+passes_less = passed_on(lambda p, r: lengths(p, r))
+
+class Judge:
+    def __call__(self, responses, prompts): return lengths(prompts, responses)
+    def method(self, responses, prompts): return lengths(prompts, responses)
+
+judge = Judge()
+method = judge.method
+
+def answers(prompts, completions, answer): pass
+def answer_first(answer, completions=None): pass
+def answer_last(prompts, completions, *, answer): pass
+def three(p, r, answer): pass
+def outputs(prompts, outputs): pass
+def one(texts): pass
+def none(): pass
+wrapped = functools.wraps(answers)(lambda *args, **kwargs: None)
+class Needs(Judge):
+    def __init__(self, path): pass
+class NoCall: pass
+"""
+
+
+@pytest.mark.parametrize("name", (
+    "turned trl open_ended stars star alone keywords slash unnamed optional nothing_more "
+    "by_lambda anything first_given named_given passes_both passes_args passes_named passes_less "
+    "Judge judge method").split())
+def test_a_reward_is_given_what_its_parameters_are_named(name, of_three):
+    assert of_three(CALLABLES, name) == [4, 9, 2]
+
+
+@pytest.mark.parametrize("name, message", [
+    ("answers", "answers.prompts, completions, answer. asks for answer; a reward is given prompts"),
+    ("answer_first", "asks for answer;"), ("answer_last", "asks for answer;"),
+    ("three", "asks for p, r, answer;"), ("outputs", "asks for outputs;"),
+    ("one", "asks for texts;"), ("none", "asks for nothing;"), ("wrapped", "asks for answer;"),
+    ("Needs", "cannot be imported: it ended in the TypeError above"),
+    ("NoCall", "has no function NoCall")])
+def test_a_reward_that_asks_for_more_is_refused_when_loaded(name, message, tokenizer, here):
+    (here / "mine.py").write_text(CALLABLES)
+    with pytest.raises(Stopped, match="^error: .*" + message):
+        load_own(tokenizer, f"mine.py:{name}")
+
+
+@pytest.mark.parametrize("answer", [
+    "np.arange(3.0)", "np.arange(3)[:, None]", "torch.arange(3.0, requires_grad=True)",
+    "torch.arange(3)[:, None].bfloat16()", "(x for x in range(3))", "map(float, range(3))",
+    "(0.0, True, np.float32(2))", "[torch.tensor([0.0]), np.array(1.0), np.longdouble(2)]",
+    "[__import__('decimal').Decimal(0), __import__('fractions').Fraction(1), 2]",
+    "{i: float(i) for i in range(3)}.values()", "np.arange(3).astype(object)"])
+def test_a_reward_gives_its_numbers_in_any_common_form(answer, of_three):
+    assert of_three(answer) == [0, 1, 2]
+
+
+def test_a_reward_gives_true_and_false_and_one_number_for_one_response(of_three):
+    assert of_three("np.array([True, False, True])") == [1, 0, 1]
+    assert of_three("[len(completions.pop(0)) for _ in prompts]") == [4, 9, 2]
+    assert guest.numbers(np.array(2.5), "f") == guest.numbers(torch.tensor([[2.5]]), "f") == [2.5]
+
+
+@pytest.mark.parametrize("answer, why", [
+    ("None", "a NoneType .*generator is wanted"), ("3.0", "a float .*generator is wanted"),
+    ("{0: 1.0, 1: 2.0, 2: 3.0}", "a dict .*is wanted"), ("{1.0, 2.0, 3.0}", "a set .*is wanted"),
+    ("'123'", "a str .*is wanted"), ("b'123'", "a bytes .*is wanted"),
+    ("[1.0, None, 2.0]", r"item .1. is None, of type NoneType"), ("['high'] * 3", "is 'high'"),
+    ("['1.2'] * 3", "item .0. is '1.2', of type str"), ("np.array(['1.2'] * 3)", "of type str"),
+    ("iter(['1.2'] * 3)", "of type str"), ("[np.str_('1.2')] * 3", "of type str_"),
+    ("[b'1'] * 3", "of type bytes"), ("[1j] * 3", "complex"),
+    ("[[1.0], [2.0], [3.0]]", r"item .0. is .1.0., of type list"), ("[10 ** 400] * 3", "type int"),
+    ("torch.zeros(3, 2)", r"its shape is .3, 2."),
+    ("np.array([1.0, None, 2.0])", "item .1. is None"),
+    ("np.array(2.0)", "gave back 1 numbers"),
+    ("async_one()", "a coroutine .*asyncio.run"), ("async_many()", "an? async_generator ")])
+@pytest.mark.filterwarnings("error")
+def test_what_is_not_a_list_of_numbers_is_refused_and_named(answer, why, of_three):
+    code = ("import numpy as np, torch\n"
+            "async def async_one(): pass\n"
+            "async def async_many(): yield\n"
+            f"f = lambda p, r: {answer}\n")
+    with pytest.raises(Stopped, match=f"^error: the reward function f .*{why}.*should give one"):
+        of_three(code)
+
+
+WORKERS = """
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+def check(response):
+    return len(json.loads(json.dumps(response)))
+
+def pooled(prompts, responses, start="spawn"):
+    with ProcessPoolExecutor(1, multiprocessing.get_context(start)) as pool:
+        return list(pool.map(check, responses))
+
+def forked(prompts, responses):
+    return pooled(prompts, responses, "fork")
+"""
+
+
+@pytest.mark.parametrize("name", ["judge", "data", "ppo", "tiktoken", "my-judge", "judge.v2"])
+def test_worker_processes_find_the_functions_of_a_reward(name, of_three, tmp_path):
+    """Whether or not its file is named like one of ours, an installed one, or no module at all"""
+    module = sys.modules.get(name)
+    assert of_three(WORKERS, "pooled", f"{name}.py") == of_three(WORKERS, "forked", f"{name}.py")
+    assert sys.modules.get(name) is module
+
+
+def test_a_reward_may_be_named_like_a_module_of_python(of_three):
+    code = "def f(prompts, responses):\n    import json\n    return map(len, responses)\n"
+    for name in ("json", "random", "model", "test"):
+        assert of_three(code, file=f"{name}.py") == [4, 9, 2]
+    assert json is sys.modules["json"] and model is sys.modules["model"]
+
+
+def test_a_reward_meets_its_neighbors_and_we_meet_ours(of_three, tmp_path, monkeypatch):
+    """Imported by the file, by the function when called, and in a worker process of it"""
+    main = types.ModuleType("__main__")
+    main.__file__ = str(HERE / "ppo.py")
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    (tmp_path / "files.py").write_text("def length(text):\n    return len(text)\n")
+    (tmp_path / "options").mkdir()
+    (tmp_path / "options" / "__init__.py").write_text("from . import inner\n")
+    (tmp_path / "options" / "inner.py").write_text("from files import length\n")
+    before = dict(sys.modules)
+    early = WORKERS + "import files\nimport reviews\ncheck = files.length\n"
+    assert of_three(early, "pooled") == [4, 9, 2]
+    late = ("def f(prompts, responses):\n    from options import inner\n"
+            "    return map(inner.length, responses)\n")
+    assert of_three(late) == [4, 9, 2]
+    assert all(sys.modules[name] is module for name, module in before.items())
+    assert not {"mine", "options.inner"} & sys.modules.keys()
+    assert sys.path[-1] == str(tmp_path) != sys.path[0]      # for workers that start after a call
+
+
+def test_what_a_reward_sets_for_the_whole_program_is_set_back(of_three, tmp_path, monkeypatch):
+    """By its file, for which it holds when it is called, and by its function"""
+    monkeypatch.chdir(tmp_path)
+    wild = """
+import os, random, sys, torch
+torch.set_grad_enabled(False)
+torch.set_default_dtype(torch.bfloat16)
+torch.set_default_device("meta")
+torch.use_deterministic_algorithms(True)
+os.mkdir("work")
+os.chdir("work")
+sys.path.insert(0, "/nowhere")
+def f(prompts, responses):
+    assert torch.zeros(1).is_meta and torch.zeros(1).dtype == torch.bfloat16
+    assert os.path.basename(os.getcwd()) == "work" and sys.path[0] == "/nowhere"
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    os.rmdir(os.getcwd())
+    return [random.random() for _ in responses]
+def broken(prompts, responses):
+    torch.set_float32_matmul_precision("medium")
+    torch.set_grad_enabled(True)
+    os.chdir("/")
+    1 / 0
+"""
+    def state():
+        return (torch.is_grad_enabled(), torch.get_default_dtype(), torch.zeros(1).device,
+                torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(),
+                torch.get_float32_matmul_precision(), os.getcwd(), sys.path[0],
+                torch._C._len_torch_function_stack(), sys.modules["__main__"])
+    before = state()
+    random.seed(3)
+    lucky = random.Random(3)
+    drawn = [lucky.random() for _ in range(3)]
+    assert of_three(wild) == pytest.approx(drawn)
+    assert random.random() == lucky.random()                                   # it is not set back
+    assert state() == before
+    with torch.no_grad(), pytest.raises(Stopped, match="ended in the ZeroDivisionError"):
+        of_three(wild, "broken")
+    assert state() == before
+
+
+def test_a_keyboard_interrupt_passes_through_a_reward(of_three):
+    for code in ("def f(p, r):\n    raise KeyboardInterrupt\n",
+                 "raise KeyboardInterrupt\nf = len\n"):
+        with pytest.raises(KeyboardInterrupt):
+            of_three(code)
+    assert not experiment.Run.in_users_code
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4764,7 +4994,7 @@ def test_truncated_weights_and_broken_tokenizers_of_ones_own_are_refused(own, am
                           (among / "own" / "sft", "A stage of this project writes them with --export"),
                           (among / "own" / "sft" / "checkpoint.pt", "is not a checkpoint of nanoGPT")):
         for script in (sft, reward_model):
-            with pytest.raises(SystemExit, match=f"^error: --init .*{message}"):
+            with pytest.raises(Stopped, match=f"^error: --init .*{message}"):
                 script.main(mine(script, out="cut", base="own", init=str(tmp_path / init), lora_rank=0))
     tokenizer = json.loads((own[0] / "gpt2" / "tokenizer.json").read_text())
     byte, other = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)[7:9]
@@ -5856,7 +6086,7 @@ def test_stages_start_from_a_checkpoint_of_nanogpt_and_a_tokenizer_of_ones_own(a
 
     gpt2s = types.SimpleNamespace(n_vocab=50257)
     monkeypatch.setattr(data.tiktoken, "get_encoding", {"gpt2": gpt2s}.get)
-    with pytest.raises(SystemExit, match="nano/ckpt.pt has 410 token ids, fewer than GPT-2's 50257"):
+    with pytest.raises(Stopped, match="nano/ckpt.pt has 410 token ids, fewer than GPT-2's 50257"):
         sft.tokenizer_of("nano/ckpt.pt")
     save_nanogpt(ckpt, weights, vocab_size=50304)
     assert sft.tokenizer_of("nano/ckpt.pt") is gpt2s is sft.tokenizer_of("nano")
@@ -5865,7 +6095,7 @@ def test_stages_start_from_a_checkpoint_of_nanogpt_and_a_tokenizer_of_ones_own(a
     (among.parent / "characters").mkdir(exist_ok=True)
     (among.parent / "characters" / "meta.pkl").write_bytes(pickle.dumps(Malicious(among / "owned")))
     for source in ("characters", "characters/meta.pkl"):
-        with pytest.raises(SystemExit, match="meta.pkl lists characters .* is not read, since a pickle can run code"):
+        with pytest.raises(Stopped, match="meta.pkl lists characters .* is not read, since a pickle can run code"):
             sft.main(mine(sft, out="refused", init=ckpt, tokenizer=source, lora_rank=0))
     assert not (among / "owned").exists() and not (among / "refused").exists()
 
@@ -6126,6 +6356,54 @@ def test_a_classifier_of_transformers_scores_by_its_logit_or_the_difference_of_t
     assert torch.isfinite(reward(*nothing, torch.tensor([True]))).all()
 
 
+@pytest.mark.parametrize("problem", [None, "multi_label_classification"])
+@pytest.mark.parametrize("labels", [1, 2, 3])
+def test_a_classifier_rewards_the_label_that_is_named(labels, problem, classifiers, tokenizer,
+                                                      tmp_path, capsys):
+    """log p / (1 - p) of it, with p by softmax, or by sigmoid where labels may hold together"""
+    folder = tmp_path / "c:d"                                                  # a colon of its own
+    shutil.copytree(classifiers / str(labels), folder)
+    config = json.loads((folder / "config.json").read_text())
+    names = ["mild", "not mild", "5 stars"][:labels]
+    config |= {"id2label": dict(enumerate(names)), "label2id": {}, "problem_type": problem}
+    (folder / "config.json").write_text(json.dumps(config))
+    texts = data.encode_texts(tokenizer, ["the plot", "a good"], [" is good .", " acting !"])
+    batch = (*data.collate(*texts), torch.tensor([True] * 2))
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    its = AutoTokenizer.from_pretrained(folder)
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    logits = torch.stack([theirs(its(text, return_tensors="pt").input_ids).logits[0] for text in
+                          ("the plot is good .", "a good acting !")]).double().detach()
+    p = logits.sigmoid() if problem or labels == 1 else logits.softmax(dim=1)
+    made_for = set()
+    for i, name in enumerate(names):
+        capsys.readouterr()
+        reward = load_own(tokenizer, f"{folder}:{name}", missing_eos_score=None)
+        against = "all other labels" if labels == 3 else names[i - 1]
+        told = f"log-odds of {name} against {against}"
+        if problem or labels == 1:
+            told = f"the logit of {name}"
+        assert f"reward: {told}\n" in capsys.readouterr().out
+        torch.testing.assert_close(reward(*batch).double(), p[:, i].logit(), atol=1e-4, rtol=1e-4)
+        made_for.add(reward.made_for)
+    assert len(made_for) == labels
+    with pytest.raises(Stopped, match="c:d:mold, but that classifier has no label mold .did "
+                       "you mean mild.*; it has mild"):
+        load_own(tokenizer, f"{folder}:mold")
+    if labels == 2 and not problem:
+        plain = load_own(tokenizer, str(folder), missing_eos_score=None)
+        assert torch.equal(plain(*batch), reward(*batch)) and plain.made_for == reward.made_for
+        assert re.fullmatch(re.escape(str(folder)) + " [0-9a-f]{16}", plain.made_for)
+
+
+def test_only_a_colon_before_a_label_or_a_function_parts_a_reward(here):
+    for whole in (r"C:\models\c2", "owner/c2", "judge.py", r"C:\judge.py"):
+        assert scoring.split(whole) == (whole, "")
+        assert scoring.split(whole + ":a b") == (whole, "a b")
+    (here / "run:2").mkdir()
+    assert scoring.split("run:2") == ("run:2", "") and scoring.split("run:2:x") == ("run:2", "x")
+
+
 def test_a_roberta_reads_two_positions_less_than_it_has(tokenizer, classifiers, tmp_path):
     from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
     torch.manual_seed(0)
@@ -6140,7 +6418,8 @@ def test_a_roberta_reads_two_positions_less_than_it_has(tokenizer, classifiers, 
 
 
 def test_classifiers_of_more_labels_are_refused_and_other_weights_are_another_reward(classifiers, tokenizer, tmp_path):
-    with pytest.raises(Stopped, match="tells 3 classes apart; a reward is one number"):
+    with pytest.raises(Stopped, match="tells 3 classes apart; a reward is one number, so name "
+                       "the label to reward: .*/3:LABEL, with one of LABEL_0, "):
         load_own(tokenizer, str(classifiers / "3"))
     GPT(GPTConfig(20, 16, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path / "no-head", eos_id=0)
     data.export_tokenizer(tokenizer, tmp_path / "no-head")
@@ -6174,7 +6453,7 @@ def test_a_classifiers_weights_all_load_or_are_refused_by_name(weights, message,
         tensors = weights(load_file(classifiers / "1" / "model.safetensors"))
         save_file(tensors, tmp_path / "x" / "model.safetensors", metadata={"format": "pt"})
     if message:
-        with pytest.raises(SystemExit, match=f"^error: --reward .*{message}"):
+        with pytest.raises(Stopped, match=f"^error: --reward .*{message}"):
             load_own(tokenizer, str(tmp_path / "x"))
     else:
         assert torch.equal(load_own(tokenizer, str(tmp_path / "x"))(*batch, torch.tensor([True])), whole)
@@ -6233,6 +6512,152 @@ def test_every_stage_follows_a_reward_of_ones_own(script, changes, beside, no_pi
     (beside / "by_length" / script.__name__ / "report.txt").unlink()           # as if it had been interrupted
     with pytest.raises(Stopped, match="begun with a different reward .length.py:length"):
         script.main(dataclasses.replace(cfg, resume=True))
+
+
+def test_an_edit_of_a_file_that_the_reward_imports_is_noticed(here, tokenizer, monkeypatch):
+    """Modules, a package, a folder without __init__, one in sys.path; what is installed is not"""
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(here / "python"))
+    for path in ("bonus", "pack/__init__", "pack/inner", "folder/leaf", "lib/deep", "unused",
+                 "env/site-packages/theirs", "python/of_python"):
+        (here / path).parent.mkdir(parents=True, exist_ok=True)
+        (here / f"{path}.py").write_text("BONUS = 1\n")
+    (here / "judge.py").write_text(
+        "import os, sys\n"
+        "sys.path += map(os.path.abspath, ['lib', 'env/site-packages', 'python'])\n"
+        "import bonus, deep, of_python, pack.inner, reviews, sample, theirs\n"
+        "from folder import leaf\n"
+        "def f(prompts, responses):\n    return [leaf.BONUS] * len(responses)\n")
+    (here / "alone.py").write_text("def f(prompts, responses):\n    return [1.0]\n")
+    digest = files.digest(here / "alone.py")[:16]
+    assert load_own(tokenizer, "alone.py:f").made_for == f"alone.py:f {digest}"
+    first = load_own(tokenizer, "judge.py:f").made_for
+    assert first.startswith(f"judge.py:f {files.digest(here / 'judge.py')[:16]} bonus.py ")
+    assert first.split()[2::2] == ["bonus.py", "folder/leaf.py", "lib/deep.py", "pack/__init__.py",
+                                   "pack/inner.py"]
+    for path in ("bonus", "pack/inner", "folder/leaf", "lib/deep"):
+        before = load_own(tokenizer, "judge.py:f").made_for
+        (here / f"{path}.py").write_text("BONUS = 12345\n")
+        assert load_own(tokenizer, "judge.py:f").made_for != before
+    last = load_own(tokenizer, "judge.py:f")
+    assert last.raw.args[0]([], [1]) == [12345]                                # it runs the new one
+    state = {"made_for": first, "gain": 1.0, "bias": 0.0}
+    with pytest.raises(Stopped, match="begun with a different reward .judge.py:f .* bonus.py"):
+        last.load_state_dict(state)
+
+
+def test_a_reward_beside_our_scripts_may_import_them(here, tokenizer, monkeypatch):
+    """They are not its files, or it would be a different reward for each script that uses it"""
+    monkeypatch.setattr(guest, "HERE", here)
+    (here / "train.py").write_text("PRESETS = {}\n")
+    (here / "bonus.py").write_text("BONUS = 1\n")
+    (here / "judge.py").write_text("import bonus, train\ndef f(p, r):\n    return [1.0]\n")
+    assert load_own(tokenizer, "judge.py:f").made_for.split()[2::2] == ["bonus.py"]
+
+
+ROUNDS = dict(n_pairs=32, rounds=2, labels="soft", eval_every=1)
+
+
+@pytest.mark.parametrize("script, call, changes", [
+    (ppo, 2, dict(steps=2)), (grpo, 2, dict(steps=2)),
+    (policy_gradient, 2, dict(steps=2, rung="clip")), (dpo, 2, ROUNDS), (dpo, 3, ROUNDS)],
+    ids=lambda x: getattr(x, "__name__", str(x) if isinstance(x, int) else ""))
+def test_ctrl_c_in_a_reward_drops_the_update_which_resume_repeats(script, call, changes, beside,
+                                                                  no_pictures):
+    """Also where the function answers it with scores; dpo's calls are pairs, samples, pairs, .."""
+    (beside.parent / "stopped.py").write_text(
+        "import os, pathlib, random, signal\ncalls = []\n"
+        "def f(prompts, responses):\n    calls.append(1)\n"
+        "    scores = [random.random() + len(r) for r in responses]\n    try:\n"
+        f"        if len(calls) == {call} and pathlib.Path('stop').exists():\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n    except KeyboardInterrupt:\n"
+        "        return [0.0] * len(responses)\n    return scores\n")
+    cfg = tiny(script, base="tiny", reward="stopped.py:f", normalise_reward=False, n_eval=2,
+               n_samples=2, **changes)
+    for out in ("unstopped", "stopped"):
+        shutil.rmtree(beside / out / script.__name__, ignore_errors=True)
+    script.main(dataclasses.replace(cfg, out="unstopped"))
+    stop = beside.parent / "stop"
+    stop.touch()
+    try:
+        with pytest.raises(Stopped, match="saved after [01] of 2 updates in out/stopped/.*; the "
+                           "same command with --resume"):
+            script.main(dataclasses.replace(cfg, out="stopped"))
+    finally:
+        stop.unlink()
+    assert not any(run.looping for run in experiment.OPENED.runs)
+    script.main(dataclasses.replace(cfg, out="stopped", resume=True))
+    assert_same_run(beside / "stopped" / script.__name__, beside / "unstopped" / script.__name__)
+
+
+def test_after_ctrl_c_a_reward_is_not_called_any_more(beside, monkeypatch, no_pictures):
+    """It may have workers, and they have got Ctrl-C as well"""
+    (beside.parent / "counted.py").write_text(
+        "calls = open('calls', 'w', buffering=1)\n"
+        "def f(prompts, responses):\n    print(len(responses), file=calls)\n"
+        "    return [len(r) for r in responses]\n")
+    roll_out = ppo.roll_out
+    updates = []
+
+    def interrupted(*args):
+        updates.append(1)
+        for _ in range(presses if len(updates) == 2 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return roll_out(*args)
+    monkeypatch.setattr(ppo, "roll_out", interrupted)
+    cfg = tiny(ppo, base="tiny", steps=2, reward="counted.py:f", n_eval=2, n_samples=2)
+    presses = 1
+    with pytest.raises(Stopped, match="saved after 1 of 2 updates in out/counted/ppo; the same"):
+        ppo.main(dataclasses.replace(cfg, out="counted", normalise_reward=False))
+    assert (beside.parent / "calls").read_text() == "32\n"
+    presses = 2
+    updates.clear()
+    with pytest.raises(KeyboardInterrupt):                                     # leaves at once
+        ppo.main(dataclasses.replace(cfg, out="twice_pressed", normalise_reward=False))
+    assert ppo.main(dataclasses.replace(cfg, out="counted_again"))             # has its own rewards
+
+
+def test_ctrl_c_that_reaches_a_rewards_child_processes_spoils_nothing(beside, no_pictures):
+    """From a terminal all get it: workers, forked while the run catches it, and their children"""
+    (beside.parent / "tested.py").write_text("""
+import multiprocessing, pathlib, subprocess
+calls = []
+
+def returncode(seconds):
+    return subprocess.run(["sleep", seconds]).returncode
+
+def f(prompts, responses):
+    calls.append(1)
+    seconds = "0"
+    if len(calls) == 2 and pathlib.Path("slow").exists():
+        seconds = "30"
+        pathlib.Path("slow").unlink()
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        failed = any(pool.map(returncode, [seconds] * 2))
+    return [0.0 if failed else len(response) for response in responses]
+""")
+    changes = dict(steps=2, reward="tested.py:f", normalise_reward=False, n_eval=2, n_samples=2)
+    ppo.main(tiny(ppo, out="untouched", base="tiny", **changes))
+    slow = beside.parent / "slow"
+    slow.touch()
+    command = stage_command(ppo, "--out", "touched", "--base", "tiny")
+    for name, value in changes.items():
+        command += [f"--{name}", str(value)]
+    with started(command, beside.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                 start_new_session=True) as process:
+        deadline = time.time() + 60
+        while slow.exists() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)                                                        # they begin
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            out, err = process.communicate(timeout=20)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 1 and "saved after 1 of 2 updates in out/touched/ppo; the " in err
+    assert out.count("this update, then saving") == 1                          # not by workers, too
+    ppo.main(tiny(ppo, out="touched", base="tiny", resume=True, **changes))
+    assert_same_run(beside / "touched" / "ppo", beside / "untouched" / "ppo")
 
 
 def test_a_reward_that_cannot_be_used_stops_the_run_with_what_was_saved_in_place(beside, tmp_path, no_pictures):
