@@ -235,6 +235,7 @@ def export(folder, to):
 def check(cfg):
     """Stops on settings that cannot be, before any work."""
     corpus.check_source(cfg.data)
+    corpus.check_comparisons(cfg)
     if cfg.n_responses < 2:
         files.stop(f"--n_responses got {cfg.n_responses}; a comparison takes at least 2")
     if cfg.data == "reviews":
