@@ -244,6 +244,8 @@ CURVES = [                                                       # heading, unit
 def check(cfg):
     """Stops on settings that mean nothing together, and says which settings change nothing."""
     scoring.check(cfg)
+    if cfg.labels == "annotators":
+        corpus.check_comparisons(cfg)
     if cfg.beta == 0:
         files.stop("--beta got 0; DPO divides by it: it takes a number above 0")
     if cfg.label_smoothing >= 0.5:

@@ -262,8 +262,9 @@ def fill(thing, state, folder, key):
 
 
 def digest(path):
-    """Of a file's contents"""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """SHA-256 of a file, which is read in blocks"""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Companions:

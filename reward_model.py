@@ -239,6 +239,7 @@ def check(cfg):
     corpus.check_source(cfg.data)
     if cfg.init:
         sft.check_init(cfg.init)
+    corpus.check_comparisons(cfg)
     if cfg.n_responses < 2:
         files.stop(f"--n_responses got {cfg.n_responses}; a comparison takes at least 2")
     if cfg.data == "reviews":

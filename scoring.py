@@ -109,10 +109,8 @@ def check(cfg):
     path, name = split(cfg.reward)
     if cfg.reward == "reward_model" and cfg.config not in rm.PRESETS:
         files.stop(f"--config {cfg.config} has no reward model; give a --reward, a function of yours or a classifier")
-    if cfg.reward == "reward_model" and os.path.exists(cfg.data):
-        _, _, responses = next(corpus.examples(cfg.data, {}), (None, None, [None, None]))
-        if len(responses) < 2:
-            corpus.stop_without_comparisons(cfg)
+    if cfg.reward == "reward_model":
+        corpus.check_comparisons(cfg)
     if cfg.reward != "reward_model" and not os.path.exists(path) and "/" not in path:
         hint = options.nearest(cfg.reward, ["reward_model"])
         if hint:

@@ -12,6 +12,7 @@ A test's name is the claim it checks.
 """
 
 import ast
+import codecs
 import contextlib
 import copy
 import dataclasses
@@ -38,6 +39,7 @@ import sys
 import sysconfig
 import threading
 import time
+import tracemalloc
 import types
 import typing
 import zipfile
@@ -610,6 +612,14 @@ def test_no_prompt_is_both_trained_on_and_held_out():
 HUMAN, TURN = "\n\nHuman: ", corpus.TURN
 
 
+def by(role):
+    """A function that makes a message by a role from a text"""
+    return lambda text: {"role": role, "content": text}
+
+
+USER, ASSISTANT, SYSTEM = map(by, ("user", "assistant", "system"))
+
+
 @pytest.mark.parametrize("record, prompt, responses", [
     ({"chosen": f"{HUMAN}hi{TURN} hello", "rejected": f"{HUMAN}hi{TURN} go away"}, f"{HUMAN}hi{TURN}", [" hello", " go away"]),
     ({"chosen": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} d", "rejected": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} e"},
@@ -635,7 +645,30 @@ HUMAN, TURN = "\n\nHuman: ", corpus.TURN
     ({"prompt": [{"role": "user", "content": "hi"}], "chosen": "yes", "rejected": " no"}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
     ({"info": {"id": "t3", "post": "I did it.", "title": "TIFU", "subreddit": "tifu"}, "choice": 1, "worker": "w", "split": "train",
       "summaries": [{"text": " worse", "policy": "a", "note": None}, {"text": " better", "policy": "b", "note": None}]},
-     "SUBREDDIT: r/tifu\n\nTITLE: TIFU\n\nPOST: I did it.\n\nTL;DR:", [" better", " worse"])])
+     "SUBREDDIT: r/tifu\n\nTITLE: TIFU\n\nPOST: I did it.\n\nTL;DR:", [" better", " worse"]),
+    ({"conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "hi"},
+                        {"from": "gpt", "value": "hello"}]},
+     f"\n\nSystem: Be kind.{HUMAN}hi{TURN}", [" hello"]),
+    ({"conversations": [{"from": "human", "value": "hi"}],
+      "chosen": {"from": "gpt", "value": "yes"}, "rejected": {"from": "gpt", "value": "no"}},
+     f"{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"messages": [USER("hi")], "chosen": ASSISTANT("yes"), "rejected": "no"},
+     f"{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"prompt": "hi", "messages": [USER("x")], "chosen": ASSISTANT("yes"), "rejected": "no"},
+     f"{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"messages": [USER("hi"), ASSISTANT("yes")], "chosen": [USER("hi"), ASSISTANT("yes")],
+      "rejected": [USER("hi"), ASSISTANT("no")]}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"instruction": "Add.", "input": "2, 2", "output": "4"}, f"{HUMAN}Add.\n\n2, 2{TURN}", [" 4"]),
+    ({"instruction": "hi", "input": "", "chosen": "yes", "rejected": "no"},
+     f"{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"prompt": "2 + 2 =", "answer": "4"}, "2 + 2 =", []),
+    ({"prompt": [{"role": "user", "content": "hi"}]}, f"{HUMAN}hi{TURN}", []),
+    ({"messages": [{"role": "user", "content": "hi"}]}, f"{HUMAN}hi{TURN}", []),
+    ({"prompt": "p", "chosen": None, "rejected": None, "completion": " c"}, "p", [" c"]),
+    ({"prompt": "p", "chosen": " a", "rejected": " b", "completion": None}, "p", [" a", " b"]),
+    ({"messages": [{"role": "developer", "content": "Be kind."}, {"role": "User", "content": "hi"},
+                   {"role": "model", "content": [{"type": "text", "text": "hel"}, "lo"]}]},
+     f"\n\nSystem: Be kind.{HUMAN}hi{TURN}", [" hello"])])
 def test_every_form_of_a_record_is_read_as_prompt_and_responses_better_first(record, prompt, responses):
     assert corpus.read_record(json.loads(json.dumps(record))) == (prompt, responses)
 
@@ -644,13 +677,94 @@ def test_every_form_of_a_record_is_read_as_prompt_and_responses_better_first(rec
     ([1], "not a JSON object"), ({"question": "?", "answer": "!"}, "none of the known forms: keys answer, question"),
     ({"chosen": "a", "rejected": "b"}, "share no assistant turn"), ({"prompt": "a", "completion": " "}, "an empty response"),
     ({"chosen": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} d", "rejected": f"{HUMAN}a{TURN} x"}, "part before their last turn"),
-    ({"prompt": "a", "completion": 3}, "a text is not a string"), ({"text": None}, "a text is not a string"), ({"prompt": 1, "completion": "a"}, "not a string"),
-    ({"messages": [{"role": "robot", "content": "x"}]}, "user, assistant or system"), ({"messages": ["hi"]}, "user, assistant or system"),
-    ({"messages": [{"role": "user", "content": "hi"}]}, "share no assistant turn"),
+    ({"prompt": "a", "completion": 3}, "a text is not a string"),
+    ({"text": None}, "none of the known forms"),
+    ({"prompt": 1, "completion": "a"}, "not a string"),
+    ({"messages": [by("robot")("x")]}, "user, assistant or system, not robot"),
+    ({"messages": ["hi"]}, "want a role and content"),
+    ({"messages": [by("tool")("x"), ASSISTANT("y")]}, "user, assistant or system, not tool"),
+    ({"messages": [ASSISTANT(None)]}, "content, a text; one by assistant has none"),
+    ({"messages": [USER([{"type": "image_url"}])]}, "content, a text; one by user has none"),
+    ({"chosen": [USER("a")], "rejected": [USER("a")]}, "does not end in an assistant turn"),
+    ({"prompt": "", "answer": "4"}, "an empty prompt and no response"),
+    ({"prompt": []}, "an empty prompt and no response"),
+    ({"prompt": "a", "chosen": "b"}, "only one of chosen and rejected"),
     ({"info": {"post": "p"}, "summaries": [], "choice": 0}, "comparison of summaries without")])
 def test_records_that_cannot_be_read_say_why(record, message):
     with pytest.raises(ValueError, match=message):
         corpus.read_record(record)
+
+
+SURE = [USER("hi"), ASSISTANT("Sure,")]
+
+
+@pytest.mark.parametrize("record, prompt, responses", [
+    ({"messages": [USER(f"a{TURN} b"), ASSISTANT(f"c{HUMAN}d{TURN} e")]},
+     f"{HUMAN}a{TURN} b{TURN}", [f" c{HUMAN}d{TURN} e"]),
+    ({"chosen": [USER("a"), ASSISTANT(f"b{HUMAN}x")],
+      "rejected": [USER("a"), ASSISTANT(f"b{TURN} y")]},
+     f"{HUMAN}a{TURN}", [f" b{HUMAN}x", f" b{TURN} y"]),
+    ({"messages": [USER("a"), ASSISTANT("b"), ASSISTANT("c")]}, f"{HUMAN}a{TURN} b{TURN}", [" c"]),
+    ({"messages": [USER("a"), ASSISTANT("b"), USER("c")]}, f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", []),
+    ({"prompt": [SYSTEM("S")], "chosen": [USER("hi"), ASSISTANT("yes")],
+      "rejected": [USER("hi"), ASSISTANT("no")]}, f"\n\nSystem: S{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"prompt": [SYSTEM("S"), USER("hi")], "chosen": [USER("hi"), ASSISTANT("yes")],
+      "rejected": "no"}, f"\n\nSystem: S{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"prompt": [USER("a"), ASSISTANT("b")], "completion": [USER("c"), ASSISTANT("d")]},
+     f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d"]),
+    ({"prompt": [USER("a"), ASSISTANT("b"), USER("a")], "completion": [USER("a"), ASSISTANT("d")]},
+     f"{HUMAN}a{TURN} b{HUMAN}a{TURN}", [" d"]),
+    ({"prompt": "hi ", "messages": [SYSTEM("S"), USER("hi"), ASSISTANT("yes")]},
+     f"\n\nSystem: S{HUMAN}hi{TURN}", [" yes"]),
+    ({"prompt": "Be kind.", "messages": [USER("hi"), ASSISTANT("yes")]},
+     f"{HUMAN}Be kind.{HUMAN}hi{TURN}", [" yes"]),
+    ({"prompt": SURE, "chosen": " yes", "rejected": "no"},
+     f"{HUMAN}hi{TURN} Sure,", [" yes", "no"]),
+    ({"prompt": SURE, "completion": [ASSISTANT(" yes")]}, f"{HUMAN}hi{TURN} Sure,", [" yes"]),
+    ({"prompt": SURE, "completion": [*SURE, ASSISTANT(" yes")]},
+     f"{HUMAN}hi{TURN} Sure,", [" yes"]),
+    ({"prompt": SURE, "completion": [USER("hi"), ASSISTANT("Sure, yes")]},
+     f"{HUMAN}hi{TURN} Sure,", [" yes"]),
+    ({"prompt": SURE}, f"{HUMAN}hi{TURN} Sure,", []),
+    ({"prompt": [USER("hi"), ASSISTANT("")], "completion": "yes"}, f"{HUMAN}hi{TURN}", [" yes"]),
+    ({"system": "S", "prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"},
+     "S\n\n2 + 2 =", [" 4", " 5"]),
+    ({"system": "S", "chosen": f"{HUMAN}a{TURN} b", "rejected": f"{HUMAN}a{TURN} c"},
+     f"\n\nSystem: S{HUMAN}a{TURN}", [" b", " c"]),
+    ({"system": "S", "prompt": [USER("a")], "chosen": [USER("a"), ASSISTANT("b")], "rejected": "c"},
+     f"\n\nSystem: S{HUMAN}a{TURN}", [" b", " c"]),
+    ({"system": "S", "messages": [SYSTEM("S"), USER("a"), ASSISTANT("b")]},
+     f"\n\nSystem: S{HUMAN}a{TURN}", [" b"]),
+    ({"system": "", "prompt": "p", "completion": " c"}, "p", [" c"])])
+def test_messages_keep_their_turns_and_nothing_of_a_prompt_is_dropped(record, prompt, responses):
+    assert corpus.read_record(record) == (prompt, responses)
+
+
+def test_dialogues_that_differ_before_their_last_message_are_refused():
+    for chosen, rejected in (
+            ([USER("a"), ASSISTANT("b")], [USER("x"), ASSISTANT("b")]),
+            ([SYSTEM("S"), USER("a"), ASSISTANT("b")], [USER("a"), ASSISTANT("c")])):
+        with pytest.raises(ValueError, match="part before their last turn"):
+            corpus.read_record({"chosen": chosen, "rejected": rejected})
+
+
+@pytest.mark.parametrize("label, good", [
+    (True, True), (False, False), (1, True), (0, False), (1.0, True), (0.0, False), (-1, False),
+    ("true", True), ("False", False), ("desirable", True), (" Undesirable ", False), ("0", False),
+    (None, True), ("math", True), (7, True), ([0], True)])
+def test_a_label_leaves_an_undesirable_response_out_in_every_form(label, good):
+    answered = [USER("p"), ASSISTANT("c")]
+    spoken = [{"from": "human", "value": "p"}, {"from": "gpt", "value": "c"}]
+    for form in ({"prompt": "p", "completion": " c"}, {"prompt": [USER("p")], "completion": "c"},
+                 {"messages": answered}, {"conversations": spoken},
+                 {"instruction": "p", "output": "c"}):
+        for name in ("label", "kto_tag"):
+            remarks = []
+            prompt, responses = corpus.read_record({**form, name: label}, remarks)
+            assert prompt in ("p", f"{HUMAN}p{TURN}") and responses == ([" c"] if good else [])
+            known = label is None or label not in ("math", 7, [0])
+            said = [] if good else [(corpus.LEFT_OUT, "labelled undesirable")]
+            assert remarks == (said if known else [(corpus.UNUSED, name)])
 
 
 def comparison(i, words=3):
@@ -771,12 +885,198 @@ def test_files_compressed_files_folders_and_plain_texts_are_read(here, tokenizer
     assert "no response left: line 1" in corpus.rows_of(texts_cfg(here / "short.jsonl", text_prompt=4), tokenizer, 90).report
 
 
+def test_undesirable_rows_are_not_learned_and_their_prompts_serve_rl(here, tokenizer):
+    rows = [{"prompt": f"Number {i} is", "completion": f" {i}", "label": i % 4 > 0}
+            for i in range(160)]
+    rows.append({"prompt": "", "completion": " bad", "label": False})          # no use at all
+    cfg = texts_cfg(write_rows(here / "kto.jsonl", rows))
+    report = corpus.rows_of(cfg, tokenizer, 90).report
+    assert "kto.jsonl: 120 rows and 40 prompts without a response, " in report
+    assert "\n41 more left out, labelled undesirable: line 1, line 5, line 9, line 13," in report
+    assert "not used" not in report
+    parts = corpus.demonstrations(cfg, tokenizer, 90, None, None)
+    learned = [tokenizer.decode(response[:-1]) for part in parts for _, response in part]
+    assert sorted(learned) == sorted(f" {i}" for i in range(160) if i % 4)
+    assert sum(map(len, corpus.prompts(cfg, tokenizer, 90))) == 160
+    assert not any(" 4" == text[-2:] for text in corpus.some_texts(cfg, 10, 1))
+    with pytest.raises(Stopped, match="has no comparisons, but rows of one response or none"):
+        corpus.check_comparisons(cfg)
+
+
+def test_a_label_beside_a_text_is_a_class_so_imdb_is_read_whole(here, tokenizer, monkeypatch):
+    class Loaded(list):
+        _fingerprint = "imdb"
+    rows = Loaded({"text": f"{i} is a film of many", "label": i % 2} for i in range(100))
+    fake = types.SimpleNamespace(load_dataset=lambda name, split: rows)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    corpus.hub_data_set.cache_clear()
+    cfg = preset_of("imdb", sft, max_prompt_tokens=8)
+    assert cfg.data == "hf:stanfordnlp/imdb"
+    report = corpus.rows_of(cfg, tokenizer, 60).report
+    assert "imdb: 100 rows, " in report and report.endswith("fields not used: label (100 rows)")
+    assert sum(map(len, corpus.demonstrations(cfg, tokenizer, 60, None, None))) == 100
+
+
+def test_fields_that_are_not_used_are_named_with_how_many_rows_have_them(here, tokenizer):
+    rows = [{**comparison(i), "score": i, "id": None if i % 2 else "x", "messages": [USER("a")]}
+            for i in range(60)]
+    report = corpus.rows_of(texts_cfg(write_rows(here / "rows.jsonl", rows)), tokenizer, 90).report
+    assert report.endswith("\nfields not used: id (30 rows), messages (60), score (60)")
+    rows = [{"prompt": "p", "completion": " c", **{f"field{n}": 1 for n in range(30)}}] * 2 + rows
+    report = corpus.rows_of(texts_cfg(write_rows(here / "rows.jsonl", rows)), tokenizer, 90).report
+    assert "\nfields not used: field0 (2 rows), field1 (2), " in report and report.endswith(", ..")
+
+
+def test_special_tokens_written_out_in_responses_are_counted(here, tokenizer):
+    ends = ["<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>", "<｜end▁of▁sentence｜>"]
+    rows = [{"prompt": f"{i} <|im_start|>", "completion": f" yes{ends[i % 5]}"} for i in range(60)]
+    rows += [{"prompt": f"{i} is", "chosen": " <b>a</b>", "rejected": " b</s></s>"}
+             for i in range(60)]
+    read = corpus.rows_of(texts_cfg(write_rows(here / "rows.jsonl", rows)), tokenizer, 90)
+    for end in ends:
+        n = 72 if end == "</s>" else 12
+        assert f"\n{n} of them kept as they stand, with {end} written out in a " in read.report
+    assert len(read.report.splitlines()) == 6
+    assert tokenizer.decode(read[0][1]) == " yes<|endoftext|><|endoftext|>"
+
+
+def test_a_prompt_that_every_response_repeats_is_taken_off_and_counted(here, tokenizer):
+    rows = [{"prompt": f"Is {i} so?", "chosen": f"Is {i} so? Yes.", "rejected": f"Is {i} so? No."}
+            for i in range(60)]
+    rows += [{"prompt": "Is it?", "chosen": "Is it? Yes.", "rejected": " No."},
+             {"prompt": "He", "completion": "Hello"},
+             {"prompt": "copy me", "completion": "copy me"},
+             {"prompt": " ", "completion": " a"}, {"prompt": "1 +", "text": "1 + 1 = 2"}]
+    path = write_rows(here / "rows.jsonl", rows)
+    report = corpus.rows_of(texts_cfg(path), tokenizer, 90).report
+    taken, kept = report.splitlines()[1:]
+    assert taken.startswith("61 of them began each response with the prompt, which was taken off: ")
+    assert kept == ("1 of them kept as they stand, with one response that repeats the prompt: "
+                    "line 61")
+    read = [responses for _, _, responses in corpus.examples(path, {})]
+    assert read[0] == [" Yes.", " No."] and read[60:] == [
+        ["Is it? Yes.", " No."], ["Hello"], ["copy me"], [" a"], [" 1 = 2"]]
+
+
+def test_a_folder_names_its_files_without_hidden_ones_and_counts_rows_in_two(here, tokenizer):
+    rows = [json.dumps(comparison(i)) for i in range(60)]
+    write_rows(here / "a" / "x.jsonl", [*rows, rows[0]])                       # twice in one file
+    for name in (".x.jsonl", ".cache/x.jsonl", "b/._x.json", "notes.txt"):
+        write_rows(here / "a" / name, rows)
+    with gzip.open(here / "a" / "x.jsonl.gz", "wt") as file:
+        file.write("\n".join(rows[30:]))
+    write_rows(here / "a" / "b" / "x.jsonl", [json.dumps(comparison(60)), "{"])
+    report = corpus.rows_of(texts_cfg(here / "a"), tokenizer, 90).report.splitlines()
+    assert "a: 92 rows, " in report[0] and report[1:] == [
+        "files read: b/x.jsonl, x.jsonl, x.jsonl.gz", "1 more left out, not JSON: b/x.jsonl line 2",
+        "30 of them kept as they stand, repeating a row of an earlier file: x.jsonl.gz line 1, "
+        "x.jsonl.gz line 2, x.jsonl.gz line 3, x.jsonl.gz line 4, x.jsonl.gz line 5, .."]
+
+
+ROWS = [{"prompt": f"Größe {i}: 漢", "completion": f" 🦊 {i}"} for i in range(3)]
+TEXT = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+@pytest.mark.parametrize("content", [
+    TEXT.encode("utf-8-sig"), TEXT.replace("\n", "\r\n").encode("utf-8-sig"), TEXT.encode("utf-16"),
+    codecs.BOM_UTF16_BE + TEXT.encode("utf-16-be"), TEXT.encode("utf-32"),
+    codecs.BOM_UTF32_BE + TEXT.encode("utf-32-be"), json.dumps(ROWS).encode(),
+    json.dumps(ROWS, indent=2).encode("utf-8-sig"),
+    ("\n [" + ",\n".join(TEXT.splitlines()) + "]").encode(),
+    json.dumps(ROWS, ensure_ascii=False).encode("utf-16"),
+    "".join(TEXT.splitlines(keepends=True)[:2]).encode("utf-8-sig")        # two files in one
+    + TEXT.splitlines()[2].encode("utf-8-sig")],
+    ids="bom crlf utf16 utf16be utf32 utf32be array pretty rows utf16array joined".split())
+def test_json_lines_and_arrays_are_read_in_every_encoding_gzipped_or_not(content, here):
+    wanted = [(row["prompt"], [row["completion"]]) for row in ROWS]
+    for name, written in (("a.jsonl", content), ("a.json", content),
+                          ("a.json.gz", gzip.compress(content))):
+        (here / name).write_bytes(written)
+        notes = {}
+        found = list(corpus.examples(name, notes))
+        assert [tuple(row[1:]) for row in found] == wanted and not notes
+        assert found[2][0] in ("line 3", "item 3")
+
+
+def test_texts_lose_their_byte_order_mark_and_bad_bytes_are_named(here):
+    for encoding in ("utf-8-sig", "utf-16", "utf-32"):
+        (here / "a.txt").write_text("Once upon a time\n", encoding=encoding)
+        (here / "b.txt.gz").write_bytes(gzip.compress((here / "a.txt").read_bytes()))
+        for name in ("a.txt", "b.txt.gz"):
+            assert [row[2] for row in corpus.examples(name, {})] == [["Once upon a time\n"]]
+    for content, what in ((b'{"prompt": "p", "completion": " caf\xe9"}\n', "not JSON"),
+                          (b"[1, 2]\n", "not a JSON object"),
+                          (b'[{"prompt": "p"},\n', "not JSON, nor is the file as one array")):
+        (here / "c.json").write_bytes(content)
+        notes = {}
+        assert not list(corpus.examples("c.json", notes))
+        assert [reason.startswith(what) for _, reason in notes] == [True]
+    (here / "c.json").write_text("[1, 2]\n" + TEXT)                            # lines, all the same
+    assert len(list(corpus.examples("c.json", {}))) == 3
+
+
+def test_csv_and_parquet_are_named_with_a_command_that_converts_them(here):
+    (here / "a b.csv").write_text('prompt,completion\n"2, 3","it\'s ""5"""\n', encoding="utf-8-sig")
+    with pytest.raises(Stopped, match="--data got a b.csv; it takes JSON. To convert") as said:
+        corpus.check_source("a b.csv")
+    command = str(said.value).split("To convert it: python", 1)[1]
+    subprocess.run(sys.executable + command, shell=True, check=True)
+    assert [row[1:] for row in corpus.examples("a b.csv.jsonl", {})] == [("2, 3", ['it\'s "5"'])]
+    (here / "folder").mkdir()
+    (here / "folder" / "x.parquet").touch()
+    message = "without any .jsonl.*x.parquet. .*pandas.read_parquet.*x.parquet.jsonl"
+    with pytest.raises(Stopped, match=message):
+        corpus.check_source("folder")
+    with pytest.raises(Stopped, match="--ptx_data got folder/x.parquet; it takes JSON"):
+        corpus.check_source("folder/x.parquet", "--ptx_data")
+
+
+def test_prompts_alone_serve_rl_and_sft_takes_the_rows_with_a_response(here, tokenizer):
+    prompts = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(80)]
+    cfg = texts_cfg(write_rows(here / "prompts.jsonl", prompts))
+    read = corpus.rows_of(cfg, tokenizer, 90)
+    assert "prompts.jsonl: 80 prompts without a response, " in read.report
+    assert read.report.endswith("fields not used: answer (80 rows)") and read[3][1:] == ([], [])
+    assert sum(map(len, corpus.prompts(cfg, tokenizer, 90))) == 80
+    with pytest.raises(Stopped, match="prompts but no responses: there is nothing for SFT"):
+        corpus.demonstrations(cfg, tokenizer, 90, None, None)
+    with pytest.raises(Stopped, match="there is nothing for a reward model or DPO to learn"):
+        corpus.comparisons(cfg, tokenizer, 90, None, None)
+    both = prompts + [comparison(i) for i in range(60)]
+    cfg = texts_cfg(write_rows(here / "both.jsonl", both))
+    assert "both.jsonl: 60 rows and 80 prompts" in corpus.rows_of(cfg, tokenizer, 90).report
+    assert sum(map(len, corpus.prompts(cfg, tokenizer, 90))) == 140
+    for taken in (corpus.demonstrations, corpus.comparisons):
+        assert sum(map(len, taken(cfg, tokenizer, 90, None, None))) == 60
+    corpus.check_comparisons(cfg)                            # the first comparison is far down
+
+
+def test_rows_that_share_one_prompt_are_held_out_by_the_whole_row(here, tokenizer):
+    rows = [{"prompt": "Praise it:", "chosen": f" good {i}", "rejected": f" bad {i}"}
+            for i in range(80)]
+    cfg = texts_cfg(write_rows(here / "rows.jsonl", rows + rows))
+    read = corpus.rows_of(cfg, tokenizer, 90)
+    assert "\ntoo few prompts to hold some of them out: rows are held out by a hash " in read.report
+    assert f" {read.held_out.sum()} of these share their prompt with training rows" in read.report
+    assert read.held_out[:80].tolist() == read.held_out[80:].tolist()      # equal rows, one side
+    assert read.held_out[:80].tolist() == [
+        corpus.held_out(f"Praise it:\0 good {i}\0 bad {i}".encode()) for i in range(80)]
+    train, held = corpus.comparisons(cfg, tokenizer, 90, None, None)
+    assert len(train) > 100 and len(held) > 5 and len(train) + len(held) == 160
+    assert [len(part) for part in corpus.prompts(cfg, tokenizer, 90)] == [1, 1]
+    others = [{"prompt": f"Praise {i}:", "completion": f" good {i}"} for i in range(40)]
+    read = corpus.rows_of(texts_cfg(write_rows(here / "rows.jsonl", rows + others)), tokenizer, 90)
+    assert "too few" not in read.report and len(set(read.held_out[:80])) == 1
+    alone = texts_cfg(write_rows(here / "rows.jsonl", rows[:1]))
+    assert "too few" not in corpus.rows_of(alone, tokenizer, 90).report        # nor is that any help
+
+
 @pytest.mark.parametrize("name, content, message", [
     ("nowhere.jsonl", None, "--data got .*nowhere.jsonl; it takes reviews, hh, tldr, hf:OWNER/NAME, or a file or folder"),
     ("empty.jsonl", "", "has no row that could be read. The first lines of corpus.py"),
     ("broken.jsonl", "{\n", r"has no row that could be read: not JSON \(line 1\)"),
     ("one.jsonl", '{"prompt": "a", "completion": " b"}\n', "1 rows to train on and 0 held out; there must be some of both"),
-    ("binary.jsonl", b"\xff\xfe\x00\x00", r"not JSON \(line 1\)")])
+    ("binary.jsonl", b"\xff\x00\x00\xfe", r"not JSON \(line 1\)")])
 def test_data_that_cannot_be_used_ends_with_one_clear_message(name, content, message, here, tokenizer):
     if content is not None:
         (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -789,15 +1089,18 @@ LINES = [                       # what a line of a file may hold, and what is sa
     ('{"prompt": "p", "completion": " \x01"}', "not JSON"), ("1" * 5000, "not JSON"), ("[1, 2]", "not a JSON object"), ("null", "not a JSON object"),
     ('"text"', "not a JSON object"), ("{}", "none of the known forms: keys "), ('{"Prompt": "p"}', "none of the known forms: keys Prompt"),
     ('{"prompt": "p", "completion": 3}', "a text is not a string"), ('{"prompt": 3, "completion": " c"}', "a text is not a string"),
-    ('{"prompt": "p", "chosen": " a", "rejected": null}', "a text is not a string"), ('{"text": ["a"]}', "messages want a role"),
+    ('{"prompt": "p", "chosen": " a", "rejected": null}', "only one of chosen and rejected"),
+    ('{"text": ["a"]}', "messages want a role"),
     ('{"prompt": "p", "completion": ""}', "an empty response"), ('{"prompt": "p", "completion": " \\n\\t"}', "an empty response"),
     ('{"prompt": "p", "chosen": " a", "rejected": ""}', "an empty response"),
     ('{"prompt": "p \\ud800", "completion": " c"}', "a lone surrogate, which is no text"),
     ('{"prompt": "p", "completion": " \\udfff"}', "a lone surrogate, which is no text"),
-    ('{"messages": [{"role": "assistant", "content": null}]}', "messages want a role"), ('{"messages": "hello"}', "no prompt, and the texts share no"),
+    ('{"messages": [{"role": "assistant", "content": null}]}', "messages want content, a text"),
+    ('{"messages": "hello"}', "no prompt, and the texts share no"),
     ('{"messages": [{"role": "robot", "content": "x"}]}', "messages want a role"), ('{"messages": [7]}', "messages want a role"),
-    ('{"messages": [{"role": ["user"], "content": "x"}]}', "messages want a role"), ('{"messages": []}', "no prompt, and the texts share no"),
-    ('{"chosen": [{"role": "assistant", "content": "a"}], "rejected": null}', "a text is not a string"),
+    ('{"messages": [{"role": ["user"], "content": "x"}]}', "messages want a role"),
+    ('{"messages": []}', "messages want at least one turn"),
+    ('{"chosen": [{"role": "assistant", "content": "a"}], "rejected": null}', "only one of chosen"),
     ('{"messages": [{"role": "user", "content": "a"}], "prompt": 5}', "a text is not a string"),
     ('{"\\ud800": 1, "\\u001b[2J": 2}', "none of the known forms: keys \\x1b[2J, \\ud800"),
     ('{"info": {"post": null, "title": "t", "subreddit": "s"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}',
@@ -853,7 +1156,7 @@ def test_folders_unreadable_files_and_bytes_that_are_no_text_are_refused_or_coun
     with pytest.raises(Stopped, match="^error: --data got .*pipe; it takes reviews"):
         corpus.prompts(texts_cfg(here / "pipe"), tokenizer, 90)
     denied = PermissionError(errno.EACCES, "Permission denied")                # tests may run as root, who may read all
-    monkeypatch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(denied))
+    monkeypatch.setitem(vars(files), "open", lambda *args: (_ for _ in ()).throw(denied))
     corpus.digest.cache_clear()
     with pytest.raises(Stopped, match="^error: .*rows.jsonl cannot be read .PermissionError"):
         corpus.prompts(texts_cfg(here / "a"), tokenizer, 90)
@@ -931,6 +1234,40 @@ def test_data_sets_of_the_hub_go_through_the_datasets_package_and_say_so_where_i
     assert len(corpus.rows_of(texts_cfg("hf:a/b"), tokenizer, 90)) == 50
     with pytest.raises(Stopped, match="--data hf:a/c could not be loaded .ZeroDivisionError"):
         list(corpus.examples("hf:a/c", {}))
+
+
+def test_configurations_and_splits_of_the_hub_are_chosen_and_named(here, tokenizer, monkeypatch):
+    class Loaded(list):
+        _fingerprint = "0123"
+    there = {"main": ["train", "test"], "extra": ["train"]}
+
+    def load_dataset(path, name=None, split=None):
+        if path != "maths/sums" or split not in there[name]:
+            raise ValueError("not\nthere")
+        return Loaded({"prompt": name, "completion": f" {split} {i}"} for i in range(3))
+
+    def get_dataset_config_names(path):
+        return [*there] if path == "maths/sums" else ["main"]
+    fake = types.SimpleNamespace(
+        load_dataset=load_dataset, get_dataset_config_names=get_dataset_config_names,
+        get_dataset_split_names=lambda path, name="main": there[name])
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    corpus.hub_data_set.cache_clear()
+    for source, prompt, found in (("hf:maths/sums/main:test", "main", " test 2"),
+                                  ("hf:maths/sums/extra", "extra", " train 2")):
+        assert list(corpus.examples(source, {}))[2] == ("row 2", prompt, [found])
+        response = corpus.rows_of(texts_cfg(source), tokenizer, 90)[2][1]      # stored for each
+        assert tokenizer.decode(response[:-1]) == found
+    for source, choices in (
+            ("maths/sums", "give hf:maths/sums/CONFIGURATION, which is one of main, extra"),
+            ("maths/sums/man", "give hf:maths/sums/CONFIGURATION, which is one of main, extra"),
+            ("maths/sums/extra:test", "give hf:maths/sums/extra:SPLIT, which is one of train"),
+            ("maths/one:dev", "give hf:maths/one:SPLIT, which is one of train, test")):
+        with pytest.raises(Stopped, match=f"hf:{source} could not .*{re.escape(choices)}$"):
+            list(corpus.examples(f"hf:{source}", {}))
+    monkeypatch.setattr(fake, "get_dataset_config_names", lambda path: 1 / 0)
+    with pytest.raises(Stopped, match="ValueError: not.; check the name and the network"):
+        list(corpus.examples("hf:maths/sums/main:dev", {}))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1026,6 +1363,17 @@ def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path):
         with files.new_folder(tmp_path / "x") as beside:
             pass
     assert (tmp_path / "x" / "file").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_digest_is_of_the_whole_file_and_read_in_blocks(tmp_path):
+    (tmp_path / "large").write_bytes(bytes(range(256)) * 2 ** 16)              # 16 MB
+    tracemalloc.start()
+    try:
+        digest = files.digest(tmp_path / "large")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert digest == hashlib.sha256(bytes(range(256)) * 2 ** 16).hexdigest() and peak < 2 ** 21
 
 
 def test_a_lock_is_one_processs_and_free_again_when_that_is_killed(tmp_path):
@@ -6198,6 +6546,23 @@ def test_data_of_another_kind_than_that_of_the_earlier_stages_is_noticed(among):
         ppo.main(tiny(ppo, out="begun"))
     with pytest.raises(Stopped, match="nobody is there to annotate them"):
         dpo.main(mine(dpo, out="rounds", base="own", rounds=2))
+
+
+def test_rl_takes_prompts_alone_from_a_base_and_sft_refuses_them_at_once(among):
+    rows = [{"prompt": f"Is {i} good?", "id": i} for i in range(90)]
+    write_rows(among.parent / "prompts.jsonl", rows)
+    judge = "def score(prompts, responses): return [len(x) for x in responses]"
+    (among.parent / "judge.py").write_text(judge)
+    asked = dict(out="asked", data="prompts.jsonl")
+    with pytest.raises(Stopped, match="nothing for SFT to learn"):
+        sft.main(mine(sft, init="gpt2", lora_rank=0, **asked))
+    for script in (reward_model, dpo):                       # without making an SFT policy first
+        with pytest.raises(Stopped, match="nothing for a reward model or DPO"):
+            script.main(mine(script, **asked))
+    assert not (among / "asked").exists()
+    judged = dict(base="own", reward="judge.py:score", n_eval=2, n_samples=2, **asked)
+    ppo.main(mine(ppo, steps=1, **judged))
+    assert "asked/ppo" in evaluate.main(mine(evaluate, lora_rank=0, n_reference=4, **judged))
 
 
 # ---- parts of a batch
