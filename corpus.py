@@ -524,13 +524,21 @@ def examples(source, notes):
 # --------------------------------------------------------------------------------------------------
 # Records -> rows of token lists, stored once and mapped into memory
 
+def mapped(path):
+    """An array of a file, mapped into memory, or read where the file system cannot map files"""
+    try:
+        return np.load(path, mmap_mode="r")
+    except OSError:
+        return np.load(path)
+
+
 class Rows:
     """Rows of a tokenised data set: rows[i] -> prompt, response, worse response ([] if missing)"""
 
     def __init__(self, folder):
         self.folder = folder
-        self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
-        self.bounds = np.load(folder / "bounds.npy", mmap_mode="r")          # (N, 4), in tokens
+        self.tokens = mapped(folder / "tokens.npy")
+        self.bounds = mapped(folder / "bounds.npy")                          # (N, 4), in tokens
         self.held_out = np.load(folder / "held_out.npy")                     # (N,)
         self.first = np.load(folder / "first.npy")   # (N,) whether the prompt is new on its side
         self.report = (folder / "rows.txt").read_text(encoding="utf-8")

@@ -71,8 +71,10 @@ class Reward:
         return {"made_for": self.made_for, "gain": self.gain, "bias": self.bias}
 
     def is_that_of(self, state):
-        """Whether a stage's checkpoint was made for this reward, normalised alike but for the luck of the samples"""
-        return isinstance(state, dict) and state["made_for"] == self.made_for and abs(state["gain"] / self.gain - 1) < 0.1
+        """Whether a stage was trained for this reward, up to sampling noise in its normalisation"""
+        if not isinstance(state, dict) or state.get("made_for") != self.made_for:
+            return False
+        return abs(state.get("gain", 0.0) / self.gain - 1) < 0.1
 
     def load_state_dict(self, state):
         if state["made_for"] != self.made_for:

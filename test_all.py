@@ -1365,6 +1365,18 @@ def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "x" / "file").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_rows_are_read_where_files_cannot_be_mapped(tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", np.arange(3))
+    assert isinstance(corpus.mapped(tmp_path / "a.npy"), np.memmap)
+    original = np.load
+    def load(path, mmap_mode=None):
+        if mmap_mode:
+            raise OSError(errno.ENODEV, "No such device")
+        return original(path)
+    monkeypatch.setattr(np, "load", load)
+    assert corpus.mapped(tmp_path / "a.npy").tolist() == [0, 1, 2]
+
+
 def test_a_digest_is_of_the_whole_file_and_read_in_blocks(tmp_path):
     (tmp_path / "large").write_bytes(bytes(range(256)) * 2 ** 16)              # 16 MB
     tracemalloc.start()
