@@ -1049,6 +1049,8 @@ def test_prompts_alone_serve_rl_and_sft_takes_the_rows_with_a_response(here, tok
     for taken in (corpus.demonstrations, corpus.comparisons):
         assert sum(map(len, taken(cfg, tokenizer, 90, None, None))) == 60
     corpus.check_comparisons(cfg)                            # the first comparison is far down
+    texts = corpus.some_texts(cfg, 81, 1)
+    assert texts[79:] == ["What is 79?", comparison(0)["chosen"]]
 
 
 def test_rows_that_share_one_prompt_are_held_out_by_the_whole_row(here, tokenizer):
@@ -6568,9 +6570,9 @@ def test_rl_takes_prompts_alone_from_a_base_and_sft_refuses_them_at_once(among):
     asked = dict(out="asked", data="prompts.jsonl")
     with pytest.raises(Stopped, match="nothing for SFT to learn"):
         sft.main(mine(sft, init="gpt2", lora_rank=0, **asked))
-    for script in (reward_model, dpo):                       # without making an SFT policy first
+    for script, changes in ((reward_model, {}), (ppo, {}), (dpo, dict(reward="judge.py:score"))):
         with pytest.raises(Stopped, match="nothing for a reward model or DPO"):
-            script.main(mine(script, **asked))
+            script.main(mine(script, **asked, **changes))    # without making an SFT policy first
     assert not (among / "asked").exists()
     judged = dict(base="own", reward="judge.py:score", n_eval=2, n_samples=2, **asked)
     ppo.main(mine(ppo, steps=1, **judged))
