@@ -124,9 +124,9 @@ def gpt2_tokenizer(source=None):
     """
     GPT-2's encoding, or a byte-level BPE made like it: of a folder, or of a name on the hub
 
-    read from tokenizer.json, else vocab.json and merges.txt; by default tiktoken's own copy of GPT-2's. A
-    checkpoint of nanoGPT has GPT-2's, unless these files are beside it. Special tokens have the ids
-    that the files give them, and the files say which one is the EOS.
+    read from tokenizer.json, else vocab.json and merges.txt; by default tiktoken's own copy of
+    GPT-2's. A checkpoint of nanoGPT has GPT-2's, unless these files are beside it. Special tokens
+    have the ids that the files give them, and the files say which one is the EOS.
     """
     if source is None:
         try:
@@ -144,8 +144,8 @@ def gpt2_tokenizer(source=None):
     if not has_files and pretrained.nanogpt(source):
         rows = pretrained.read(source)[0].get("vocab_size", 0)
         if rows < 50257:
-            raise ValueError(f"{source} has {rows} token ids, fewer than GPT-2's 50257, so it has a "
-                             "tokenizer of its own; name it with --tokenizer FOLDER. Characters listed "
+            raise ValueError(f"{source} has {rows} token ids, fewer than GPT-2's 50257, so it has "
+                             "a tokenizer of its own; name it with --tokenizer FOLDER. Characters "
                              "in nanoGPT's meta.pkl are not read, since a pickle can run code")
         return gpt2_tokenizer()
     if not has_files and (folder / "meta.pkl").is_file():
@@ -172,8 +172,8 @@ def read_bpe(folder):
     path = folder / "tokenizer.json"
     if path.is_file():
         content = pretrained.read_json(path)
-        model = content.get("model")
-        if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or "merges" not in model:
+        model = content.get("model", {})
+        if model.get("type", "BPE") != "BPE" or "merges" not in model:
             raise ValueError(f"{path} does not hold a byte-level BPE, which is what GPT-2 has")
         refused += not_computed(content)
         vocab, merges, added = model["vocab"], model["merges"], content.get("added_tokens") or []
@@ -231,7 +231,7 @@ def not_computed(content):
 
 
 def steps(part):
-    """A part of a tokenizer.json, which is null, one step or a sequence of steps -> list of steps"""
+    """A part of a tokenizer.json, which is null, one step or a sequence -> list of steps"""
     if not part:
         return []
     if part["type"] != "Sequence":
@@ -266,15 +266,15 @@ def special_tokens(folder, vocab, merges, added):
             special.setdefault(token, i)
     for token, i in special.items():
         if token in ordinary or vocab.get(token, i) != i:
-            raise ValueError(f"{folder}: the special token {token!r} has a second id, or is a piece "
-                             "of ordinary text as well")
+            raise ValueError(f"{folder}: the special token {token!r} has a second id, or is a "
+                             "piece of ordinary text as well")
 
     at = {i: token for token, i in special.items()}
     eos = named or next((at[i] for i in end_ids["config.json"] if i in at), EOS)
     if eos not in special:
         if eos != EOS or (special and not named):
-            raise ValueError(f"{folder} does not say which of its special tokens ends a text: wanted "
-                             f"one of {', '.join(special)[:200] or 'none'} as eos_token in "
+            raise ValueError(f"{folder} does not say which of its special tokens ends a text: "
+                             f"wanted one of {', '.join(special)[:200] or 'none'} as eos_token in "
                              f"tokenizer_config.json, got {named}")
         special[EOS] = 1 + max(*vocab.values(), *special.values())
     others = [f"{name} has eos_token_id {ids}" for name, ids in end_ids.items()
@@ -306,16 +306,18 @@ def make_encoding(name, vocab, special, eos):
     ranks = {bytes(to_byte[c] for c in token): i for token, i in vocab.items()}
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise ValueError(f"the vocabulary has no token for the byte {missing[0]}, so not every text could be encoded")
+        raise ValueError(f"the vocabulary has no token for the byte {missing[0]}, so not every "
+                         "text could be encoded")
     used = {*ranks.values(), *special.values()}
     if max(used) >= 2 ** 20:
-        raise ValueError(f"the vocabulary has a token with the id {max(used)}; wanted ids below {2 ** 20}")
+        raise ValueError(f"the vocabulary has a token with the id {max(used)}; wanted ids below "
+                         f"{2 ** 20}")
     unused = {f"<|unused {i}|>": i for i in range(max(used)) if i not in used}
     return encoding(name, PATTERN, ranks, unused | special, special[eos])
 
 
 class Encoding(tiktoken.Encoding):
-    eot_token = None                                     # an id; tiktoken's is always <|endoftext|>'s
+    eot_token = None                         # the EOS's id; tiktoken's is always <|endoftext|>'s
 
 
 def encoding(name, pattern, ranks, special, eos_id):
@@ -328,7 +330,7 @@ def encoding(name, pattern, ranks, special, eos_id):
 
 
 def merges_of(ranks):
-    """{token: rank} -> [(left, right)], in order: what each token of two bytes or more was merged from"""
+    """{token: rank} -> [(left, right)], in order: what each token of several bytes is made of"""
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [token[i:i + 1] for i in range(len(token))]
@@ -351,9 +353,11 @@ def export_tokenizer(tokenizer, folder, pad=False):
     eos = next(token for token, i in special.items() if i == tokenizer.eot_token)
     roles = {"bos_token": eos, "eos_token": eos}
     if pad:
-        roles["pad_token"] = "<|pad|>" if "<|pad|>" not in special else f"<|pad {tokenizer.n_vocab}|>"
-        special[roles["pad_token"]] = tokenizer.n_vocab
-    vocab = {write(token): i for token, i in ranks.items()} | special        # so specials keep their ids
+        name = "<|pad|>" if "<|pad|>" not in special else f"<|pad {tokenizer.n_vocab}|>"
+        special[name] = tokenizer.n_vocab
+        roles["pad_token"] = name
+    vocab = {write(token): i for token, i in ranks.items()}
+    vocab |= special                                     # else they would get other ids
     bpe = Tokenizer(models.BPE(vocab, [(write(a), write(b)) for a, b in merges_of(ranks)]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -365,7 +369,7 @@ def fingerprint(tokenizer):
     """A digest of all that decides how text becomes ids, and ids text."""
     ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
     content = (tokenizer._pat_str, ranks, tokenizer.eot_token)
-    if tokenizer._special_tokens != {EOS: tokenizer.eot_token}:      # else as in earlier checkpoints
+    if tokenizer._special_tokens != {EOS: tokenizer.eot_token}:  # else as in earlier checkpoints
         content += (sorted(tokenizer._special_tokens.items()),)
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
@@ -382,7 +386,7 @@ def load_tokenizer(folder):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         ranks = {base64.b64decode(token): i for token, i in content["ranks"].items()}
-        special = content.get("special", {EOS: content["eos"]})      # earlier versions knew no others
+        special = content.get("special", {EOS: content["eos"]})  # earlier versions had this alone
         if content["eos"] not in special.values():
             raise ValueError("the EOS is not a special token")
         return encoding(content["name"], content["pattern"], ranks, special, content["eos"])

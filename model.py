@@ -52,7 +52,7 @@ class GPTConfig:
     dropout: float = 0.0       # for SFT; every later stage runs in eval mode, where it is off
     dtype: str = "float32"     # of the blocks' matrix products; bfloat16 by autocast, weights stay in float32
     checkpointing: bool = False         # compute blocks again in the backward pass: less memory, more time
-    activation: str = "gelu_tanh"       # GPT-2's approximation; or gelu, the exact one, as in nanoGPT
+    activation: str = "gelu_tanh"       # GPT-2's approximation; or nanoGPT's, the exact gelu
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,8 +199,8 @@ class GPT(nn.Module):
             raise ValueError(f"block_size {c.block_size} is longer than the {stored.block_size} "
                              f"positions that {source} has weights for; lower it to that or less")
         if c.vocab_size > stored.vocab_size:
-            raise ValueError(f"the tokenizer has {c.vocab_size} token ids, {source} has weights for "
-                             f"{stored.vocab_size}; they do not belong together")
+            raise ValueError(f"the tokenizer has {c.vocab_size} token ids, {source} has weights "
+                             f"for {stored.vocab_size}; they do not belong together")
         weights = trunk_of(weights)
         if not nanogpt:
             weights = transposed(weights)
@@ -210,7 +210,7 @@ class GPT(nn.Module):
             for name, parameter in whole.named_parameters():
                 if name.endswith("bias"):
                     weights.setdefault(name, torch.zeros(parameter.shape))
-        copy_weights(weights, whole)                     # on "meta" this only compares names and shapes
+        copy_weights(weights, whole)                     # on "meta" this only compares
         weights["wpe.weight"] = weights["wpe.weight"][:c.block_size]
         weights["wte.weight"] = weights["wte.weight"][:c.vocab_size]
         model = cls(c)
@@ -242,8 +242,8 @@ def gpt2_like(theirs):
         "add_cross_attention": [False], "tie_word_embeddings": [True], "layer_norm_epsilon": [1e-5]}
     for key, values in computed.items():
         if theirs.get(key, values[0]) not in values:
-            raise ValueError("this is a variant of GPT-2 that model.py does not compute: config.json "
-                             f"has {key} {theirs[key]!r}, wanted {' or '.join(map(repr, values))}")
+            raise ValueError("this is a variant of GPT-2 that model.py does not compute: its config"
+                             f" has {key} {theirs[key]!r}, wanted {' or '.join(map(repr, values))}")
     return GPTConfig(**sizes, activation=GELUS[theirs.get("activation_function", "gelu_new")])
 
 
@@ -289,12 +289,12 @@ def gpt2_config(c, eos_id, **more):
 
 
 def copy_weights(weights, trunk):
-    """Into a trunk, ours or transformers', which has a place for each weight and a weight for each place"""
+    """Into a trunk, ours or transformers'; every name and shape must be the same"""
     target = trunk.state_dict()
     missing, unknown = target.keys() - weights.keys(), weights.keys() - target.keys()
     if missing or unknown:
-        raise ValueError(f"the weights are not those of a GPT-2 of {len(trunk.h)} layers: missing are "
-                         f"{', '.join(sorted(missing)[:5]) or 'none'}; unknown are "
+        raise ValueError(f"the weights are not those of a GPT-2 of {len(trunk.h)} layers: missing "
+                         f"are {', '.join(sorted(missing)[:5]) or 'none'}; unknown are "
                          f"{', '.join(sorted(unknown)[:5]) or 'none'}")
     for name, weight in weights.items():
         if weight.shape != target[name].shape or not weight.is_floating_point():

@@ -41,7 +41,7 @@ from model import GPTConfig, ScalarGPT, add_lora, generate, masked_mean, sequenc
 
 @dataclass
 class Config(options.Common):
-    init: str = ""                  # weights to start from in place of SFT's, as sft.py --init takes them
+    init: str = ""                  # weights to start from in place of SFT's; see sft.py --init
     n_prompts: int | None = 2400    # rankings, or comparisons of --data, to train on; none: all that there are
     n_held_out: int = 1000          # rankings, or comparisons, to measure on
     n_responses: int = 4            # K, responses to a ranking; 2 is the plain case
@@ -260,7 +260,8 @@ def main(cfg):
     trunk = sft_policy
     if cfg.init:
         if pretrained.nanogpt(cfg.init):
-            print(f"note: {cfg.init} does not name its tokenizer; it is taken to be the SFT policy's")
+            print(f"note: {cfg.init} does not name its tokenizer, which is taken to be the SFT "
+                  "policy's")
         elif data.fingerprint(sft.tokenizer_of(cfg.init)) != data.fingerprint(tokenizer):
             files.stop(f"--init {cfg.init} has another tokenizer than the SFT policy, whose ids it has to read; give "
                        "weights with the same one, as GPT-2's of all sizes have")

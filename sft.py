@@ -32,7 +32,7 @@ from pretrained import check as check_pretrained
 
 @dataclass
 class Config(options.Common):
-    init: str = ""                  # GPT-2's weights, a folder, a hub name or nanoGPT's ckpt.pt; else fresh ones
+    init: str = ""                  # folder, hub name or nanoGPT ckpt.pt to start from; else fresh
     n_layer: int = 2                # transformer blocks of fresh weights
     n_head: int = 4                 # attention heads of fresh weights
     n_embd: int = 128               # width of the hidden states of fresh weights
@@ -67,7 +67,8 @@ Config.presets = PRESETS
 
 
 # What comes up where a model or a tokenizer is built from what a file says and the file is wrong
-UNFIT = (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+UNFIT = (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, AssertionError,
+         RuntimeError)
 
 
 def sft_loss(logprobs, mask):
