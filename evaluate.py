@@ -25,7 +25,6 @@ import functools
 import math
 import textwrap
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -110,9 +109,14 @@ def distinct(texts, n=2):
 # --------------------------------------------------------------------------------------------------
 # What to evaluate
 
+def folder_of_runs(cfg):
+    """The folder that this run and those it is compared with are in, out/ by default"""
+    return options.folder_of(options.run_name(cfg)).parent
+
+
 def finished_stages(cfg):
     """Folders of finished stages beside this run, and the names in --runs, which must be among them"""
-    runs_in = options.folder_of(options.run_name(cfg)).parent
+    runs_in = folder_of_runs(cfg)
     folders = sorted(path.parent for path in runs_in.glob("*/*/report.txt")
                      if (path.parent / "checkpoint.pt").exists())
     wanted = [name.strip() for name in cfg.runs.split(",") if name.strip()]
@@ -133,7 +137,7 @@ def find_policies(cfg, reference, reward, device):
     """
     found = {}
     folders, wanted = finished_stages(cfg)
-    runs_in = options.folder_of(options.run_name(cfg)).parent
+    runs_in = folder_of_runs(cfg)
     for path in sorted(runs_in.glob("*/*/checkpoint.pt")):
         if path.parent not in folders:
             print(f"leaving out {path.parent.relative_to(runs_in)}: it is not finished")
@@ -173,9 +177,8 @@ def policies_of(folder, sft_made, reward, whole_ladder, device, cfg):
     config = asdict(scoring.Rewarded()) | experiment.stored_config(folder)
     policies = {}
     for key in keys:
-        shown = name + key.removeprefix("policy").replace("_", "/", 1)
         policy, _ = sft.load_policy(folder, device, key, saved, **cfg.how())
-        policies[shown] = policy, config
+        policies[sft.policy_name(name, key)] = policy, config
     return policies, None
 
 

@@ -22,7 +22,6 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
-import json
 import linecache
 import os
 import platform
@@ -51,22 +50,21 @@ from files import stop
 
 def launch(main, Config, doc):
     """What a script does when it is run: parse, go, and end with one message if it cannot go on."""
-    with safe_output():
-        try:
+    try:
+        with safe_output():
             cfg = options.parse(Config, doc, sys.argv[1:])
             main(cfg)
-            sys.stdout.flush()
-        except files.Stopped as error:
-            raise SystemExit(str(error))
-        except KeyboardInterrupt:
-            raise SystemExit("\nstopped; what was saved is intact, "
-                             "--resume continues an unfinished stage")
-        except BrokenPipeError:                          # by  | head, outside of any training loop
-            raise SystemExit("stopped: the output was closed; what was saved is intact")
-        except (RuntimeError, MemoryError) as error:
-            if out_of_memory(error):
-                raise SystemExit(files.visible(f"error: {what_needs_less_memory(error, cfg)}"))
-            raise
+    except files.Stopped as error:
+        raise SystemExit(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped; what was saved is intact, "
+                         "--resume continues an unfinished stage")
+    except BrokenPipeError:                              # by  | head, outside of any training loop
+        raise SystemExit("stopped: the output was closed; what was saved is intact")
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            raise SystemExit(files.visible(f"error: {what_needs_less_memory(error, cfg)}"))
+        raise
 
 
 def self_contained(main):
@@ -99,8 +97,13 @@ class Opened(threading.local):
     def __init__(self):
         self.mains, self.runs = [], []
 
+    def looping(self):
+        """The run whose updates are under way, or None"""
+        return next((run for run in self.runs if run.looping), None)
+
 
 OPENED = Opened()
+CPU = torch.device("cpu")
 THEN_SAVING = b" this update, then saving; Ctrl-C again leaves at once\n"
 # Ctrl-C, a plain kill, a closed terminal
 SIGNALS = [kind for kind in signal.Signals if kind.name in ("SIGINT", "SIGTERM", "SIGHUP")]
@@ -134,27 +137,27 @@ def in_main_thread():
     return threading.current_thread() is threading.main_thread()
 
 
-def random_states(device=None):
+def random_states(device=CPU):
     """States of torch's, Python's and numpy's generators, and of a GPU's if one is given"""
     name, keys, *place = np.random.get_state()
     states = {"torch": torch.get_rng_state(), "python": random.getstate(),
               "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *place]}
-    if device is not None and device.type == "cuda":
+    if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
-    if device is not None and device.type == "mps":
+    if device.type == "mps":
         states["mps"] = torch.mps.get_rng_state()
     return states
 
 
-def set_random_states(states, device=None):
+def set_random_states(states, device=CPU):
     torch.set_rng_state(states["torch"])
     if "python" in states:                               # earlier versions kept torch's alone
         random.setstate(states["python"])
         name, keys, *place = states["numpy"]
         np.random.set_state((name, keys.numpy(), *place))
-    if device is not None and device.type == "cuda" and "cuda" in states:
+    if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
-    if device is not None and device.type == "mps" and "mps" in states:
+    if device.type == "mps" and "mps" in states:
         torch.mps.set_rng_state(states["mps"])
 
 
@@ -200,10 +203,10 @@ class Output:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         self.stream = None
         if isinstance(error, BrokenPipeError):
-            looping = [run for run in OPENED.runs if run.looping]
-            if not looping:
+            run = OPENED.looping()
+            if run is None:
                 raise error
-            looping[-1].interrupted = True
+            run.interrupted = True
 
 
 @contextlib.contextmanager
@@ -567,10 +570,10 @@ class Run:
         Before and after each call of a function of the user's: its child processes get Ctrl-C, too,
         so what it returns is not to be trained on. No gradient step has been taken by then.
         """
-        for run in OPENED.runs:
-            if run.looping and run.interrupted:
-                run.save(run.step, run.random_at_start)
-                run.leave(run.step)
+        run = OPENED.looping()
+        if run is not None and run.interrupted:
+            run.save(run.step, run.random_at_start)
+            run.leave(run.step)
 
     def save(self, done, random_states=None):
         """Write checkpoint.pt, once the log is on the disk; never with weights that are not finite."""

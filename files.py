@@ -166,26 +166,21 @@ def one_process(path, holder):
     The operating system frees the lock when a process dies. A file system without locks gets a
     marker file instead; filelock removes one whose process has died on the same machine.
     """
-    lock = filelock.FileLock(Path(path).resolve(), is_singleton=True)
+    path = Path(path).resolve()
+    lock = filelock.FileLock(path, is_singleton=True)
+    marker = filelock.SoftFileLock(f"{path}.marker", is_singleton=True)
     with writing(path):
         try:
             # One second: a process that is just starting takes the lock for a moment to look.
-            lock.acquire(timeout=1)
+            try:
+                lock.acquire(timeout=1)
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+                lock = marker
+                lock.acquire(timeout=1)
         except filelock.Timeout:
             stop(holder())
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
-            return one_process_by_marker(path, holder)
-    return lock
-
-
-def one_process_by_marker(path, holder):
-    lock = filelock.SoftFileLock(f"{Path(path).resolve()}.marker", is_singleton=True)
-    try:
-        lock.acquire(timeout=1)
-    except filelock.Timeout:
-        stop(holder())
     return lock
 
 

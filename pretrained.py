@@ -60,7 +60,7 @@ def check(source):
 
 
 def nanogpt(source):
-    """The path of a checkpoint of nanoGPT: a file, or ckpt.pt in a folder; None if there is none"""
+    """The path of a nanoGPT checkpoint, a file or ckpt.pt in a folder; None for anything else"""
     path = Path(source)
     if path.is_dir() and not (path / "config.json").exists():
         path = path / "ckpt.pt"

@@ -89,8 +89,7 @@ def run_of(folder):
 
 def check_has_policy(name, folder, key, saved):
     """Exit unless the stage's checkpoint holds that policy."""
-    names = [folder.name + policy.removeprefix("policy").replace("_", "/", 1)
-             for policy in sft.policies_in(saved)]
+    names = [sft.policy_name(folder.name, policy) for policy in sft.policies_in(saved)]
     if key not in saved:
         files.stop(f"--stage names {name}, but {folder} has no such policy to sample from; its "
                    f"policies: {', '.join(names) or 'none'}")

@@ -162,6 +162,11 @@ def policies_in(saved):
     return [key for key in saved if key == "policy" or key.startswith("policy_")]
 
 
+def policy_name(stage, key):
+    """How a policy of a stage is called: ppo for the key policy, ppo/ema for policy_ema"""
+    return stage + key.removeprefix("policy").replace("_", "/", 1)
+
+
 def export(folder, to):
     """
     A finished stage's policy for transformers' AutoModelForCausalLM, and its tokenizer. Where there are more, as
