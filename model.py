@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-import pretrained
+from lab import pretrained
 
 LORA_SCALE = 2.0                # alpha / r, by which a low-rank change is multiplied
 # The sampler's keys grow by a token each step. cuDNN's attention, which torch may prefer on new GPUs,

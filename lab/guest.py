@@ -31,11 +31,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import files
-from experiment import Run
+from lab.files import first_line, stop
+from lab.run import Run
 
-HERE = Path(__file__).resolve().parent
-OURS = [path.stem for path in HERE.glob("*.py")]
+HERE = Path(__file__).resolve().parent.parent
+OURS = [path.stem for path in HERE.glob("*.py")] + ["lab"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class Guest:
             return False
         if {"site-packages", "dist-packages"} & set(path.relative_to(self.folder).parts):
             return False
-        return path.parent != HERE or self.folder == HERE and not hasattr(module, "PRESETS")
+        return path.parent != HERE or self.folder == HERE and not hasattr(module, "Config")
 
     def imported(self):
         """The files from its folder that it has imported, besides itself"""
@@ -153,11 +153,11 @@ def call(function, name, guest, prompts, responses):
                 given = list(given)                      # a generator runs here, too
         except (Exception, SystemExit) as error:
             traceback.print_exc()
-            files.stop(f"the reward function {name} ended in the {type(error).__name__} above; "
+            stop(f"the reward function {name} ended in the {type(error).__name__} above; "
                        "what was saved before is as it was")
     scores = numbers(given, name)
     if len(scores) != n:
-        files.stop(f"the reward function {name} was given {n} prompts and responses and gave back "
+        stop(f"the reward function {name} was given {n} prompts and responses and gave back "
                    f"{len(scores)} numbers; it should give one for each")
     return scores
 
@@ -196,7 +196,7 @@ def arguments(function, name, prompts, responses):
             if args or kwargs:
                 return args, kwargs
     wanted = [p.name for p in fixed if p.default is p.empty and p.name not in texts]
-    files.stop(f"the reward function {name}({', '.join(told.parameters)}) asks for "
+    stop(f"the reward function {name}({', '.join(told.parameters)}) asks for "
                f"{', '.join(wanted) or 'nothing'}; a reward is given prompts and completions (or "
                "responses): name its parameters so, and give every other one a default")
 
@@ -221,10 +221,10 @@ def numbers(given, name):
         return scores
     except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError):
         if at is not None:
-            shown = files.first_line(repr(item))[:50]
+            shown = first_line(repr(item))[:50]
             why = f"item [{at}] is {shown}, of type {type(item).__name__}"
         if inspect.iscoroutine(given):
             given.close()                                # or Python warns of it as well
             why = "call it by asyncio.run in a function that is not async"
-        files.stop(f"the reward function {name} gave back a {type(given).__name__} that is not a "
+        stop(f"the reward function {name} gave back a {type(given).__name__} that is not a "
                    f"list of numbers ({why}); it should give one number for each response")

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-import files
+from lab.files import first_line
 
 # What torch.compile, DataParallel, FSDP and peft put before a name, or in it where they wrap a part
 WRAPPERS = re.compile(r"\b(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module"
@@ -83,7 +83,7 @@ def read_json(path):
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: "
-                         f"{files.first_line(error)[:100]})") from error
+                         f"{first_line(error)[:100]})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; wanted an object")
     return content
@@ -143,7 +143,7 @@ def read_tensors(path):
     except MemoryError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {files.first_line(error)[:100]}"
+        reason = f"{type(error).__name__}: {first_line(error)[:100]}"
         if "Weights only" in reason:
             reason = "it holds more than tensors and plain values, which may run code"
         raise ValueError(f"{path} cannot be read as weights ({reason}); wanted a whole file that "
