@@ -45,7 +45,7 @@ def true_utility(cfg, tokenizer, inputs, targets, mask):
 
 @dataclass
 class Samples:
-    """Responses to P prompts, N to each: the reference's first, then every other policy's in turn"""
+    """Responses to P prompts, N to each: the reference's first, then each other policy's in turn"""
     prompts: list               # P token lists
     names: list                 # K policies, the reference first
     counts: list                # responses of each policy to a prompt; they sum to N
@@ -100,7 +100,8 @@ def collect(policies, reward, tokenizer, ids, counts, cfg):
     author = torch.tensor([k for k, n in enumerate(counts) for _ in range(n * P)])
     c = policies[names[0]].config
     longest = max(map(len, ids)) + cfg.max_new_tokens
-    at_once = max(16, min(1024, 2 ** 30 // (8 * longest * c.n_layer * c.n_embd)))    # 1 GiB of caches
+    cache = 8 * longest * c.n_layer * c.n_embd           # bytes a row; 1 GiB of them at once
+    at_once = max(16, min(1024, 2 ** 30 // cache))
     batches = [(k, i) for k, n in enumerate(counts) for i in range(0, n * P, at_once)]
     rows = []                                                                # response token lists
     told = f"sampling {sum(counts)} responses to each of {P} held-out prompts"
@@ -113,7 +114,7 @@ def collect(policies, reward, tokenizer, ids, counts, cfg):
                                 generator)
         rows += data.responses_of(tokens, mask)
 
-    # Every row under every policy. Rows of about one length share a batch, so there is little padding
+    # Every row under every policy. Rows of about one length share a batch: there is little padding
     known = ["gold", "grammatical"] if cfg.data == "reviews" else []
     flat = {key: torch.zeros(len(rows), dtype=torch.float64)
             for key in ("scores", "entropy", "lengths", "finished", *known)}
@@ -168,7 +169,7 @@ def measure(samples, name):
     if samples.gold is not None:
         by_prompt["grammatical"] = samples.grammatical[:, at].mean(1)
     means = {metric: x.mean().item() for metric, x in by_prompt.items()}
-    means["entropy"] = (samples.entropy[:, at].sum() / tokens.sum()).item()  # every token counts once
+    means["entropy"] = (samples.entropy[:, at].sum() / tokens.sum()).item()  # a mean over tokens
     errors = {metric: x.std(correction=0).item() / max(1, len(x) - 1) ** 0.5
               for metric, x in by_prompt.items()}
     return means, errors
@@ -254,19 +255,21 @@ def compare(policies, reward, tokenizer, prompts, cfg):
             gain = (means[after]["gold"] - means[before]["gold"]) / spread
             results["gold_gain"] = gain
             lines += [
-                f"The true utility, gold, which training never saw, is {gain:+.2f} standard deviations",
-                f"above the {before} policy's, at {means[after]['kl_ref']:.2f} nats of KL per response."]
+                f"The true utility, gold, which training never saw, is {gain:+.2f} standard",
+                f"deviations above the {before} policy's, at {means[after]['kl_ref']:.2f} nats of",
+                "KL per response."]
     if limit["share"] is not None:
         lines += [
             f"The best possible score at that KL is about {limit['best_score']:.2f}: {after} made "
             f"{limit['share']:.1%} of the greatest",
-            "possible gain, its share of the frontier (estimated from these samples, if anything too",
-            "high; evaluate.py takes more)."]
+            "possible gain, its share of the frontier (estimated from these samples, if anything",
+            "too high; evaluate.py takes more)."]
     lines.append("")
     for p, prompt in enumerate(samples.asked[:4]):
         lines.append(prompt)
         for name in samples.names:
             i = samples.columns(name).start
             gold = "" if samples.gold is None else f"  gold {samples.gold[p, i]:5.2f}"
-            lines.append(f"    {name}  score {samples.scores[p, i]:5.2f}{gold} {samples.texts[p][i]}")
+            score = f"score {samples.scores[p, i]:5.2f}{gold}"
+            lines.append(f"    {name}  {score} {samples.texts[p][i]}")
     return "\n".join(lines), results

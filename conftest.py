@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")    # the tests' models are small: a second thread only waits
+os.environ.setdefault("OMP_NUM_THREADS", "1")    # for small models a second thread only waits
 os.environ.setdefault("HF_HUB_OFFLINE", "1")     # no test asks the network for anything
 
 import pytest

@@ -25,7 +25,7 @@ from lab.tokenizer import decode_response, encode_prompt, encode_texts
 # Tensors
 
 def shift(tokens):
-    """(B, T+1) tokens -> inputs (B, T), targets (B, T). The only place where anything is shifted."""
+    """(B, T+1) tokens -> inputs, targets, (B, T) each. The only place where anything is shifted."""
     return tokens[:, :-1], tokens[:, 1:]
 
 
@@ -119,9 +119,9 @@ def microbatches(rows, n, weights=None):
     """
     Rows, a list or a tensor, in n parts of about one size -> (part, its share) of each
 
-    A loss that is a mean over the rows is the sum of share * loss over the parts, so their gradients
-    add up to the gradient of the whole. If it is a mean over tokens, weights are the tokens of each
-    row: a list, or a tensor (R,).
+    A loss that is a mean over the rows is the sum of share * loss over the parts, so the gradients
+    of these add up to that of the whole. If it is a mean over tokens, weights are the tokens of
+    each row: a list, or a tensor (R,).
     """
     size = -(-len(rows) // n)
     weights = torch.ones(len(rows)) if weights is None else torch.as_tensor(weights)
@@ -262,8 +262,8 @@ def check_minibatch(cfg):
     if cfg.batch_size % cfg.minibatch_size:
         fits = max(n for n in range(1, min(cfg.minibatch_size, cfg.batch_size) + 1)
                    if cfg.batch_size % n == 0)
-        stop(f"--minibatch_size {cfg.minibatch_size} does not divide --batch_size {cfg.batch_size}, "
-             f"so gradient steps would differ in weight; {fits} does")
+        stop(f"--minibatch_size {cfg.minibatch_size} does not divide --batch_size "
+             f"{cfg.batch_size}, so gradient steps would differ in weight; {fits} does")
 
 
 def check_enough(n, batch_size, what):

@@ -17,15 +17,15 @@ margin.
 
     1. pairs        two responses to a prompt and which is better: the annotators' comparisons, on
                     which the reward model was trained, or those of --data; or fresh samples,
-                    labelled by the reward model, with a drawn label or the probability itself (soft)
+                    labelled by the reward model: a drawn label or the probability itself (soft)
     2. reference    log pi_ref of both responses, sums over tokens in fp32, computed once and stored
     3. logprobs     the same of pi_theta, by the training forward
     4. update       the loss of the margins; one gradient step
     5. log          one line; now and then samples of the policy, because only they show its KL
     With --rounds, 1 and 2 are repeated during training, with pairs that the policy itself wrote.
 
-Departures from Rafailov et al.: AdamW instead of RMSprop, a learning rate that suits a model of half
-a million weights, and pairs without a difference are left out.
+Departures from Rafailov et al.: AdamW instead of RMSprop, a learning rate that suits a model of
+half a million weights, and pairs without a difference are left out.
 
     python dpo.py --config small
         -> out/small/dpo: checkpoint.pt, log.jsonl, curves.png, report.txt
@@ -108,22 +108,22 @@ def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_reject
                 label_smoothing e < 1/2 it is cDPO, t becomes (1 - e) t + e (1 - t)  (Mitchell 2023)
     robust      the same with t replaced by (t - e) / (1 - 2 e): unbiased if a share e of the labels
                 is flipped, but without a lower bound    (Chowdhury et al. 2024)
-    ipo         t (h - 1 / (2 beta))^2 + (1 - t) (h + 1 / (2 beta))^2, for margin 0  (Azar et al. 2023).
-                h is of sums, as in the paper; TRL and LLaMA-Factory divide each by its length
+    ipo         t (h - 1 / (2 beta))^2 + (1 - t) (h + 1 / (2 beta))^2, for margin 0  (Azar et al.
+                2023). h is of sums, as in the paper; TRL and LLaMA-Factory divide by the lengths
                 (--length_normalise 1)
-    hinge       t max(0, 1 - z) + (1 - t) max(0, 1 + z)     (RSO's hinge-norm, Liu et al. 2023; SLiC-HF,
-                Zhao et al. 2023, has it without the reference)
-    fidelity    1 - sqrt(t sigma(z)) - sqrt((1 - t) sigma(-z)), from 0 to 1  (Tsai et al. 2007). With
-                labels of 0 and 1 it has the optimum of sigmoid at half the beta
+    hinge       t max(0, 1 - z) + (1 - t) max(0, 1 + z)     (RSO's hinge-norm, Liu et al. 2023;
+                SLiC-HF, Zhao et al. 2023, has it without the reference)
+    fidelity    1 - sqrt(t sigma(z)) - sqrt((1 - t) sigma(-z)), from 0 to 1  (Tsai et al. 2007).
+                With labels of 0 and 1 it has the optimum of sigmoid at half the beta
 
     -> loss, {loss, margin: mean beta h, accuracy: share of pairs with h > 0, a tie counts one half}
 
     >>> x = torch.tensor([-7.0])
-    >>> dpo_loss(x, x - 1, x, x - 1, beta=0.1)[0]                            # policy = reference: ln 2
+    >>> dpo_loss(x, x - 1, x, x - 1, beta=0.1)[0]        # policy = reference: ln 2
     tensor(0.6931)
     """
     logsigmoid = torch.nn.functional.logsigmoid
-    h = (chosen_logprobs - ref_chosen_logprobs) - (rejected_logprobs - ref_rejected_logprobs)    # (B,)
+    h = (chosen_logprobs - ref_chosen_logprobs) - (rejected_logprobs - ref_rejected_logprobs)
     z = beta * h - margin
     t = torch.ones_like(h) if target is None else target
     if kind == "sigmoid":
@@ -212,13 +212,13 @@ def add_reference(pairs, reference, cfg):
 
 def pair_logprobs(policy, pairs, cfg):
     """
-    log pi of the chosen (row 0) and the rejected (row 1) responses (2, b), their lengths (2, b), and
+    log pi of the chosen (row 0) and the rejected (row 1) responses -> (2, b); their lengths (2, b);
     - log pi per token of the chosen ones, 0-d
     """
     device = next(policy.parameters()).device
     prompts = [pair["prompt_ids"] for pair in pairs] * 2
     responses = [pair[key] for key in ("chosen_ids", "rejected_ids") for pair in pairs]
-    inputs, targets, mask = (t.to(device) for t in data.collate(prompts, responses))        # (2 b, T)
+    inputs, targets, mask = (t.to(device) for t in data.collate(prompts, responses))    # (2 b, T)
     logprobs = token_logprobs(policy, inputs, targets, mask)                 # (2 b, T)
     nll = -masked_mean(logprobs[:len(pairs)], mask[:len(pairs)])
     lengths = mask.sum(dim=1).view(2, -1)
@@ -267,8 +267,8 @@ def check(cfg):
         stop(f"--label_smoothing got {cfg.label_smoothing}; from one half on, labels mean the "
              "opposite: it takes a number below 0.5")
     if cfg.label_smoothing and cfg.loss not in ("sigmoid", "robust"):
-        stop(f"--label_smoothing {cfg.label_smoothing} belongs to --loss sigmoid (cDPO) and robust, "
-             f"this is --loss {cfg.loss}")
+        stop(f"--label_smoothing {cfg.label_smoothing} belongs to --loss sigmoid (cDPO) and "
+             f"robust, this is --loss {cfg.loss}")
     if cfg.labels == "annotators" and cfg.rounds > 1 and cfg.data != "reviews":
         stop(f"--rounds {cfg.rounds} compares samples of the policy, and --data has no annotators "
              "for them: --labels reward_model or soft")
@@ -321,8 +321,8 @@ def main(cfg):
     reference = reference_of(policy)
     optimizer = torch.optim.AdamW(trained(policy), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    first = run.restore(policy=policy, optimizer=optimizer, reward=reward, gpt=asdict(policy.config),
-                        **sources)
+    first = run.restore(policy=policy, optimizer=optimizer, reward=reward,
+                        gpt=asdict(policy.config), **sources)
 
     steps_per_round = cfg.epochs * (n // cfg.batch_size)
     steps = cfg.rounds * steps_per_round
@@ -364,7 +364,7 @@ def main(cfg):
         n_tokens = sum(len(pair["chosen_ids"]) for pair in batch)
         means = data.Means()
         for part, share in data.microbatches(batch, cfg.accumulation):
-            (chosen, rejected), lengths, nll = pair_logprobs(policy, part, cfg)             # (b,), (b,)
+            (chosen, rejected), lengths, nll = pair_logprobs(policy, part, cfg)      # (b,), (b,)
             ref_logprobs = torch.tensor([pair["ref_logprobs"] for pair in part], device=device)
             ref_chosen, ref_rejected = ref_logprobs.T                        # (b,) each
             if cfg.reference_free:
@@ -372,7 +372,7 @@ def main(cfg):
             target = torch.tensor([pair["target"] for pair in part], device=device)         # (b,)
             loss, loss_metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta,
                                           cfg.loss, cfg.label_smoothing, cfg.margin, target)
-            token_share = lengths[0].sum() / n_tokens            # nll is a mean over tokens, not pairs
+            token_share = lengths[0].sum() / n_tokens            # nll is a mean over tokens
             (share * loss + token_share * cfg.nll_coef * nll).backward()
             means.add(loss_metrics, share)
             means.add({"chosen_logprobs": chosen.detach().mean(),

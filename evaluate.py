@@ -2,20 +2,20 @@
 Where did each policy land, and how good could it have been?
 
     1. policies     every finished PPO, DPO, GRPO, .. stage in out/ that started from the same SFT
-                    policy and was trained for the same reward model; or those of --runs A,B/ppo. The
-                    rungs of a whole ladder only if named, as in --runs A/policy_gradient: every
+                    policy and was trained for the same reward model; or those of --runs A,B/ppo.
+                    The rungs of a whole ladder only if named, as in --runs A/policy_gradient: every
                     policy weighs every sample, so twice as many take four times as long
-    2. samples      of all of them to the same held-out prompts, each scored, each under all policies
+    2. samples      of all of them to the same held-out prompts, with rewards and log-probabilities
     3. the limit    J*(beta) = beta E_x log E_{y ~ pi_ref} exp(r / beta) and the frontier of E[r]
                     against KL, which no policy can pass, for the reward model and for the true
                     utility (frontier.py has the formulas)
     4. best of n    from the reference's samples, at log n - (n - 1) / n nats or less
-    5. landed       each policy's score, gold, KL, its share of the frontier, and at a fixed beta the
-                    fraction of the optimum: (J - J_ref) / (J* - J_ref)
+    5. landed       each policy's score, gold, KL, its share of the frontier, and at a fixed beta
+                    the fraction of the optimum: (J - J_ref) / (J* - J_ref)
     6. win rates    of every policy against every other, by gold and by score, and Elo ratings
     7. samples      side by side
-    8. over-optimisation, with --overoptimise: a policy trained with next to no KL penalty for a weak
-                    reward model. Score and gold against the square root of KL (Gao et al. 2022)
+    8. over-optimisation, with --overoptimise: a policy trained with next to no KL penalty for a
+                    weak reward model. Score and gold against the root of KL (Gao et al. 2022)
 
     python evaluate.py --config small
         -> out/small/evaluate: report.md, frontier.png, results.json; a second time it replaces them
@@ -41,8 +41,8 @@ from reward import Rewarded, check_reward, load_reward
 
 
 @dataclass
-class Config(Rewarded):              # which adds --reward, to measure by, and how scores are treated
-    runs: str = ""                  # runs or stages to evaluate, as in A,B/ppo; default: all in out/
+class Config(Rewarded):              # which adds --reward, to measure by
+    runs: str = ""                  # runs or stages to evaluate, as in A,B/ppo; default: all
     n_eval: int = 32                # held-out prompts
     n_reference: int = 256          # the reference's responses to each; best of n goes up to it
     n_samples: int = 128            # responses of every other policy to each
@@ -60,9 +60,9 @@ class Config(Rewarded):              # which adds --reward, to measure by, and h
 
 def win_rate(ours, theirs):
     """
-    P(ours > theirs) + P(tie) / 2 for responses to one prompt: (P, n), (P, m) -> rate, standard error
+    P(ours > theirs) + P(tie) / 2 for responses to one prompt: (P, n), (P, m) -> rate, its error
 
-    All n m pairs of each prompt count. The standard error is over prompts.
+    All n m pairs of each prompt count. The error is a standard error over prompts.
     """
     better = (ours[:, :, None] > theirs[:, None, :]).double()                # (P, n, m)
     equal = (ours[:, :, None] == theirs[:, None, :]).double()
@@ -75,11 +75,11 @@ def elo_fit(wins, anchor=1000.0, rounds=100_000):
     """
     Elo ratings of maximum likelihood: P(i beats j) = 1 / (1 + 10^((R_j - R_i) / 400)), R_0 = anchor
 
-    wins (K, K) counts i's wins over j, a draw as half to both. Bradley-Terry by minorisation (Hunter
-    2004): s_i <- sum_j w_ij / sum_j n_ij / (s_i + s_j), R = 400 log10 s. Each pair also gets one
-    virtual draw; without it a player who never lost would be rated infinite.
+    wins (K, K) counts i's wins over j, a draw as half to both. Bradley-Terry by minorisation
+    (Hunter 2004): s_i <- sum_j w_ij / sum_j n_ij / (s_i + s_j), R = 400 log10 s. Each pair also
+    gets one virtual draw; without it a player who never lost would be rated infinite.
 
-    >>> [round(r) for r in elo_fit(torch.tensor([[0.0, 1.0], [3.0, 0.0]])).tolist()]     # 1.5 to 3.5
+    >>> [round(r) for r in elo_fit(torch.tensor([[0.0, 1.0], [3.0, 0.0]])).tolist()]    # 1.5 to 3.5
     [1000, 1147]
     """
     K = len(wins)
@@ -115,7 +115,7 @@ def runs_folder(cfg):
 
 
 def finished_stages(cfg):
-    """Folders of finished stages beside this run, and the names in --runs, which must be among them"""
+    """Folders of finished stages beside this run, and the names in --runs, all of them known"""
     runs_in = runs_folder(cfg)
     folders = sorted(path.parent for path in runs_in.glob("*/*/report.txt")
                      if (path.parent / "checkpoint.pt").exists())
@@ -205,7 +205,7 @@ def own_objective(config, samples, annotator_temperature, cfg):
     else:                                                # dpo.py, which has no temperature
         plain = dict(loss="sigmoid", label_smoothing=0.0, margin=0.0, length_normalise=False,
                      reference_free=False, nll_coef=0.0)
-        if config.get("labels") == "annotators":         # whose utility only the built-in task knows
+        if config.get("labels") == "annotators":         # they follow gold, if it is known
             rewards = None if samples.gold is None else samples.gold / annotator_temperature
     # An option that did not exist yet when the run was made was not in use
     variant = any(config.get(k, value) != value for k, value in plain.items())
@@ -313,7 +313,7 @@ def optimum_cells(samples, name, aim):
 
 
 def win_table(samples, values, what):
-    """Win rates of the row's policy over the column's, with 95 % intervals, and Elo -> table, Elo"""
+    """Win rates of the row's policy over the column's with 95 % intervals, and Elo -> table, Elo"""
     columns = [values[:, samples.columns(name)] for name in samples.names]
     rates = [[win_rate(ours, theirs) for theirs in columns] for ours in columns]
     games = samples.scores.shape[0] * min(samples.counts)
@@ -361,7 +361,8 @@ def draw_frontier(samples, path):
     kls = [point["kl"].item() for curve in points.values() for point in curve]
     widest = 1.1 * max(kls + best_kl)
     at = samples.columns(samples.names[0])
-    figure, axes = report.subplots(1, len(rewards), figsize=(5.5 * len(rewards), 5.0), squeeze=False)
+    size = 5.5 * len(rewards), 5.0
+    figure, axes = report.subplots(1, len(rewards), figsize=size, squeeze=False)
     for axis, (what, values) in zip(axes[0], rewards.items()):
         start = values[:, at].mean().item()
         lines = [("the best possible", "-", "black", points[what], "reward")]
@@ -508,8 +509,8 @@ OVEROPTIMISATION = """
 ![over-optimisation](overoptimisation.png)
 
 PPO at beta {beta:g} for a reward model of {rankings} rankings. Gold peaks {peak_gold:+.2f} standard
-deviations above SFT at {peak_kl:.1f} nats and ends at {end_gold:+.2f} at {end_kl:.1f} nats: a fall of
-{fall:.2f}, while the score goes from {peak_score:.2f} to {end_score:.2f}."""
+deviations above SFT at {peak_kl:.1f} nats and ends at {end_gold:+.2f} at {end_kl:.1f} nats: a fall
+of {fall:.2f}, while the score goes from {peak_score:.2f} to {end_score:.2f}."""
 
 
 def check(cfg):
@@ -519,8 +520,8 @@ def check(cfg):
         stop(f"--n_reference got {cfg.n_reference}; best of n takes at least 2 responses")
     if cfg.overoptimise:
         if cfg.data != "reviews" or cfg.reward != "reward_model":
-            stop("--overoptimise shows what a weak reward model does to the true utility, which only "
-                 "the built-in task knows; it takes --data reviews and --reward reward_model")
+            stop("--overoptimise shows what a weak reward model does to the true utility, which "
+                 "only the built-in task knows; it takes --data reviews and --reward reward_model")
         batch = rm.Config(config=cfg.config).batch_size
         if cfg.weak_rankings < batch:
             stop(f"--weak_rankings {cfg.weak_rankings} is less than one batch of {batch} rankings; "

@@ -16,8 +16,8 @@ limit can be measured without ever training to it:
     2. weigh        each against the mixture q of the policies that wrote them:  w = pi_ref / q
                     (the balance heuristic, Veach and Guibas 1995). The reference is always in q, so
                     w is bounded; a good policy is near pi*, so w exp(r / beta) varies little
-    3. limit        Z(x) = mean w exp(r / beta), which is unbiased. Its log is biased low, so J* is a
-                    lower bound on average. Effective sample sizes say how far to trust it
+    3. limit        Z(x) = mean w exp(r / beta), which is unbiased. Its log is biased low, so J* is
+                    a lower bound on average. Effective sample sizes say how far to trust it
     4. frontier     the greatest E[r] at a KL of k is  min over beta of J*(beta) + beta k
 """
 
@@ -76,7 +76,7 @@ def best_reward(rewards, log_weights, kl, betas=BETAS):
     The greatest E[r] of any policy with KL(pi, pi_ref) <= kl:  min over beta of J*(beta) + beta kl
 
     The dual of that problem, which needs only J*. It is at most the best sample of every prompt,
-    the limit of beta -> 0. -> reward, and the point of `optimum`, with its beta, where it is reached
+    the limit of beta -> 0. -> reward, and the point of `optimum` that reaches it, with its beta
     """
     points = [{"beta": beta} | optimum(rewards, log_weights, beta) for beta in betas]
     bounds = torch.stack([point["objective"] + point["beta"] * kl for point in points])

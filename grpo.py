@@ -91,9 +91,9 @@ def group_advantages(scores, group_size, kind="grpo"):
     reinforce   r_i                                    (Williams 1992)
 
     std is the sample's, over G - 1, as in TRL, verl and OpenRLHF; the paper does not say. The mean
-    of the others does not depend on y_i, so as a baseline it adds no bias; the group's mean contains
-    r_i itself and shrinks the expected gradient to (G - 1) / G of it. Advantages of kind grpo are of
-    size 1 however little the rewards of a group differ, unless they are equal: then they are 0.
+    of the others does not depend on y_i, so as a baseline it adds no bias. The group's mean has r_i
+    in it, which shrinks the expected gradient to (G - 1) / G. Advantages of kind grpo have size 1
+    however little the rewards of a group differ, unless they are equal: then 0.
 
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0, 0.7, 0.7, 0.7, 0.7]), 4, "rloo")
     tensor([ 1.0000, -0.3333, -0.3333, -0.3333,  0.0000,  0.0000,  0.0000,  0.0000])
@@ -107,7 +107,7 @@ def group_advantages(scores, group_size, kind="grpo"):
         raise ValueError(f"got group_size {group_size} with kind {kind}; a group takes 2 responses "
                          "or more")
     groups = scores.view(-1, group_size)                                     # (B / G, G)
-    groups = groups - groups[:, :1]          # so that equal rewards give 0 exactly, free of rounding
+    groups = groups - groups[:, :1]          # equal rewards give exactly 0, free of rounding
     centred = groups - groups.mean(dim=1, keepdim=True)
     if kind == "grpo":
         centred = centred / (groups.std(dim=1, keepdim=True) + 1e-4)
@@ -127,7 +127,7 @@ def token_weights(mask, normalise="token", max_length=None):
                 response counts less; long bad responses are held back less    (Shao et al. 2024)
     fixed       1 / (B * max_length): no sampled length enters      (Liu et al. 2025, Dr. GRPO)
 
-    With fixed, advantages of rloo and a ratio of 1, the loss has the gradient of - E[r] / max_length,
+    With fixed, advantages of rloo and a ratio of 1, the gradient is that of - E[r] / max_length,
     without bias. token has a bias of order 1 / B: it divides by the mean length that was drawn.
     """
     if normalise == "token":
@@ -226,7 +226,7 @@ def main(cfg):
             ref_logprobs = token_logprobs(reference, inputs, targets, mask, cfg.temperature)
         kl_ref = ppo.kl_estimate(old_logprobs, ref_logprobs).sum(dim=1)      # (B,)
         run.must_be_finite(TRY, kl_ref=kl_ref)
-        ppo.check_rollout(kl_ref, cfg, first=step == 0)
+        ppo.check_kl_ref(kl_ref, cfg, first=step == 0)
         run.lap("score")
 
         # ---- 4. rewards
@@ -248,15 +248,15 @@ def main(cfg):
         minibatches = list(data.minibatches(cfg.batch_size, cfg.minibatch_size, cfg.epochs,
                                             run.generator))
         for minibatch in minibatches:
-            weights = torch.zeros_like(mask)                                 # (B, T), of this minibatch
+            weights = torch.zeros_like(mask)                                 # (B, T)
             weights[minibatch] = token_weights(mask[minibatch], cfg.normalise, cfg.max_new_tokens)
             policy_loss = 0.0
             for rows, share in data.microbatches(minibatch, cfg.accumulation, lengths[minibatch]):
                 logprobs = token_logprobs(actor, inputs[rows], targets[rows], mask[rows],
                                           cfg.temperature)                   # (b, T)
                 if step == 0 and run.taken == 0:
-                    outside = ppo.check_first_ratio(logprobs, old_logprobs[rows], mask[rows],
-                                                    cfg.clip_eps, cfg.clip_eps_high, cfg.dtype)
+                    outside = ppo.check_first_ratio(logprobs, old_logprobs[rows], mask[rows], cfg,
+                                                    cfg.clip_eps_high)
                 loss, metrics = grpo_loss(logprobs, old_logprobs[rows], advantages[rows],
                                           weights[rows], cfg.clip_eps, cfg.clip_eps_high)
                 policy_loss = policy_loss + metrics.pop("policy_loss")       # a sum over tokens

@@ -14,7 +14,8 @@ critic V:
     gae             sum_l (gamma lambda)^l delta_{t+l}      in between, by lambda
 
 After one gradient step the samples are spent, because the policy that wrote them is gone. The next
-rungs take several steps on the same samples, with A_t of gae and rho_t = pi_theta / pi_old (a_t | s_t):
+rungs take several steps on the same samples, with gae's A_t and the ratio
+rho_t = pi_theta / pi_old (a_t | s_t):
 
     importance      rho_t A_t                               a_t is reweighted, s_t is not
     clip            min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)       until rho_t has gone too
@@ -32,7 +33,7 @@ rungs take several steps on the same samples, with A_t of gae and rho_t = pi_the
                     later
     5. compare      every rung's policy on held-out prompts, and how far from the optimum it is
 
-Departures: no advantage is whitened, because subtracting the mean of a batch is a baseline by itself.
+Departures: no advantage is whitened, because subtracting a batch's mean is a baseline by itself.
 With gamma below 1 every rung but total_return leaves out a factor gamma^t, as is usual. The max_kl
 of trpo shrinks during training, with the square of the other rungs' learning rate.
 
@@ -139,7 +140,7 @@ def a2c(rewards, values, mask, gamma=1.0, lam=0.95):
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """psi_t = sum_l (gamma lam)^l delta_{t+l}: lam 0 is a2c, 1 is baseline (Schulman et al. 2016)"""
+    """psi_t = sum_l (gamma lam)^l delta_{t+l}: a2c at lam 0, baseline at 1 (Schulman 2016)"""
     return ppo.gae(rewards, values, mask, gamma, lam)[0]
 
 
@@ -215,7 +216,8 @@ def fisher_product(kl, parameters, damping=0.0):
     kl_gradient = flat(torch.autograd.grad(kl, parameters, create_graph=True))              # (D,)
 
     def product(v):
-        return flat(torch.autograd.grad(kl_gradient @ v, parameters, retain_graph=True)) + damping * v
+        hessian_v = torch.autograd.grad(kl_gradient @ v, parameters, retain_graph=True)
+        return flat(hessian_v) + damping * v
     return product
 
 
@@ -223,8 +225,8 @@ def trpo_step(parameters, measure, fisher_kl, max_kl=0.01, cg_steps=10, damping=
     """
     max objective subject to kl <= max_kl, one step    (Schulman et al. 2015, TRPO, appendix C)
 
-    measure() -> objective, kl at the current parameters, 0-d tensors; kl is measured from the policy
-    before the step. fisher_kl() -> the same kl, perhaps on fewer samples.
+    measure() -> objective, kl at the current parameters, 0-d tensors; kl is from the policy before
+    the step. fisher_kl() -> the same kl, perhaps on fewer samples.
         x = (F + damping)^-1 grad objective,   step = sqrt(2 max_kl / x.(F + damping) x) x,
     which, to second order, takes kl to max_kl at most. The step is halved until kl is within max_kl
     and the objective has grown. If that never happens, no step is taken.
@@ -233,7 +235,7 @@ def trpo_step(parameters, measure, fisher_kl, max_kl=0.01, cg_steps=10, damping=
     parameters = list(parameters)
     before = measure()[0]
     gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(before, parameters)])  # (D,)
-    with sdpa_kernel(SDPBackend.MATH):       # the fast kernels of attention have no second derivative
+    with sdpa_kernel(SDPBackend.MATH):       # attention's fast kernels have no second derivative
         product = fisher_product(fisher_kl(), parameters, damping)
     x = conjugate_gradient(product, gradient, cg_steps)
     step = (2 * max_kl / (x @ product(x)).clamp_min(1e-20)).sqrt() * x
@@ -271,7 +273,7 @@ def sample_rollout(actor, critic, reference, reward, tokenizer, prompts, cfg, ge
     inputs, targets, mask, finished = ppo.roll_out(actor, prompts, cfg, tokenizer.eot_token,
                                                    generator)
     scores = reward(inputs, targets, mask, finished)                         # (B,)
-    old_logprobs, entropy = ppo.score_rollout(actor, inputs, targets, mask, cfg)            # (B, T) x 2
+    old_logprobs, entropy = ppo.score_rollout(actor, inputs, targets, mask, cfg)        # (B, T) x 2
     ref_logprobs = token_logprobs(reference, inputs, targets, mask, cfg.temperature)
     rewards = ppo.shape_rewards(scores, old_logprobs, ref_logprobs, mask, cfg.beta)         # (B, T)
     return {"inputs": inputs, "targets": targets, "mask": mask, "finished": finished,
@@ -355,7 +357,7 @@ def gradient_noise(gradients):
     """
     gradients = iter(gradients)
     variances, products = [], []
-    for g, other in zip(gradients, gradients):           # the same iterator twice: consecutive pairs
+    for g, other in zip(gradients, gradients):           # one iterator twice: consecutive pairs
         variances.append(((g - other) ** 2).sum().item() / 2)
         products.append((g @ other).item())
     return torch.tensor(variances, dtype=torch.float64), sum(products) / len(products)
@@ -365,9 +367,9 @@ def measure_variance(actor, moved, rollouts, cfg):
     """
     Every rung's gradient on the same batches of variance_rows responses, from rollouts by actor
 
-    The rungs with a ratio are measured twice: at actor, where it is 1, and at `moved`, the policy an
-    update later. -> {name: {variance; change: from the rung before, or from where the ratio was 1;
-    their standard errors; enough: responses with which the gradient's noise equals its signal}}
+    The rungs with a ratio are measured twice: at actor, where it is 1, and at `moved`, the policy
+    an update later. -> {name: {variance; change: from the rung before, or from where the ratio was
+    1; their standard errors; enough: responses with which a gradient's noise equals its signal}}
     """
     def gradients(rung, policy):
         for rollout, i in itertools.product(rollouts, range(0, cfg.batch_size, cfg.variance_rows)):
@@ -381,7 +383,8 @@ def measure_variance(actor, moved, rollouts, cfg):
 
     # name, rung, policy, name of what the change is measured from
     measured = [(rung, rung, actor, LADDER[max(0, i - 1)]) for i, rung in enumerate(LADDER)]
-    measured += [(f"{rung}, later", rung, moved, rung) for rung in ("importance", "clip", "kl_penalty")]
+    for rung in ("importance", "clip", "kl_penalty"):
+        measured.append((f"{rung}, later", rung, moved, rung))
     noise, variances = {}, {}
     for name, rung, policy, before in report.progress(
             measured, "measuring the variance of every rung's gradient"):
@@ -395,8 +398,8 @@ def measure_variance(actor, moved, rollouts, cfg):
 
 
 def noise_table(noise, cfg):
-    rows = [[f"gradient of {cfg.variance_rows} responses", "variance", "change from the rung before",
-             "responses for noise = signal"]]
+    rows = [[f"gradient of {cfg.variance_rows} responses", "variance",
+             "change from the rung before", "responses for noise = signal"]]
     for name, x in noise.items():
         rows.append([name, f"{x['variance']:.3f} ±{x['variance_error']:.3f}",
                      f"{x['change']:+.3f} ±{x['change_error']:.3f}",
@@ -443,7 +446,7 @@ def draw_ladder(log, cfg, best, path):
 def draw_variance(noise, cfg, path):
     """The variance of every rung's gradient, and what the rung changed, with 95 % intervals"""
     figure, axes = report.subplots(1, 2, figsize=(11, 4.2))
-    now = {name: LADDER.index(name) for name in noise if name in LADDER}                # name: place
+    now = {name: LADDER.index(name) for name in noise if name in LADDER}     # name: place
     later = {name: LADDER.index(name.removesuffix(", later")) + 0.2
              for name in noise if name not in LADDER}
     kinds = [(now, "o", "at the policy that sampled"),
@@ -471,11 +474,11 @@ def check(cfg):
     data.check_minibatch(cfg)
     check_reward(cfg)
     if cfg.fisher_rows > cfg.batch_size:
-        stop(f"--fisher_rows {cfg.fisher_rows} is more than --batch_size {cfg.batch_size}; lower it "
-             "to that or less")
+        stop(f"--fisher_rows {cfg.fisher_rows} is more than --batch_size {cfg.batch_size}; lower "
+             "it to that or less")
     if cfg.lora_rank:
-        stop("--lora_rank: the ladder compares gradients of all weights; ppo.py, grpo.py and dpo.py "
-             "take LoRA")
+        stop("--lora_rank: the ladder compares gradients of all weights; ppo.py, grpo.py and "
+             "dpo.py take LoRA")
     if cfg.rung == "all" and cfg.batch_size % (4 * cfg.variance_rows):
         stop(f"--batch_size {cfg.batch_size} is not a multiple of 4 times --variance_rows "
              f"{cfg.variance_rows}: the variance is taken over pairs of such batches")
@@ -538,7 +541,7 @@ def main(cfg):
     for step in run.steps(run.restore(**state), len(rungs) * cfg.steps):
         rung = rungs[step // cfg.steps]
         update = step % cfg.steps
-        if update == 0:                      # every rung starts from the same models and random numbers
+        if update == 0:              # every rung starts from the same models and random numbers
             print(f"rung {step // cfg.steps + 1} of {len(rungs)}: {rung}")
             actor.load_state_dict(reference.state_dict())
             critic.load_state_dict(first_critic.state_dict())
@@ -559,7 +562,7 @@ def main(cfg):
         run.must_be_finite(REWARD_HINT, scores=rollout["scores"])
         run.must_be_finite(TRY, kl_ref=rollout["kl_ref"], values=rollout["values"],
                            rewards=rollout["rewards"])
-        ppo.check_rollout(rollout["kl_ref"], cfg, first=update == 0)
+        ppo.check_kl_ref(rollout["kl_ref"], cfg, first=update == 0)
         run.lap("rollout")
 
         # ---- 2. climb
@@ -572,7 +575,8 @@ def main(cfg):
             metrics = climb_by_trpo(actor, rollout, order, cfg, decay ** 2 * cfg.max_kl, run)
         else:
             metrics = climb(rung, actor, optimizer, rollout, order, cfg, coef, run)
-        _, returns = ppo.gae(rollout["rewards"], rollout["values"], mask, cfg.gamma, cfg.lam)  # (B, T)
+        _, returns = ppo.gae(rollout["rewards"], rollout["values"], mask, cfg.gamma,
+                             cfg.lam)                                        # (B, T)
         train_critic(critic, critic_optimizer, rollout, returns, order, cfg, run)
         rows = select(rollout, order[:cfg.minibatch_size])
         with torch.no_grad():

@@ -26,7 +26,7 @@ actor's weights.
 
 Departures from Ziegler et al. and their code: the critic is a model of its own with its own
 learning rate, responses end at EOS, rewards are not whitened (--whiten_rewards 1), one epoch
-instead of four, lambda is 1 instead of 0.95, and the KL controller's horizon suits a run of minutes.
+instead of four, lambda 1 instead of 0.95, and a KL controller's horizon for a run of minutes.
 
     python ppo.py --config small
         -> out/small/ppo: checkpoint.pt, log.jsonl, curves.png, report.txt
@@ -102,7 +102,7 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 
     k1   d                  unbiased, negative at times
     k2   d^2 / 2            biased, small variance
-    k3   exp(-d) - 1 + d    unbiased, never negative        (Schulman 2020, joschu.net/blog/kl-approx)
+    k3   exp(-d) - 1 + d    unbiased, never negative    (Schulman 2020, joschu.net/blog/kl-approx)
     """
     d = logprobs - ref_logprobs
     if kind == "k1":
@@ -222,7 +222,7 @@ def value_loss(values, old_values, returns, mask, clip_eps=0.2):
 
 
 def explained_variance(values, returns, mask):
-    """1 - Var(G - V) / Var(G): 1 for a perfect critic, 0 for one no better than a constant -> 0-d"""
+    """1 - Var(G - V) / Var(G): 1 for a perfect critic, 0 for a constant one -> 0-d"""
     def variance(x):
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
     return 1 - variance(returns - values) / variance(returns).clamp_min(1e-8)
@@ -232,7 +232,7 @@ class ProportionalKL:
     """
     beta *= 1 + clip(KL / target - 1, -0.2, 0.2) n / horizon
 
-    Ziegler et al. 2019, section 2.2, with the gain n / horizon of their code for the paper's K_beta.
+    Ziegler et al. 2019, section 2.2; the gain n / horizon is from their code, K_beta in the paper.
     update takes the KL to the reference in nats per response, not per token, and the number of
     responses. beta stays within a factor BOUND of its start: from 0 it could never return.
     """
@@ -325,7 +325,7 @@ def score_rollout(policy, inputs, targets, mask, cfg):
     log pi and the entropy of pi at every response token -> (B, T) x 2
 
     bfloat16 rounds a product differently in a batch of a different shape, which alone can put
-    several percent of the ratios outside the clip range. So its batches are as large as the update's.
+    several percent of the ratios outside the clip range. So its batches have the update's size.
     """
     size = len(mask)
     if cfg.dtype == "bfloat16":
@@ -337,33 +337,31 @@ def score_rollout(policy, inputs, targets, mask, cfg):
 
 
 @torch.no_grad()
-def check_first_ratio(logprobs, old_logprobs, mask, clip_eps, clip_eps_high=None, dtype="float32"):
+def check_first_ratio(logprobs, old_logprobs, mask, cfg, clip_eps_high=None):
     """
-    Before the first gradient step the ratio is 1: exit if it is not.
+    Before the first gradient step every ratio is 1: exit if not.
 
     -> the share of tokens with a ratio outside the clip range, 0 but for the rounding of bfloat16
     """
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
-    high = clip_eps if clip_eps_high is None else clip_eps_high
-    outside = masked_mean(((ratio < 1 - clip_eps) | (ratio > 1 + high)).float(), mask).item()
-    drift = log_ratio.abs().max().item()
-    # GPU kernels round differently for batches of different shape
-    limit = 1e-4 if logprobs.device.type == "cpu" else 1e-3
-    if dtype == "bfloat16":
-        drift = masked_mean(log_ratio.abs(), mask).item()
-        limit = 0.02
-    if drift > limit or (outside and dtype != "bfloat16"):
-        stop(f"at the first minibatch the ratio should be 1, but the log ratio reaches {drift:.1e}: "
+    high = 1 + (cfg.clip_eps if clip_eps_high is None else clip_eps_high)
+    outside = masked_mean(((ratio < 1 - cfg.clip_eps) | (ratio > high)).float(), mask).item()
+    if cfg.dtype == "bfloat16":
+        drift, limit = masked_mean(log_ratio.abs(), mask).item(), 0.02
+    else:                            # GPU kernels round differently for batches of different shape
+        drift, limit = log_ratio.abs().max().item(), 1e-4 if mask.device.type == "cpu" else 1e-3
+    if drift > limit:
+        stop(f"at the first minibatch the log ratio should be 0, but it reaches {drift:.1e}: "
              "old_logprobs and logprobs were computed differently. Look for dropout, a different "
              "temperature or mask, or a gradient step in between")
     if outside > 0.01:
-        print(f"warning: before any step, {outside:.1%} of the tokens have a ratio outside the clip "
-              "range, from the rounding of bfloat16; --dtype float32 has none")
+        print(f"warning: before any step, {outside:.1%} of the tokens have a ratio outside the "
+              "clip range, from the rounding of bfloat16; --dtype float32 has none")
     return outside
 
 
-def check_rollout(kl_ref, cfg, first):
+def check_kl_ref(kl_ref, cfg, first):
     """Exit or warn if kl_ref (B,) cannot be right. At the first update it is 0, up to rounding."""
     if first and kl_ref.abs().max() > (1e-4 if cfg.dtype == "float32" else 1.0):
         stop(f"at the first update kl_ref should be 0, but reaches {kl_ref.abs().max():.1e} nats: "
@@ -374,9 +372,12 @@ def check_rollout(kl_ref, cfg, first):
         print(f"warning: kl_ref is {mean:.2f} +- {standard_error:.2f} nats, but a KL is never "
               "negative: the policy scored is not the one that sampled")
     if mean > cfg.kl_bound:
-        print(f"warning: kl_ref is {mean:.1f} nats a response, above --kl_bound {cfg.kl_bound}: the "
-              "policy is leaving what the reward model knows; raise --beta or lower --lr")
+        print(f"warning: kl_ref is {mean:.1f} nats a response, above --kl_bound {cfg.kl_bound}: "
+              "the policy is leaving what the reward model knows; raise --beta or lower --lr")
 
+
+# --------------------------------------------------------------------------------------------------
+# Setting up
 
 CURVES = [                                               # heading, unit, logged metrics
     ("reward and true utility", "score, gold", ["score", "gold"]),
@@ -388,7 +389,8 @@ CURVES = [                                               # heading, unit, logged
     ("critic: explained variance", "", ["explained_variance"]),
     ("response length", "tokens", ["response_length"]),
     ("gradient norm", "", ["grad_norm", "critic_grad_norm"])]
-TRY = "try a lower --lr, --critic_lr or --beta, with a different --out"      # if a number is not finite
+# What to do about a number that is not finite
+TRY = "try a lower --lr, --critic_lr or --beta, with a different --out"
 
 
 def check(cfg):
@@ -396,10 +398,25 @@ def check(cfg):
     data.check_minibatch(cfg)
     check_reward(cfg)
     if cfg.kl_control == "proportional" and cfg.kl_horizon <= 0.2 * cfg.batch_size:
-        stop(f"--kl_horizon {cfg.kl_horizon} is so short that beta could fall below 0 in one update; "
+        stop(f"--kl_horizon {cfg.kl_horizon} is so short that one update could take beta below 0; "
              f"it takes more than a fifth of --batch_size {cfg.batch_size}")
     if cfg.ptx_coef and cfg.ptx_data:
         data.check_source(cfg.ptx_data, "--ptx_data")
+
+
+def trunk_of_critic(cfg, actor, reward):
+    """The model whose weights the critic starts from"""
+    if cfg.critic_init == "rm" and reward.model is None:
+        print(f"--critic_init rm: {cfg.reward} is not one of this project's reward models, so the "
+              "critic starts from the SFT policy")
+    return reward.model if cfg.critic_init == "rm" and reward.model else actor
+
+
+def load_ptx_texts(cfg, tokenizer, block_size):
+    """The texts of PPO-ptx, as (prompt, response) token lists"""
+    cfg = replace(cfg, data=cfg.ptx_data or cfg.data)
+    n = 20000 if cfg.data == "reviews" else None         # the grammar can write texts forever
+    return data.demonstrations(cfg, tokenizer, block_size, n, 1)[0]
 
 
 @self_contained
@@ -415,19 +432,12 @@ def main(cfg):
     block_size = actor.config.block_size
     train_prompts, eval_prompts = data.prompts(cfg, tokenizer, block_size, cfg.n_eval)
     reward = load_reward(cfg, actor, tokenizer, train_prompts, device)
-    trunk = reward.model if cfg.critic_init == "rm" else actor
-    if trunk is None:
-        print(f"--critic_init rm: {cfg.reward} is not one of this project's reward models, so the "
-              "critic starts from the SFT policy")
-        trunk = actor
-    corpora = {"data": train_prompts}
+    trunk = trunk_of_critic(cfg, actor, reward)
+    texts = {"data": train_prompts}
     if cfg.ptx_coef:
-        ptx_cfg = replace(cfg, data=cfg.ptx_data or cfg.data)
-        n = 20000 if ptx_cfg.data == "reviews" else None         # the grammar can write forever
-        ptx_texts, _ = data.demonstrations(ptx_cfg, tokenizer, block_size, n, 1)
-        corpora["ptx_data"] = ptx_texts
+        texts["ptx_data"] = load_ptx_texts(cfg, tokenizer, block_size)
     run.begin()
-    sources = run.sources(tokenizer, actor, **corpora)
+    sources = run.sources(tokenizer, actor, **texts)
     critic = ScalarGPT(trunk.config, init_from=trunk, zero_head=True).to(device).eval()
     add_lora(actor, cfg.lora_rank)
     add_lora(critic, cfg.lora_rank)
@@ -438,8 +448,8 @@ def main(cfg):
     control = ProportionalKL(cfg.beta, cfg.kl_target, cfg.kl_horizon)
     penalty = ThresholdKL(cfg.kl_penalty_coef, cfg.kl_old_target)
     state = dict(policy=actor, critic=critic, actor_optimizer=actor_optimizer,
-                 critic_optimizer=critic_optimizer, control=control, penalty=penalty,
-                 reward=reward, gpt=asdict(actor.config), critic_gpt=asdict(critic.config), **sources)
+                 critic_optimizer=critic_optimizer, control=control, penalty=penalty, reward=reward,
+                 gpt=asdict(actor.config), critic_gpt=asdict(critic.config), **sources)
     if cfg.ema:
         state["policy_ema"] = copy.deepcopy(actor).requires_grad_(False)
 
@@ -461,7 +471,7 @@ def main(cfg):
             old_values = critic(inputs) * mask                               # (B, T)
         kl_ref = kl_estimate(old_logprobs, ref_logprobs).sum(dim=1)          # (B,)
         run.must_be_finite(TRY, kl_ref=kl_ref, old_values=old_values)
-        check_rollout(kl_ref, cfg, first=step == 0)
+        check_kl_ref(kl_ref, cfg, first=step == 0)
         run.lap("score")
 
         # ---- 4. rewards
@@ -493,8 +503,7 @@ def main(cfg):
                                         cfg.temperature, return_entropy=bonus)
                 logprobs, new_entropy = scored if bonus else (scored, None)                 # (b, T)
                 if step == 0 and run.taken == 0:
-                    outside = check_first_ratio(logprobs, old_logprobs[rows], mask[rows],
-                                                cfg.clip_eps, dtype=cfg.dtype)
+                    outside = check_first_ratio(logprobs, old_logprobs[rows], mask[rows], cfg)
                 if cfg.surrogate == "clip":
                     actor_loss, actor_metrics = policy_loss(
                         logprobs, old_logprobs[rows], advantages[rows], mask[rows], cfg.clip_eps)
@@ -502,7 +511,8 @@ def main(cfg):
                     actor_loss, actor_metrics = kl_penalty_loss(
                         logprobs, old_logprobs[rows], advantages[rows], mask[rows], penalty.coef)
                 if bonus:
-                    actor_loss = actor_loss - cfg.entropy_coef * masked_mean(new_entropy, mask[rows])
+                    bonus_loss = -cfg.entropy_coef * masked_mean(new_entropy, mask[rows])
+                    actor_loss = actor_loss + bonus_loss
                 critic_loss, critic_metrics = value_loss(
                     critic(inputs[rows]), old_values[rows], returns[rows], mask[rows],
                     cfg.value_clip_eps)
@@ -510,9 +520,9 @@ def main(cfg):
                 (share * critic_loss).backward()
                 means.add(actor_metrics | critic_metrics, share)
             if cfg.ptx_coef:
-                texts = data.draw(ptx_texts, cfg.minibatch_size, run.generator)
-                ptx_loss = add_ptx_gradient(actor, texts, cfg.ptx_coef, cfg.accumulation)
-                means.add({"ptx_loss": ptx_loss})
+                drawn = data.draw(texts["ptx_data"], cfg.minibatch_size, run.generator)
+                means.add({"ptx_loss": add_ptx_gradient(actor, drawn, cfg.ptx_coef,
+                                                        cfg.accumulation)})
             if step < cfg.critic_warmup:
                 actor_optimizer.zero_grad()                      # the critic learns alone at first
             means.add(run.step(cfg.grad_clip, TRY, grad_norm=actor_optimizer,

@@ -44,8 +44,8 @@ TINY = {
 
 GPT2 = {
     "all": dict(data="hh", max_prompt_tokens=256, max_new_tokens=128, dtype="bfloat16"),
-    "sft": dict(init="gpt2", block_size=512, n_texts=None, steps=1200, batch_size=64, accumulation=2,
-                lr=1e-5, warmup=150, eval_every=200, n_eval=256, save_every=200),
+    "sft": dict(init="gpt2", block_size=512, n_texts=None, steps=1200, batch_size=64,
+                accumulation=2, lr=1e-5, warmup=150, eval_every=200, n_eval=256, save_every=200),
     "reward_model": dict(n_prompts=None, batch_size=64, accumulation=4, lr=1e-5, warmup=50,
                          lr_floor=0.0, save_every=200),
     "ppo": dict(steps=400, batch_size=128, minibatch_size=32, lr=3e-6, critic_lr=1e-5, warmup=10,
@@ -75,8 +75,8 @@ IMDB = {
 
 TLDR = {
     "all": dict(data="tldr", max_prompt_tokens=448, max_new_tokens=64, dtype="bfloat16"),
-    "sft": dict(init="gpt2", block_size=640, n_texts=None, steps=900, batch_size=64, accumulation=2,
-                lr=1e-5, warmup=150, eval_every=200, n_eval=256, save_every=200),
+    "sft": dict(init="gpt2", block_size=640, n_texts=None, steps=900, batch_size=64,
+                accumulation=2, lr=1e-5, warmup=150, eval_every=200, n_eval=256, save_every=200),
     "reward_model": dict(n_prompts=None, batch_size=64, accumulation=4, lr=1.5e-5, warmup=50,
                          lr_floor=0.0, save_every=200),
     "ppo": dict(steps=400, batch_size=128, minibatch_size=32, epochs=4, lr=3e-6, critic_lr=3e-6,

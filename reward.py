@@ -44,7 +44,8 @@ class Rewarded(Common):
     inherited = (*Common.inherited, "reward", "normalise_reward", "missing_eos_score", "score_clip")
 
 
-REWARD_HINT = "the reward returned it; print its inputs to find out why"        # for run.must_be_finite
+# What to do about a score that is not finite
+REWARD_HINT = "the reward returned it; print its inputs to find out why"
 
 
 class Reward:
@@ -201,8 +202,8 @@ def from_pretrained(auto, name, **options):
             pretrained.read_config(Path(name))
         return auto.from_pretrained(name, **options)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        stop(f"--reward got {name}; it takes reward_model, path/to/file.py:function, or a folder or "
-             f"hub name of a transformers sequence classifier ({files.first_line(error)})")
+        stop(f"--reward got {name}; it takes reward_model, path/to/file.py:function, or a folder "
+             f"or hub name of a transformers sequence classifier ({files.first_line(error)})")
 
 
 def which_label(name, label):
@@ -260,7 +261,7 @@ def load_classifier(name, label, tokenizer, device):
     print(f"reward: {told}")
     classifier = classifier.eval().requires_grad_(False).to(device)
     made_for = f"{name} {files.fingerprint(classifier)}"
-    if label and others != [0]:                          # others == [0]: the same as without a label
+    if label and others != [0]:                          # [0] is what no label means as well
         made_for = f"{name}:{label} {files.fingerprint(classifier)}"
     raw = functools.partial(score_by_classifier, classifier, its_tokenizer, rewarded, others,
                             tokenizer)
@@ -270,7 +271,7 @@ def load_classifier(name, label, tokenizer, device):
 def score_by_classifier(classifier, its_tokenizer, rewarded, others, tokenizer,
                         inputs, targets, mask, batch_size=64):
     """
-    The logit of the rewarded label, or its log-odds against the others, of prompt + response -> (B,)
+    The rewarded label's logit, or its log-odds against the others, for prompt + response -> (B,)
 
     A text that is too long for the classifier keeps its end. A classifier that --export wrote is
     shown the EOS too.

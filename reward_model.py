@@ -2,12 +2,13 @@
 Stage 2: a reward model from comparisons.
 
     1. sample       K responses y_1 .. y_K to each prompt x from the SFT policy
-    2. annotate     the annotators rank them: P(i before j) = sigmoid((gold_i - gold_j) / temperature)
-                    (Bradley and Terry 1952). A ranking gives K (K - 1) / 2 comparisons for K forwards
+    2. annotate     the annotators rank them, each pair with
+                    P(i before j) = sigmoid((gold_i - gold_j) / temperature)
+                    (Bradley and Terry 1952). K forwards give K (K - 1) / 2 comparisons
     3. train        the SFT weights with a scalar head r(x, y), read after the last response token:
                     - mean over comparisons of log sigmoid(r(x, y_w) - r(x, y_l))
                     (Ouyang et al. 2022, equation 1)
-    4. held out     expected accuracy beside the Bayes accuracy, which is an upper bound; calibration
+    4. held out     expected accuracy beside the Bayes accuracy, an upper bound; calibration
     5. normalise    gain and bias, so that scores have mean 0 and standard deviation 1 on the SFT
                     policy's samples (Ziegler et al. 2019): then a KL strength beta means the same
                     for every reward model
@@ -49,7 +50,7 @@ class Config(Common):
     n_prompts: int | None = 2400    # rankings to train on, or comparisons of --data; none: all
     n_held_out: int = 1000          # held-out rankings or comparisons
     n_responses: int = 4            # K, responses in a ranking; 2 is the plain case
-    annotator_temperature: float = 0.6      # annotators' noise; the lower, the more they follow gold
+    annotator_temperature: float = 0.6      # annotators' noise; at 0 they would follow gold
     loss: Literal["bradley_terry", "fidelity"] = "bradley_terry"    # loss of a comparison
     margin: float = 0.0             # by how much the chosen score should lead
     token_wise: bool = False        # compare at every column where two rows differ (DeepSpeed-Chat)
@@ -66,7 +67,8 @@ class Config(Common):
 # --------------------------------------------------------------------------------------------------
 # The maths
 
-def preference_loss(chosen_scores, rejected_scores, kind="bradley_terry", margin=None, weights=None):
+def preference_loss(chosen_scores, rejected_scores, kind="bradley_terry", margin=None,
+                    weights=None):
     """
     Mean loss of comparisons with p = sigmoid(chosen_scores - rejected_scores - margin).
 
@@ -156,7 +158,7 @@ def make_comparisons(policy, tokenizer, prompts, cfg, generator):
         tokens, mask = generate(policy, [ids for ids in chunk for _ in range(K)],
                                 cfg.max_new_tokens, tokenizer.eot_token, generator=generator)
         response_ids = data.responses_of(tokens, mask)
-        responses = [decode_response(tokenizer, ids) for ids in response_ids]        # text, finished
+        responses = [decode_response(tokenizer, ids) for ids in response_ids]    # text, finished
         gold = torch.tensor([reviews.gold(texts[i // K], *response)
                              for i, response in enumerate(responses)])
         order = reviews.rank(gold.view(-1, K), generator, cfg.annotator_temperature)
@@ -180,7 +182,7 @@ def read_comparisons(folder):
 
 
 def batch_of(comparisons, device):
-    """Rankings -> inputs, targets, mask (N K, T): the K responses of a prompt in K rows, best first"""
+    """Rankings -> inputs, targets, mask (N K, T): a prompt's K responses in K rows, best first"""
     prompts = [c["prompt_ids"] for c in comparisons for _ in c["response_ids"]]
     responses = [ids for c in comparisons for ids in c["response_ids"]]
     return [t.to(device) for t in data.collate(prompts, responses)]
@@ -199,7 +201,7 @@ def score_all(reward_model, comparisons, device, batch_size=64):
 @torch.no_grad()
 def normalisation(raw, policy, tokenizer, prompts, cfg, n=512):
     """The gain and bias that give n of the policy's responses mean 0 and standard deviation 1"""
-    generator = torch.Generator().manual_seed(0)         # one reward, one normalisation, at any seed
+    generator = torch.Generator().manual_seed(0)         # the same normalisation at every seed
     temperature = getattr(cfg, "temperature", 1.0) or 1.0
     drawn = data.draw(prompts, n, generator)
     scores = []
@@ -236,7 +238,7 @@ def load_reward_model(folder, sft_policy, tokenizer, device, **compute_options):
 
 
 def export(folder, to):
-    """Write a finished stage's reward model for AutoModelForSequenceClassification, and tokenizer."""
+    """Write a finished reward model, for AutoModelForSequenceClassification, and its tokenizer."""
     saved = files.load_checkpoint(folder, "reward_model", "gpt")
     tokenizer = load_tokenizer(folder)
     reward_model = sft.rebuild(ScalarGPT, saved, folder, "reward_model")
@@ -302,7 +304,7 @@ def main(cfg):
         held_out = make_comparisons(sft_policy, tokenizer, drawn, cfg, run.generator)
         files.write(run.folder / "comparisons.json", json.dumps([comparisons, held_out]))
     K = len(comparisons[0]["response_ids"])
-    better, worse = torch.triu_indices(K, K, offset=1)                       # all pairs of a ranking
+    better, worse = torch.triu_indices(K, K, offset=1)                       # all pairs of ranks
 
     # ---- 3. train
     shape = asdict(trunk.config) | {"dropout": 0.0} | cfg.compute_options()
@@ -319,12 +321,13 @@ def main(cfg):
         means = data.Means()
         batch = data.batch_rows(len(comparisons), cfg.batch_size, step, cfg.seed)
         for rows, share in data.microbatches(batch, cfg.accumulation):
-            inputs, targets, mask = batch_of([comparisons[i] for i in rows], device)        # (B K, T)
+            inputs, targets, mask = batch_of([comparisons[i] for i in rows], device)    # (B K, T)
             if cfg.token_wise:
-                tokens = torch.cat([inputs, targets[:, -1:]], dim=1)                        # (B K, T+1)
+                tokens = torch.cat([inputs, targets[:, -1:]], dim=1)         # (B K, T+1)
                 values = reward_model(tokens)[:, 1:]                         # after each target
-                by_rank = [x.view(len(rows), K, -1) for x in (values, targets, mask)]       # (B, K, T)
-                pairs = [x[:, k].flatten(0, 1) for x in by_rank for k in (better, worse)]   # (pairs, T)
+                by_rank = [x.view(len(rows), K, -1) for x in (values, targets, mask)]  # (B, K, T)
+                pairs = [x[:, k].flatten(0, 1)
+                         for x in by_rank for k in (better, worse)]          # (pairs, T) each
                 chosen, rejected, weights = token_wise_scores(*pairs)
             else:
                 scores = sequence_scores(reward_model, inputs, targets, mask).view(-1, K)   # (B, K)
@@ -333,8 +336,8 @@ def main(cfg):
             (share * loss).backward()
             means.add(metrics, share)
         means.add(run.step(cfg.grad_clip, grad_norm=optimizer))
-        run.log(step, means.result() | {"lr": lr}, ["loss", "accuracy", "margin", "lr", "grad_norm"],
-                every=20)
+        metrics = means.result() | {"lr": lr}
+        run.log(step, metrics, ["loss", "accuracy", "margin", "lr", "grad_norm"], every=20)
         run.checkpoint(step + 1)
 
     # ---- 4. held out
@@ -347,11 +350,11 @@ def main(cfg):
         temperature = cfg.annotator_temperature
         accuracy = reviews.agreement(scores, gold, temperature).item()
         bayes = reviews.agreement(gold, gold, temperature).item()
-        truth = reviews.preference(gold[:, better], gold[:, worse], temperature)            # (N, pairs)
+        truth = reviews.preference(gold[:, better], gold[:, worse], temperature)     # (N, pairs)
         lines = [f"expected accuracy   {accuracy:.3f} on {len(held_out) * len(better)} held-out "
                  "comparisons",
-                 f"Bayes accuracy      {bayes:.3f}, the highest agreement with these annotators that "
-                 "any model can reach",
+                 f"Bayes accuracy      {bayes:.3f}, the highest that any model can reach with "
+                 "these annotators",
                  f"ratio               {accuracy / bayes:.3f}"]
         results = {"accuracy": accuracy, "bayes_accuracy": bayes, "ratio": accuracy / bayes}
     else:
@@ -364,7 +367,7 @@ def main(cfg):
         results = {"accuracy": accuracy, "standard_error": error}
 
     # ---- 5. normalise
-    if built_in:                                                             # the policy's own samples
+    if built_in:                                         # the held-out responses are SFT's samples
         check_spread(scores.mean().item(), scores.std().item(), "responses of the SFT policy")
         gain, bias = 1 / scores.std().item(), -(scores.mean() / scores.std()).item()
     else:

@@ -3,15 +3,16 @@ Look at what a policy writes.
 
     python sample.py --config small --stage sft,ppo         side by side, on held-out prompts
     python sample.py --config small --stage ppo --prompt "A fable about a lighthouse. On the plot:"
-    python sample.py --config small --stage ppo --temperature 0         the likeliest token each time
-    python sample.py --config small --stage ppo,dpo --score             with each response's reward
-    python sample.py --config small --stage ppo --tokens advantage      and each token's, in colour
-    python sample.py --config gpt2 --stage ppo --prompt $'\\n\\nHuman: Hi\\n\\nAssistant:'   newlines, in bash
+    python sample.py --config small --stage ppo --temperature 0     the likeliest token each time
+    python sample.py --config small --stage ppo,dpo --score         with each response's reward
+    python sample.py --config small --stage ppo --tokens advantage  and each token's, in colour
+    python sample.py --config gpt2 --stage ppo --prompt $'\\n\\nHuman: Hi\\n\\nAssistant:'
 
-All policies get the same prompts and the same uniforms, so they differ only by what they have
-learned. A stage of a different run is RUN/STAGE; one of a stage's several policies is STAGE/NAME, as
-in policy_gradient/clip or ppo/ema. Data, lengths, temperature and reward are those of the first of
-the stages, unless you say otherwise. --tokens shows, for each response token,
+The last one writes newlines the way bash does. All policies get the same prompts and the same
+uniforms, so they differ only by what they have learned. A stage of a different run is RUN/STAGE.
+One of a stage's several policies is STAGE/NAME, as in policy_gradient/clip or ppo/ema. Data,
+lengths, temperature and reward are those of the first of the stages, unless you say otherwise.
+--tokens shows, for each response token,
 
     kl          log pi - log pi_ref, its part of the KL to the reference, in nats
     value       V, what the critic expected before the token was chosen
@@ -65,7 +66,7 @@ INHERITED = ("out", "base", "data", "max_prompt_tokens", "text_prompt", "max_new
 
 
 def find(name, run):
-    """A name as in the docstring -> the stage's folder, in this run or its --base, the policy's key"""
+    """A name as in the docstring -> the stage's folder, here or in --base, the policy's key"""
     here = folder_of(run)
     stage, *rest = name.split("/")
     candidates = [(here / stage, rest)]
@@ -99,7 +100,7 @@ def check_has_policy(name, folder, key, saved):
 
 
 def inherit_settings(cfg, folders):
-    """Settings that were left at their defaults are taken from the first stage that has them -> cfg"""
+    """Take settings left at their defaults from the first stage that has them -> cfg"""
     default = Config(config=cfg.config)
     configs = [stored_config(folder) | {"out": run_of(folder)} for folder in folders]
     for name in INHERITED:
@@ -115,7 +116,7 @@ def in_colour(stream=sys.stdout):
 
 
 def paint(pieces, values, largest, colour):
-    """Tokens' texts with a number each, on a background that shows it or before the number -> text"""
+    """Tokens' texts, each on a background that shows its number or followed by it -> text"""
     if not colour:
         return "".join(f"{piece}[{value:+.2f}]" for piece, value in zip(pieces, values))
     painted = []
@@ -218,7 +219,7 @@ def main(cfg):
         data.check_room(cfg, len(prompts[0]), block_size)
     else:
         _, prompts = data.prompts(cfg, tokenizer, block_size, cfg.n)
-    written = []                             # by policy: token lists, scores or None, values or None
+    written = []                     # by policy: token lists, scores or None, values or None
     for policy, saved, (folder, _) in zip(policies, checkpoints, found):
         tokens, mask = generate(policy, prompts, cfg.max_new_tokens, eos_id, cfg.temperature,
                                 torch.Generator().manual_seed(cfg.seed))

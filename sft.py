@@ -102,7 +102,7 @@ def load_policy(folder, device, key="policy", saved=None, **compute_options):
 
 
 def rebuild(kind, saved, folder, key, shape="gpt", **compute_options):
-    """A checkpoint's GPT or ScalarGPT, in eval mode, with LoRA merged; shape: the GPTConfig's key"""
+    """A checkpoint's GPT or ScalarGPT in eval mode, with LoRA merged; shape: the config's key"""
     try:
         model = kind(GPTConfig(**(saved[shape] | compute_options)))
         weights = merged(saved[key])
@@ -195,8 +195,8 @@ def check(cfg):
         stop("--n_texts none takes all of a data set, but the built-in task can generate texts "
              "forever: give a number")
     if cfg.lora_rank and not cfg.init:
-        stop(f"--lora_rank {cfg.lora_rank} trains a small change of good weights, but fresh weights "
-             "must all be trained. Give --init, or use LoRA in the later stages only")
+        stop(f"--lora_rank {cfg.lora_rank} trains a small change of good weights, but fresh "
+             "weights must all be trained. Give --init, or use LoRA in the later stages only")
 
 
 def check_rows(cfg, train, held_out, block_size):
@@ -235,8 +235,8 @@ def main(cfg):
         held_out_texts = data.built_in_texts(cfg.n_texts, cfg.n_eval, cfg.seed)[1]
         entropy = -sum(map(reviews.log_prob, *held_out_texts)) / cfg.n_eval  # nats per response
         length = sum(len(response) for _, response in train) / len(train)
-        print(f"{len(train)} reviews, {length:.1f} tokens a response, {tokenizer.n_vocab} token ids; "
-              f"the grammar's entropy is {entropy:.2f} nats a response")
+        print(f"{len(train)} reviews, {length:.1f} tokens a response, {tokenizer.n_vocab} token "
+              f"ids; the grammar's entropy is {entropy:.2f} nats a response")
     else:
         length = sum(map(len, held_responses)) / len(held_out)
         print(f"{len(train)} texts, {length:.1f} tokens a response, {tokenizer.n_vocab} token ids")
@@ -284,7 +284,7 @@ def main(cfg):
     nats = nats_per_response(policy, held_prompts, held_responses, device)
     check_finite(torch.tensor(nats), "the held-out loss")
     per_token = nats * len(held_out) / sum(map(len, held_responses))
-    shown = held_prompts if built_in else held_prompts[:5]       # all, to count the grammatical ones
+    shown = held_prompts if built_in else held_prompts[:5]   # all, to count the grammatical ones
     tokens, mask = generate(policy, shown, cfg.max_new_tokens, tokenizer.eot_token,
                             generator=run.generator)
     samples = [decode_response(tokenizer, ids) for ids in data.responses_of(tokens, mask)]
@@ -293,15 +293,16 @@ def main(cfg):
     then = "reward_model"
     if built_in:
         good = sum(map(reviews.grammatical, held_out_texts[0], *zip(*samples))) / cfg.n_eval
-        lines += [f"the grammar's entropy  {entropy:6.2f} nats: {nats - entropy:.2f} above the least "
-                  "possible",
+        lines += [f"the grammar's entropy  {entropy:6.2f} nats: {nats - entropy:.2f} above the "
+                  "least possible",
                   f"grammatical samples    {good:6.1%}"]
         results |= {"entropy": entropy, "above_entropy": nats - entropy, "grammatical": good}
     else:
         lines += [f"                       {per_token:6.3f} nats per token"]
         if not train.rows.compared.any():
             then = "ppo --reward path/to/file.py:FUNCTION"
-    examples = [tokenizer.decode(prompt) + text for prompt, (text, _) in zip(held_prompts[:5], samples)]
+    examples = [tokenizer.decode(prompt) + text
+                for prompt, (text, _) in zip(held_prompts[:5], samples)]
     text = "\n".join([*lines, "", *examples])
     return run.finish(text, results, then=then, curves=[
         ("training loss", "nats per token", ["loss"]),

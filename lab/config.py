@@ -41,7 +41,7 @@ class Common(metaclass=Presets):
     config: str = "small"       # preset to start from
     out: str = ""               # run name, for out/RUN/STAGE, or a path; default: the preset's name
     base: str = ""              # run whose finished SFT and reward-model stages to reuse
-    data: str = "reviews"       # built-in task, or a file or folder of JSON, hh, tldr, hf:OWNER/NAME
+    data: str = "reviews"       # built-in task; or a file or folder, hh, tldr, hf:OWNER/NAME
     max_prompt_tokens: int = 128        # with --data: a longer prompt keeps its end
     text_prompt: int = 0        # with plain texts as --data: use the first N tokens as the prompt
     max_new_tokens: int = 48    # longest response sampled
@@ -83,9 +83,11 @@ class Parser(argparse.ArgumentParser):
 
 def parse(Config, doc, argv):
     """--config NAME picks a preset, every other --field value changes one field -> Config"""
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34,
+                                  width=120)
     parser = Parser(description=doc.strip(), epilog=preset_help(Config), allow_abbrev=False,
                     usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS,
-                    formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 34, 120))
+                    formatter_class=formatter)
     types = typing.get_type_hints(Config)
     comments = comments_of(Config)
     for field in fields(Config):
@@ -93,9 +95,11 @@ def parse(Config, doc, argv):
         text = comments.get(field.name, "")
         if typing.get_origin(kind) is typing.Literal:
             text = f"[{'|'.join(typing.get_args(kind))}] {text}"
-        optional_value = {"nargs": "?", "const": True} if kind is bool else {}       # a bare --resume
-        parser.add_argument(f"--{field.name}", metavar=str(field.default), help=text.replace("%", "%%"),
-                            type=functools.partial(read_value, field.name, kind), **optional_value)
+        options = {"metavar": str(field.default), "help": text.replace("%", "%%"),
+                   "type": functools.partial(read_value, field.name, kind)}
+        if kind is bool:                                 # a bare --resume
+            options |= {"nargs": "?", "const": True}
+        parser.add_argument(f"--{field.name}", **options)
     given, unknown = parser.parse_known_args([with_underscores(word) for word in argv])
     if unknown:
         flags = [f"--{name}" for name in types]
@@ -258,6 +262,6 @@ def check_run_name(flag, value):
     special = reserved or path.name in ("", "..")
     foreign = "\\" in value and os.sep != "\\"
     if value and (special or foreign or not value.isprintable() or len(path.name) > 100):
-        stop(f"{flag} got {value!r}; it takes the name of a run, which becomes a folder in out/, or "
-             f"the path of a folder. Not {' or '.join(RESERVED_NAMES)}, no backslash, at most 100 "
-             "characters in the last part, all printable")
+        stop(f"{flag} got {value!r}; it takes the name of a run, which becomes a folder in out/, "
+             f"or the path of a folder. Not {' or '.join(RESERVED_NAMES)}, no backslash, at most "
+             "100 characters in the last part, all printable")

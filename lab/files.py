@@ -2,7 +2,7 @@
 Files that survive a crash, and errors that say what to do.
 
     stop                        raise Stopped with one clear message
-    replacing, write            write to a temporary file, flush it to the disk, rename it into place
+    replacing, write            write to a temporary file, flush it to the disk, rename it
     append, read_lines          a log of one JSON object a line
     new_folder                  fill a folder under a temporary name, then rename it
     one_process                 a lock on whatever only one process at a time may write

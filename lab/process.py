@@ -1,5 +1,5 @@
 """
-The process around a run: its random states, its output, its device, and what else its bits depend on.
+The process around a run: random states, output, device, versions.
 
     random_states, set_random_states    of torch, Python, numpy and the GPU
     safe_output                         nothing that is printed can end a run

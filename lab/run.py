@@ -13,7 +13,7 @@ What the scripts use:
 
     launch                      parse the command line and run main(cfg)
     self_contained              main(cfg) leaves the process as it found it, for use from Python
-    Run                         one stage's folder: begin, sources, restore, steps, step, log, finish
+    Run                         one stage's folder, from begin to finish
     ensure                      the folder of an earlier stage, which is run first if it is missing
     learning_rate               the schedule; set_learning_rate applies it
     stop, Stopped               from lab/files.py: an error with one clear message
@@ -60,9 +60,9 @@ def launch(main, Config, doc):
     except (RuntimeError, MemoryError) as error:
         if not files.out_of_memory(error):
             raise
-        raise SystemExit(f"error: out of memory ({files.first_line(error)[:200]}). Try --accumulation "
-                         "4, --checkpointing 1, --dtype bfloat16, a smaller --batch_size or "
-                         "--max_new_tokens")
+        raise SystemExit(f"error: out of memory ({files.first_line(error)[:200]}). Try "
+                         "--accumulation 4, --checkpointing 1, --dtype bfloat16, a smaller "
+                         "--batch_size or --max_new_tokens")
 
 
 def self_contained(main):
@@ -137,8 +137,9 @@ def ensure(cfg, script):
         fields = {field.name for field in dataclasses.fields(script.Config)}
         unknown = sorted(made_by.keys() - fields)
         if unknown:
-            stop(f"{here}/config.json has the settings {', '.join(unknown)}, which {stage}.py does "
-                 f"not have: a different version started it. {stage}.py --overwrite starts it again")
+            stop(f"{here}/config.json has the settings {', '.join(unknown)}, which {stage}.py "
+                 f"does not have: a different version started it. {stage}.py --overwrite starts it "
+                 "again")
         theirs = script.Config(**made_by)
         print(f"{here} is unfinished; running {stage}.py first\n")
     else:
@@ -158,7 +159,7 @@ def check_data(cfg, folder, made_by):
         ours = getattr(cfg, name)
         if theirs != ours:
             stop(f"{folder} was made with --{name} {theirs}, this is --{name} {ours}; give a "
-                 f"different --out, and --base {folder.parent.name} to start from that stage anyway")
+                 f"different --out, and --base {folder.parent.name} to use that stage anyway")
 
 
 def stored_config(folder):
@@ -238,8 +239,8 @@ class Run:
         if differ:
             theirs = ", ".join(f"{name} {stored[name]}" for name in differ)
             wanted = ", ".join(f"{name} {ours[name]}" for name in differ)
-            stop(f"{self.folder} holds a run with {theirs}, this one has {wanted}; --out NAME keeps "
-                 "both, --overwrite replaces that one")
+            stop(f"{self.folder} holds a run with {theirs}, this one has {wanted}; --out NAME "
+                 "keeps both, --overwrite replaces that one")
 
     def acquire_lock(self):
         def holder():
@@ -319,7 +320,8 @@ class Run:
         saved = files.load_checkpoint(self.folder, "random", *state)
         self.require_same_settings(saved["config"])
         plain = [name for name in state if not hasattr(state[name], "load_state_dict")]
-        for name in sorted(plain, key=lambda name: "data" not in name):      # data: likeliest reason
+        plain.sort(key=lambda name: "data" not in name)          # the likeliest reason comes first
+        for name in plain:
             if without_free_fields(saved[name]) != without_free_fields(state[name]):
                 changed = f"the contents of --{name}" if "data" in name else "the earlier stages"
                 stop(f"{self.folder} was started with a different {name}: {changed} have changed "
@@ -446,7 +448,7 @@ class Run:
                  "operation")
 
     def log(self, step, metrics, columns, every=1):
-        """Write one object to log.jsonl and print one aligned line of the columns, with time left."""
+        """Append one object to log.jsonl; print an aligned line of the columns and the time left."""
         metrics = metrics | self.clock.seconds
         metrics = {name: x.item() if torch.is_tensor(x) else x for name, x in metrics.items()}
         columns = [name for name in columns if name in metrics]
@@ -474,8 +476,8 @@ class Run:
 
     def leave(self, done):
         """End the run after an interrupt; everything is saved."""
-        raise Stopped(f"saved after {done} of {self.last} updates in {self.folder}; the same command "
-                      "with --resume continues from there")
+        raise Stopped(f"saved after {done} of {self.last} updates in {self.folder}; the same "
+                      "command with --resume continues from there")
 
     @staticmethod
     def drop_interrupted_update():
@@ -491,7 +493,7 @@ class Run:
             run.leave(run.step_number)
 
     def save(self, done, random_states=None):
-        """Write checkpoint.pt, once the log is on the disk; never with weights that are not finite."""
+        """Write checkpoint.pt, after the log is on the disk, unless a weight is not finite."""
         for key, thing in self.state.items():
             if isinstance(thing, torch.nn.Module):
                 for name, weight in thing.named_parameters():
@@ -547,8 +549,8 @@ class Run:
 
     def show(self):
         """Print again what a finished stage printed at its end -> its results"""
-        print("This stage finished earlier; changes of the code since then do not show. --overwrite "
-              "runs it again, --out NAME runs it beside.\n")
+        print("This stage finished earlier; changes of the code since then do not show. "
+              "--overwrite runs it again, --out NAME runs it beside.\n")
         print((self.folder / "report.txt").read_text(encoding="utf-8"))
         self.export_if_asked()
         return files.read_json(self.folder / "results.json")
@@ -588,5 +590,5 @@ def without_free_fields(value):
 def check_finite(x, what):
     """Exit if a number is not finite."""
     if not torch.isfinite(x).all():
-        stop(f"{what} is {x[~torch.isfinite(x)][0].item()}; only finite numbers can be learned from "
-             "or measured by. What was saved before is intact")
+        stop(f"{what} is {x[~torch.isfinite(x)][0].item()}; only finite numbers can be learned "
+             "from or measured by. What was saved before is intact")
