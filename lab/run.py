@@ -448,7 +448,7 @@ class Run:
                  "operation")
 
     def log(self, step, metrics, columns, every=1):
-        """Append one object to log.jsonl; print an aligned line of the columns and the time left."""
+        """Append one object to log.jsonl; print one aligned line of the columns and time left."""
         metrics = metrics | self.clock.seconds
         metrics = {name: x.item() if torch.is_tensor(x) else x for name, x in metrics.items()}
         columns = [name for name in columns if name in metrics]
