@@ -2477,10 +2477,13 @@ def test_importing_any_file_does_nothing(tmp_path):
 
 def test_nats_per_response_is_minus_the_mean_log_probability_of_whole_responses():
     gpt = small_gpt()
-    logprobs = [gpt(torch.tensor([p + r])).double().log_softmax(-1)[0, len(p) - 1:-1].gather(
-        1, torch.tensor(r)[:, None]).sum().item() for p, r in zip(PROMPTS, RESPONSES)]
+    total = 0.0
+    for prompt, response in zip(PROMPTS, RESPONSES):
+        log_probs = gpt(torch.tensor([prompt + response])).double().log_softmax(-1)[0]
+        for t, token in enumerate(response):
+            total += log_probs[len(prompt) - 1 + t, token].item()
     nats = sft.nats_per_response(gpt, PROMPTS, RESPONSES, torch.device("cpu"), batch_size=3)
-    assert nats == pytest.approx(-sum(logprobs) / 4, rel=1e-5)
+    assert nats == pytest.approx(-total / 4, rel=1e-5)
 
 
 def test_sft_loss_has_no_gradient_through_prompt_columns_and_one_through_eos():
@@ -2495,12 +2498,16 @@ def test_sft_loss_has_no_gradient_through_prompt_columns_and_one_through_eos():
 # reward_model.py
 
 def test_preference_losses_equal_their_formulas_and_metrics_count_ties_half():
-    chosen, rejected = torch.tensor([1.0, -2.0, 0.5, 3.0]).double(), torch.tensor([0.0, 1.0, 0.5, -3.0]).double()
+    chosen = torch.tensor([1.0, -2.0, 0.5, 3.0]).double()
+    rejected = torch.tensor([0.0, 1.0, 0.5, -3.0]).double()
     p = [1 / (1 + math.exp(-(c - r))) for c, r in zip(chosen.tolist(), rejected.tolist())]
+
     loss, metrics = reward_model.preference_loss(chosen, rejected)
     assert loss.item() == pytest.approx(-sum(map(math.log, p)) / 4)
     assert metrics["accuracy"].item() == pytest.approx((1 + 0 + 0.5 + 1) / 4)
-    assert metrics["margin"].item() == pytest.approx((1 - 3 + 0 + 6) / 4) and metrics["loss"] == loss
+    assert metrics["margin"].item() == pytest.approx((1 - 3 + 0 + 6) / 4)
+    assert metrics["loss"] == loss
+
     fidelity, _ = reward_model.preference_loss(chosen, rejected, "fidelity")
     assert fidelity.item() == pytest.approx(sum(1 - math.sqrt(x) for x in p) / 4)
     with pytest.raises(ValueError, match="got kind 'ipo'"):
@@ -2508,38 +2515,43 @@ def test_preference_losses_equal_their_formulas_and_metrics_count_ties_half():
 
 
 def test_preference_loss_at_no_difference_and_with_margin_and_weights():
-    zero, weights = torch.zeros(3), torch.tensor([0.5, 0.5, 0.0])
-    assert reward_model.preference_loss(zero, zero)[0].item() == pytest.approx(math.log(2))
-    assert reward_model.preference_loss(zero, zero, "fidelity")[0].item() == pytest.approx(1 - math.sqrt(0.5))
-    with_margin = reward_model.preference_loss(zero + 1.0, zero, margin=1.0)[0]
-    assert with_margin.item() == pytest.approx(math.log(2))                    # ahead by just the margin
+    zero = torch.zeros(3)
+    loss, _ = reward_model.preference_loss(zero, zero)
+    assert loss.item() == pytest.approx(math.log(2))
+    loss, _ = reward_model.preference_loss(zero, zero, "fidelity")
+    assert loss.item() == pytest.approx(1 - math.sqrt(0.5))
+    loss, _ = reward_model.preference_loss(zero + 1.0, zero, margin=1.0)
+    assert loss.item() == pytest.approx(math.log(2))           # ahead by exactly the margin
+
     chosen = torch.tensor([1.0, 3.0, 99.0])
-    weighted = reward_model.preference_loss(chosen, zero, weights=weights)[0].item()
-    assert weighted == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(-3))) / 2)
+    loss, _ = reward_model.preference_loss(chosen, zero, weights=torch.tensor([0.5, 0.5, 0.0]))
+    assert loss.item() == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(-3))) / 2)
 
 
 def test_fidelity_is_bounded_and_its_gradient_is_greatest_at_one_third():
     d = torch.linspace(-12, 12, 4801, dtype=torch.float64, requires_grad=True)
-    losses = [reward_model.preference_loss(x[None], torch.zeros(1).double(), "fidelity")[0] for x in d]
+    zero = torch.zeros(1).double()
+    losses = [reward_model.preference_loss(x[None], zero, "fidelity")[0] for x in d]
     (gradient,) = torch.autograd.grad(sum(losses), d)
     assert 0 <= min(losses) and max(losses) <= 1
     steepest = gradient.argmin()
     assert torch.sigmoid(d[steepest]).item() == pytest.approx(1 / 3, abs=2e-3)
-    assert -gradient[steepest].item() == pytest.approx(1 / (3 * math.sqrt(3)), abs=1e-4)       # 0.1925
+    assert -gradient[steepest].item() == pytest.approx(1 / (3 * math.sqrt(3)), abs=1e-4)   # 0.1925
 
 
 def test_token_wise_scores_equal_a_loop_over_pairs_and_columns():
     prompts = [[1, 2], [1, 2], [3], [4, 5, 6]]
-    chosen, rejected = [[7, 8, 10], [7, 10], [7, 10], [1, 10]], [[7, 9, 9, 10], [8, 8, 8, 10], [7, 10], [2]]
-    batch = data.collate(prompts * 2, chosen + rejected)
-    (ct, rt), (cm, rm_) = batch[1].split(4), batch[2].split(4)
-    values = torch.randn(8, batch[0].shape[1], generator=seeded())
-    c, r, w = reward_model.token_wise_scores(*values.split(4), ct, rt, cm, rm_)
+    chosen = [[7, 8, 10], [7, 10], [7, 10], [1, 10]]
+    rejected = [[7, 9, 9, 10], [8, 8, 8, 10], [7, 10], [2]]
+    _, targets, mask = data.collate(prompts * 2, chosen + rejected)
+    values = torch.randn(mask.shape, generator=seeded())                    # (8, T)
+    c, r, w = reward_model.token_wise_scores(*values.split(4), *targets.split(4), *mask.split(4))
     for n, (prompt, a, b) in enumerate(zip(prompts, chosen, rejected)):
-        start = len(prompt) - 1                                                # column of the first response token
-        differ = [k for k in range(max(len(a), len(b))) if a[k:k + 1] != b[k:k + 1]]
-        end = start + max(len(a), len(b))
-        columns = range(start + differ[0] if differ else end - 1, end)         # two equal rows: at their last
+        start = len(prompt) - 1                                # column of the first response token
+        longest = max(len(a), len(b))
+        differing = [k for k in range(longest) if a[k:k + 1] != b[k:k + 1]]
+        first = differing[0] if differing else longest - 1     # equal responses: the last column
+        columns = range(start + first, start + longest)
         assert w[n].nonzero()[:, 0].tolist() == list(columns)
         assert w[n].sum().item() == pytest.approx(1.0)
         for t in columns:
@@ -2556,27 +2568,31 @@ def test_calibration_of_scores_that_are_gold_over_temperature_is_perfect():
     for _, predicted, true, _ in rows[1:]:
         assert predicted == pytest.approx(true, abs=1e-5)
     flipped = reward_model.calibration(-gold / 0.6, truth)
-    assert all(true == pytest.approx(1 - predicted, abs=1e-5) for _, predicted, true, _ in flipped[1:])
+    for _, predicted, true, _ in flipped[1:]:
+        assert true == pytest.approx(1 - predicted, abs=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
 # ppo.py
 
 def test_whiten_gives_masked_mean_zero_and_population_variance_one_or_keeps_the_mean():
-    x, mask = ragged()[0] * 3 + 1, ragged()[4]
+    x, *_, mask = ragged()
+    x = x * 3 + 1
     inside = x[mask > 0]
     plain = (inside - inside.mean()) / inside.var(correction=0).sqrt()
     torch.testing.assert_close(ppo.whiten(x, mask)[mask > 0], plain, atol=1e-6, rtol=1e-6)
     kept = ppo.whiten(x, mask, shift_mean=False)
     torch.testing.assert_close(kept[mask > 0], plain + inside.mean(), atol=1e-6, rtol=1e-6)
     assert not kept[mask == 0].any()
-    assert not ppo.whiten(x[:1, :1], torch.ones(1, 1)).any()                   # one token: no spread, no nan
+    assert not ppo.whiten(x[:1, :1], torch.ones(1, 1)).any()   # one token: no spread, no nan
 
 
 @pytest.mark.parametrize("vocab_size", [2, 3, 7])
 def test_kl_estimates_against_exact_enumeration(vocab_size):
-    log_pi, log_ref = torch.randn(2, vocab_size, generator=seeded(vocab_size), dtype=torch.float64).log_softmax(-1)
-    pi, exact = log_pi.exp(), (log_pi.exp() * (log_pi - log_ref)).sum()
+    logits = torch.randn(2, vocab_size, generator=seeded(vocab_size), dtype=torch.float64)
+    log_pi, log_ref = logits.log_softmax(-1)
+    pi = log_pi.exp()
+    exact = (pi * (log_pi - log_ref)).sum()
     k1, k2, k3 = (ppo.kl_estimate(log_pi, log_ref, kind) for kind in ("k1", "k2", "k3"))
     torch.testing.assert_close((pi * k1).sum(), exact)
     torch.testing.assert_close((pi * k3).sum(), exact)
@@ -2595,38 +2611,51 @@ def test_shaped_rewards_sum_to_score_minus_beta_kl_and_carry_the_score_at_the_la
     for b in range(5):
         columns = mask[b].nonzero()[:, 0].tolist()
         for t in range(9):
-            kl = (logprobs[b, t] - ref_logprobs[b, t]).item()
-            expected = -0.3 * kl * (t in columns) + scores[b].item() * (t == columns[-1])
+            expected = 0.0
+            if t in columns:
+                expected -= 0.3 * (logprobs[b, t] - ref_logprobs[b, t]).item()
+            if t == columns[-1]:
+                expected += scores[b].item()
             assert rewards[b, t].item() == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (1.0, 0.95), (0.9, 0.95), (0.9, 0.0), (0.5, 0.5)])
+@pytest.mark.parametrize("gamma, lam", [
+    (1.0, 1.0),
+    (1.0, 0.95),
+    (0.9, 0.95),
+    (0.9, 0.0),
+    (0.5, 0.5)])
 def test_gae_equals_the_double_sum_of_discounted_residuals_over_finite_episodes(gamma, lam):
     rewards, values, _, _, mask = ragged()
     advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
     for b in range(5):
         columns = mask[b].nonzero()[:, 0].tolist()
-        R, V = rewards[b, columns].tolist(), values[b, columns].tolist() + [0.0]
+        R = rewards[b, columns].tolist()
+        V = values[b, columns].tolist() + [0.0]
+        delta = [R[i] + gamma * V[i + 1] - V[i] for i in range(len(R))]
         for k, t in enumerate(columns):
-            expected = sum((gamma * lam) ** (i - k) * (R[i] + gamma * V[i + 1] - V[i]) for i in range(k, len(R)))
+            expected = sum((gamma * lam) ** (i - k) * delta[i] for i in range(k, len(R)))
             assert advantages[b, t].item() == pytest.approx(expected, abs=1e-12)
             assert returns[b, t].item() == pytest.approx(expected + V[k], abs=1e-12)
-        assert not advantages[b][mask[b] == 0].any() and not returns[b][mask[b] == 0].any()
+    assert not advantages[mask == 0].any() and not returns[mask == 0].any()
 
 
 def test_gae_with_a_perfect_critic_has_no_advantage_in_a_deterministic_episode():
     rewards = torch.tensor([[0.0, 1.0, 2.0, 0.0]]).double()
     mask = torch.tensor([[0.0, 1.0, 1.0, 1.0]]).double()
     values = torch.tensor([[0.0, 1 + 0.9 * 2, 2.0, 0.0]]).double()
-    torch.testing.assert_close(ppo.gae(rewards, values, mask, 0.9, 0.7)[0], torch.zeros(1, 4).double())
+    advantages, _ = ppo.gae(rewards, values, mask, 0.9, 0.7)
+    torch.testing.assert_close(advantages, torch.zeros(1, 4).double())
 
 
-def test_the_whole_score_is_credited_to_the_eos_action_and_all_of_it_to_the_others_at_lambda_one():
+def test_every_token_is_credited_the_whole_score_at_lambda_one_and_eos_always():
     mask = torch.tensor([[0.0, 1.0, 1.0, 1.0]])
-    rewards = ppo.shape_rewards(torch.tensor([1.0]), 0 * mask, 0 * mask, mask, 0.1)
-    assert ppo.gae(rewards, 0 * mask, mask, 1.0, 0.95)[0].tolist() == [[0.0, pytest.approx(0.95 ** 2),
-                                                                       pytest.approx(0.95), 1.0]]
-    assert ppo.gae(rewards, 0 * mask, mask, 1.0, 1.0)[0].tolist() == [[0.0, 1.0, 1.0, 1.0]]
+    zero = torch.zeros(1, 4)
+    rewards = ppo.shape_rewards(torch.tensor([1.0]), zero, zero, mask, 0.1)
+    advantages, _ = ppo.gae(rewards, zero, mask, 1.0, 0.95)
+    assert advantages[0].tolist() == [0.0, pytest.approx(0.95 ** 2), pytest.approx(0.95), 1.0]
+    advantages, _ = ppo.gae(rewards, zero, mask, 1.0, 1.0)
+    assert advantages[0].tolist() == [0.0, 1.0, 1.0, 1.0]
 
 
 def test_critic_targets_of_every_kind():
@@ -2637,14 +2666,15 @@ def test_critic_targets_of_every_kind():
     torch.testing.assert_close(targets["gae"], ppo.gae(rewards, values, mask, 0.9, 0.8)[1])
     for b in range(5):
         columns = mask[b].nonzero()[:, 0].tolist()
-        V = values[b].tolist() + [0.0]
         for t in columns:
-            following = V[t + 1] if t + 1 in columns else 0.0
-            assert targets["td"][b, t].item() == pytest.approx(rewards[b, t].item() + 0.9 * following)
+            next_value = values[b, t + 1].item() if t + 1 in columns else 0.0
+            one_step = rewards[b, t].item() + 0.9 * next_value
+            assert targets["td"][b, t].item() == pytest.approx(one_step)
             to_go = sum(0.9 ** (i - t) * rewards[b, i].item() for i in columns if i >= t)
             assert targets["mc"][b, t].item() == pytest.approx(to_go)
             assert targets["score"][b, t].item() == b
-        assert not any(x[b][mask[b] == 0].any() for x in targets.values())
+    for target in targets.values():
+        assert not target[mask == 0].any()
     with pytest.raises(ValueError, match="got kind 'x'"):
         ppo.critic_targets(rewards, values, scores, mask, "x")
 
@@ -2656,16 +2686,19 @@ def test_critic_targets_of_every_kind():
     (1.5, -2.0, 3.0, 3.0, 0),        # above, bad: all the way back
     (0.5, 2.0, -1.0, -1.0, 0),       # below, good: all the way back
     (0.5, -2.0, 1.6, 0.0, 1)])       # below, bad: far enough
-def test_clipped_policy_loss_in_all_six_cases_with_gradients(ratio, advantage, loss, gradient, clipped):
+def test_clipped_policy_loss_in_all_six_cases_with_gradients(
+        ratio, advantage, loss, gradient, clipped):
     logprobs = torch.tensor([[-1.0 + math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     one = torch.ones(1, 1).double()
     got, metrics = ppo.policy_loss(logprobs, -one, advantage * one, one, clip_eps=0.2)
     got.backward()
-    assert got.item() == pytest.approx(loss) and logprobs.grad.item() == pytest.approx(gradient)
-    assert metrics["clip_fraction"].item() == clipped and metrics["ratio"].item() == pytest.approx(ratio)
+    assert got.item() == pytest.approx(loss)
+    assert logprobs.grad.item() == pytest.approx(gradient)
+    assert metrics["clip_fraction"].item() == clipped
+    assert metrics["ratio"].item() == pytest.approx(ratio)
 
 
-def test_policy_loss_is_the_mean_over_response_tokens_and_at_ratio_one_the_policy_gradient():
+def test_policy_losses_at_ratio_one_are_token_means_with_the_policy_gradient():
     logprobs, _, advantages, _, mask = ragged()
     new = logprobs.clone().requires_grad_()
     for loss, metrics in (ppo.policy_loss(new, logprobs, advantages, mask),
@@ -2684,13 +2717,16 @@ def test_kl_penalty_loss_and_its_gradient_equal_the_formula():
     ratio = (new - old).exp()
     expected = -(ratio * advantages - 0.7 * (ratio - 1 - (new - old)))[mask > 0].mean()
     assert loss.item() == pytest.approx(expected.item())
-    torch.testing.assert_close(gradient, (-(ratio * advantages) + 0.7 * (ratio - 1)) * mask / mask.sum())
+    expected = (-(ratio * advantages) + 0.7 * (ratio - 1)) * mask / mask.sum()
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_kl_penalty_on_a_whole_distribution_is_the_exact_kl_of_old_to_new():
-    log_old, log_new = torch.randn(2, 5, generator=seeded(), dtype=torch.float64).log_softmax(-1)
-    weights = log_old.exp()[None]                                              # the enumeration as the mask
-    loss, _ = ppo.kl_penalty_loss(log_new[None], log_old[None], torch.zeros(1, 5).double(), weights, coef=1.0)
+    logits = torch.randn(2, 5, generator=seeded(), dtype=torch.float64)
+    log_old, log_new = logits.log_softmax(-1)
+    weights = log_old.exp()[None]                              # the mask enumerates every token
+    no_advantage = torch.zeros(1, 5).double()
+    loss, _ = ppo.kl_penalty_loss(log_new[None], log_old[None], no_advantage, weights, coef=1.0)
     torch.testing.assert_close(loss, (log_old.exp() * (log_old - log_new)).sum())
 
 
@@ -2699,7 +2735,8 @@ def test_kl_penalty_on_a_whole_distribution_is_the_exact_kl_of_old_to_new():
     (1.9, 1.0, 2.0, 0.5 * 0.8 ** 2, 0.0, 1),       # moved far towards the target: no more gradient
     (0.1, 1.0, 2.0, 0.5 * 1.9 ** 2, -1.9, 0),      # moved far the wrong way: back
     (3.5, 1.0, 2.0, 0.5 * 1.5 ** 2, 1.5, 0)])      # past the target by more than the clipped error
-def test_clipped_value_loss_in_each_case_with_gradients(value, old, target, loss, gradient, clipped):
+def test_clipped_value_loss_in_each_case_with_gradients(
+        value, old, target, loss, gradient, clipped):
     one = torch.ones(1, 1).double()
     v = (value * one).requires_grad_()
     got, metrics = ppo.value_loss(v, old * one, target * one, one, clip_eps=0.2)
@@ -2707,19 +2744,21 @@ def test_clipped_value_loss_in_each_case_with_gradients(value, old, target, loss
     assert got.item() == pytest.approx(loss) and v.grad.item() == pytest.approx(gradient)
     assert metrics["value_clip_fraction"].item() == clipped and metrics["value_loss"] == got
     plain, metrics = ppo.value_loss(v, old * one, target * one, one, clip_eps=0)
-    assert plain.item() == pytest.approx(0.5 * (value - target) ** 2) and metrics["value_clip_fraction"] == 0
+    assert plain.item() == pytest.approx(0.5 * (value - target) ** 2)
+    assert metrics["value_clip_fraction"] == 0
 
 
 def test_losses_average_over_masked_tokens_only_and_match_finite_differences():
     new, old, advantages, returns, mask = ragged()
-    for f in (lambda x: ppo.policy_loss(x, old, advantages, mask)[0],
+    losses = (lambda x: ppo.policy_loss(x, old, advantages, mask)[0],
               lambda x: ppo.kl_penalty_loss(x, old, advantages, mask, 0.3)[0],
               lambda x: ppo.value_loss(x, old, returns, mask)[0],
-              lambda x: -masked_mean(x, mask)):
+              lambda x: -masked_mean(x, mask))
+    for loss in losses:
         x = new.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(f(x), x)
+        (gradient,) = torch.autograd.grad(loss(x), x)
         step = torch.randn(x.shape, generator=seeded(3), dtype=torch.float64) * 1e-6
-        numeric = (f(new + step) - f(new - step)) / 2
+        numeric = (loss(new + step) - loss(new - step)) / 2
         assert numeric.item() == pytest.approx((gradient * step).sum().item(), rel=1e-4)
         assert not gradient[mask == 0].any()
 
@@ -2728,21 +2767,25 @@ def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant(
     returns, values, _, _, mask = ragged()
     assert ppo.explained_variance(returns, returns, mask).item() == pytest.approx(1.0)
     assert ppo.explained_variance(0 * returns + 5, returns, mask).item() == pytest.approx(0.0)
-    inside = mask > 0
-    expected = 1 - (returns - values)[inside].var(correction=0) / returns[inside].var(correction=0)
-    assert ppo.explained_variance(values, returns, mask).item() == pytest.approx(expected.item())
+    errors = (returns - values)[mask > 0]
+    expected = 1 - errors.var(correction=0) / returns[mask > 0].var(correction=0)
+    got = ppo.explained_variance(values, returns, mask)
+    assert got.item() == pytest.approx(expected.item())
 
 
 def test_proportional_kl_takes_the_papers_steps_and_settles_on_its_target():
     control = ppo.ProportionalKL(0.2, target=6.0, horizon=10000)
     control.update(6.6, n=256)
     assert control.beta == pytest.approx(0.2 * (1 + 0.1 * 256 / 10000))
-    control.update(600.0, n=256)                                               # clipped at 0.2
-    assert control.beta == pytest.approx(0.2 * (1 + 0.1 * 256 / 10000) * (1 + 0.2 * 256 / 10000))
+    control.update(600.0, n=256)                               # clipped at 0.2
+    raised = 0.2 * (1 + 0.1 * 256 / 10000) * (1 + 0.2 * 256 / 10000)
+    assert control.beta == pytest.approx(raised)
     control.update(0.0, n=256)
     assert control.beta < 0.2 * (1 + 0.1 * 256 / 10000)
-    control, kl = ppo.ProportionalKL(0.05, target=6.0, horizon=500), 0.0
-    for _ in range(300):                                                       # a KL that answers 2 / beta, slowly
+
+    control = ppo.ProportionalKL(0.05, target=6.0, horizon=500)
+    kl = 0.0
+    for _ in range(300):                                       # the KL slowly follows 2 / beta
         kl += 0.2 * (2 / control.beta - kl)
         control.update(kl, n=100)
     assert kl == pytest.approx(6.0, rel=0.02)
@@ -2758,7 +2801,7 @@ def test_threshold_kl_doubles_above_and_halves_below_and_else_stays():
 @pytest.mark.parametrize("loss", ["policy_loss", "grpo_loss"])
 @pytest.mark.parametrize("log_ratio", [21.0, 89.0, 1000.0, -1000.0])
 def test_where_the_ratio_overflows_the_clipped_side_has_no_gradient(loss, log_ratio):
-    """inf * 0 is nan: exp overflows in float32 above 88"""
+    """In float32 exp overflows above 88, and inf * 0 is nan."""
     mask = torch.ones(2, 2)
     advantages = torch.tensor([1.0, 0.0])
     old = torch.tensor([[-1.0, -1 - log_ratio], [-1.0, -1 - log_ratio]])
@@ -2774,70 +2817,78 @@ def test_where_the_ratio_overflows_the_clipped_side_has_no_gradient(loss, log_ra
 
 
 def test_the_kl_penalty_does_not_cancel_near_zero():
+    """Computed as ratio - 1 - log ratio in float32, it would be off by 30 % here."""
     log_ratio = torch.tensor([[1e-4, -3e-4, 2e-5]])
     zero = torch.zeros(1, 3)
     loss, _ = ppo.kl_penalty_loss(log_ratio, zero, zero, torch.ones(1, 3), coef=1.0)
     exact = (torch.expm1(log_ratio.double()) - log_ratio.double()).mean().item()
-    assert loss.item() == pytest.approx(exact, rel=1e-3)     # ratio - 1 - log ratio is off by 30 % here
+    assert loss.item() == pytest.approx(exact, rel=1e-3)
 
 
 def test_kl_coefficients_stay_within_reach_of_their_start():
     penalty = ppo.ThresholdKL(1.0, target=0.002)
-    for _ in range(2000):
-        penalty.update(0.0)
-    assert penalty.coef == 1 / 1024
-    for _ in range(10):
-        penalty.update(1.0)
-    assert penalty.coef == 1.0
-    for _ in range(2000):
-        penalty.update(1.0)
-    assert penalty.coef == 1024
+    for kl_old, updates, coef in ((0.0, 2000, 1 / 1024), (1.0, 10, 1.0), (1.0, 2000, 1024)):
+        for _ in range(updates):
+            penalty.update(kl_old)
+        assert penalty.coef == coef
     control = ppo.ProportionalKL(0.4, target=6.0, horizon=30.0)
-    for _ in range(2000):
-        control.update(0.0, 128)
-    assert control.beta == pytest.approx(4e-5)
-    for _ in range(2000):
-        control.update(100.0, 128)
-    assert control.beta == pytest.approx(4e3)
+    for kl, beta in ((0.0, 4e-5), (100.0, 4e3)):
+        for _ in range(2000):
+            control.update(kl, 128)
+        assert control.beta == pytest.approx(beta)
 
 
 def test_old_logprobs_in_bfloat16_come_from_batches_of_the_updates_shape(monkeypatch):
-    shapes, gpt = [], small_gpt()
-    inputs, targets, mask = data.collate([[1, 2]] * 12, [[3] * (1 + i % 4) + [10] for i in range(12)])
-    original = ppo.token_logprobs
-    monkeypatch.setattr(ppo, "token_logprobs", lambda policy, inputs, *args, **kwargs: (
-        shapes.append(len(inputs)), original(policy, inputs, *args, **kwargs))[1])
+    gpt = small_gpt()
+    responses = [[3] * (1 + i % 4) + [10] for i in range(12)]
+    inputs, targets, mask = data.collate([[1, 2]] * 12, responses)
+    batch_sizes = []
+
+    def counted(policy, inputs, *args, **kwargs):
+        batch_sizes.append(len(inputs))
+        return token_logprobs(policy, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(ppo, "token_logprobs", counted)
     cfg = tiny(ppo, minibatch_size=8, accumulation=2)
     whole = ppo.score_rollout(gpt, inputs, targets, mask, cfg)
-    parts = ppo.score_rollout(gpt, inputs, targets, mask, dataclasses.replace(cfg, dtype="bfloat16"))
-    assert shapes == [12, 4, 4, 4]
+    cfg = dataclasses.replace(cfg, dtype="bfloat16")
+    parts = ppo.score_rollout(gpt, inputs, targets, mask, cfg)
+    assert batch_sizes == [12, 4, 4, 4]
     for a, b in zip(whole, parts):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     assert torch.equal(whole[0], token_logprobs(gpt, inputs, targets, mask))
 
 
-def test_first_minibatch_check_passes_at_ratio_one_and_names_what_is_wrong_otherwise(capsys):
-    check, zero, none = ppo.check_first_minibatch, torch.zeros(2, 3), torch.zeros(2)
+def test_the_first_minibatch_must_have_ratio_one_and_no_kl(capsys):
+    zero = torch.zeros(2, 3)
     mask = torch.ones(2, 3)
-    assert check(zero, zero, mask, none, 0.2) == 0.0
+    assert ppo.check_first_minibatch(zero, zero, mask, torch.zeros(2), 0.2) == 0.0
     with pytest.raises(Stopped, match="the ratio should be 1, but the log ratio reaches 1.0e-03"):
-        check(zero + 1e-3, zero, mask, none, 0.2)
+        ppo.check_first_minibatch(zero + 1e-3, zero, mask, torch.zeros(2), 0.2)
     with pytest.raises(Stopped, match="kl_ref should be 0"):
-        check(zero, zero, mask, torch.tensor([0.0, 0.1]), 0.2)
+        ppo.check_first_minibatch(zero, zero, mask, torch.tensor([0.0, 0.1]), 0.2)
     capsys.readouterr()
-    noise, ones = torch.zeros(4, 50), torch.ones(4, 50)
-    noise[0, :3] = torch.tensor([0.3, -0.3, 0.15])           # bfloat16, where a few tokens may be far off
-    assert check(noise - 1, -ones, ones, none, 0.2, dtype="bfloat16") == pytest.approx(2 / 200)
+
+    noise = torch.zeros(4, 50)
+    noise[0, :3] = torch.tensor([0.3, -0.3, 0.15])
+    ones = torch.ones(4, 50)
+
+    def check(*clip_eps, log_ratio=noise, mask=ones, dtype="bfloat16"):
+        return ppo.check_first_minibatch(
+            log_ratio - 1, -ones, mask, torch.zeros(2), *clip_eps, dtype=dtype)
+
+    assert check(0.2) == pytest.approx(2 / 200)                # in bfloat16 a few tokens may be off
     assert capsys.readouterr().out == ""
-    assert check(noise - 1, -ones, ones, none, 0.1, dtype="bfloat16") == pytest.approx(3 / 200)
-    assert "1.5% of the tokens have a ratio outside the clip range" in capsys.readouterr().out
-    assert check(noise - 1, -ones, ones, none, 0.1, 0.4, "bfloat16") == pytest.approx(1 / 200)
-    half = (torch.arange(50) < 25) * ones                    # tokens off the mask do not count
-    assert check(noise - 1, -ones, half, none, 0.2, dtype="bfloat16") == pytest.approx(2 / 100)
+    assert check(0.1) == pytest.approx(3 / 200)
+    warning = "1.5% of the tokens have a ratio outside the clip range"
+    assert warning in capsys.readouterr().out
+    assert check(0.1, 0.4) == pytest.approx(1 / 200)
+    half = (torch.arange(50) < 25) * ones
+    assert check(0.2, mask=half) == pytest.approx(2 / 100)     # tokens off the mask do not count
     with pytest.raises(Stopped, match="the ratio should be 1"):
-        check(noise - 1, -ones, ones, none, 0.2)
+        check(0.2, dtype="float32")
     with pytest.raises(Stopped, match="the ratio should be 1"):
-        check(-1.03 * ones, -ones, ones, none, 0.2, dtype="bfloat16")
+        check(0.2, log_ratio=-0.03 * ones)
 
 
 def test_rollout_check_warns_of_impossible_or_large_kls(capsys):
@@ -2848,12 +2899,13 @@ def test_rollout_check_warns_of_impossible_or_large_kls(capsys):
     assert "never negative" in capsys.readouterr().out
     ppo.check_rollout(fine + 30, 25.0)
     assert "above --kl_bound 25.0" in capsys.readouterr().out
-    ppo.check_rollout(fine[:1] * 0 - 1, 25.0)                                  # one response proves nothing
+    ppo.check_rollout(torch.tensor([-1.0]), 25.0)              # one response proves nothing
     assert capsys.readouterr().out == ""
 
 
 def test_responses_without_eos_get_the_fixed_score_and_scores_can_be_clipped():
-    scalar, batch = small_scalar(), data.collate(PROMPTS, RESPONSES)
+    scalar = small_scalar()
+    batch = data.collate(PROMPTS, RESPONSES)
     finished = torch.tensor([True, True, True, False])
     raw = sequence_scores(scalar, *batch)
     cfg = dataclasses.replace(ppo.Config(), missing_eos_score=-3.0)
