@@ -2919,51 +2919,69 @@ def test_responses_without_eos_get_the_fixed_score_and_scores_can_be_clipped():
 # --------------------------------------------------------------------------------------------------
 # dpo.py
 
-def pair_tensors(n=6, seed=0):
-    return torch.randn(4, n, generator=seeded(seed), dtype=torch.float64)
-
-
-@pytest.mark.parametrize("kind", ["sigmoid", "robust", "ipo", "hinge", "fidelity"])
-def test_dpo_losses_equal_their_formulas(kind):
-    (c, r, rc, rr), beta, margin, weights = pair_tensors(), 0.7, 0.2 if kind != "ipo" else 0.0, torch.arange(1.0, 7.0).double()
-    target = torch.rand(6, generator=seeded(1), dtype=torch.float64)
-    e = 0.1 if kind in ("sigmoid", "robust") else 0.0
-
+def dpo_loss_by_hand(kind, h, beta, margin, target, e):
+    """The loss of one pair, in plain Python: h is how far its log ratios differ."""
     def log_sigma(z):
         return -math.log(1 + math.exp(-z))
-    losses, margins, right = [], [], []
-    for i in range(6):
-        h = ((c[i] - rc[i]) - (r[i] - rr[i])).item()
-        z, t = beta * h - margin, target[i].item()
-        losses.append({
-            "sigmoid": lambda: -((1 - e) * t + e * (1 - t)) * log_sigma(z) - (e * t + (1 - e) * (1 - t)) * log_sigma(-z),
-            "robust": lambda: (-((1 - e) * t - e * (1 - t)) * log_sigma(z)
-                               - ((1 - e) * (1 - t) - e * t) * log_sigma(-z)) / (1 - 2 * e),
-            "ipo": lambda: t * (h - 1 / (2 * beta)) ** 2 + (1 - t) * (-h - 1 / (2 * beta)) ** 2,
-            "hinge": lambda: t * max(0, 1 - z) + (1 - t) * max(0, 1 + z),
-            "fidelity": lambda: 1 - math.sqrt(t * math.exp(log_sigma(z))) - math.sqrt((1 - t) * math.exp(log_sigma(-z))),
-        }[kind]())
-        margins.append(beta * h)
-        right.append(h > 0)
-    loss, metrics = dpo.dpo_loss(c, r, rc, rr, beta, kind, e, margin, target, weights)
-    mean = lambda xs: sum(w * x for w, x in zip(weights.tolist(), xs)) / 21
-    assert loss.item() == pytest.approx(mean(losses)) == metrics["loss"].item()
-    assert metrics["margin"].item() == pytest.approx(mean(margins))
-    assert metrics["accuracy"].item() == pytest.approx(mean(right))
-    plain, _ = dpo.dpo_loss(c, r, rc, rr, beta, kind)
-    hard, _ = dpo.dpo_loss(c, r, rc, rr, beta, kind, target=torch.ones(6, dtype=torch.float64))
+
+    z = beta * h - margin
+    wins, loses = target, 1 - target                           # probabilities
+    if kind == "sigmoid":
+        return (-((1 - e) * wins + e * loses) * log_sigma(z)
+                - (e * wins + (1 - e) * loses) * log_sigma(-z))
+    if kind == "robust":
+        return (-((1 - e) * wins - e * loses) * log_sigma(z)
+                - ((1 - e) * loses - e * wins) * log_sigma(-z)) / (1 - 2 * e)
+    if kind == "ipo":
+        return wins * (h - 1 / (2 * beta)) ** 2 + loses * (-h - 1 / (2 * beta)) ** 2
+    if kind == "hinge":
+        return wins * max(0, 1 - z) + loses * max(0, 1 + z)
+    if kind == "fidelity":
+        p = math.exp(log_sigma(z))
+        q = math.exp(log_sigma(-z))
+        return 1 - math.sqrt(wins * p) - math.sqrt(loses * q)
+
+
+@pytest.mark.parametrize("kind, margin, smoothing", [
+    ("sigmoid", 0.2, 0.1),
+    ("robust", 0.2, 0.1),
+    ("ipo", 0.0, 0.0),
+    ("hinge", 0.2, 0.0),
+    ("fidelity", 0.2, 0.0)])
+def test_dpo_losses_equal_their_formulas(kind, margin, smoothing):
+    beta = 0.7
+    c, r, rc, rr = logprobs = torch.randn(4, 6, generator=seeded(), dtype=torch.float64)
+    target = torch.rand(6, generator=seeded(1), dtype=torch.float64)
+    weights = torch.arange(1.0, 7.0).double()
+
+    def weighted_mean(values):
+        return sum(w * x for w, x in zip(weights.tolist(), values)) / 21
+
+    differences = ((c - rc) - (r - rr)).tolist()
+    losses = [dpo_loss_by_hand(kind, h, beta, margin, t, smoothing)
+              for h, t in zip(differences, target.tolist())]
+    loss, metrics = dpo.dpo_loss(*logprobs, beta, kind, smoothing, margin, target, weights)
+    assert loss.item() == pytest.approx(weighted_mean(losses)) == metrics["loss"].item()
+    assert metrics["margin"].item() == pytest.approx(weighted_mean(beta * h for h in differences))
+    assert metrics["accuracy"].item() == pytest.approx(weighted_mean(h > 0 for h in differences))
+
+    plain, _ = dpo.dpo_loss(*logprobs, beta, kind)
+    hard, _ = dpo.dpo_loss(*logprobs, beta, kind, target=torch.ones(6, dtype=torch.float64))
     assert plain.item() == pytest.approx(hard.item())
 
 
-def test_dpo_at_the_reference_is_ln_2_without_margin_and_half_right_with_the_known_slope():
+def test_dpo_starts_at_ln_2_without_margin_half_right_with_the_known_slope():
     c = torch.tensor([-3.0, -5.0], requires_grad=True)
     r = torch.tensor([-4.0, -2.0], requires_grad=True)
-    loss, metrics = dpo.dpo_loss(c, r, c.detach(), r.detach(), beta=0.3)
+    ref_c, ref_r = c.detach(), r.detach()
+    loss, metrics = dpo.dpo_loss(c, r, ref_c, ref_r, beta=0.3)
     loss.backward()
-    assert loss.item() == pytest.approx(math.log(2)) and metrics["margin"] == 0 and metrics["accuracy"] == 0.5
-    assert torch.allclose(c.grad, torch.tensor(-0.3 / 2 / 2)) and torch.allclose(r.grad, torch.tensor(0.3 / 2 / 2))
-    _, metrics = dpo.dpo_loss(c.detach() + 1e-6, r.detach(), c.detach(), r.detach(), beta=0.3)
-    assert metrics["accuracy"] == 0.5                          # rounding is a tie
+    assert loss.item() == pytest.approx(math.log(2))
+    assert metrics["margin"] == 0 and metrics["accuracy"] == 0.5
+    assert torch.allclose(c.grad, torch.tensor(-0.3 / 2 / 2))
+    assert torch.allclose(r.grad, torch.tensor(0.3 / 2 / 2))
+    _, metrics = dpo.dpo_loss(ref_c + 1e-6, ref_r, ref_c, ref_r, beta=0.3)
+    assert metrics["accuracy"] == 0.5                          # a difference by rounding is a tie
     with pytest.raises(ValueError, match="it is sigmoid, robust"):
         dpo.dpo_loss(c, r, c, r, 0.1, kind="kto")
     with pytest.raises(ValueError, match="belongs to sigmoid and robust"):
@@ -2971,6 +2989,7 @@ def test_dpo_at_the_reference_is_ln_2_without_margin_and_half_right_with_the_kno
 
 
 def loss_of_margin(z, **options):
+    """The DPO loss of pairs with the margins z, at beta 1."""
     zero = torch.zeros_like(z)
     return dpo.dpo_loss(z, zero, zero, zero, beta=1.0, **options)[0]
 
@@ -2979,93 +2998,121 @@ def loss_of_margin(z, **options):
 def test_cdpo_has_a_finite_best_margin(e, best):
     z = torch.tensor([best], requires_grad=True)
     loss_of_margin(z, label_smoothing=e).backward()
-    assert best == pytest.approx(math.log((1 - e) / e), abs=1e-3) and z.grad.abs().item() < 1e-3
+    assert best == pytest.approx(math.log((1 - e) / e), abs=1e-3)
+    assert z.grad.abs().item() < 1e-3
 
 
 def test_robust_is_unbiased_under_flips_and_unbounded_below():
-    z, e = torch.tensor([0.7]), 0.2
-    flipped = (1 - e) * loss_of_margin(z, kind="robust", label_smoothing=e) + e * loss_of_margin(
-        -z, kind="robust", label_smoothing=e)
-    assert flipped.item() == pytest.approx(loss_of_margin(z).item())
-    assert loss_of_margin(torch.tensor([20.0]), kind="robust", label_smoothing=0.1).item() == pytest.approx(-2.5, abs=1e-3)
+    z = torch.tensor([0.7])
+    robust = loss_of_margin(z, kind="robust", label_smoothing=0.2)
+    flipped = loss_of_margin(-z, kind="robust", label_smoothing=0.2)
+    mean = 0.8 * robust + 0.2 * flipped
+    assert mean.item() == pytest.approx(loss_of_margin(z).item())
+    far = loss_of_margin(torch.tensor([20.0]), kind="robust", label_smoothing=0.1)
+    assert far.item() == pytest.approx(-2.5, abs=1e-3)
 
 
-def test_ipo_is_least_at_half_over_beta_hinge_is_flat_past_one_and_fidelity_is_bounded():
-    for kind, z, gradient in (("ipo", 0.5, 0.0), ("ipo", 1.5, 2.0), ("hinge", 1.01, 0.0), ("hinge", 0.99, -1.0),
-                              ("fidelity", -math.log(2), -0.19245), ("fidelity", -40.0, 0.0)):
-        x = torch.tensor([z], requires_grad=True)
-        loss_of_margin(x, kind=kind).backward()
-        assert x.grad.item() == pytest.approx(gradient, abs=1e-4), (kind, z)
-    for z in (-50.0, 0.0, 50.0):
-        assert -1e-6 <= loss_of_margin(torch.tensor([z]), kind="fidelity").item() <= 1
+@pytest.mark.parametrize("kind, z, gradient", [
+    ("ipo", 0.5, 0.0),                       # the best margin: 1 / (2 beta)
+    ("ipo", 1.5, 2.0),
+    ("hinge", 1.01, 0.0),
+    ("hinge", 0.99, -1.0),
+    ("fidelity", -math.log(2), -0.19245),
+    ("fidelity", -40.0, 0.0)])
+def test_ipo_has_its_best_margin_and_hinge_and_fidelity_their_flat_parts(kind, z, gradient):
+    x = torch.tensor([z], requires_grad=True)
+    loss_of_margin(x, kind=kind).backward()
+    assert x.grad.item() == pytest.approx(gradient, abs=1e-4)
+
+
+@pytest.mark.parametrize("z", [-50.0, 0.0, 50.0])
+def test_the_fidelity_loss_of_dpo_is_between_zero_and_one(z):
+    assert -1e-6 <= loss_of_margin(torch.tensor([z]), kind="fidelity").item() <= 1
 
 
 def test_sequence_logprobs_are_sums_or_means_over_response_tokens():
     logprobs, _, _, _, mask = ragged()
-    lengths = mask.sum(1)
-    torch.testing.assert_close(dpo.sequence_logprobs(logprobs, mask), logprobs.sum(1))
-    torch.testing.assert_close(dpo.sequence_logprobs(logprobs, mask, True) * lengths, logprobs.sum(1))
-    twice = torch.cat([logprobs, logprobs], 1)                 # the mean does not change when every token comes twice
-    torch.testing.assert_close(dpo.sequence_logprobs(twice, torch.cat([mask, mask], 1), True),
-                               dpo.sequence_logprobs(logprobs, mask, True))
+    sums = dpo.sequence_logprobs(logprobs, mask)
+    torch.testing.assert_close(sums, logprobs.sum(1))
+    means = dpo.sequence_logprobs(logprobs, mask, True)
+    torch.testing.assert_close(means * mask.sum(1), logprobs.sum(1))
+    twice = torch.cat([logprobs, logprobs], 1)                 # every token twice: the same mean
+    twice_mask = torch.cat([mask, mask], 1)
+    torch.testing.assert_close(dpo.sequence_logprobs(twice, twice_mask, True), means)
 
 
 def test_masking_the_shared_prefix_changes_means_and_not_differences_of_sums():
     gpt = small_gpt()
     prompts, chosen, rejected = [[1, 2], [3]], [[4, 5, 6, 10], [7, 10]], [[4, 5, 10], [8, 9, 10]]
     inputs, targets, mask = data.collate(prompts * 2, chosen + rejected)
-    masks = dpo.after_shared_prefix(*targets.chunk(2), *mask.chunk(2))
-    assert [m.sum(1).tolist() for m in masks] == [[2, 2], [1, 3]]
+    full_masks = mask.chunk(2)
+    cut_masks = dpo.after_shared_prefix(*targets.chunk(2), *full_masks)
+    assert [m.sum(1).tolist() for m in cut_masks] == [[2, 2], [1, 3]]
     logprobs = token_logprobs(gpt, inputs, targets, mask).chunk(2)
-    full, cut = ([dpo.sequence_logprobs(lp, m) for lp, m in zip(logprobs, ms)] for ms in (mask.chunk(2), masks))
-    torch.testing.assert_close(full[0] - full[1], cut[0] - cut[1])
-    full, cut = ([dpo.sequence_logprobs(lp, m, True) for lp, m in zip(logprobs, ms)] for ms in (mask.chunk(2), masks))
-    assert not torch.allclose(full[0] - full[1], cut[0] - cut[1])
+
+    def difference(masks, length_normalise):
+        chosen, rejected = (dpo.sequence_logprobs(lp, m, length_normalise)
+                            for lp, m in zip(logprobs, masks))
+        return chosen - rejected
+
+    torch.testing.assert_close(difference(full_masks, False), difference(cut_masks, False))
+    assert not torch.allclose(difference(full_masks, True), difference(cut_masks, True))
 
 
 def test_pair_logprobs_equal_each_response_alone():
-    gpt, cfg = small_gpt(), tiny(dpo)
-    pairs = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in zip(PROMPTS, RESPONSES, RESPONSES[::-1])]
-    logprobs, lengths, nll = dpo.pair_logprobs(gpt, pairs, cfg)
-    for k, responses in enumerate((RESPONSES, RESPONSES[::-1])):
-        for i, (p, y) in enumerate(zip(PROMPTS, responses)):
-            alone = token_logprobs(gpt, *data.collate([p], [y])).sum().item()
-            assert logprobs[k, i].item() == pytest.approx(alone, abs=1e-4) and lengths[k, i] == len(y)
-    assert nll.item() == pytest.approx(-logprobs[0].sum().item() / sum(map(len, RESPONSES)))
+    gpt = small_gpt()
+    chosen, rejected = RESPONSES, RESPONSES[::-1]
+    pairs = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r}
+             for p, c, r in zip(PROMPTS, chosen, rejected)]
+    logprobs, lengths, nll = dpo.pair_logprobs(gpt, pairs, tiny(dpo))
+    for k, responses in enumerate((chosen, rejected)):
+        for i, (prompt, response) in enumerate(zip(PROMPTS, responses)):
+            alone = token_logprobs(gpt, *data.collate([prompt], [response])).sum().item()
+            assert logprobs[k, i].item() == pytest.approx(alone, abs=1e-4)
+            assert lengths[k, i] == len(response)
+    assert nll.item() == pytest.approx(-logprobs[0].sum().item() / sum(map(len, chosen)))
 
 
 def test_all_pairs_of_rankings_are_made_better_first():
-    comparisons = [{"prompt_ids": [1], "response_ids": [[2], [3], [4]]}, {"prompt_ids": [5], "response_ids": [[6], [7]]}]
+    comparisons = [{"prompt_ids": [1], "response_ids": [[2], [3], [4]]},
+                   {"prompt_ids": [5], "response_ids": [[6], [7]]}]
     pairs = dpo.pairs_of_rankings(comparisons, seeded())
-    assert sorted((*p["prompt_ids"], *p["chosen_ids"], *p["rejected_ids"]) for p in pairs) == [
-        (1, 2, 3), (1, 2, 4), (1, 3, 4), (5, 6, 7)]
+    made = sorted((*p["prompt_ids"], *p["chosen_ids"], *p["rejected_ids"]) for p in pairs)
+    assert made == [(1, 2, 3), (1, 2, 4), (1, 3, 4), (5, 6, 7)]
 
 
 @pytest.mark.parametrize("labels", ["annotators", "reward_model", "soft"])
-def test_sampled_pairs_are_labelled_by_the_probability_that_the_one_beats_the_other(labels, tokenizer):
-    """Scores by length, so that the label of every pair can be told from the pair."""
+def test_sampled_pairs_are_labelled_with_the_probability_of_a_win(labels, tokenizer):
+    """The reward counts tokens and EOS, so each pair's label can be computed from the pair."""
     gpt = small_gpt(vocab_size=tokenizer.n_vocab, block_size=40, std=0.02)
-    reward = lambda inputs, targets, mask, finished: mask.sum(1) / 2 + finished
-    cfg = tiny(dpo, labels=labels, max_new_tokens=6)
-    gpt.transformer.ln_f.bias.data.copy_(gpt.transformer.wte.weight[tokenizer.eot_token] * 300)   # EOS is likely
-    pairs = dpo.sample_pairs(gpt, reward, tokenizer, [data.encode_prompt(tokenizer, TINY_PROMPT)] * 1500, cfg, 0.1, seeded())
-    assert len(pairs) == 1500
-    wins, expected, variance = 0, 0.0, 0.0
-    for pair in pairs:
-        ids = [pair["chosen_ids"], pair["rejected_ids"]]
+    eos_weight = gpt.transformer.wte.weight[tokenizer.eot_token]
+    gpt.transformer.ln_f.bias.data.copy_(eos_weight * 300)     # EOS is likely
+
+    def reward(inputs, targets, mask, finished):
+        return mask.sum(1) / 2 + finished
+
+    def score(response):
         if labels == "annotators":
-            gold = [reviews.gold(TINY_PROMPT, *data.decode_response(tokenizer, y)) / 0.1 for y in ids]
-        else:
-            gold = [len(y) / 2 + (y[-1] == tokenizer.eot_token) for y in ids]
-        p = 1 / (1 + math.exp(gold[1] - gold[0]))
+            text = data.decode_response(tokenizer, response)
+            return reviews.gold(TINY_PROMPT, *text) / 0.1
+        return len(response) / 2 + (response[-1] == tokenizer.eot_token)
+
+    cfg = tiny(dpo, labels=labels, max_new_tokens=6)
+    prompts = [data.encode_prompt(tokenizer, TINY_PROMPT)] * 1500
+    pairs = dpo.sample_pairs(gpt, reward, tokenizer, prompts, cfg, 0.1, seeded())
+    assert len(pairs) == 1500
+    wins, expected, variance = 0, 0.0, 0.0                     # how often the better one won
+    for pair in pairs:
+        chosen, rejected = score(pair["chosen_ids"]), score(pair["rejected_ids"])
+        p = 1 / (1 + math.exp(rejected - chosen))
         if labels == "soft":
             assert pair["target"] == pytest.approx(p, abs=1e-5) and p >= 0.5
-        else:
-            assert pair["target"] == 1
-            if gold[0] != gold[1]:                             # did the better one win?
-                wins += gold[0] > gold[1]
-                expected += max(p, 1 - p)
-                variance += p * (1 - p)
+            continue
+        assert pair["target"] == 1
+        if chosen != rejected:
+            wins += chosen > rejected
+            expected += max(p, 1 - p)
+            variance += p * (1 - p)
     if labels != "soft":
         assert expected > 50 and abs(wins - expected) < 4 * variance ** 0.5
 
