@@ -3120,17 +3120,18 @@ def test_sampled_pairs_are_labelled_with_the_probability_of_a_win(labels, tokeni
 # --------------------------------------------------------------------------------------------------
 # grpo.py
 
-def advantages_by_loop(rewards, G, kind):
+def group_advantages_by_loop(rewards, G, kind):
     result = []
     for start in range(0, len(rewards), G):
         group = rewards[start:start + G]
         mean = sum(group) / G
         std = math.sqrt(sum((r - mean) ** 2 for r in group) / (G - 1))
         for i, r in enumerate(group):
-            others = [group[j] for j in range(G) if j != i]
-            result.append({"grpo": (r - mean) / (std + 1e-4), "dr_grpo": r - mean, "reinforce": r,
-                           "rloo": r - sum(others) / max(1, len(others))}[kind])
-    return result
+            others = group[:i] + group[i + 1:]
+            advantages = {"grpo": (r - mean) / (std + 1e-4), "dr_grpo": r - mean,
+                          "rloo": r - sum(others) / (G - 1), "reinforce": r}
+            result.append(advantages[kind])
+    return torch.tensor(result, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo", "reinforce"])
@@ -3138,87 +3139,114 @@ def test_group_advantages_equal_a_loop_over_groups(kind):
     rewards = torch.randn(24, generator=seeded(), dtype=torch.float64)
     for G in (2, 3, 4, 24):
         ours = grpo.group_advantages(rewards, G, kind)
-        torch.testing.assert_close(ours, torch.tensor(advantages_by_loop(rewards.tolist(), G, kind),
-                                                      dtype=torch.float64), atol=1e-9, rtol=0)
+        by_loop = group_advantages_by_loop(rewards.tolist(), G, kind)
+        torch.testing.assert_close(ours, by_loop, atol=1e-9, rtol=0)
         if kind != "reinforce":
             assert ours.view(-1, G).sum(1).abs().max() < 1e-9
 
 
 def test_group_advantages_move_with_the_rewards_as_they_should():
     rewards = torch.randn(12, generator=seeded(1))
-    of = lambda kind, r=rewards: grpo.group_advantages(r, 4, kind)
-    torch.testing.assert_close(of("rloo"), of("dr_grpo") * 4 / 3)
-    for kind in ("grpo", "dr_grpo", "rloo"):                                   # a prompt's own level does not count
-        torch.testing.assert_close(of(kind, rewards + torch.arange(3.0).repeat_interleave(4)), of(kind),
-                                   atol=1e-5, rtol=0)
-    torch.testing.assert_close(of("grpo", 100 * rewards), of("grpo"), atol=1e-3, rtol=0)       # nor the scale, for grpo
-    torch.testing.assert_close(of("dr_grpo", 100 * rewards), 100 * of("dr_grpo"), atol=1e-3, rtol=0)
-    half = math.sqrt(0.5)                                  # of two, the sample deviation is |r - r'| / sqrt(2)
-    assert grpo.group_advantages(torch.tensor([0.3, 0.9]), 2).tolist() == pytest.approx([-half, half], abs=1e-3)
+    ours = {kind: grpo.group_advantages(rewards, 4, kind) for kind in ("grpo", "dr_grpo", "rloo")}
+    torch.testing.assert_close(ours["rloo"], ours["dr_grpo"] * 4 / 3)
+    for kind, before in ours.items():                          # a prompt's own level does not count
+        shifted = rewards + torch.arange(3.0).repeat_interleave(4)
+        after = grpo.group_advantages(shifted, 4, kind)
+        torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+    after = grpo.group_advantages(100 * rewards, 4, "grpo")    # nor the scale, for grpo
+    torch.testing.assert_close(after, ours["grpo"], atol=1e-3, rtol=0)
+    after = grpo.group_advantages(100 * rewards, 4, "dr_grpo")
+    torch.testing.assert_close(after, 100 * ours["dr_grpo"], atol=1e-3, rtol=0)
+    pair = grpo.group_advantages(torch.tensor([0.3, 0.9]), 2)  # their deviation: |r - r'| / sqrt(2)
+    half = math.sqrt(0.5)
+    assert pair.tolist() == pytest.approx([-half, half], abs=1e-3)
 
 
 def test_sequence_weights_of_a_row_without_tokens_are_zero():
     mask = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
-    assert torch.equal(grpo.token_weights(mask, "sequence"), torch.tensor([[0.25, 0.25], [0.0, 0.0]]))
+    expected = torch.tensor([[0.25, 0.25], [0.0, 0.0]])
+    assert torch.equal(grpo.token_weights(mask, "sequence"), expected)
 
 
-def test_grpos_deviation_is_the_samples_as_in_other_libraries():
+def test_grpo_divides_by_the_sample_deviation_as_other_libraries_do():
     rewards = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64)
     advantages = grpo.group_advantages(rewards, 4)
     assert advantages.tolist() == pytest.approx([-0.9258, -0.4629, 0, 1.3887], abs=1e-3)
-    assert (rewards - 3)[3] / rewards.std(correction=0) / advantages[3] == pytest.approx(1.1547, abs=1e-3)
+    by_population = (rewards - 3)[3] / rewards.std(correction=0)
+    assert by_population / advantages[3] == pytest.approx(1.1547, abs=1e-3)
 
 
 @pytest.mark.parametrize("G", [2, 3, 4, 7, 64])
 def test_groups_of_equal_rewards_have_exactly_zero_advantage_and_gradient(G):
     gpt = small_gpt()
-    inputs, targets, mask = data.collate([[1, 2]] * G, [[3] * (1 + i % 3) + [10] for i in range(G)])
-    for level in (0.1, -3.0, 1e-3, 1234.567):                                  # a mean of equal floats may be off by rounding
+    responses = [[3] * (1 + i % 3) + [10] for i in range(G)]
+    inputs, targets, mask = data.collate([[1, 2]] * G, responses)
+    for level in (0.1, -3.0, 1e-3, 1234.567):                  # a mean of equal floats may be off
         for kind in ("grpo", "dr_grpo", "rloo"):
             advantages = grpo.group_advantages(torch.full((G,), level), G, kind)
             assert torch.equal(advantages, torch.zeros(G))
     logprobs = token_logprobs(gpt, inputs, targets, mask)
     loss, _ = grpo.grpo_loss(logprobs, logprobs.detach(), advantages, grpo.token_weights(mask))
-    assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(loss, list(gpt.parameters())))
+    for gradient in torch.autograd.grad(loss, list(gpt.parameters())):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 def test_group_advantages_refuse_what_makes_no_groups():
-    with pytest.raises(ValueError, match="got 7 scores, which is not a multiple of group_size 3"):
+    wrong = "got 7 scores, which is not a multiple of group_size 3"
+    with pytest.raises(ValueError, match=wrong):
         grpo.group_advantages(torch.zeros(7), 3)
-    with pytest.raises(ValueError, match="got kind 'mean'; it is grpo, dr_grpo, rloo or reinforce"):
+    wrong = "got kind 'mean'; it is grpo, dr_grpo, rloo or reinforce"
+    with pytest.raises(ValueError, match=wrong):
         grpo.group_advantages(torch.zeros(6), 3, "mean")
     for kind in ("grpo", "rloo"):
-        with pytest.raises(ValueError, match=f"got group_size 1 with kind {kind}; a group takes 2 responses or more"):
+        wrong = f"got group_size 1 with kind {kind}; a group takes 2 responses or more"
+        with pytest.raises(ValueError, match=wrong):
             grpo.group_advantages(torch.zeros(6), 1, kind)
-    with pytest.raises(ValueError, match="got normalise 'row'; it is token, sequence or fixed"):
+    wrong = "got normalise 'row'; it is token, sequence or fixed"
+    with pytest.raises(ValueError, match=wrong):
         grpo.token_weights(torch.ones(2, 3), "row")
 
 
 def test_token_weights_say_what_a_token_of_a_short_and_of_a_long_response_counts():
     mask = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0]])
-    token, sequence, fixed = (grpo.token_weights(mask, kind, max_length=5) for kind in ("token", "sequence", "fixed"))
-    assert token[mask > 0].tolist() == [0.25] * 4                              # every token alike
-    torch.testing.assert_close(sequence.sum(1), torch.tensor([0.5, 0.5]))      # every response alike
+    token = grpo.token_weights(mask, "token", max_length=5)
+    assert token[mask > 0].tolist() == [0.25] * 4              # every token counts the same
+    sequence = grpo.token_weights(mask, "sequence", max_length=5)
+    torch.testing.assert_close(sequence.sum(1), torch.tensor([0.5, 0.5]))  # every response does
     torch.testing.assert_close(sequence[1, 1:], torch.full((3,), 1 / 6))
-    torch.testing.assert_close(fixed[mask > 0], torch.full((4,), 0.1))         # whatever was sampled beside
-    assert all(torch.equal(w == 0, mask == 0) for w in (token, sequence, fixed))
+    fixed = grpo.token_weights(mask, "fixed", max_length=5)    # whatever else was sampled
+    torch.testing.assert_close(fixed[mask > 0], torch.full((4,), 0.1))
+    for weights in (token, sequence, fixed):
+        assert torch.equal(weights == 0, mask == 0)
 
 
 @pytest.mark.parametrize("ratio, advantage, loss, gradient, clipped", [
-    (1.1, 2.0, -2.2, -2.2, 0), (1.25, 2.0, -2.5, -2.5, 0), (1.4, 2.0, -2.6, 0.0, 1), (0.5, 2.0, -1.0, -1.0, 0),
-    (0.9, -2.0, 1.8, 1.8, 0), (0.5, -2.0, 1.6, 0.0, 1), (1.4, -2.0, 2.8, 2.8, 0)])
-def test_asymmetric_clipping_in_every_case_with_gradients(ratio, advantage, loss, gradient, clipped):
-    """clip_eps 0.2, clip_eps_high 0.3: what rises may rise further than what falls may fall"""
+    (1.1, 2.0, -2.2, -2.2, 0),
+    (1.25, 2.0, -2.5, -2.5, 0),
+    (1.4, 2.0, -2.6, 0.0, 1),
+    (0.5, 2.0, -1.0, -1.0, 0),
+    (0.9, -2.0, 1.8, 1.8, 0),
+    (0.5, -2.0, 1.6, 0.0, 1),
+    (1.4, -2.0, 2.8, 2.8, 0)])
+def test_asymmetric_clipping_in_every_case_with_gradients(
+        ratio, advantage, loss, gradient, clipped):
+    """clip_eps 0.2, clip_eps_high 0.3: a probability may rise further than it may fall."""
     logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
-    ours, metrics = grpo.grpo_loss(logprobs, torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1), 0.2, 0.3)
+    old = torch.zeros(1, 1)
+    weights = torch.ones(1, 1)
+    ours, metrics = grpo.grpo_loss(logprobs, old, torch.tensor([advantage]), weights, 0.2, 0.3)
     ours.backward()
-    assert ours.item() == pytest.approx(loss) and logprobs.grad.item() == pytest.approx(gradient)
-    assert metrics["clip_fraction"].item() == clipped and metrics["ratio"].item() == pytest.approx(ratio)
+    assert ours.item() == pytest.approx(loss)
+    assert logprobs.grad.item() == pytest.approx(gradient)
+    assert metrics["clip_fraction"].item() == clipped
+    assert metrics["ratio"].item() == pytest.approx(ratio)
 
 
 def test_grpo_loss_by_tokens_is_ppos_and_by_every_weight_a_plain_sum():
     logprobs, old, values, _, mask = ragged()
-    logprobs, old, advantages = 0.3 * logprobs, 0.3 * old, values[:, 0] + torch.arange(5)
+    logprobs = 0.3 * logprobs
+    old = 0.3 * old
+    advantages = values[:, 0] + torch.arange(5)
     ours, metrics = grpo.grpo_loss(logprobs, old, advantages, grpo.token_weights(mask))
     theirs, expected = ppo.policy_loss(logprobs, old, advantages[:, None].expand_as(mask), mask)
     torch.testing.assert_close(ours, theirs)
@@ -3228,83 +3256,147 @@ def test_grpo_loss_by_tokens_is_ppos_and_by_every_weight_a_plain_sum():
     for kind in ("sequence", "fixed"):
         total = 0.0
         for b, t in (mask > 0).nonzero().tolist():
-            rho, length = math.exp(logprobs[b, t] - old[b, t]), {"sequence": mask[b].sum().item(), "fixed": 20}[kind]
-            worst = min(rho * advantages[b].item(), min(max(rho, 0.8), 1.28) * advantages[b].item())
-            total -= worst / length / 5
+            ratio = math.exp(logprobs[b, t] - old[b, t])
+            clipped = min(max(ratio, 0.8), 1.28)
+            advantage = advantages[b].item()
+            length = mask[b].sum().item() if kind == "sequence" else 20
+            total -= min(ratio * advantage, clipped * advantage) / length / 5
         weights = grpo.token_weights(mask, kind, max_length=20)
-        assert grpo.grpo_loss(logprobs, old, advantages, weights, 0.2, 0.28)[0].item() == pytest.approx(total)
+        loss, _ = grpo.grpo_loss(logprobs, old, advantages, weights, 0.2, 0.28)
+        assert loss.item() == pytest.approx(total)
 
 
 @pytest.mark.parametrize("response, kept", [
-    (" The plot is good. The plot is not dull. See it twice.", 1), (" The plot is good. I liked the plot. Skip it.", 1),
-    (" The plot is good. See it twice.", 0), (" The plot is good. The plot is solid. I saw it on a train. See it twice.", 0),
-    (" The plot is good. The music is solid. See it twice.", 0), (" The plot is good, but the music is dull. The plot is thin. Skip it.", 0),
-    (" The plot is good. It is a solid fable. See it twice.", 0), (" The plot is good. The plot is solid.", 0),
-    (" The plot plot is good. The plot is solid. Skip it.", 0), ("", 0), (" See it twice.", 0)])
+    (" The plot is good. The plot is not dull. See it twice.", 1),
+    (" The plot is good. I liked the plot. Skip it.", 1),
+    (" The plot is good. See it twice.", 0),
+    (" The plot is good. The plot is solid. I saw it on a train. See it twice.", 0),
+    (" The plot is good. The music is solid. See it twice.", 0),
+    (" The plot is good, but the music is dull. The plot is thin. Skip it.", 0),
+    (" The plot is good. It is a solid fable. See it twice.", 0),
+    (" The plot is good. The plot is solid.", 0),
+    (" The plot plot is good. The plot is solid. Skip it.", 0),
+    ("", 0),
+    (" See it twice.", 0)])
 def test_the_request_is_three_sentences_about_the_aspect_alone(response, kept):
     prompt = reviews.make_prompt("fable", "a lost letter", "plot")
-    assert reviews.request_kept([prompt, prompt], [response, " The plot is good. The plot is solid. Skip it."]) == [kept, 1]
+    good = " The plot is good. The plot is solid. Skip it."
+    assert reviews.request_kept([prompt, prompt], [response, good]) == [kept, 1]
 
 
 def test_rows_give_back_the_texts_they_were_made_of(tokenizer):
-    prompts, responses = ["A fable about an old map. On the plot:", "", "x"], [" Skip it.", " Worth a look.", " The"]
+    prompts = ["A fable about an old map. On the plot:", "", "x"]
+    responses = [" Skip it.", " Worth a look.", " The"]
     ids = data.encode_texts(tokenizer, prompts, responses)
-    ids[1][2].pop()                                                            # the last one has no EOS
+    ids[1][2].pop()                                            # the last one has no EOS
     assert data.texts_of(tokenizer, *data.collate(*ids)) == (prompts, responses)
 
 
+# ---- a reward function of the user's
+
 def load_own(tokenizer, spec, **changes):
-    """A reward of one's own, not normalised"""
+    """The reward that --reward names, not normalised"""
     cfg = dataclasses.replace(grpo.Config(), reward=spec, normalise_reward=False, **changes)
     return scoring.load_reward(cfg, None, tokenizer, [], "cpu")
 
 
-def test_a_reward_of_ones_own_is_called_with_texts_and_must_give_a_number_for_each(tokenizer, tmp_path, capsys):
-    mine = tmp_path / "mine.py"
-    mine.write_text("def short(prompts, responses):\n    return [-len(r) for r in responses]\n"
-                    "def one(prompts, responses):\n    return [1.0]\nnumber = 3\n"
-                    "def broken(prompts, responses):\n    return [1 / 0 for r in responses]\n")
-    reward, finished = load_own(tokenizer, f"{mine}:short", score_clip=6.0), torch.tensor([True] * 3)
-    batch = data.collate(*data.encode_texts(tokenizer, ["a", "b", "c"], [" The", " Skip it.", " A"]))
-    assert reward(*batch, torch.tensor([True, True, False])).tolist() == [-4, -6, -3]         # clipped; without EOS
+def three_rows(tokenizer):
+    """The inputs, targets and mask of three responses of 4, 9 and 2 characters"""
+    ids = data.encode_texts(tokenizer, ["a", "b", "c"], [" The", " Skip it.", " A"])
+    return data.collate(*ids)
+
+
+REWARDS = """
+def short(prompts, responses):
+    return [-len(r) for r in responses]
+
+def one(prompts, responses):
+    return [1.0]
+
+def broken(prompts, responses):
+    return [1 / 0 for r in responses]
+
+def generator(prompts, responses):
+    yield 1.0
+    1 / 0
+
+number = 3
+"""
+
+
+def test_a_users_reward_is_called_with_the_texts_of_rows(tokenizer, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(REWARDS)
+    reward = load_own(tokenizer, f"{path}:short", score_clip=6.0)
+    scores = reward(*three_rows(tokenizer), torch.tensor([True, True, False]))
+    assert scores.tolist() == [-4, -6, -3]                     # the second clipped, the last no EOS
     assert reward.made_for.startswith("mine.py:short ") and reward.model is None
-    assert load_own(tokenizer, os.path.relpath(mine) + ":short").made_for == reward.made_for
-    for spec, message in ((f"{mine}:number", "has no function number"), (f"{mine}", "it takes reward_model, path/to/file.py:"),
-                          (f"{tmp_path}/none.py:short", "none.py is not there"), ("rm", "it takes reward_model, path/to/")):
-        with pytest.raises(Stopped, match=message):
-            load_own(tokenizer, spec)
-    with pytest.raises(Stopped, match="was given 3 prompts and responses and gave back 1 numbers"):
-        load_own(tokenizer, f"{mine}:one")(*batch, finished)
-    with pytest.raises(Stopped, match="the reward function broken ended in the ZeroDivisionError above"):
-        load_own(tokenizer, f"{mine}:broken")(*batch, finished)
-    assert "return [1 / 0 for r in responses]" in capsys.readouterr().err      # the line of theirs that it was
-    mine.write_text("import beside_it\nthis is no python")
-    with pytest.raises(Stopped, match="mine.py cannot be read .SyntaxError: invalid syntax .*line 2"):
-        load_own(tokenizer, f"{mine}:f")
-    mine.write_text("import sys\nsys.exit(0)\ndef f(): pass")
-    with pytest.raises(Stopped, match="mine.py cannot be imported: it ended in the SystemExit above"):
-        load_own(tokenizer, f"{mine}:f")
-    mine.write_text("def f(p, r):\n    yield 1.0\n    1 / 0\n")
-    with pytest.raises(Stopped, match="ended in the ZeroDivisionError above"):
-        load_own(tokenizer, f"{mine}:f")(*batch, finished)
-    (tmp_path / "beside_it.py").write_text("number = 7.0\n")
-    mine.write_text("import beside_it\ndef f(p, r):\n    return [beside_it.number] * len(r)\n")
-    assert load_own(tokenizer, f"{mine}:f")(*batch, finished).tolist() == [7.0] * 3
-    mine.write_text("import torch\ndef f(p, r):\n    return torch.ones(3, requires_grad=True)\n")
-    other = load_own(tokenizer, f"{mine}:f")
-    assert not other(*batch, finished).requires_grad and other.made_for.split()[1] != reward.made_for.split()[1]    # edited
+    assert load_own(tokenizer, os.path.relpath(path) + ":short").made_for == reward.made_for
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("mine.py:number", "has no function number"),
+    ("mine.py", "it takes reward_model, path/to/file.py:"),
+    ("none.py:short", "none.py is not there"),
+    ("rm", "it takes reward_model, path/to/")])
+def test_a_spec_that_names_no_reward_is_refused(spec, message, tokenizer, here):
+    (here / "mine.py").write_text(REWARDS)
+    with pytest.raises(Stopped, match=message):
+        load_own(tokenizer, spec)
+
+
+@pytest.mark.parametrize("name, message, shown", [
+    ("one", "was given 3 prompts and responses and gave back 1 numbers", ""),
+    ("broken", "the reward function broken ended in the ZeroDivisionError above",
+     "return [1 / 0 for r in responses]"),
+    ("generator", "ended in the ZeroDivisionError above", "1 / 0")])
+def test_a_failing_reward_is_named_and_its_line_shown(
+        name, message, shown, tokenizer, tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(REWARDS)
+    reward = load_own(tokenizer, f"{path}:{name}")
+    with pytest.raises(Stopped, match=message):
+        reward(*three_rows(tokenizer), torch.tensor([True] * 3))
+    assert shown in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code, message", [
+    ("import neighbor\nthis is no python",
+     "mine.py cannot be read .SyntaxError: invalid syntax .*line 2"),
+    ("import sys\nsys.exit(0)\ndef f(): pass",
+     "mine.py cannot be imported: it ended in the SystemExit above")])
+def test_a_reward_file_that_cannot_be_imported_is_named(code, message, tokenizer, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(code)
+    with pytest.raises(Stopped, match=message):
+        load_own(tokenizer, f"{path}:f")
+    path.write_text(REWARDS)
+    load_own(tokenizer, f"{path}:short")                       # repaired
+
+
+def test_a_reward_that_was_edited_is_loaded_anew_with_what_it_imports(tokenizer, tmp_path):
+    path = tmp_path / "mine.py"
+    rows = three_rows(tokenizer)
+    finished = torch.tensor([True] * 3)
+    (tmp_path / "neighbor.py").write_text("number = 7.0\n")
+    path.write_text("import neighbor\ndef f(p, r):\n    return [neighbor.number] * len(r)\n")
+    before = load_own(tokenizer, f"{path}:f")
+    assert before(*rows, finished).tolist() == [7.0] * 3
+    path.write_text("import torch\ndef f(p, r):\n    return torch.ones(3, requires_grad=True)\n")
+    after = load_own(tokenizer, f"{path}:f")
+    assert not after(*rows, finished).requires_grad
+    assert after.made_for.split()[1] != before.made_for.split()[1]
 
 
 @pytest.fixture
-def of_three(tokenizer, tmp_path):
-    """The rewards of a function, as a line of Python or a whole file, for three responses"""
+def three_rewards(tokenizer, tmp_path):
+    """The rewards for three_rows of a function, given as an expression or as a file's text"""
     def rewards(code, name="f", file="mine.py"):
         if "\n" not in code:
             code = f"import numpy as np, torch\ndef f(prompts, completions):\n    return {code}\n"
         (tmp_path / file).write_text(code)
         reward = load_own(tokenizer, f"{tmp_path / file}:{name}", missing_eos_score=None)
-        ids = data.encode_texts(tokenizer, ["a", "b", "c"], [" The", " Skip it.", " A"])
-        return reward(*data.collate(*ids), torch.tensor([True] * 3)).tolist()
+        return reward(*three_rows(tokenizer), torch.tensor([True] * 3)).tolist()
     return rewards
 
 
@@ -3364,15 +3456,19 @@ class NoCall: pass
     "turned trl open_ended stars star alone keywords slash unnamed optional nothing_more "
     "by_lambda anything first_given named_given passes_both passes_args passes_named passes_less "
     "Judge judge method").split())
-def test_a_reward_is_given_what_its_parameters_are_named(name, of_three):
-    assert of_three(CALLABLES, name) == [4, 9, 2]
+def test_a_reward_is_given_what_its_parameters_are_named(name, three_rewards):
+    assert three_rewards(CALLABLES, name) == [4, 9, 2]
 
 
 @pytest.mark.parametrize("name, message", [
     ("answers", "answers.prompts, completions, answer. asks for answer; a reward is given prompts"),
-    ("answer_first", "asks for answer;"), ("answer_last", "asks for answer;"),
-    ("three", "asks for p, r, answer;"), ("outputs", "asks for outputs;"),
-    ("one", "asks for texts;"), ("none", "asks for nothing;"), ("wrapped", "asks for answer;"),
+    ("answer_first", "asks for answer;"),
+    ("answer_last", "asks for answer;"),
+    ("three", "asks for p, r, answer;"),
+    ("outputs", "asks for outputs;"),
+    ("one", "asks for texts;"),
+    ("none", "asks for nothing;"),
+    ("wrapped", "asks for answer;"),
     ("Needs", "cannot be imported: it ended in the TypeError above"),
     ("NoCall", "has no function NoCall")])
 def test_a_reward_that_asks_for_more_is_refused_when_loaded(name, message, tokenizer, here):
@@ -3382,42 +3478,58 @@ def test_a_reward_that_asks_for_more_is_refused_when_loaded(name, message, token
 
 
 @pytest.mark.parametrize("answer", [
-    "np.arange(3.0)", "np.arange(3)[:, None]", "torch.arange(3.0, requires_grad=True)",
-    "torch.arange(3)[:, None].bfloat16()", "(x for x in range(3))", "map(float, range(3))",
-    "(0.0, True, np.float32(2))", "[torch.tensor([0.0]), np.array(1.0), np.longdouble(2)]",
+    "np.arange(3.0)",
+    "np.arange(3)[:, None]",
+    "torch.arange(3.0, requires_grad=True)",
+    "torch.arange(3)[:, None].bfloat16()",
+    "(x for x in range(3))",
+    "map(float, range(3))",
+    "(0.0, True, np.float32(2))",
+    "[torch.tensor([0.0]), np.array(1.0), np.longdouble(2)]",
     "[__import__('decimal').Decimal(0), __import__('fractions').Fraction(1), 2]",
-    "{i: float(i) for i in range(3)}.values()", "np.arange(3).astype(object)"])
-def test_a_reward_gives_its_numbers_in_any_common_form(answer, of_three):
-    assert of_three(answer) == [0, 1, 2]
+    "{i: float(i) for i in range(3)}.values()",
+    "np.arange(3).astype(object)"])
+def test_a_reward_gives_its_numbers_in_any_common_form(answer, three_rewards):
+    assert three_rewards(answer) == [0, 1, 2]
 
 
-def test_a_reward_gives_true_and_false_and_one_number_for_one_response(of_three):
-    assert of_three("np.array([True, False, True])") == [1, 0, 1]
-    assert of_three("[len(completions.pop(0)) for _ in prompts]") == [4, 9, 2]
-    assert guest.numbers(np.array(2.5), "f") == guest.numbers(torch.tensor([[2.5]]), "f") == [2.5]
+def test_a_reward_gives_true_and_false_and_one_number_for_one_response(three_rewards):
+    assert three_rewards("np.array([True, False, True])") == [1, 0, 1]
+    assert three_rewards("[len(completions.pop(0)) for _ in prompts]") == [4, 9, 2]
+    assert guest.numbers(np.array(2.5), "f") == [2.5]
+    assert guest.numbers(torch.tensor([[2.5]]), "f") == [2.5]
 
 
 @pytest.mark.parametrize("answer, why", [
-    ("None", "a NoneType .*generator is wanted"), ("3.0", "a float .*generator is wanted"),
-    ("{0: 1.0, 1: 2.0, 2: 3.0}", "a dict .*is wanted"), ("{1.0, 2.0, 3.0}", "a set .*is wanted"),
-    ("'123'", "a str .*is wanted"), ("b'123'", "a bytes .*is wanted"),
-    ("[1.0, None, 2.0]", r"item .1. is None, of type NoneType"), ("['high'] * 3", "is 'high'"),
-    ("['1.2'] * 3", "item .0. is '1.2', of type str"), ("np.array(['1.2'] * 3)", "of type str"),
-    ("iter(['1.2'] * 3)", "of type str"), ("[np.str_('1.2')] * 3", "of type str_"),
-    ("[b'1'] * 3", "of type bytes"), ("[1j] * 3", "complex"),
-    ("[[1.0], [2.0], [3.0]]", r"item .0. is .1.0., of type list"), ("[10 ** 400] * 3", "type int"),
+    ("None", "a NoneType .*generator is wanted"),
+    ("3.0", "a float .*generator is wanted"),
+    ("{0: 1.0, 1: 2.0, 2: 3.0}", "a dict .*is wanted"),
+    ("{1.0, 2.0, 3.0}", "a set .*is wanted"),
+    ("'123'", "a str .*is wanted"),
+    ("b'123'", "a bytes .*is wanted"),
+    ("[1.0, None, 2.0]", r"item .1. is None, of type NoneType"),
+    ("['high'] * 3", "is 'high'"),
+    ("['1.2'] * 3", "item .0. is '1.2', of type str"),
+    ("np.array(['1.2'] * 3)", "of type str"),
+    ("iter(['1.2'] * 3)", "of type str"),
+    ("[np.str_('1.2')] * 3", "of type str_"),
+    ("[b'1'] * 3", "of type bytes"),
+    ("[1j] * 3", "complex"),
+    ("[[1.0], [2.0], [3.0]]", r"item .0. is .1.0., of type list"),
+    ("[10 ** 400] * 3", "type int"),
     ("torch.zeros(3, 2)", r"its shape is .3, 2."),
     ("np.array([1.0, None, 2.0])", "item .1. is None"),
     ("np.array(2.0)", "gave back 1 numbers"),
-    ("async_one()", "a coroutine .*asyncio.run"), ("async_many()", "an? async_generator ")])
+    ("async_one()", "a coroutine .*asyncio.run"),
+    ("async_many()", "an? async_generator ")])
 @pytest.mark.filterwarnings("error")
-def test_what_is_not_a_list_of_numbers_is_refused_and_named(answer, why, of_three):
+def test_what_is_not_a_list_of_numbers_is_refused_and_named(answer, why, three_rewards):
     code = ("import numpy as np, torch\n"
             "async def async_one(): pass\n"
             "async def async_many(): yield\n"
             f"f = lambda p, r: {answer}\n")
     with pytest.raises(Stopped, match=f"^error: the reward function f .*{why}.*should give one"):
-        of_three(code)
+        three_rewards(code)
 
 
 WORKERS = """
@@ -3438,22 +3550,23 @@ def forked(prompts, responses):
 
 
 @pytest.mark.parametrize("name", ["judge", "data", "ppo", "tiktoken", "my-judge", "judge.v2"])
-def test_worker_processes_find_the_functions_of_a_reward(name, of_three, tmp_path):
-    """Whether or not its file is named like one of ours, an installed one, or no module at all"""
+def test_worker_processes_find_the_functions_of_a_reward(name, three_rewards):
+    """Even if its file has the name of ours, of an installed one, or of no possible module."""
     module = sys.modules.get(name)
-    assert of_three(WORKERS, "pooled", f"{name}.py") == of_three(WORKERS, "forked", f"{name}.py")
+    assert three_rewards(WORKERS, "pooled", f"{name}.py") == [4, 9, 2]
+    assert three_rewards(WORKERS, "forked", f"{name}.py") == [4, 9, 2]
     assert sys.modules.get(name) is module
 
 
-def test_a_reward_may_be_named_like_a_module_of_python(of_three):
+def test_a_reward_may_be_named_like_a_module_of_python(three_rewards):
     code = "def f(prompts, responses):\n    import json\n    return map(len, responses)\n"
     for name in ("json", "random", "model", "test"):
-        assert of_three(code, file=f"{name}.py") == [4, 9, 2]
+        assert three_rewards(code, file=f"{name}.py") == [4, 9, 2]
     assert json is sys.modules["json"] and model is sys.modules["model"]
 
 
-def test_a_reward_meets_its_neighbors_and_we_meet_ours(of_three, tmp_path, monkeypatch):
-    """Imported by the file, by the function when called, and in a worker process of it"""
+def test_a_reward_imports_its_neighbors_and_we_import_ours(three_rewards, tmp_path, monkeypatch):
+    """Imported by its file, by its function when called, and in one of its worker processes."""
     main = types.ModuleType("__main__")
     main.__file__ = str(HERE / "ppo.py")
     monkeypatch.setitem(sys.modules, "__main__", main)
@@ -3463,19 +3576,17 @@ def test_a_reward_meets_its_neighbors_and_we_meet_ours(of_three, tmp_path, monke
     (tmp_path / "options" / "inner.py").write_text("from files import length\n")
     before = dict(sys.modules)
     early = WORKERS + "import files\nimport reviews\ncheck = files.length\n"
-    assert of_three(early, "pooled") == [4, 9, 2]
+    assert three_rewards(early, "pooled") == [4, 9, 2]
     late = ("def f(prompts, responses):\n    from options import inner\n"
             "    return map(inner.length, responses)\n")
-    assert of_three(late) == [4, 9, 2]
-    assert all(sys.modules[name] is module for name, module in before.items())
+    assert three_rewards(late) == [4, 9, 2]
+    for name, module in before.items():
+        assert sys.modules[name] is module
     assert not {"mine", "options.inner"} & sys.modules.keys()
-    assert sys.path[-1] == str(tmp_path) != sys.path[0]      # for workers that start after a call
+    assert sys.path[-1] == str(tmp_path) != sys.path[0]        # for workers that start after a call
 
 
-def test_what_a_reward_sets_for_the_whole_program_is_set_back(of_three, tmp_path, monkeypatch):
-    """By its file, for which it holds when it is called, and by its function"""
-    monkeypatch.chdir(tmp_path)
-    wild = """
+SETS_EVERYTHING = """
 import os, random, sys, torch
 torch.set_grad_enabled(False)
 torch.set_default_dtype(torch.bfloat16)
@@ -3484,6 +3595,7 @@ torch.use_deterministic_algorithms(True)
 os.mkdir("work")
 os.chdir("work")
 sys.path.insert(0, "/nowhere")
+
 def f(prompts, responses):
     assert torch.zeros(1).is_meta and torch.zeros(1).dtype == torch.bfloat16
     assert os.path.basename(os.getcwd()) == "work" and sys.path[0] == "/nowhere"
@@ -3491,34 +3603,43 @@ def f(prompts, responses):
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     os.rmdir(os.getcwd())
     return [random.random() for _ in responses]
+
 def broken(prompts, responses):
     torch.set_float32_matmul_precision("medium")
     torch.set_grad_enabled(True)
     os.chdir("/")
     1 / 0
 """
+
+
+def test_what_a_reward_sets_for_the_whole_program_is_set_back(
+        three_rewards, tmp_path, monkeypatch):
+    """What its file sets holds again when its function is called; neither reaches the program."""
+    monkeypatch.chdir(tmp_path)
+
     def state():
         return (torch.is_grad_enabled(), torch.get_default_dtype(), torch.zeros(1).device,
                 torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(),
                 torch.get_float32_matmul_precision(), os.getcwd(), sys.path[0],
                 torch._C._len_torch_function_stack(), sys.modules["__main__"])
+
     before = state()
     random.seed(3)
-    lucky = random.Random(3)
-    drawn = [lucky.random() for _ in range(3)]
-    assert of_three(wild) == pytest.approx(drawn)
-    assert random.random() == lucky.random()                                   # it is not set back
+    twin = random.Random(3)
+    drawn = [twin.random() for _ in range(3)]
+    assert three_rewards(SETS_EVERYTHING) == pytest.approx(drawn)
+    assert random.random() == twin.random()                    # generators are not set back
     assert state() == before
     with torch.no_grad(), pytest.raises(Stopped, match="ended in the ZeroDivisionError"):
-        of_three(wild, "broken")
+        three_rewards(SETS_EVERYTHING, "broken")
     assert state() == before
 
 
-def test_a_keyboard_interrupt_passes_through_a_reward(of_three):
+def test_a_keyboard_interrupt_passes_through_a_reward(three_rewards):
     for code in ("def f(p, r):\n    raise KeyboardInterrupt\n",
                  "raise KeyboardInterrupt\nf = len\n"):
         with pytest.raises(KeyboardInterrupt):
-            of_three(code)
+            three_rewards(code)
     assert not experiment.Run.in_users_code
 
 
