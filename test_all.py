@@ -3652,27 +3652,37 @@ def test_every_rungs_psi_equals_its_sum_over_a_response(gamma):
     psi = {rung: f(rewards, values, mask, gamma, 0.7) for rung, f in policy_gradient.PSI.items()}
     for b in range(len(mask)):
         columns = (mask[b] > 0).nonzero().squeeze(1).tolist()
-        R, V = rewards[b, columns].tolist(), values[b, columns].tolist() + [0.0]
         n = len(columns)
+        R = rewards[b, columns].tolist()
+        V = values[b, columns].tolist() + [0.0]
         to_go = [sum(gamma ** (l - t) * R[l] for l in range(t, n)) for t in range(n)]
         delta = [R[t] + gamma * V[t + 1] - V[t] for t in range(n)]
-        wanted = {"plain_value": [R[t] + gamma * V[t + 1] for t in range(n)],
-                  "total_return": [sum(gamma ** l * R[l] for l in range(n))] * n, "reward_to_go": to_go,
-                  "baseline": [G - v for G, v in zip(to_go, V)], "a2c": delta,
-                  "gae": [sum((gamma * 0.7) ** (l - t) * delta[l] for l in range(t, n)) for t in range(n)]}
-        for rung, numbers in wanted.items():
+        discount = gamma * 0.7
+        expected = {
+            "plain_value": [R[t] + gamma * V[t + 1] for t in range(n)],
+            "total_return": [sum(gamma ** l * R[l] for l in range(n))] * n,
+            "reward_to_go": to_go,
+            "baseline": [G - v for G, v in zip(to_go, V)],
+            "a2c": delta,
+            "gae": [sum(discount ** (l - t) * delta[l] for l in range(t, n)) for t in range(n)]}
+        for rung, numbers in expected.items():
             assert psi[rung][b, columns].tolist() == pytest.approx(numbers), rung
             assert not psi[rung][b][mask[b] == 0].any(), rung
 
 
 def test_conjugate_gradient_solves_what_a_direct_solver_solves():
     root = torch.randn(12, 12, generator=seeded(), dtype=torch.float64)
-    A, b = root @ root.T + 0.1 * torch.eye(12), torch.randn(12, generator=seeded(1), dtype=torch.float64)
+    A = root @ root.T + 0.1 * torch.eye(12)
+    b = torch.randn(12, generator=seeded(1), dtype=torch.float64)
     exact = torch.linalg.solve(A, b)
-    torch.testing.assert_close(policy_gradient.conjugate_gradient(lambda v: A @ v, b, 20), exact, atol=1e-6, rtol=1e-6)
-    errors = [(policy_gradient.conjugate_gradient(lambda v: A @ v, b, n) - exact) @ A @
-              (policy_gradient.conjugate_gradient(lambda v: A @ v, b, n) - exact) for n in range(13)]
-    assert all(after < before for before, after in zip(errors, errors[1:]))   # in the norm of A it always falls
+
+    def solution(b, steps):
+        return policy_gradient.conjugate_gradient(lambda v: A @ v, b, steps)
+
+    torch.testing.assert_close(solution(b, 20), exact, atol=1e-6, rtol=1e-6)
+    errors = [solution(b, steps) - exact for steps in range(13)]
+    norms = [e @ A @ e for e in errors]                        # in the norm of A they always fall
+    assert all(after < before for before, after in zip(norms, norms[1:]))
     zero = torch.zeros(12, dtype=torch.float64)
     assert torch.equal(policy_gradient.conjugate_gradient(lambda v: A @ v, zero), zero)
 
@@ -3680,24 +3690,33 @@ def test_conjugate_gradient_solves_what_a_direct_solver_solves():
 def test_mean_kl_is_the_mean_over_response_tokens_of_the_whole_distributions():
     old, new = small_gpt(seed=0), small_gpt(seed=1)
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
-    p, q = (policy_gradient.token_distributions(m, inputs, mask, 0.7) for m in (old, new))
+    p = policy_gradient.token_distributions(old, inputs, mask, 0.7)
+    q = policy_gradient.token_distributions(new, inputs, mask, 0.7)
     total = 0.0
     for b, t in (mask > 0).nonzero().tolist():
-        a, c = ((m(inputs)[b, t].double() / 0.7).log_softmax(-1) for m in (old, new))
-        total += (a.exp() * (a - c)).sum().item()
-    assert policy_gradient.mean_kl(p, q).item() == pytest.approx(total / mask.sum().item(), rel=1e-4)
-    torch.testing.assert_close(p.gather(1, targets[mask > 0][:, None]).squeeze(1),
-                               token_logprobs(old, inputs, targets, mask, 0.7)[mask > 0])
+        log_p, log_q = ((gpt(inputs)[b, t].double() / 0.7).log_softmax(-1) for gpt in (old, new))
+        total += (log_p.exp() * (log_p - log_q)).sum().item()
+    mean = total / mask.sum().item()
+    assert policy_gradient.mean_kl(p, q).item() == pytest.approx(mean, rel=1e-4)
+    chosen = p.gather(1, targets[mask > 0][:, None]).squeeze(1)
+    logprobs = token_logprobs(old, inputs, targets, mask, 0.7)
+    torch.testing.assert_close(chosen, logprobs[mask > 0])
 
 
 def test_gradient_noise_is_the_trace_of_the_covariance_and_the_square_of_the_mean():
-    generator, D = seeded(), 50
-    mean, std = torch.linspace(-1, 1, D), torch.linspace(0.1, 2, D)
-    variances, signal = policy_gradient.gradient_noise(mean + std * torch.randn(D, generator=generator) for _ in range(4000))
-    truth, error = (std ** 2).sum().item(), variances.std().item() / 2000 ** 0.5
-    assert len(variances) == 2000 and abs(variances.mean().item() - truth) < 4 * error < 0.05 * truth
+    generator = seeded()
+    mean = torch.linspace(-1, 1, 50)
+    std = torch.linspace(0.1, 2, 50)
+    gradients = (mean + std * torch.randn(50, generator=generator) for _ in range(4000))
+    variances, signal = policy_gradient.gradient_noise(gradients)
+    trace = (std ** 2).sum().item()
+    error = variances.std().item() / 2000 ** 0.5
+    assert len(variances) == 2000
+    assert abs(variances.mean().item() - trace) < 4 * error < 0.05 * trace
     assert signal == pytest.approx((mean ** 2).sum().item(), rel=0.05)
-    variances, signal = policy_gradient.gradient_noise(iter([torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0]), torch.zeros(2), torch.ones(2)]))
+
+    pairs = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 0.0], [1.0, 1.0]])
+    variances, signal = policy_gradient.gradient_noise(iter(pairs))
     assert variances.tolist() == [10, 1] and signal == pytest.approx(1.5)
 
 
@@ -3708,142 +3727,196 @@ def test_the_mixture_is_the_average_density_by_number_of_samples():
     logprobs = torch.randn(2, 3, 4, generator=seeded(), dtype=torch.float64)
     q = frontier.mixture_logprobs(logprobs, [1, 3])
     for p, n in itertools.product(range(3), range(4)):
-        assert q[p, n].item() == pytest.approx(math.log(
-            0.25 * math.exp(logprobs[0, p, n]) + 0.75 * math.exp(logprobs[1, p, n])))
+        density = 0.25 * math.exp(logprobs[0, p, n]) + 0.75 * math.exp(logprobs[1, p, n])
+        assert q[p, n].item() == pytest.approx(math.log(density))
 
 
 def exactly(listing):
-    """The listing as samples of the uniform distribution: rewards, log weights, so that means are exact"""
+    """Rewards and log weights of the listing as uniform samples, whose means are exact"""
     return listing.scores.double(), listing.ref + math.log(len(listing.responses))
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 1.0, 5.0])
 def test_the_optimum_equals_enumeration(listing, beta):
-    best = (listing.ref + listing.scores.double() / beta).softmax(1)
+    scores = listing.scores.double()
+    best = (listing.ref + scores / beta).softmax(1)
     kl = (best * (best.log() - listing.ref)).sum(1).mean().item()
-    reward = (best * listing.scores).sum(1).mean().item()
-    point = frontier.optimum(*exactly(listing), beta, values=listing.scores.double() ** 2)
-    assert point["reward"].item() == pytest.approx(reward) and point["kl"].item() == pytest.approx(kl, abs=1e-5)
+    reward = (best * scores).sum(1).mean().item()
+    point = frontier.optimum(*exactly(listing), beta, values=scores ** 2)
+    assert point["reward"].item() == pytest.approx(reward)
+    assert point["kl"].item() == pytest.approx(kl, abs=1e-5)
     assert point["objective"].item() == pytest.approx(reward - beta * kl, abs=1e-5)
-    assert point["value"].item() == pytest.approx((best * listing.scores ** 2).sum(1).mean().item())
+    assert point["value"].item() == pytest.approx((best * scores ** 2).sum(1).mean().item())
     torch.testing.assert_close(point["ess"], 1 / (best ** 2).sum(1))
 
 
 def test_the_frontier_is_reached_by_pi_star_and_by_nobody_passed(listing):
+    scores = listing.scores.double()
     for beta in (0.3, 1.0, 3.0):
         point = frontier.optimum(*exactly(listing), beta)
         best, at = frontier.best_reward(*exactly(listing), point["kl"])
-        assert best.item() == pytest.approx(point["reward"].item(), abs=1e-3) and at["beta"] == pytest.approx(beta, rel=0.04)
-    for seed in range(30):                                     # policies of all sorts, some near pi*
+        assert best.item() == pytest.approx(point["reward"].item(), abs=1e-3)
+        assert at["beta"] == pytest.approx(beta, rel=0.04)
+    for seed in range(30):                                     # various policies, some near pi*
         noise = torch.randn(2, 40, generator=seeded(seed)) * (seed % 5) / 4
-        p = (listing.ref + (seed % 3) * listing.scores.double() + noise).softmax(1)
+        p = (listing.ref + (seed % 3) * scores + noise).softmax(1)
         kl = (p * (p.log() - listing.ref)).sum(1).mean()
-        assert (p * listing.scores).sum(1).mean() <= frontier.best_reward(*exactly(listing), kl)[0] + 1e-6
+        best, _ = frontier.best_reward(*exactly(listing), kl)
+        assert (p * scores).sum(1).mean() <= best + 1e-6
 
 
 def drawn_samples(listing, policies, counts, seed=0):
-    """Samples of tables of probabilities, as collect would make them"""
-    at = torch.cat([torch.multinomial(p, n, replacement=True, generator=seeded(seed + k))
-                    for k, (p, n) in enumerate(zip(policies, counts))], dim=1)              # (P, N)
-    gather = lambda x: x.double().gather(1, at)
-    one, N = torch.ones(at.shape), at.shape[1]
-    return frontier.Samples([[1]] * 2, ["SFT", *"ABC"[:len(counts) - 1]], counts, [TINY_PROMPT] * 2, [[" Skip it."] * N] * 2,
-                            gather(listing.scores), torch.stack([gather(p.log()) for p in policies]),
-                            one, one, one, gather(listing.scores), one)
+    """Samples of SFT, A, B, .., given as tables of probabilities, as collect would make them"""
+    draws = [torch.multinomial(p, n, replacement=True, generator=seeded(seed + k))
+             for k, (p, n) in enumerate(zip(policies, counts))]
+    drawn = torch.cat(draws, dim=1)                            # (P, N)
+    scores = listing.scores.double().gather(1, drawn)
+    one = torch.ones(drawn.shape)
+    texts = [[" Skip it."] * drawn.shape[1]] * 2
+    return frontier.Samples(
+        [[1]] * 2, ["SFT", "A", "B"][:len(counts)], counts, [TINY_PROMPT] * 2, texts, scores,
+        logprobs=torch.stack([p.log().double().gather(1, drawn) for p in policies]),
+        entropy=one, lengths=one, finished=one, gold=scores, grammatical=one)
 
 
 def test_z_is_estimated_without_bias_and_its_log_from_below(listing):
-    beta, policies = 0.5, [listing.ref.exp(), listing.best]
-    z = (listing.ref + listing.scores / beta).logsumexp(1).exp()                               # (P,)
-    samples = drawn_samples(listing, policies, [6000, 2000])
-    scores, log_weights = samples.scores, samples.log_weights()                               # 2000 estimates from 3 + 1
-    rows = torch.cat([torch.arange(6000).view(2000, 3), 6000 + torch.arange(2000).view(2000, 1)], 1)
-    each = torch.exp(log_weights + scores / beta)[:, rows].mean(-1)                           # (P, 2000)
+    beta = 0.5
+    z = (listing.ref + listing.scores / beta).logsumexp(1).exp()            # (P,)
+    samples = drawn_samples(listing, [listing.ref.exp(), listing.best], [6000, 2000])
+    rows = torch.cat([torch.arange(6000).view(2000, 3), torch.arange(6000, 8000).view(2000, 1)], 1)
+    rewards = samples.scores / beta
+    # 2000 estimates, each from three samples of the reference and one of pi*: (P, 2000)
+    each = torch.exp(samples.log_weights() + rewards)[:, rows].mean(-1)
     assert ((each.mean(1) - z).abs() < 4 * each.std(1) / 2000 ** 0.5).all()
     assert (each.log().mean(1) < z.log()).all()
-    wrong = torch.exp(scores / beta)[:, rows].mean(-1)                                        # without weights
-    assert ((wrong.mean(1) - z).abs() > 10 * wrong.std(1) / 2000 ** 0.5).any()
+    unweighted = torch.exp(rewards)[:, rows].mean(-1)
+    error = unweighted.std(1) / 2000 ** 0.5
+    assert ((unweighted.mean(1) - z).abs() > 10 * error).any()
 
 
 def test_pi_star_has_the_whole_share_and_the_reference_none(listing):
-    worse = (listing.ref + 0.5 * listing.scores.double() / BETA + 1.5 * torch.randn(2, 40, generator=seeded())).softmax(1)
-    samples = drawn_samples(listing, [listing.ref.exp(), listing.best, worse], [3000, 3000, 3000])
+    scores = listing.scores.double()
+    noise = 1.5 * torch.randn(2, 40, generator=seeded())
+    worse = (listing.ref + 0.5 * scores / BETA + noise).softmax(1)
+    policies = [listing.ref.exp(), listing.best, worse]        # SFT, A, B
+    samples = drawn_samples(listing, policies, [3000, 3000, 3000])
     limit = frontier.share_of_frontier(samples, "A")
     assert limit["share"] == pytest.approx(1, abs=0.03) and limit["trusted"]
     assert frontier.share_of_frontier(samples, "SFT")["share"] is None
+
     reached = frontier.fraction_of_optimum(samples, "A", BETA)
     assert reached["fraction"] == pytest.approx(1, abs=0.03)
     assert reached["objective"] == pytest.approx(listing.objective(listing.best), abs=0.02)
-    start = listing.objective(listing.ref.exp())
-    exact = (listing.objective(worse) - start) / (listing.objective(listing.best) - start)
+    exact = listing.fraction(worse)
     reached = frontier.fraction_of_optimum(samples, "B", BETA)
     assert abs(reached["fraction"] - exact) < 5 * reached["standard_error"] + 0.02 and exact < 0.9
-    assert frontier.misfit(samples, "A", "SFT", BETA) == pytest.approx(0, abs=1e-5)            # also where it is rare
-    deviation = (listing.scores.double() - BETA * (worse.log() - listing.ref))
-    spread = (worse * (deviation - (worse * deviation).sum(1, keepdim=True)) ** 2).sum(1).mean().sqrt().item()
-    assert frontier.misfit(samples, "B", "B", BETA) == pytest.approx(spread, rel=0.05) and spread > 0.2
+
+    misfit = frontier.misfit(samples, "A", "SFT", BETA)        # pi* fits everywhere
+    assert misfit == pytest.approx(0, abs=1e-5)
+    deviation = scores - BETA * (worse.log() - listing.ref)
+    centred = deviation - (worse * deviation).sum(1, keepdim=True)
+    spread = (worse * centred ** 2).sum(1).mean().sqrt().item()
+    assert frontier.misfit(samples, "B", "B", BETA) == pytest.approx(spread, rel=0.05)
+    assert spread > 0.2
+
     quarter, weights = samples.every_fourth()
     assert len(quarter) == 2250 and weights.shape == (2, 2250) and quarter[750] == 3000
-    assert frontier.optimum(samples.scores[:, quarter], weights, BETA)["objective"].item() == pytest.approx(reached["objective"], rel=0.05)
+    objective = frontier.optimum(samples.scores[:, quarter], weights, BETA)["objective"].item()
+    assert objective == pytest.approx(reached["objective"], rel=0.05)
 
 
 def test_nothing_to_gain_and_too_much_kl_have_an_answer_too(listing):
     samples = drawn_samples(listing, [listing.ref.exp(), listing.best], [200, 200])
-    assert frontier.best_reward(samples.scores, samples.log_weights(), 500.0)[0] == samples.scores.amax(1).mean()
+    best, _ = frontier.best_reward(samples.scores, samples.log_weights(), 500.0)
+    assert best == samples.scores.amax(1).mean()
     flat = dataclasses.replace(samples, scores=torch.full_like(samples.scores, 0.7))
     assert frontier.fraction_of_optimum(flat, "A", 0.3)["fraction"] is None
 
 
-def test_only_runs_that_aim_at_the_measured_optimum_get_a_fraction_of_it(listing):
-    samples, cfg = drawn_samples(listing, [listing.ref.exp(), listing.best], [20, 20]), evaluate.Config()
-    aim = lambda script, **changes: evaluate.own_objective(
-        dataclasses.asdict(dataclasses.replace(script.Config(), **changes)), samples, 0.6, cfg)
-    rewards, beta, aims = aim(ppo, kl_control="fixed", beta=0.3)
-    assert rewards is samples.scores and beta == 0.3 and aims
-    rewards, beta, aims = aim(dpo, labels="annotators", beta=0.2)
-    assert torch.equal(rewards, samples.gold / 0.6) and beta == 0.2 and aims
-    for changes, aims in ((dict(), True), (dict(kl_in="loss"), False), (dict(advantage="reinforce"), False),
-                          (dict(advantage="reinforce", normalise="fixed"), True), (dict(normalise="sequence"), True)):
-        assert aim(grpo, beta=0.1, **changes)[1:] == (0.1, aims)
-    assert aim(policy_gradient, rung="gae")[1:] == (0.25, True)
-    assert aim(dpo, labels="soft", rounds=3)[0] is samples.scores
-    for script, changes in ((ppo, {}), (ppo, dict(kl_control="fixed", gamma=0.9)), (ppo, dict(kl_control="fixed", beta=0.0)),
-                            (ppo, dict(kl_control="fixed", entropy_coef=0.1)), (dpo, dict(loss="ipo")),
-                            (ppo, dict(kl_control="fixed", score_clip=1.0)), (dpo, dict(labels="soft", missing_eos_score=None)),
-                            (grpo, dict(temperature=0.7)), (grpo, dict(beta=0.0)), (policy_gradient, dict(gamma=0.9)),
-                            (dpo, dict(label_smoothing=0.1)), (dpo, dict(length_normalise=True)), (dpo, dict(nll_coef=1.0))):
-        assert aim(script, **changes) is None, changes
+def objective_of(samples, script, **changes):
+    """What evaluate takes for the reward, the beta and the aim of a run of a script"""
+    config = dataclasses.asdict(dataclasses.replace(script.Config(), **changes))
+    return evaluate.own_objective(config, samples, 0.6, evaluate.Config())
 
 
-def test_the_limit_table_marks_what_too_few_samples_stand_behind(listing):
-    few, many = (drawn_samples(listing, [listing.ref.exp(), listing.best], [n, n]) for n in (40, 100_000))
-    tables = [evaluate.limit_table(samples, samples.scores, "score", [1.0, 0.1]) for samples in (few, many)]
-    assert [row[0] for row in tables[0][1:]] == ["1*", "0.1*"] or tables[0][2][0] == "0.1*"
-    assert tables[1][1][0] == "1" and "!" not in tables[1][1][2] and any("!" in row[2] for row in tables[0][1:])
-    assert tables[1][1][1] == pytest.approx(listing.objective(listing.best), rel=0.02)
+@pytest.fixture
+def few_samples(listing):
+    return drawn_samples(listing, [listing.ref.exp(), listing.best], [20, 20])
+
+
+def test_runs_that_maximise_the_measured_objective_aim_at_its_optimum(few_samples):
+    rewards, beta, aims = objective_of(few_samples, ppo, kl_control="fixed", beta=0.3)
+    assert rewards is few_samples.scores and beta == 0.3 and aims
+    rewards, beta, aims = objective_of(few_samples, dpo, labels="annotators", beta=0.2)
+    assert torch.equal(rewards, few_samples.gold / 0.6) and beta == 0.2 and aims
+    rewards, _, _ = objective_of(few_samples, dpo, labels="soft", rounds=3)
+    assert rewards is few_samples.scores
+    assert objective_of(few_samples, policy_gradient, rung="gae")[1:] == (0.25, True)
+
+
+@pytest.mark.parametrize("aims, changes", [
+    (True, {}),
+    (False, {"kl_in": "loss"}),
+    (False, {"advantage": "reinforce"}),
+    (True, {"advantage": "reinforce", "normalise": "fixed"}),
+    (True, {"normalise": "sequence"})])
+def test_which_grpo_runs_aim_at_the_measured_optimum(aims, changes, few_samples):
+    assert objective_of(few_samples, grpo, beta=0.1, **changes)[1:] == (0.1, aims)
+
+
+@pytest.mark.parametrize("script, changes", [
+    (ppo, {}),
+    (ppo, {"kl_control": "fixed", "gamma": 0.9}),
+    (ppo, {"kl_control": "fixed", "beta": 0.0}),
+    (ppo, {"kl_control": "fixed", "entropy_coef": 0.1}),
+    (ppo, {"kl_control": "fixed", "score_clip": 1.0}),
+    (dpo, {"loss": "ipo"}),
+    (dpo, {"labels": "soft", "missing_eos_score": None}),
+    (dpo, {"label_smoothing": 0.1}),
+    (dpo, {"length_normalise": True}),
+    (dpo, {"nll_coef": 1.0}),
+    (grpo, {"temperature": 0.7}),
+    (grpo, {"beta": 0.0}),
+    (policy_gradient, {"gamma": 0.9})])
+def test_runs_with_an_objective_of_their_own_get_no_fraction(script, changes, few_samples):
+    assert objective_of(few_samples, script, **changes) is None
+
+
+def test_the_limit_table_marks_points_with_too_few_samples(listing):
+    def rows(n):
+        samples = drawn_samples(listing, [listing.ref.exp(), listing.best], [n, n])
+        return evaluate.limit_table(samples, samples.scores, "score", [1.0, 0.1])[1:]
+
+    few, many = rows(40), rows(100_000)
+    assert few[1][0] == "0.1*"                                 # too few effective samples
+    assert any("!" in by_a_quarter for _, _, by_a_quarter, *_ in few)
+    assert many[0][0] == "1" and "!" not in many[0][2]
+    assert many[0][1] == pytest.approx(listing.objective(listing.best), rel=0.02)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 7])
 def test_best_of_n_is_the_mean_over_all_subsets(n):
     rewards, values = torch.randn(2, 3, 7, generator=seeded(), dtype=torch.float64)
-    best, of_best = [], []
+    best_rewards, their_values = [], []
     for row, other in zip(rewards.tolist(), values.tolist()):
         for subset in itertools.combinations(range(7), n):
             winner = max(subset, key=row.__getitem__)
-            best.append(row[winner])
-            of_best.append(other[winner])
-    assert frontier.best_of_n(rewards, n).item() == pytest.approx(sum(best) / len(best))
-    assert frontier.best_of_n(rewards, n, values).item() == pytest.approx(sum(of_best) / len(of_best))
+            best_rewards.append(row[winner])
+            their_values.append(other[winner])
+    expected = sum(best_rewards) / len(best_rewards)
+    assert frontier.best_of_n(rewards, n).item() == pytest.approx(expected)
+    expected = sum(their_values) / len(their_values)
+    assert frontier.best_of_n(rewards, n, values).item() == pytest.approx(expected)
 
 
 def test_best_of_n_wants_n_samples_and_its_kl_is_an_upper_bound(listing):
     with pytest.raises(ValueError, match="n = 8 with 7 samples"):
         frontier.best_of_n(torch.zeros(2, 7), 8)
-    p, order = listing.ref.exp()[0], listing.scores[0].argsort()
+    order = listing.scores[0].argsort()
+    p = listing.ref.exp()[0, order]
     for n in (2, 4, 16):
-        below = p[order].cumsum(0)
-        best = torch.diff(below ** n, prepend=torch.zeros(1))                  # P(the best of n is this one)
-        kl = (best * (best / p[order]).log()).sum().item()
+        best = torch.diff(p.cumsum(0) ** n, prepend=torch.zeros(1))         # P(it is the best)
+        kl = (best * (best / p).log()).sum().item()
         assert 0 < kl < frontier.best_of_n_kl(n)
 
 
@@ -3851,10 +3924,13 @@ def test_best_of_n_wants_n_samples_and_its_kl_is_an_upper_bound(listing):
 # evaluate.py
 
 def test_win_rates_count_all_pairs_of_a_prompt_and_ties_half():
-    ours, theirs = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[1.0, 0.0, 3.0], [0.0, 5.0, -1.0]])
+    ours = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
+    theirs = torch.tensor([[1.0, 0.0, 3.0], [0.0, 5.0, -1.0]])
     rate, error = evaluate.win_rate(ours, theirs)
-    assert rate == pytest.approx(((0.5 + 1 + 0 + 1 + 1 + 0) / 6 + (0.5 + 0 + 1) * 2 / 6) / 2)
-    assert error == pytest.approx(abs(3.5 / 6 - 0.5) / 2)
+    first = (0.5 + 1 + 0 + 1 + 1 + 0) / 6                      # one prompt, six pairs
+    second = (0.5 + 0 + 1) * 2 / 6
+    assert rate == pytest.approx((first + second) / 2)
+    assert error == pytest.approx(abs(first - second) / 2)
     assert evaluate.win_rate(theirs, ours)[0] == pytest.approx(1 - rate)
 
 
