@@ -3953,43 +3953,10 @@ def test_distinct_is_the_share_of_different_word_pairs():
 # --------------------------------------------------------------------------------------------------
 # What people copy
 
-def fisher_example(f, x):
-    w = x.clone().requires_grad_()
-    return f((w ** 4).sum(), [w], 0.1)(x.flatten())
-
-
-COPIED = {
-    "whiten": lambda f, x, m: f(x, m), "kl_estimate": lambda f, x, m: f(x, 2 * x),
-    "shape_rewards": lambda f, x, m: f(x[:, 0], x, 2 * x, m, 0.1), "gae": lambda f, x, m: f(x, x, m),
-    "critic_targets": lambda f, x, m: f(x, x, x[:, 0], m), "policy_loss": lambda f, x, m: f(x, 2 * x, x, m),
-    "kl_penalty_loss": lambda f, x, m: f(x, 2 * x, x, m, 0.1), "value_loss": lambda f, x, m: f(x, 2 * x, x, m),
-    "explained_variance": lambda f, x, m: f(x, 2 * x, m), "preference_loss": lambda f, x, m: f(x, 2 * x),
-    "token_wise_scores": lambda f, x, m: f(x, x, m, m, m, m), "sft_loss": lambda f, x, m: f(x, m),
-    "sequence_logprobs": lambda f, x, m: f(x, m, True), "after_shared_prefix": lambda f, x, m: f(x, 2 * x, m, m),
-    "dpo_loss": lambda f, x, m: f(*x.T[:4], 0.1), "group_advantages": lambda f, x, m: f(x[:4, 0], 2, "grpo"),
-    "token_weights": lambda f, x, m: f(m, "fixed", 20), "grpo_loss": lambda f, x, m: f(x, 2 * x, x[:, 0], m, 0.2, 0.28),
-    "policy_gradient_loss": lambda f, x, m: f(x, 2 * x, m), "importance_loss": lambda f, x, m: f(x, 2 * x, x, m),
-    "next_values": lambda f, x, m: f(x, m), "total_return": lambda f, x, m: f(x, x, m, 0.9),
-    "conjugate_gradient": lambda f, x, m: f(lambda v: x @ (x.T @ v), x[:, 0]),
-    "fisher_product": lambda f, x, m: fisher_example(f, x), "mean_kl": lambda f, x, m: f(x.log_softmax(1), (2 * x).log_softmax(1)),
-    "gradient_noise": lambda f, x, m: f(iter(x[:4])), "mixture_logprobs": lambda f, x, m: f(x[None].expand(2, -1, -1), [3, 6]),
-    "optimum": lambda f, x, m: tuple(f(x, m, 0.1).values()), "best_of_n": lambda f, x, m: f(x, 3),
-    "ProportionalKL": lambda f, x, m: f(0.1, 6.0, 1e4).update(5.0, 8), "ThresholdKL": lambda f, x, m: f(1, 1).update(5),
-    "masked_mean": lambda f, x, m: f(x, m), "sequence_scores": lambda f, x, m: f(lambda tokens: tokens.double(), x, x, m),
-    "move_average": lambda f, x, m: moved_average(f, x), "plain_value": lambda f, x, m: f(x, x, m),
-    "reward_to_go": lambda f, x, m: f(x, x, m, 0.9), "baseline": lambda f, x, m: f(x, x, m, 0.9), "a2c": lambda f, x, m: f(x, x, m, 0.9),
-    "trpo_step": lambda f, x, m: trpo_example(f, x), "best_reward": lambda f, x, m: f(x, m, 0.5)[0],
-    "win_rate": lambda f, x, m: f(x, 2 * x), "elo_fit": lambda f, x, m: f((x[:, :5] ** 2).round()),
-    "preference": lambda f, x, m: f(x, 2 * x), "agreement": lambda f, x, m: f(x, 2 * x)}
-TAKES_ALONG = {
-    "plain_value": "next_values", "reward_to_go": "gae", "baseline": "reward_to_go gae", "a2c": "plain_value next_values",
-    "trpo_step": "conjugate_gradient fisher_product", "best_reward": "optimum BETAS",
-    "preference": "ANNOTATOR_TEMPERATURE", "agreement": "preference ANNOTATOR_TEMPERATURE"}
-PARTS_OF_SCRIPTS = ("token_logprobs", "generate", "add_lora", "merged", "normalisation", "main", "log_prob", "share_of_frontier")
-
-
-def moved_average(f, x):
-    mean, model = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+def move_average_example(f, x):
+    """The parameters of an average, after one step towards a model"""
+    mean = torch.nn.Linear(3, 2)
+    model = torch.nn.Linear(3, 2)
     for p, q in zip(mean.parameters(), model.parameters()):
         p.data.fill_(x[0, 0])
         q.data.fill_(x[0, 1])
@@ -3997,45 +3964,119 @@ def moved_average(f, x):
     return tuple(p.detach() for p in mean.parameters())
 
 
+def fisher_example(f, x):
+    w = x.clone().requires_grad_()
+    return f((w ** 4).sum(), [w], 0.1)(x.flatten())
+
+
 def trpo_example(f, x):
-    """A policy over nine actions, and advantages of them"""
-    w, start = torch.zeros(9, dtype=x.dtype, requires_grad=True), torch.zeros(9, dtype=x.dtype).log_softmax(0)
-    kl = lambda: (start.exp() * (start - w.log_softmax(0))).sum()
-    return tuple(v for v in f([w], lambda: (w.softmax(0) @ x[0], kl()), kl).values())
+    """A policy over nine actions with the advantages x[0]"""
+    w = torch.zeros(9, dtype=x.dtype, requires_grad=True)
+    start = torch.zeros(9, dtype=x.dtype).log_softmax(0)
+
+    def kl():
+        return (start.exp() * (start - w.log_softmax(0))).sum()
+
+    return tuple(f([w], lambda: (w.softmax(0) @ x[0], kl()), kl).values())
+
+
+COPIED = {                           # a call of each function f with numbers x and their mask m
+    "masked_mean": lambda f, x, m: f(x, m),
+    "sequence_scores": lambda f, x, m: f(lambda tokens: tokens.double(), x, x, m),
+    "sft_loss": lambda f, x, m: f(x, m),
+    "preference_loss": lambda f, x, m: f(x, 2 * x),
+    "token_wise_scores": lambda f, x, m: f(x, x, m, m, m, m),
+    "whiten": lambda f, x, m: f(x, m),
+    "kl_estimate": lambda f, x, m: f(x, 2 * x),
+    "shape_rewards": lambda f, x, m: f(x[:, 0], x, 2 * x, m, 0.1),
+    "gae": lambda f, x, m: f(x, x, m),
+    "critic_targets": lambda f, x, m: f(x, x, x[:, 0], m),
+    "policy_loss": lambda f, x, m: f(x, 2 * x, x, m),
+    "kl_penalty_loss": lambda f, x, m: f(x, 2 * x, x, m, 0.1),
+    "value_loss": lambda f, x, m: f(x, 2 * x, x, m),
+    "explained_variance": lambda f, x, m: f(x, 2 * x, m),
+    "ProportionalKL": lambda f, x, m: f(0.1, 6.0, 1e4).update(5.0, 8),
+    "ThresholdKL": lambda f, x, m: f(1, 1).update(5),
+    "move_average": lambda f, x, m: move_average_example(f, x),
+    "sequence_logprobs": lambda f, x, m: f(x, m, True),
+    "after_shared_prefix": lambda f, x, m: f(x, 2 * x, m, m),
+    "dpo_loss": lambda f, x, m: f(*x.T[:4], 0.1),
+    "group_advantages": lambda f, x, m: f(x[:4, 0], 2, "grpo"),
+    "token_weights": lambda f, x, m: f(m, "fixed", 20),
+    "grpo_loss": lambda f, x, m: f(x, 2 * x, x[:, 0], m, 0.2, 0.28),
+    "policy_gradient_loss": lambda f, x, m: f(x, 2 * x, m),
+    "importance_loss": lambda f, x, m: f(x, 2 * x, x, m),
+    "next_values": lambda f, x, m: f(x, m),
+    "plain_value": lambda f, x, m: f(x, x, m),
+    "total_return": lambda f, x, m: f(x, x, m, 0.9),
+    "reward_to_go": lambda f, x, m: f(x, x, m, 0.9),
+    "baseline": lambda f, x, m: f(x, x, m, 0.9),
+    "a2c": lambda f, x, m: f(x, x, m, 0.9),
+    "conjugate_gradient": lambda f, x, m: f(lambda v: x @ (x.T @ v), x[:, 0]),
+    "fisher_product": lambda f, x, m: fisher_example(f, x),
+    "trpo_step": lambda f, x, m: trpo_example(f, x),
+    "mean_kl": lambda f, x, m: f(x.log_softmax(1), (2 * x).log_softmax(1)),
+    "gradient_noise": lambda f, x, m: f(iter(x[:4])),
+    "mixture_logprobs": lambda f, x, m: f(x[None].expand(2, -1, -1), [3, 6]),
+    "optimum": lambda f, x, m: tuple(f(x, m, 0.1).values()),
+    "best_reward": lambda f, x, m: f(x, m, 0.5)[0],
+    "best_of_n": lambda f, x, m: f(x, 3),
+    "win_rate": lambda f, x, m: f(x, 2 * x),
+    "elo_fit": lambda f, x, m: f((x[:, :5] ** 2).round()),
+    "preference": lambda f, x, m: f(x, 2 * x),
+    "agreement": lambda f, x, m: f(x, 2 * x)}
+TAKES_ALONG = {                      # what else of the project a function calls, beside masked_mean
+    "plain_value": ["next_values"],
+    "reward_to_go": ["gae"],
+    "baseline": ["reward_to_go", "gae"],
+    "a2c": ["plain_value", "next_values"],
+    "trpo_step": ["conjugate_gradient", "fisher_product"],
+    "best_reward": ["optimum", "BETAS"],
+    "preference": ["ANNOTATOR_TEMPERATURE"],
+    "agreement": ["preference", "ANNOTATOR_TEMPERATURE"]}
+PARTS_OF_SCRIPTS = ("token_logprobs", "generate", "add_lora", "merged", "normalisation", "main",
+                    "log_prob", "share_of_frontier")
+
+
+def find_original(name):
+    """-> the function or constant of that name, the module that has it"""
+    for module in (model, ppo, *SCRIPTS, frontier, reviews):
+        if hasattr(module, name):
+            return getattr(module, name), module
 
 
 def pasted_source(name):
     """A function's source, or the line that sets a constant"""
-    owner = next(m for m in (model, ppo, *SCRIPTS, frontier, reviews) if hasattr(m, name))
-    value = getattr(owner, name)
+    value, module = find_original(name)
     if callable(value):
         return inspect.getsource(value)
-    return re.search(rf"^{name} = .*$", inspect.getsource(owner), re.M).group()
+    return re.search(rf"^{name} = .*$", inspect.getsource(module), re.M).group()
 
 
 def test_every_formula_of_the_table_is_pasted_or_named_as_part_of_a_script():
     names = {name for _, name, _, _ in ROW.findall(README)}
     assert names == {*COPIED, *PARTS_OF_SCRIPTS}
     quote = README[README.index("## Quote it"):README.index("## What differs")]
-    for name in (*PARTS_OF_SCRIPTS, *TAKES_ALONG, *" ".join(TAKES_ALONG.values()).split()):
+    for name in (*PARTS_OF_SCRIPTS, *TAKES_ALONG, *itertools.chain(*TAKES_ALONG.values())):
         assert f"{name}`" in quote, name
 
 
 @pytest.mark.parametrize("name", COPIED)
 def test_maths_works_when_pasted_into_an_empty_file_with_masked_mean(name):
-    original = next(getattr(m, name) for m in (*SCRIPTS, frontier, reviews, model) if hasattr(m, name))
     pasted = {"torch": torch, "math": math}
-    if name == "trpo_step":                              # and one import
+    if name == "trpo_step":                                    # needs one more import
         exec("from torch.nn.attention import SDPBackend, sdpa_kernel", pasted)
-    along = TAKES_ALONG.get(name, "").split()
+    along = TAKES_ALONG.get(name, [])
     for source in ("masked_mean", *reversed(along), name):
         exec(pasted_source(source), pasted)
     if "gae" in along:
         pasted["ppo"] = types.SimpleNamespace(gae=pasted["gae"])
-    x, mask = ragged()[0], ragged()[4]
-    ours, theirs = COPIED[name](pasted[name], x, mask), COPIED[name](original, x, mask)
-    flat = lambda result: result if isinstance(result, tuple) else (result,)
-    for a, b in zip(flat(ours), flat(theirs)):
+    x, *_, mask = ragged()
+    ours = COPIED[name](pasted[name], x, mask)
+    theirs = COPIED[name](find_original(name)[0], x, mask)
+    if not isinstance(ours, tuple):
+        ours, theirs = (ours,), (theirs,)
+    for a, b in zip(ours, theirs):
         assert torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
@@ -4047,119 +4088,178 @@ def test_examples_in_docstrings_are_true(module):
 # --------------------------------------------------------------------------------------------------
 # Any shapes, any values: what hypothesis finds by trying
 
-some_rows = hypothesis.strategies.lists(hypothesis.strategies.tuples(
-    hypothesis.strategies.integers(1, 6), hypothesis.strategies.integers(1, 7)), min_size=1, max_size=6)      # lengths of prompt, response
-any_seed = hypothesis.strategies.integers(0, 2 ** 32 - 1)
-any_share = hypothesis.strategies.floats(0, 1)
-any_size = hypothesis.strategies.sampled_from([0.0, 1e-12, 1e-3, 1.0, 30.0, 1e6])                              # of the numbers
+strategies = hypothesis.strategies
+any_lengths = strategies.lists(                                # (prompt, response) of each row
+    strategies.tuples(strategies.integers(1, 6), strategies.integers(1, 7)),
+    min_size=1, max_size=6)
+any_seed = strategies.integers(0, 2 ** 32 - 1)
+any_share = strategies.floats(0, 1)
+any_size = strategies.sampled_from([0.0, 1e-12, 1e-3, 1.0, 30.0, 1e6])      # of the numbers
 tried = hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
-def token_lists(lengths, seed, vocab_size=11):
+def random_rows(lengths, seed, vocab_size=11):
+    """Prompts and responses of these lengths, as token lists"""
     chance = random.Random(seed)
-    return [[[chance.randrange(vocab_size) for _ in range(n)] for n in pair] for pair in lengths]
+    prompts, responses = [], []
+    for n_prompt, n_response in lengths:
+        prompts.append([chance.randrange(vocab_size) for _ in range(n_prompt)])
+        responses.append([chance.randrange(vocab_size) for _ in range(n_response)])
+    return prompts, responses
 
 
-def ragged_of(lengths, seed, size, n=3):
-    """n tensors (B, T) in float64 with numbers of a size, garbage off the mask, and the mask"""
-    mask = data.collate(*zip(*token_lists(lengths, seed)))[2].double()
-    return [size * torch.randn(mask.shape, dtype=torch.float64, generator=seeded(seed + i)) for i in range(n)] + [mask]
+def random_tensors(lengths, seed, size):
+    """Three tensors (B, T) in float64 of numbers of a size, also off the mask, and the mask"""
+    _, _, mask = data.collate(*random_rows(lengths, seed))
+    tensors = [size * torch.randn(mask.shape, dtype=torch.float64, generator=seeded(seed + i))
+               for i in range(3)]
+    return (*tensors, mask.double())
+
+
+def mean_by_loop(mask, of_a_token):
+    cells = (mask > 0).nonzero().tolist()
+    return sum(of_a_token(row, t) for row, t in cells) / len(cells)
 
 
 @tried
-@hypothesis.given(some_rows, any_seed)
+@hypothesis.given(any_lengths, any_seed)
 def test_any_rows_are_collated_and_come_back(lengths, seed):
-    prompts, responses = map(list, zip(*token_lists(lengths, seed)))
+    prompts, responses = random_rows(lengths, seed)
     inputs, targets, mask = data.collate(prompts, responses)
-    assert inputs.shape == targets.shape == mask.shape == (len(lengths), max(map(sum, lengths)) - 1)
+    B, T = len(lengths), max(map(sum, lengths)) - 1
+    assert inputs.shape == targets.shape == mask.shape == (B, T)
     for row, (prompt, response) in enumerate(zip(prompts, responses)):
-        n, whole = len(prompt) + len(response) - 1, prompt + response
-        assert inputs[row, :n].tolist() == whole[:-1] and targets[row, :n].tolist() == whole[1:]
-        assert targets[row][mask[row] > 0].tolist() == response and mask[row].tolist() == (
-            [0.0] * (len(prompt) - 1) + [1.0] * len(response) + [0.0] * (mask.shape[1] - n))
+        whole = prompt + response
+        n = len(whole) - 1
+        assert inputs[row, :n].tolist() == whole[:-1]
+        assert targets[row, :n].tolist() == whole[1:]
         assert not targets[row, n:].any()
-    assert data.responses_of(torch.cat([inputs[:, :1], targets], dim=1), mask) == responses
+        expected_mask = [0.0] * (len(prompt) - 1) + [1.0] * len(response) + [0.0] * (T - n)
+        assert mask[row].tolist() == expected_mask
+        assert targets[row][mask[row] > 0].tolist() == response
+    tokens = torch.cat([inputs[:, :1], targets], dim=1)
+    assert data.responses_of(tokens, mask) == responses
 
 
 @tried
-@hypothesis.given(some_rows, any_seed, hypothesis.strategies.integers(1, 6), hypothesis.strategies.sampled_from([0.0, 0.3, 1.0, 5.0]),
-                  hypothesis.strategies.sampled_from([0.01, 0.3, 3.0]))
-def test_any_prompts_are_answered_with_tokens_that_the_policy_scores(lengths, seed, n_new, temperature, std):
-    gpt, prompts = small_gpt(seed=seed % 7, std=std), [prompt for prompt, _ in token_lists(lengths, seed)]
+@hypothesis.given(any_lengths, any_seed, strategies.integers(1, 6),
+                  strategies.sampled_from([0.0, 0.3, 1.0, 5.0]),
+                  strategies.sampled_from([0.01, 0.3, 3.0]))
+def test_any_prompts_are_answered_with_tokens_that_the_policy_scores(
+        lengths, seed, n_new, temperature, std):
+    gpt = small_gpt(seed=seed % 7, std=std)
+    prompts, _ = random_rows(lengths, seed)
     tokens, mask = generate(gpt, prompts, n_new, 10, temperature, seeded(seed))
     responses = data.responses_of(tokens, mask)
     for row, (prompt, response) in enumerate(zip(prompts, responses)):
-        assert tokens[row, :len(prompt)].tolist() == prompt and 1 <= len(response) <= n_new
-        assert 10 not in response[:-1] and (response[-1] == 10 or len(response) == n_new)
-        assert not tokens[row, len(prompt) + len(response):].any()             # zeros after the end
-    one = generate(gpt, prompts[:1], n_new, 10, temperature, seeded(seed))     # alone, with the same uniforms
-    assert data.responses_of(*one)[0] == responses[0]
+        assert tokens[row, :len(prompt)].tolist() == prompt
+        assert 1 <= len(response) <= n_new
+        assert 10 not in response[:-1]
+        assert response[-1] == 10 or len(response) == n_new
+        assert not tokens[row, len(prompt) + len(response):].any()          # zeros after the end
+    alone = generate(gpt, prompts[:1], n_new, 10, temperature, seeded(seed))
+    assert data.responses_of(*alone)[0] == responses[0]        # it gets the same uniforms
     if temperature:
         logprobs = token_logprobs(gpt, *data.shift(tokens), mask, temperature)
-        assert torch.isfinite(logprobs).all() and (logprobs <= 1e-5).all() and not logprobs[mask == 0].any()
+        assert torch.isfinite(logprobs).all() and (logprobs <= 1e-5).all()
+        assert not logprobs[mask == 0].any()
 
 
 @tried
-@hypothesis.given(some_rows, any_seed, any_size, any_share, any_share)
-def test_gae_of_any_rows_equals_the_double_sum_and_reads_nothing_off_the_mask(lengths, seed, size, gamma, lam):
-    rewards, values, _, mask = ragged_of(lengths, seed, size)
+@hypothesis.given(any_lengths, any_seed, any_size, any_share, any_share)
+def test_gae_of_any_rows_equals_the_double_sum_and_reads_nothing_off_the_mask(
+        lengths, seed, size, gamma, lam):
+    rewards, values, _, mask = random_tensors(lengths, seed, size)
     advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
+    rounding = 1e-9 * max(1.0, size)
     for row, (n_prompt, n) in enumerate(lengths):
-        at = slice(n_prompt - 1, n_prompt - 1 + n)
-        r, v = rewards[row, at], torch.cat([values[row, at], torch.zeros(1, dtype=torch.float64)])
-        for t in range(n):
-            expected = sum((gamma * lam) ** l * (r[t + l] + gamma * v[t + l + 1] - v[t + l]) for l in range(n - t))
-            assert advantages[row, at][t].item() == pytest.approx(expected.item(), rel=1e-9, abs=1e-9 * max(1.0, size))
+        columns = slice(n_prompt - 1, n_prompt - 1 + n)
+        R = rewards[row, columns].tolist()
+        V = values[row, columns].tolist() + [0.0]
+        delta = [R[t] + gamma * V[t + 1] - V[t] for t in range(n)]
+        for t, got in enumerate(advantages[row, columns].tolist()):
+            expected = sum((gamma * lam) ** l * delta[t + l] for l in range(n - t))
+            assert got == pytest.approx(expected, rel=1e-9, abs=rounding)
     assert not advantages[mask == 0].any() and not returns[mask == 0].any()
     torch.testing.assert_close(returns, (advantages + values) * mask)
-    torch.testing.assert_close(ppo.critic_targets(rewards, values, rewards[:, 0], mask, "gae", gamma, lam), returns,
-                               atol=1e-9 * max(1.0, size), rtol=1e-9)
+    targets = ppo.critic_targets(rewards, values, rewards[:, 0], mask, "gae", gamma, lam)
+    torch.testing.assert_close(targets, returns, atol=rounding, rtol=1e-9)
 
 
 @tried
-@hypothesis.given(some_rows, any_seed, any_size, hypothesis.strategies.floats(0.01, 0.9))
-def test_losses_of_any_rows_are_finite_equal_their_loops_and_ignore_what_is_off_the_mask(lengths, seed, size, eps):
-    drift, advantages, values, mask = ragged_of(lengths, seed, size)
-    old = -torch.rand(mask.shape, dtype=torch.float64, generator=seeded(seed + 9)) * 5
-    new = (old + drift.clamp(-20, 20)).requires_grad_()                        # a ratio up to e^20
-    garbage = (1 - mask) * 1e3
+@hypothesis.given(any_lengths, any_seed, any_size, strategies.floats(0.01, 0.9))
+def test_the_policy_loss_of_any_rows_equals_its_loop_and_ignores_the_rest(
+        lengths, seed, size, eps):
+    drift, advantages, _, mask = random_tensors(lengths, seed, size)
+    old = -5 * torch.rand(mask.shape, dtype=torch.float64, generator=seeded(seed + 9))
+    new = (old + drift.clamp(-20, 20)).requires_grad_()        # ratios up to e^20
+    ratios = torch.exp(new - old).detach()
 
-    def loop(of_a_token):
-        cells = [(row, column) for row, column in (mask > 0).nonzero().tolist()]
-        return sum(of_a_token(row, column) for row, column in cells) / len(cells)
-    ratio = torch.exp(new - old).detach()
-    clipped = lambda r, a: -min(r * a, max(min(r, 1 + eps), 1 - eps) * a)
-    (loss, metrics), by_hand = ppo.policy_loss(new, old, advantages, mask, eps), loop(
-        lambda row, t: clipped(ratio[row, t].item(), advantages[row, t].item()))
-    assert loss.item() == pytest.approx(by_hand, rel=1e-9, abs=1e-12) and 0 <= metrics["clip_fraction"] <= 1
+    def clipped_loss(row, t):
+        ratio, advantage = ratios[row, t].item(), advantages[row, t].item()
+        clipped = max(min(ratio, 1 + eps), 1 - eps)
+        return -min(ratio * advantage, clipped * advantage)
+
+    expected = pytest.approx(mean_by_loop(mask, clipped_loss), rel=1e-9, abs=1e-12)
+    loss, metrics = ppo.policy_loss(new, old, advantages, mask, eps)
+    assert loss.item() == expected and 0 <= metrics["clip_fraction"] <= 1
     loss.backward()
     assert torch.isfinite(new.grad).all() and not new.grad[mask == 0].any()
-    assert ppo.policy_loss(new + garbage * 0.01, old, advantages + garbage, mask, eps)[0].item() == pytest.approx(by_hand, rel=1e-9, abs=1e-12)
-    targets = values + drift
-    squared = lambda v, o, g: 0.5 * max((v - g) ** 2, (o + max(min(v - o, eps), -eps) - g) ** 2)
-    loss, metrics = ppo.value_loss(values, advantages, targets, mask, eps)
-    assert loss.item() == pytest.approx(loop(lambda r, t: squared(values[r, t].item(), advantages[r, t].item(), targets[r, t].item())), rel=1e-9, abs=1e-12)
-    assert ppo.value_loss(values + garbage, advantages, targets, mask, eps)[0].item() == pytest.approx(loss.item(), rel=1e-9)
-    whitened = ppo.whiten(advantages + garbage, mask)
-    assert torch.isfinite(whitened).all() and not whitened[mask == 0].any() and abs(masked_mean(whitened, mask).item()) < 1e-6
-    groups = grpo.group_advantages(torch.cat([advantages[:, 0]] * 2), 2, "grpo")
-    assert torch.isfinite(groups).all()
+    rest = 1 - mask
+    loss, _ = ppo.policy_loss(new + 10 * rest, old, advantages + 1e3 * rest, mask, eps)
+    assert loss.item() == expected
 
 
 @tried
-@hypothesis.given(any_seed, hypothesis.strategies.integers(1, 5), any_size, hypothesis.strategies.sampled_from(["sigmoid", "robust", "ipo", "hinge", "fidelity"]),
-                  hypothesis.strategies.sampled_from([0.01, 0.25, 5.0]))
-def test_preference_losses_of_any_margins_are_finite_with_finite_gradients(seed, n, size, kind, beta):
-    chosen, rejected, ref_chosen, ref_rejected = (-size * torch.rand(n, generator=seeded(seed + i)) for i in range(4))
+@hypothesis.given(any_lengths, any_seed, any_size, strategies.floats(0.01, 0.9))
+def test_the_value_loss_of_any_rows_equals_its_loop_and_ignores_the_rest(
+        lengths, seed, size, eps):
+    drift, old, values, mask = random_tensors(lengths, seed, size)
+    targets = values + drift
+
+    def clipped_loss(row, t):
+        v, v_old, target = values[row, t].item(), old[row, t].item(), targets[row, t].item()
+        clipped = v_old + max(min(v - v_old, eps), -eps)
+        return 0.5 * max((v - target) ** 2, (clipped - target) ** 2)
+
+    loss, _ = ppo.value_loss(values, old, targets, mask, eps)
+    by_loop = mean_by_loop(mask, clipped_loss)
+    assert loss.item() == pytest.approx(by_loop, rel=1e-9, abs=1e-12)
+    garbage = 1e3 * (1 - mask)
+    same, _ = ppo.value_loss(values + garbage, old, targets, mask, eps)
+    assert same.item() == pytest.approx(loss.item(), rel=1e-9)
+
+
+@tried
+@hypothesis.given(any_lengths, any_seed, any_size)
+def test_whitened_and_group_advantages_of_any_rows_are_finite(lengths, seed, size):
+    advantages, _, _, mask = random_tensors(lengths, seed, size)
+    whitened = ppo.whiten(advantages + 1e3 * (1 - mask), mask)
+    assert torch.isfinite(whitened).all() and not whitened[mask == 0].any()
+    assert abs(masked_mean(whitened, mask).item()) < 1e-6
+    rewards = torch.cat([advantages[:, 0], advantages[:, 0]])
+    assert torch.isfinite(grpo.group_advantages(rewards, 2, "grpo")).all()
+
+
+@tried
+@hypothesis.given(any_seed, strategies.integers(1, 5), any_size,
+                  strategies.sampled_from(["sigmoid", "robust", "ipo", "hinge", "fidelity"]),
+                  strategies.sampled_from([0.01, 0.25, 5.0]))
+def test_preference_losses_of_any_margins_are_finite_with_finite_gradients(
+        seed, n, size, kind, beta):
+    chosen, rejected, ref_chosen, ref_rejected = (
+        -size * torch.rand(n, generator=seeded(seed + i)) for i in range(4))
     chosen.requires_grad_()
     loss, metrics = dpo.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, kind)
     loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(chosen.grad).all() and 0 <= metrics["accuracy"] <= 1
-    if size <= 30:                                       # beyond, the slope is 0 in fp32
-        assert (chosen.grad <= 0).all() or kind == "ipo"                       # to make the chosen likelier never costs
+    assert torch.isfinite(loss) and torch.isfinite(chosen.grad).all()
+    assert 0 <= metrics["accuracy"] <= 1
+    if size <= 30 and kind != "ipo":                           # beyond, the slope is 0 in fp32
+        assert (chosen.grad <= 0).all()                        # a likelier chosen one never costs
     for rm_kind in ("bradley_terry", "fidelity"):
-        loss, metrics = reward_model.preference_loss(chosen, rejected, rm_kind)
-        assert torch.isfinite(loss) and loss >= 0 and torch.isfinite(torch.autograd.grad(loss, chosen)[0]).all()
+        loss, _ = reward_model.preference_loss(chosen, rejected, rm_kind)
+        (gradient,) = torch.autograd.grad(loss, chosen)
+        assert torch.isfinite(loss) and loss >= 0 and torch.isfinite(gradient).all()
 
 
 # --------------------------------------------------------------------------------------------------
