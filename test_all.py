@@ -3019,7 +3019,7 @@ def test_robust_is_unbiased_under_flips_and_unbounded_below():
     ("hinge", 0.99, -1.0),
     ("fidelity", -math.log(2), -0.19245),
     ("fidelity", -40.0, 0.0)])
-def test_ipo_has_its_best_margin_and_hinge_and_fidelity_their_flat_parts(kind, z, gradient):
+def test_ipo_is_least_at_its_margin_and_hinge_and_fidelity_flatten_out(kind, z, gradient):
     x = torch.tensor([z], requires_grad=True)
     loss_of_margin(x, kind=kind).backward()
     assert x.grad.item() == pytest.approx(gradient, abs=1e-4)
@@ -3346,10 +3346,10 @@ def test_a_spec_that_names_no_reward_is_refused(spec, message, tokenizer, here):
 
 
 @pytest.mark.parametrize("name, message, shown", [
-    ("one", "was given 3 prompts and responses and gave back 1 numbers", ""),
-    ("broken", "the reward function broken ended in the ZeroDivisionError above",
-     "return [1 / 0 for r in responses]"),
-    ("generator", "ended in the ZeroDivisionError above", "1 / 0")])
+    pytest.param("one", "was given 3 prompts and responses and gave back 1 numbers", "", id="one"),
+    pytest.param("broken", "the reward function broken ended in the ZeroDivisionError above",
+                 "return [1 / 0 for r in responses]", id="broken"),
+    pytest.param("generator", "ended in the ZeroDivisionError above", "1 / 0", id="generator")])
 def test_a_failing_reward_is_named_and_its_line_shown(
         name, message, shown, tokenizer, tmp_path, capsys):
     path = tmp_path / "mine.py"
@@ -3361,10 +3361,10 @@ def test_a_failing_reward_is_named_and_its_line_shown(
 
 
 @pytest.mark.parametrize("code, message", [
-    ("import neighbor\nthis is no python",
-     "mine.py cannot be read .SyntaxError: invalid syntax .*line 2"),
-    ("import sys\nsys.exit(0)\ndef f(): pass",
-     "mine.py cannot be imported: it ended in the SystemExit above")])
+    pytest.param("import neighbor\nthis is no python",
+                 "mine.py cannot be read .SyntaxError: invalid syntax .*line 2", id="syntax"),
+    pytest.param("import sys\nsys.exit(0)\ndef f(): pass",
+                 "mine.py cannot be imported: it ended in the SystemExit above", id="exit")])
 def test_a_reward_file_that_cannot_be_imported_is_named(code, message, tokenizer, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(code)
@@ -4025,7 +4025,7 @@ COPIED = {                           # a call of each function f with numbers x 
     "elo_fit": lambda f, x, m: f((x[:, :5] ** 2).round()),
     "preference": lambda f, x, m: f(x, 2 * x),
     "agreement": lambda f, x, m: f(x, 2 * x)}
-TAKES_ALONG = {                      # what else of the project a function calls, beside masked_mean
+TAKES_ALONG = {                      # names that a function needs besides masked_mean
     "plain_value": ["next_values"],
     "reward_to_go": ["gae"],
     "baseline": ["reward_to_go", "gae"],
@@ -4094,7 +4094,7 @@ any_lengths = strategies.lists(                                # (prompt, respon
     min_size=1, max_size=6)
 any_seed = strategies.integers(0, 2 ** 32 - 1)
 any_share = strategies.floats(0, 1)
-any_size = strategies.sampled_from([0.0, 1e-12, 1e-3, 1.0, 30.0, 1e6])      # of the numbers
+any_size = strategies.sampled_from([0.0, 1e-12, 1e-3, 1.0, 30.0, 1e6])      # how large numbers are
 tried = hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
