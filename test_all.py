@@ -2477,10 +2477,13 @@ def test_importing_any_file_does_nothing(tmp_path):
 
 def test_nats_per_response_is_minus_the_mean_log_probability_of_whole_responses():
     gpt = small_gpt()
-    logprobs = [gpt(torch.tensor([p + r])).double().log_softmax(-1)[0, len(p) - 1:-1].gather(
-        1, torch.tensor(r)[:, None]).sum().item() for p, r in zip(PROMPTS, RESPONSES)]
+    total = 0.0
+    for prompt, response in zip(PROMPTS, RESPONSES):
+        log_probs = gpt(torch.tensor([prompt + response])).double().log_softmax(-1)[0]
+        for t, token in enumerate(response):
+            total += log_probs[len(prompt) - 1 + t, token].item()
     nats = sft.nats_per_response(gpt, PROMPTS, RESPONSES, torch.device("cpu"), batch_size=3)
-    assert nats == pytest.approx(-sum(logprobs) / 4, rel=1e-5)
+    assert nats == pytest.approx(-total / 4, rel=1e-5)
 
 
 def test_sft_loss_has_no_gradient_through_prompt_columns_and_one_through_eos():
@@ -2495,12 +2498,16 @@ def test_sft_loss_has_no_gradient_through_prompt_columns_and_one_through_eos():
 # reward_model.py
 
 def test_preference_losses_equal_their_formulas_and_metrics_count_ties_half():
-    chosen, rejected = torch.tensor([1.0, -2.0, 0.5, 3.0]).double(), torch.tensor([0.0, 1.0, 0.5, -3.0]).double()
+    chosen = torch.tensor([1.0, -2.0, 0.5, 3.0]).double()
+    rejected = torch.tensor([0.0, 1.0, 0.5, -3.0]).double()
     p = [1 / (1 + math.exp(-(c - r))) for c, r in zip(chosen.tolist(), rejected.tolist())]
+
     loss, metrics = reward_model.preference_loss(chosen, rejected)
     assert loss.item() == pytest.approx(-sum(map(math.log, p)) / 4)
     assert metrics["accuracy"].item() == pytest.approx((1 + 0 + 0.5 + 1) / 4)
-    assert metrics["margin"].item() == pytest.approx((1 - 3 + 0 + 6) / 4) and metrics["loss"] == loss
+    assert metrics["margin"].item() == pytest.approx((1 - 3 + 0 + 6) / 4)
+    assert metrics["loss"] == loss
+
     fidelity, _ = reward_model.preference_loss(chosen, rejected, "fidelity")
     assert fidelity.item() == pytest.approx(sum(1 - math.sqrt(x) for x in p) / 4)
     with pytest.raises(ValueError, match="got kind 'ipo'"):
@@ -2508,38 +2515,43 @@ def test_preference_losses_equal_their_formulas_and_metrics_count_ties_half():
 
 
 def test_preference_loss_at_no_difference_and_with_margin_and_weights():
-    zero, weights = torch.zeros(3), torch.tensor([0.5, 0.5, 0.0])
-    assert reward_model.preference_loss(zero, zero)[0].item() == pytest.approx(math.log(2))
-    assert reward_model.preference_loss(zero, zero, "fidelity")[0].item() == pytest.approx(1 - math.sqrt(0.5))
-    with_margin = reward_model.preference_loss(zero + 1.0, zero, margin=1.0)[0]
-    assert with_margin.item() == pytest.approx(math.log(2))                    # ahead by just the margin
+    zero = torch.zeros(3)
+    loss, _ = reward_model.preference_loss(zero, zero)
+    assert loss.item() == pytest.approx(math.log(2))
+    loss, _ = reward_model.preference_loss(zero, zero, "fidelity")
+    assert loss.item() == pytest.approx(1 - math.sqrt(0.5))
+    loss, _ = reward_model.preference_loss(zero + 1.0, zero, margin=1.0)
+    assert loss.item() == pytest.approx(math.log(2))           # ahead by exactly the margin
+
     chosen = torch.tensor([1.0, 3.0, 99.0])
-    weighted = reward_model.preference_loss(chosen, zero, weights=weights)[0].item()
-    assert weighted == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(-3))) / 2)
+    loss, _ = reward_model.preference_loss(chosen, zero, weights=torch.tensor([0.5, 0.5, 0.0]))
+    assert loss.item() == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(-3))) / 2)
 
 
 def test_fidelity_is_bounded_and_its_gradient_is_greatest_at_one_third():
     d = torch.linspace(-12, 12, 4801, dtype=torch.float64, requires_grad=True)
-    losses = [reward_model.preference_loss(x[None], torch.zeros(1).double(), "fidelity")[0] for x in d]
+    zero = torch.zeros(1).double()
+    losses = [reward_model.preference_loss(x[None], zero, "fidelity")[0] for x in d]
     (gradient,) = torch.autograd.grad(sum(losses), d)
     assert 0 <= min(losses) and max(losses) <= 1
     steepest = gradient.argmin()
     assert torch.sigmoid(d[steepest]).item() == pytest.approx(1 / 3, abs=2e-3)
-    assert -gradient[steepest].item() == pytest.approx(1 / (3 * math.sqrt(3)), abs=1e-4)       # 0.1925
+    assert -gradient[steepest].item() == pytest.approx(1 / (3 * math.sqrt(3)), abs=1e-4)   # 0.1925
 
 
 def test_token_wise_scores_equal_a_loop_over_pairs_and_columns():
     prompts = [[1, 2], [1, 2], [3], [4, 5, 6]]
-    chosen, rejected = [[7, 8, 10], [7, 10], [7, 10], [1, 10]], [[7, 9, 9, 10], [8, 8, 8, 10], [7, 10], [2]]
-    batch = data.collate(prompts * 2, chosen + rejected)
-    (ct, rt), (cm, rm_) = batch[1].split(4), batch[2].split(4)
-    values = torch.randn(8, batch[0].shape[1], generator=seeded())
-    c, r, w = reward_model.token_wise_scores(*values.split(4), ct, rt, cm, rm_)
+    chosen = [[7, 8, 10], [7, 10], [7, 10], [1, 10]]
+    rejected = [[7, 9, 9, 10], [8, 8, 8, 10], [7, 10], [2]]
+    _, targets, mask = data.collate(prompts * 2, chosen + rejected)
+    values = torch.randn(mask.shape, generator=seeded())                    # (8, T)
+    c, r, w = reward_model.token_wise_scores(*values.split(4), *targets.split(4), *mask.split(4))
     for n, (prompt, a, b) in enumerate(zip(prompts, chosen, rejected)):
-        start = len(prompt) - 1                                                # column of the first response token
-        differ = [k for k in range(max(len(a), len(b))) if a[k:k + 1] != b[k:k + 1]]
-        end = start + max(len(a), len(b))
-        columns = range(start + differ[0] if differ else end - 1, end)         # two equal rows: at their last
+        start = len(prompt) - 1                                # column of the first response token
+        longest = max(len(a), len(b))
+        differing = [k for k in range(longest) if a[k:k + 1] != b[k:k + 1]]
+        first = differing[0] if differing else longest - 1     # equal responses: the last column
+        columns = range(start + first, start + longest)
         assert w[n].nonzero()[:, 0].tolist() == list(columns)
         assert w[n].sum().item() == pytest.approx(1.0)
         for t in columns:
@@ -2556,27 +2568,31 @@ def test_calibration_of_scores_that_are_gold_over_temperature_is_perfect():
     for _, predicted, true, _ in rows[1:]:
         assert predicted == pytest.approx(true, abs=1e-5)
     flipped = reward_model.calibration(-gold / 0.6, truth)
-    assert all(true == pytest.approx(1 - predicted, abs=1e-5) for _, predicted, true, _ in flipped[1:])
+    for _, predicted, true, _ in flipped[1:]:
+        assert true == pytest.approx(1 - predicted, abs=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
 # ppo.py
 
 def test_whiten_gives_masked_mean_zero_and_population_variance_one_or_keeps_the_mean():
-    x, mask = ragged()[0] * 3 + 1, ragged()[4]
+    x, *_, mask = ragged()
+    x = x * 3 + 1
     inside = x[mask > 0]
     plain = (inside - inside.mean()) / inside.var(correction=0).sqrt()
     torch.testing.assert_close(ppo.whiten(x, mask)[mask > 0], plain, atol=1e-6, rtol=1e-6)
     kept = ppo.whiten(x, mask, shift_mean=False)
     torch.testing.assert_close(kept[mask > 0], plain + inside.mean(), atol=1e-6, rtol=1e-6)
     assert not kept[mask == 0].any()
-    assert not ppo.whiten(x[:1, :1], torch.ones(1, 1)).any()                   # one token: no spread, no nan
+    assert not ppo.whiten(x[:1, :1], torch.ones(1, 1)).any()   # one token: no spread, no nan
 
 
 @pytest.mark.parametrize("vocab_size", [2, 3, 7])
 def test_kl_estimates_against_exact_enumeration(vocab_size):
-    log_pi, log_ref = torch.randn(2, vocab_size, generator=seeded(vocab_size), dtype=torch.float64).log_softmax(-1)
-    pi, exact = log_pi.exp(), (log_pi.exp() * (log_pi - log_ref)).sum()
+    logits = torch.randn(2, vocab_size, generator=seeded(vocab_size), dtype=torch.float64)
+    log_pi, log_ref = logits.log_softmax(-1)
+    pi = log_pi.exp()
+    exact = (pi * (log_pi - log_ref)).sum()
     k1, k2, k3 = (ppo.kl_estimate(log_pi, log_ref, kind) for kind in ("k1", "k2", "k3"))
     torch.testing.assert_close((pi * k1).sum(), exact)
     torch.testing.assert_close((pi * k3).sum(), exact)
@@ -2595,38 +2611,51 @@ def test_shaped_rewards_sum_to_score_minus_beta_kl_and_carry_the_score_at_the_la
     for b in range(5):
         columns = mask[b].nonzero()[:, 0].tolist()
         for t in range(9):
-            kl = (logprobs[b, t] - ref_logprobs[b, t]).item()
-            expected = -0.3 * kl * (t in columns) + scores[b].item() * (t == columns[-1])
+            expected = 0.0
+            if t in columns:
+                expected -= 0.3 * (logprobs[b, t] - ref_logprobs[b, t]).item()
+            if t == columns[-1]:
+                expected += scores[b].item()
             assert rewards[b, t].item() == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (1.0, 0.95), (0.9, 0.95), (0.9, 0.0), (0.5, 0.5)])
+@pytest.mark.parametrize("gamma, lam", [
+    (1.0, 1.0),
+    (1.0, 0.95),
+    (0.9, 0.95),
+    (0.9, 0.0),
+    (0.5, 0.5)])
 def test_gae_equals_the_double_sum_of_discounted_residuals_over_finite_episodes(gamma, lam):
     rewards, values, _, _, mask = ragged()
     advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
     for b in range(5):
         columns = mask[b].nonzero()[:, 0].tolist()
-        R, V = rewards[b, columns].tolist(), values[b, columns].tolist() + [0.0]
+        R = rewards[b, columns].tolist()
+        V = values[b, columns].tolist() + [0.0]
+        delta = [R[i] + gamma * V[i + 1] - V[i] for i in range(len(R))]
         for k, t in enumerate(columns):
-            expected = sum((gamma * lam) ** (i - k) * (R[i] + gamma * V[i + 1] - V[i]) for i in range(k, len(R)))
+            expected = sum((gamma * lam) ** (i - k) * delta[i] for i in range(k, len(R)))
             assert advantages[b, t].item() == pytest.approx(expected, abs=1e-12)
             assert returns[b, t].item() == pytest.approx(expected + V[k], abs=1e-12)
-        assert not advantages[b][mask[b] == 0].any() and not returns[b][mask[b] == 0].any()
+    assert not advantages[mask == 0].any() and not returns[mask == 0].any()
 
 
 def test_gae_with_a_perfect_critic_has_no_advantage_in_a_deterministic_episode():
     rewards = torch.tensor([[0.0, 1.0, 2.0, 0.0]]).double()
     mask = torch.tensor([[0.0, 1.0, 1.0, 1.0]]).double()
     values = torch.tensor([[0.0, 1 + 0.9 * 2, 2.0, 0.0]]).double()
-    torch.testing.assert_close(ppo.gae(rewards, values, mask, 0.9, 0.7)[0], torch.zeros(1, 4).double())
+    advantages, _ = ppo.gae(rewards, values, mask, 0.9, 0.7)
+    torch.testing.assert_close(advantages, torch.zeros(1, 4).double())
 
 
-def test_the_whole_score_is_credited_to_the_eos_action_and_all_of_it_to_the_others_at_lambda_one():
+def test_every_token_is_credited_the_whole_score_at_lambda_one_and_eos_always():
     mask = torch.tensor([[0.0, 1.0, 1.0, 1.0]])
-    rewards = ppo.shape_rewards(torch.tensor([1.0]), 0 * mask, 0 * mask, mask, 0.1)
-    assert ppo.gae(rewards, 0 * mask, mask, 1.0, 0.95)[0].tolist() == [[0.0, pytest.approx(0.95 ** 2),
-                                                                       pytest.approx(0.95), 1.0]]
-    assert ppo.gae(rewards, 0 * mask, mask, 1.0, 1.0)[0].tolist() == [[0.0, 1.0, 1.0, 1.0]]
+    zero = torch.zeros(1, 4)
+    rewards = ppo.shape_rewards(torch.tensor([1.0]), zero, zero, mask, 0.1)
+    advantages, _ = ppo.gae(rewards, zero, mask, 1.0, 0.95)
+    assert advantages[0].tolist() == [0.0, pytest.approx(0.95 ** 2), pytest.approx(0.95), 1.0]
+    advantages, _ = ppo.gae(rewards, zero, mask, 1.0, 1.0)
+    assert advantages[0].tolist() == [0.0, 1.0, 1.0, 1.0]
 
 
 def test_critic_targets_of_every_kind():
@@ -2637,14 +2666,15 @@ def test_critic_targets_of_every_kind():
     torch.testing.assert_close(targets["gae"], ppo.gae(rewards, values, mask, 0.9, 0.8)[1])
     for b in range(5):
         columns = mask[b].nonzero()[:, 0].tolist()
-        V = values[b].tolist() + [0.0]
         for t in columns:
-            following = V[t + 1] if t + 1 in columns else 0.0
-            assert targets["td"][b, t].item() == pytest.approx(rewards[b, t].item() + 0.9 * following)
+            next_value = values[b, t + 1].item() if t + 1 in columns else 0.0
+            one_step = rewards[b, t].item() + 0.9 * next_value
+            assert targets["td"][b, t].item() == pytest.approx(one_step)
             to_go = sum(0.9 ** (i - t) * rewards[b, i].item() for i in columns if i >= t)
             assert targets["mc"][b, t].item() == pytest.approx(to_go)
             assert targets["score"][b, t].item() == b
-        assert not any(x[b][mask[b] == 0].any() for x in targets.values())
+    for target in targets.values():
+        assert not target[mask == 0].any()
     with pytest.raises(ValueError, match="got kind 'x'"):
         ppo.critic_targets(rewards, values, scores, mask, "x")
 
@@ -2656,16 +2686,19 @@ def test_critic_targets_of_every_kind():
     (1.5, -2.0, 3.0, 3.0, 0),        # above, bad: all the way back
     (0.5, 2.0, -1.0, -1.0, 0),       # below, good: all the way back
     (0.5, -2.0, 1.6, 0.0, 1)])       # below, bad: far enough
-def test_clipped_policy_loss_in_all_six_cases_with_gradients(ratio, advantage, loss, gradient, clipped):
+def test_clipped_policy_loss_in_all_six_cases_with_gradients(
+        ratio, advantage, loss, gradient, clipped):
     logprobs = torch.tensor([[-1.0 + math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     one = torch.ones(1, 1).double()
     got, metrics = ppo.policy_loss(logprobs, -one, advantage * one, one, clip_eps=0.2)
     got.backward()
-    assert got.item() == pytest.approx(loss) and logprobs.grad.item() == pytest.approx(gradient)
-    assert metrics["clip_fraction"].item() == clipped and metrics["ratio"].item() == pytest.approx(ratio)
+    assert got.item() == pytest.approx(loss)
+    assert logprobs.grad.item() == pytest.approx(gradient)
+    assert metrics["clip_fraction"].item() == clipped
+    assert metrics["ratio"].item() == pytest.approx(ratio)
 
 
-def test_policy_loss_is_the_mean_over_response_tokens_and_at_ratio_one_the_policy_gradient():
+def test_policy_losses_at_ratio_one_are_token_means_with_the_policy_gradient():
     logprobs, _, advantages, _, mask = ragged()
     new = logprobs.clone().requires_grad_()
     for loss, metrics in (ppo.policy_loss(new, logprobs, advantages, mask),
@@ -2684,13 +2717,16 @@ def test_kl_penalty_loss_and_its_gradient_equal_the_formula():
     ratio = (new - old).exp()
     expected = -(ratio * advantages - 0.7 * (ratio - 1 - (new - old)))[mask > 0].mean()
     assert loss.item() == pytest.approx(expected.item())
-    torch.testing.assert_close(gradient, (-(ratio * advantages) + 0.7 * (ratio - 1)) * mask / mask.sum())
+    expected = (-(ratio * advantages) + 0.7 * (ratio - 1)) * mask / mask.sum()
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_kl_penalty_on_a_whole_distribution_is_the_exact_kl_of_old_to_new():
-    log_old, log_new = torch.randn(2, 5, generator=seeded(), dtype=torch.float64).log_softmax(-1)
-    weights = log_old.exp()[None]                                              # the enumeration as the mask
-    loss, _ = ppo.kl_penalty_loss(log_new[None], log_old[None], torch.zeros(1, 5).double(), weights, coef=1.0)
+    logits = torch.randn(2, 5, generator=seeded(), dtype=torch.float64)
+    log_old, log_new = logits.log_softmax(-1)
+    weights = log_old.exp()[None]                              # the mask enumerates every token
+    no_advantage = torch.zeros(1, 5).double()
+    loss, _ = ppo.kl_penalty_loss(log_new[None], log_old[None], no_advantage, weights, coef=1.0)
     torch.testing.assert_close(loss, (log_old.exp() * (log_old - log_new)).sum())
 
 
@@ -2699,7 +2735,8 @@ def test_kl_penalty_on_a_whole_distribution_is_the_exact_kl_of_old_to_new():
     (1.9, 1.0, 2.0, 0.5 * 0.8 ** 2, 0.0, 1),       # moved far towards the target: no more gradient
     (0.1, 1.0, 2.0, 0.5 * 1.9 ** 2, -1.9, 0),      # moved far the wrong way: back
     (3.5, 1.0, 2.0, 0.5 * 1.5 ** 2, 1.5, 0)])      # past the target by more than the clipped error
-def test_clipped_value_loss_in_each_case_with_gradients(value, old, target, loss, gradient, clipped):
+def test_clipped_value_loss_in_each_case_with_gradients(
+        value, old, target, loss, gradient, clipped):
     one = torch.ones(1, 1).double()
     v = (value * one).requires_grad_()
     got, metrics = ppo.value_loss(v, old * one, target * one, one, clip_eps=0.2)
@@ -2707,19 +2744,21 @@ def test_clipped_value_loss_in_each_case_with_gradients(value, old, target, loss
     assert got.item() == pytest.approx(loss) and v.grad.item() == pytest.approx(gradient)
     assert metrics["value_clip_fraction"].item() == clipped and metrics["value_loss"] == got
     plain, metrics = ppo.value_loss(v, old * one, target * one, one, clip_eps=0)
-    assert plain.item() == pytest.approx(0.5 * (value - target) ** 2) and metrics["value_clip_fraction"] == 0
+    assert plain.item() == pytest.approx(0.5 * (value - target) ** 2)
+    assert metrics["value_clip_fraction"] == 0
 
 
 def test_losses_average_over_masked_tokens_only_and_match_finite_differences():
     new, old, advantages, returns, mask = ragged()
-    for f in (lambda x: ppo.policy_loss(x, old, advantages, mask)[0],
+    losses = (lambda x: ppo.policy_loss(x, old, advantages, mask)[0],
               lambda x: ppo.kl_penalty_loss(x, old, advantages, mask, 0.3)[0],
               lambda x: ppo.value_loss(x, old, returns, mask)[0],
-              lambda x: -masked_mean(x, mask)):
+              lambda x: -masked_mean(x, mask))
+    for loss in losses:
         x = new.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(f(x), x)
+        (gradient,) = torch.autograd.grad(loss(x), x)
         step = torch.randn(x.shape, generator=seeded(3), dtype=torch.float64) * 1e-6
-        numeric = (f(new + step) - f(new - step)) / 2
+        numeric = (loss(new + step) - loss(new - step)) / 2
         assert numeric.item() == pytest.approx((gradient * step).sum().item(), rel=1e-4)
         assert not gradient[mask == 0].any()
 
@@ -2728,21 +2767,25 @@ def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant(
     returns, values, _, _, mask = ragged()
     assert ppo.explained_variance(returns, returns, mask).item() == pytest.approx(1.0)
     assert ppo.explained_variance(0 * returns + 5, returns, mask).item() == pytest.approx(0.0)
-    inside = mask > 0
-    expected = 1 - (returns - values)[inside].var(correction=0) / returns[inside].var(correction=0)
-    assert ppo.explained_variance(values, returns, mask).item() == pytest.approx(expected.item())
+    errors = (returns - values)[mask > 0]
+    expected = 1 - errors.var(correction=0) / returns[mask > 0].var(correction=0)
+    got = ppo.explained_variance(values, returns, mask)
+    assert got.item() == pytest.approx(expected.item())
 
 
 def test_proportional_kl_takes_the_papers_steps_and_settles_on_its_target():
     control = ppo.ProportionalKL(0.2, target=6.0, horizon=10000)
     control.update(6.6, n=256)
     assert control.beta == pytest.approx(0.2 * (1 + 0.1 * 256 / 10000))
-    control.update(600.0, n=256)                                               # clipped at 0.2
-    assert control.beta == pytest.approx(0.2 * (1 + 0.1 * 256 / 10000) * (1 + 0.2 * 256 / 10000))
+    control.update(600.0, n=256)                               # clipped at 0.2
+    raised = 0.2 * (1 + 0.1 * 256 / 10000) * (1 + 0.2 * 256 / 10000)
+    assert control.beta == pytest.approx(raised)
     control.update(0.0, n=256)
     assert control.beta < 0.2 * (1 + 0.1 * 256 / 10000)
-    control, kl = ppo.ProportionalKL(0.05, target=6.0, horizon=500), 0.0
-    for _ in range(300):                                                       # a KL that answers 2 / beta, slowly
+
+    control = ppo.ProportionalKL(0.05, target=6.0, horizon=500)
+    kl = 0.0
+    for _ in range(300):                                       # the KL slowly follows 2 / beta
         kl += 0.2 * (2 / control.beta - kl)
         control.update(kl, n=100)
     assert kl == pytest.approx(6.0, rel=0.02)
@@ -2758,7 +2801,7 @@ def test_threshold_kl_doubles_above_and_halves_below_and_else_stays():
 @pytest.mark.parametrize("loss", ["policy_loss", "grpo_loss"])
 @pytest.mark.parametrize("log_ratio", [21.0, 89.0, 1000.0, -1000.0])
 def test_where_the_ratio_overflows_the_clipped_side_has_no_gradient(loss, log_ratio):
-    """inf * 0 is nan: exp overflows in float32 above 88"""
+    """In float32 exp overflows above 88, and inf * 0 is nan."""
     mask = torch.ones(2, 2)
     advantages = torch.tensor([1.0, 0.0])
     old = torch.tensor([[-1.0, -1 - log_ratio], [-1.0, -1 - log_ratio]])
@@ -2774,70 +2817,78 @@ def test_where_the_ratio_overflows_the_clipped_side_has_no_gradient(loss, log_ra
 
 
 def test_the_kl_penalty_does_not_cancel_near_zero():
+    """Computed as ratio - 1 - log ratio in float32, it would be off by 30 % here."""
     log_ratio = torch.tensor([[1e-4, -3e-4, 2e-5]])
     zero = torch.zeros(1, 3)
     loss, _ = ppo.kl_penalty_loss(log_ratio, zero, zero, torch.ones(1, 3), coef=1.0)
     exact = (torch.expm1(log_ratio.double()) - log_ratio.double()).mean().item()
-    assert loss.item() == pytest.approx(exact, rel=1e-3)     # ratio - 1 - log ratio is off by 30 % here
+    assert loss.item() == pytest.approx(exact, rel=1e-3)
 
 
 def test_kl_coefficients_stay_within_reach_of_their_start():
     penalty = ppo.ThresholdKL(1.0, target=0.002)
-    for _ in range(2000):
-        penalty.update(0.0)
-    assert penalty.coef == 1 / 1024
-    for _ in range(10):
-        penalty.update(1.0)
-    assert penalty.coef == 1.0
-    for _ in range(2000):
-        penalty.update(1.0)
-    assert penalty.coef == 1024
+    for kl_old, updates, coef in ((0.0, 2000, 1 / 1024), (1.0, 10, 1.0), (1.0, 2000, 1024)):
+        for _ in range(updates):
+            penalty.update(kl_old)
+        assert penalty.coef == coef
     control = ppo.ProportionalKL(0.4, target=6.0, horizon=30.0)
-    for _ in range(2000):
-        control.update(0.0, 128)
-    assert control.beta == pytest.approx(4e-5)
-    for _ in range(2000):
-        control.update(100.0, 128)
-    assert control.beta == pytest.approx(4e3)
+    for kl, beta in ((0.0, 4e-5), (100.0, 4e3)):
+        for _ in range(2000):
+            control.update(kl, 128)
+        assert control.beta == pytest.approx(beta)
 
 
 def test_old_logprobs_in_bfloat16_come_from_batches_of_the_updates_shape(monkeypatch):
-    shapes, gpt = [], small_gpt()
-    inputs, targets, mask = data.collate([[1, 2]] * 12, [[3] * (1 + i % 4) + [10] for i in range(12)])
-    original = ppo.token_logprobs
-    monkeypatch.setattr(ppo, "token_logprobs", lambda policy, inputs, *args, **kwargs: (
-        shapes.append(len(inputs)), original(policy, inputs, *args, **kwargs))[1])
+    gpt = small_gpt()
+    responses = [[3] * (1 + i % 4) + [10] for i in range(12)]
+    inputs, targets, mask = data.collate([[1, 2]] * 12, responses)
+    batch_sizes = []
+
+    def counted(policy, inputs, *args, **kwargs):
+        batch_sizes.append(len(inputs))
+        return token_logprobs(policy, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(ppo, "token_logprobs", counted)
     cfg = tiny(ppo, minibatch_size=8, accumulation=2)
     whole = ppo.score_rollout(gpt, inputs, targets, mask, cfg)
-    parts = ppo.score_rollout(gpt, inputs, targets, mask, dataclasses.replace(cfg, dtype="bfloat16"))
-    assert shapes == [12, 4, 4, 4]
+    cfg = dataclasses.replace(cfg, dtype="bfloat16")
+    parts = ppo.score_rollout(gpt, inputs, targets, mask, cfg)
+    assert batch_sizes == [12, 4, 4, 4]
     for a, b in zip(whole, parts):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     assert torch.equal(whole[0], token_logprobs(gpt, inputs, targets, mask))
 
 
-def test_first_minibatch_check_passes_at_ratio_one_and_names_what_is_wrong_otherwise(capsys):
-    check, zero, none = ppo.check_first_minibatch, torch.zeros(2, 3), torch.zeros(2)
+def test_the_first_minibatch_must_have_ratio_one_and_no_kl(capsys):
+    zero = torch.zeros(2, 3)
     mask = torch.ones(2, 3)
-    assert check(zero, zero, mask, none, 0.2) == 0.0
+    assert ppo.check_first_minibatch(zero, zero, mask, torch.zeros(2), 0.2) == 0.0
     with pytest.raises(Stopped, match="the ratio should be 1, but the log ratio reaches 1.0e-03"):
-        check(zero + 1e-3, zero, mask, none, 0.2)
+        ppo.check_first_minibatch(zero + 1e-3, zero, mask, torch.zeros(2), 0.2)
     with pytest.raises(Stopped, match="kl_ref should be 0"):
-        check(zero, zero, mask, torch.tensor([0.0, 0.1]), 0.2)
+        ppo.check_first_minibatch(zero, zero, mask, torch.tensor([0.0, 0.1]), 0.2)
     capsys.readouterr()
-    noise, ones = torch.zeros(4, 50), torch.ones(4, 50)
-    noise[0, :3] = torch.tensor([0.3, -0.3, 0.15])           # bfloat16, where a few tokens may be far off
-    assert check(noise - 1, -ones, ones, none, 0.2, dtype="bfloat16") == pytest.approx(2 / 200)
+
+    noise = torch.zeros(4, 50)
+    noise[0, :3] = torch.tensor([0.3, -0.3, 0.15])
+    ones = torch.ones(4, 50)
+
+    def check(*clip_eps, log_ratio=noise, mask=ones, dtype="bfloat16"):
+        return ppo.check_first_minibatch(
+            log_ratio - 1, -ones, mask, torch.zeros(2), *clip_eps, dtype=dtype)
+
+    assert check(0.2) == pytest.approx(2 / 200)                # in bfloat16 a few tokens may be off
     assert capsys.readouterr().out == ""
-    assert check(noise - 1, -ones, ones, none, 0.1, dtype="bfloat16") == pytest.approx(3 / 200)
-    assert "1.5% of the tokens have a ratio outside the clip range" in capsys.readouterr().out
-    assert check(noise - 1, -ones, ones, none, 0.1, 0.4, "bfloat16") == pytest.approx(1 / 200)
-    half = (torch.arange(50) < 25) * ones                    # tokens off the mask do not count
-    assert check(noise - 1, -ones, half, none, 0.2, dtype="bfloat16") == pytest.approx(2 / 100)
+    assert check(0.1) == pytest.approx(3 / 200)
+    warning = "1.5% of the tokens have a ratio outside the clip range"
+    assert warning in capsys.readouterr().out
+    assert check(0.1, 0.4) == pytest.approx(1 / 200)
+    half = (torch.arange(50) < 25) * ones
+    assert check(0.2, mask=half) == pytest.approx(2 / 100)     # tokens off the mask do not count
     with pytest.raises(Stopped, match="the ratio should be 1"):
-        check(noise - 1, -ones, ones, none, 0.2)
+        check(0.2, dtype="float32")
     with pytest.raises(Stopped, match="the ratio should be 1"):
-        check(-1.03 * ones, -ones, ones, none, 0.2, dtype="bfloat16")
+        check(0.2, log_ratio=-0.03 * ones)
 
 
 def test_rollout_check_warns_of_impossible_or_large_kls(capsys):
@@ -2848,12 +2899,13 @@ def test_rollout_check_warns_of_impossible_or_large_kls(capsys):
     assert "never negative" in capsys.readouterr().out
     ppo.check_rollout(fine + 30, 25.0)
     assert "above --kl_bound 25.0" in capsys.readouterr().out
-    ppo.check_rollout(fine[:1] * 0 - 1, 25.0)                                  # one response proves nothing
+    ppo.check_rollout(torch.tensor([-1.0]), 25.0)              # one response proves nothing
     assert capsys.readouterr().out == ""
 
 
 def test_responses_without_eos_get_the_fixed_score_and_scores_can_be_clipped():
-    scalar, batch = small_scalar(), data.collate(PROMPTS, RESPONSES)
+    scalar = small_scalar()
+    batch = data.collate(PROMPTS, RESPONSES)
     finished = torch.tensor([True, True, True, False])
     raw = sequence_scores(scalar, *batch)
     cfg = dataclasses.replace(ppo.Config(), missing_eos_score=-3.0)
@@ -2867,51 +2919,69 @@ def test_responses_without_eos_get_the_fixed_score_and_scores_can_be_clipped():
 # --------------------------------------------------------------------------------------------------
 # dpo.py
 
-def pair_tensors(n=6, seed=0):
-    return torch.randn(4, n, generator=seeded(seed), dtype=torch.float64)
-
-
-@pytest.mark.parametrize("kind", ["sigmoid", "robust", "ipo", "hinge", "fidelity"])
-def test_dpo_losses_equal_their_formulas(kind):
-    (c, r, rc, rr), beta, margin, weights = pair_tensors(), 0.7, 0.2 if kind != "ipo" else 0.0, torch.arange(1.0, 7.0).double()
-    target = torch.rand(6, generator=seeded(1), dtype=torch.float64)
-    e = 0.1 if kind in ("sigmoid", "robust") else 0.0
-
+def dpo_loss_by_hand(kind, h, beta, margin, target, e):
+    """The loss of one pair, in plain Python: h is how far its log ratios differ."""
     def log_sigma(z):
         return -math.log(1 + math.exp(-z))
-    losses, margins, right = [], [], []
-    for i in range(6):
-        h = ((c[i] - rc[i]) - (r[i] - rr[i])).item()
-        z, t = beta * h - margin, target[i].item()
-        losses.append({
-            "sigmoid": lambda: -((1 - e) * t + e * (1 - t)) * log_sigma(z) - (e * t + (1 - e) * (1 - t)) * log_sigma(-z),
-            "robust": lambda: (-((1 - e) * t - e * (1 - t)) * log_sigma(z)
-                               - ((1 - e) * (1 - t) - e * t) * log_sigma(-z)) / (1 - 2 * e),
-            "ipo": lambda: t * (h - 1 / (2 * beta)) ** 2 + (1 - t) * (-h - 1 / (2 * beta)) ** 2,
-            "hinge": lambda: t * max(0, 1 - z) + (1 - t) * max(0, 1 + z),
-            "fidelity": lambda: 1 - math.sqrt(t * math.exp(log_sigma(z))) - math.sqrt((1 - t) * math.exp(log_sigma(-z))),
-        }[kind]())
-        margins.append(beta * h)
-        right.append(h > 0)
-    loss, metrics = dpo.dpo_loss(c, r, rc, rr, beta, kind, e, margin, target, weights)
-    mean = lambda xs: sum(w * x for w, x in zip(weights.tolist(), xs)) / 21
-    assert loss.item() == pytest.approx(mean(losses)) == metrics["loss"].item()
-    assert metrics["margin"].item() == pytest.approx(mean(margins))
-    assert metrics["accuracy"].item() == pytest.approx(mean(right))
-    plain, _ = dpo.dpo_loss(c, r, rc, rr, beta, kind)
-    hard, _ = dpo.dpo_loss(c, r, rc, rr, beta, kind, target=torch.ones(6, dtype=torch.float64))
+
+    z = beta * h - margin
+    wins, loses = target, 1 - target                           # probabilities
+    if kind == "sigmoid":
+        return (-((1 - e) * wins + e * loses) * log_sigma(z)
+                - (e * wins + (1 - e) * loses) * log_sigma(-z))
+    if kind == "robust":
+        return (-((1 - e) * wins - e * loses) * log_sigma(z)
+                - ((1 - e) * loses - e * wins) * log_sigma(-z)) / (1 - 2 * e)
+    if kind == "ipo":
+        return wins * (h - 1 / (2 * beta)) ** 2 + loses * (-h - 1 / (2 * beta)) ** 2
+    if kind == "hinge":
+        return wins * max(0, 1 - z) + loses * max(0, 1 + z)
+    if kind == "fidelity":
+        p = math.exp(log_sigma(z))
+        q = math.exp(log_sigma(-z))
+        return 1 - math.sqrt(wins * p) - math.sqrt(loses * q)
+
+
+@pytest.mark.parametrize("kind, margin, smoothing", [
+    ("sigmoid", 0.2, 0.1),
+    ("robust", 0.2, 0.1),
+    ("ipo", 0.0, 0.0),
+    ("hinge", 0.2, 0.0),
+    ("fidelity", 0.2, 0.0)])
+def test_dpo_losses_equal_their_formulas(kind, margin, smoothing):
+    beta = 0.7
+    c, r, rc, rr = logprobs = torch.randn(4, 6, generator=seeded(), dtype=torch.float64)
+    target = torch.rand(6, generator=seeded(1), dtype=torch.float64)
+    weights = torch.arange(1.0, 7.0).double()
+
+    def weighted_mean(values):
+        return sum(w * x for w, x in zip(weights.tolist(), values)) / 21
+
+    differences = ((c - rc) - (r - rr)).tolist()
+    losses = [dpo_loss_by_hand(kind, h, beta, margin, t, smoothing)
+              for h, t in zip(differences, target.tolist())]
+    loss, metrics = dpo.dpo_loss(*logprobs, beta, kind, smoothing, margin, target, weights)
+    assert loss.item() == pytest.approx(weighted_mean(losses)) == metrics["loss"].item()
+    assert metrics["margin"].item() == pytest.approx(weighted_mean(beta * h for h in differences))
+    assert metrics["accuracy"].item() == pytest.approx(weighted_mean(h > 0 for h in differences))
+
+    plain, _ = dpo.dpo_loss(*logprobs, beta, kind)
+    hard, _ = dpo.dpo_loss(*logprobs, beta, kind, target=torch.ones(6, dtype=torch.float64))
     assert plain.item() == pytest.approx(hard.item())
 
 
-def test_dpo_at_the_reference_is_ln_2_without_margin_and_half_right_with_the_known_slope():
+def test_dpo_starts_at_ln_2_without_margin_half_right_with_the_known_slope():
     c = torch.tensor([-3.0, -5.0], requires_grad=True)
     r = torch.tensor([-4.0, -2.0], requires_grad=True)
-    loss, metrics = dpo.dpo_loss(c, r, c.detach(), r.detach(), beta=0.3)
+    ref_c, ref_r = c.detach(), r.detach()
+    loss, metrics = dpo.dpo_loss(c, r, ref_c, ref_r, beta=0.3)
     loss.backward()
-    assert loss.item() == pytest.approx(math.log(2)) and metrics["margin"] == 0 and metrics["accuracy"] == 0.5
-    assert torch.allclose(c.grad, torch.tensor(-0.3 / 2 / 2)) and torch.allclose(r.grad, torch.tensor(0.3 / 2 / 2))
-    _, metrics = dpo.dpo_loss(c.detach() + 1e-6, r.detach(), c.detach(), r.detach(), beta=0.3)
-    assert metrics["accuracy"] == 0.5                          # rounding is a tie
+    assert loss.item() == pytest.approx(math.log(2))
+    assert metrics["margin"] == 0 and metrics["accuracy"] == 0.5
+    assert torch.allclose(c.grad, torch.tensor(-0.3 / 2 / 2))
+    assert torch.allclose(r.grad, torch.tensor(0.3 / 2 / 2))
+    _, metrics = dpo.dpo_loss(ref_c + 1e-6, ref_r, ref_c, ref_r, beta=0.3)
+    assert metrics["accuracy"] == 0.5                          # a difference by rounding is a tie
     with pytest.raises(ValueError, match="it is sigmoid, robust"):
         dpo.dpo_loss(c, r, c, r, 0.1, kind="kto")
     with pytest.raises(ValueError, match="belongs to sigmoid and robust"):
@@ -2919,6 +2989,7 @@ def test_dpo_at_the_reference_is_ln_2_without_margin_and_half_right_with_the_kno
 
 
 def loss_of_margin(z, **options):
+    """The DPO loss of pairs with the margins z, at beta 1."""
     zero = torch.zeros_like(z)
     return dpo.dpo_loss(z, zero, zero, zero, beta=1.0, **options)[0]
 
@@ -2927,93 +2998,121 @@ def loss_of_margin(z, **options):
 def test_cdpo_has_a_finite_best_margin(e, best):
     z = torch.tensor([best], requires_grad=True)
     loss_of_margin(z, label_smoothing=e).backward()
-    assert best == pytest.approx(math.log((1 - e) / e), abs=1e-3) and z.grad.abs().item() < 1e-3
+    assert best == pytest.approx(math.log((1 - e) / e), abs=1e-3)
+    assert z.grad.abs().item() < 1e-3
 
 
 def test_robust_is_unbiased_under_flips_and_unbounded_below():
-    z, e = torch.tensor([0.7]), 0.2
-    flipped = (1 - e) * loss_of_margin(z, kind="robust", label_smoothing=e) + e * loss_of_margin(
-        -z, kind="robust", label_smoothing=e)
-    assert flipped.item() == pytest.approx(loss_of_margin(z).item())
-    assert loss_of_margin(torch.tensor([20.0]), kind="robust", label_smoothing=0.1).item() == pytest.approx(-2.5, abs=1e-3)
+    z = torch.tensor([0.7])
+    robust = loss_of_margin(z, kind="robust", label_smoothing=0.2)
+    flipped = loss_of_margin(-z, kind="robust", label_smoothing=0.2)
+    mean = 0.8 * robust + 0.2 * flipped
+    assert mean.item() == pytest.approx(loss_of_margin(z).item())
+    far = loss_of_margin(torch.tensor([20.0]), kind="robust", label_smoothing=0.1)
+    assert far.item() == pytest.approx(-2.5, abs=1e-3)
 
 
-def test_ipo_is_least_at_half_over_beta_hinge_is_flat_past_one_and_fidelity_is_bounded():
-    for kind, z, gradient in (("ipo", 0.5, 0.0), ("ipo", 1.5, 2.0), ("hinge", 1.01, 0.0), ("hinge", 0.99, -1.0),
-                              ("fidelity", -math.log(2), -0.19245), ("fidelity", -40.0, 0.0)):
-        x = torch.tensor([z], requires_grad=True)
-        loss_of_margin(x, kind=kind).backward()
-        assert x.grad.item() == pytest.approx(gradient, abs=1e-4), (kind, z)
-    for z in (-50.0, 0.0, 50.0):
-        assert -1e-6 <= loss_of_margin(torch.tensor([z]), kind="fidelity").item() <= 1
+@pytest.mark.parametrize("kind, z, gradient", [
+    ("ipo", 0.5, 0.0),                       # the best margin: 1 / (2 beta)
+    ("ipo", 1.5, 2.0),
+    ("hinge", 1.01, 0.0),
+    ("hinge", 0.99, -1.0),
+    ("fidelity", -math.log(2), -0.19245),
+    ("fidelity", -40.0, 0.0)])
+def test_ipo_is_least_at_its_margin_and_hinge_and_fidelity_flatten_out(kind, z, gradient):
+    x = torch.tensor([z], requires_grad=True)
+    loss_of_margin(x, kind=kind).backward()
+    assert x.grad.item() == pytest.approx(gradient, abs=1e-4)
+
+
+@pytest.mark.parametrize("z", [-50.0, 0.0, 50.0])
+def test_the_fidelity_loss_of_dpo_is_between_zero_and_one(z):
+    assert -1e-6 <= loss_of_margin(torch.tensor([z]), kind="fidelity").item() <= 1
 
 
 def test_sequence_logprobs_are_sums_or_means_over_response_tokens():
     logprobs, _, _, _, mask = ragged()
-    lengths = mask.sum(1)
-    torch.testing.assert_close(dpo.sequence_logprobs(logprobs, mask), logprobs.sum(1))
-    torch.testing.assert_close(dpo.sequence_logprobs(logprobs, mask, True) * lengths, logprobs.sum(1))
-    twice = torch.cat([logprobs, logprobs], 1)                 # the mean does not change when every token comes twice
-    torch.testing.assert_close(dpo.sequence_logprobs(twice, torch.cat([mask, mask], 1), True),
-                               dpo.sequence_logprobs(logprobs, mask, True))
+    sums = dpo.sequence_logprobs(logprobs, mask)
+    torch.testing.assert_close(sums, logprobs.sum(1))
+    means = dpo.sequence_logprobs(logprobs, mask, True)
+    torch.testing.assert_close(means * mask.sum(1), logprobs.sum(1))
+    twice = torch.cat([logprobs, logprobs], 1)                 # every token twice: the same mean
+    twice_mask = torch.cat([mask, mask], 1)
+    torch.testing.assert_close(dpo.sequence_logprobs(twice, twice_mask, True), means)
 
 
 def test_masking_the_shared_prefix_changes_means_and_not_differences_of_sums():
     gpt = small_gpt()
     prompts, chosen, rejected = [[1, 2], [3]], [[4, 5, 6, 10], [7, 10]], [[4, 5, 10], [8, 9, 10]]
     inputs, targets, mask = data.collate(prompts * 2, chosen + rejected)
-    masks = dpo.after_shared_prefix(*targets.chunk(2), *mask.chunk(2))
-    assert [m.sum(1).tolist() for m in masks] == [[2, 2], [1, 3]]
+    full_masks = mask.chunk(2)
+    cut_masks = dpo.after_shared_prefix(*targets.chunk(2), *full_masks)
+    assert [m.sum(1).tolist() for m in cut_masks] == [[2, 2], [1, 3]]
     logprobs = token_logprobs(gpt, inputs, targets, mask).chunk(2)
-    full, cut = ([dpo.sequence_logprobs(lp, m) for lp, m in zip(logprobs, ms)] for ms in (mask.chunk(2), masks))
-    torch.testing.assert_close(full[0] - full[1], cut[0] - cut[1])
-    full, cut = ([dpo.sequence_logprobs(lp, m, True) for lp, m in zip(logprobs, ms)] for ms in (mask.chunk(2), masks))
-    assert not torch.allclose(full[0] - full[1], cut[0] - cut[1])
+
+    def difference(masks, length_normalise):
+        chosen, rejected = (dpo.sequence_logprobs(lp, m, length_normalise)
+                            for lp, m in zip(logprobs, masks))
+        return chosen - rejected
+
+    torch.testing.assert_close(difference(full_masks, False), difference(cut_masks, False))
+    assert not torch.allclose(difference(full_masks, True), difference(cut_masks, True))
 
 
 def test_pair_logprobs_equal_each_response_alone():
-    gpt, cfg = small_gpt(), tiny(dpo)
-    pairs = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in zip(PROMPTS, RESPONSES, RESPONSES[::-1])]
-    logprobs, lengths, nll = dpo.pair_logprobs(gpt, pairs, cfg)
-    for k, responses in enumerate((RESPONSES, RESPONSES[::-1])):
-        for i, (p, y) in enumerate(zip(PROMPTS, responses)):
-            alone = token_logprobs(gpt, *data.collate([p], [y])).sum().item()
-            assert logprobs[k, i].item() == pytest.approx(alone, abs=1e-4) and lengths[k, i] == len(y)
-    assert nll.item() == pytest.approx(-logprobs[0].sum().item() / sum(map(len, RESPONSES)))
+    gpt = small_gpt()
+    chosen, rejected = RESPONSES, RESPONSES[::-1]
+    pairs = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r}
+             for p, c, r in zip(PROMPTS, chosen, rejected)]
+    logprobs, lengths, nll = dpo.pair_logprobs(gpt, pairs, tiny(dpo))
+    for k, responses in enumerate((chosen, rejected)):
+        for i, (prompt, response) in enumerate(zip(PROMPTS, responses)):
+            alone = token_logprobs(gpt, *data.collate([prompt], [response])).sum().item()
+            assert logprobs[k, i].item() == pytest.approx(alone, abs=1e-4)
+            assert lengths[k, i] == len(response)
+    assert nll.item() == pytest.approx(-logprobs[0].sum().item() / sum(map(len, chosen)))
 
 
 def test_all_pairs_of_rankings_are_made_better_first():
-    comparisons = [{"prompt_ids": [1], "response_ids": [[2], [3], [4]]}, {"prompt_ids": [5], "response_ids": [[6], [7]]}]
+    comparisons = [{"prompt_ids": [1], "response_ids": [[2], [3], [4]]},
+                   {"prompt_ids": [5], "response_ids": [[6], [7]]}]
     pairs = dpo.pairs_of_rankings(comparisons, seeded())
-    assert sorted((*p["prompt_ids"], *p["chosen_ids"], *p["rejected_ids"]) for p in pairs) == [
-        (1, 2, 3), (1, 2, 4), (1, 3, 4), (5, 6, 7)]
+    made = sorted((*p["prompt_ids"], *p["chosen_ids"], *p["rejected_ids"]) for p in pairs)
+    assert made == [(1, 2, 3), (1, 2, 4), (1, 3, 4), (5, 6, 7)]
 
 
 @pytest.mark.parametrize("labels", ["annotators", "reward_model", "soft"])
-def test_sampled_pairs_are_labelled_by_the_probability_that_the_one_beats_the_other(labels, tokenizer):
-    """Scores by length, so that the label of every pair can be told from the pair."""
+def test_sampled_pairs_are_labelled_with_the_probability_of_a_win(labels, tokenizer):
+    """The reward counts tokens and EOS, so each pair's label can be computed from the pair."""
     gpt = small_gpt(vocab_size=tokenizer.n_vocab, block_size=40, std=0.02)
-    reward = lambda inputs, targets, mask, finished: mask.sum(1) / 2 + finished
-    cfg = tiny(dpo, labels=labels, max_new_tokens=6)
-    gpt.transformer.ln_f.bias.data.copy_(gpt.transformer.wte.weight[tokenizer.eot_token] * 300)   # EOS is likely
-    pairs = dpo.sample_pairs(gpt, reward, tokenizer, [data.encode_prompt(tokenizer, TINY_PROMPT)] * 1500, cfg, 0.1, seeded())
-    assert len(pairs) == 1500
-    wins, expected, variance = 0, 0.0, 0.0
-    for pair in pairs:
-        ids = [pair["chosen_ids"], pair["rejected_ids"]]
+    eos_weight = gpt.transformer.wte.weight[tokenizer.eot_token]
+    gpt.transformer.ln_f.bias.data.copy_(eos_weight * 300)     # EOS is likely
+
+    def reward(inputs, targets, mask, finished):
+        return mask.sum(1) / 2 + finished
+
+    def score(response):
         if labels == "annotators":
-            gold = [reviews.gold(TINY_PROMPT, *data.decode_response(tokenizer, y)) / 0.1 for y in ids]
-        else:
-            gold = [len(y) / 2 + (y[-1] == tokenizer.eot_token) for y in ids]
-        p = 1 / (1 + math.exp(gold[1] - gold[0]))
+            text = data.decode_response(tokenizer, response)
+            return reviews.gold(TINY_PROMPT, *text) / 0.1
+        return len(response) / 2 + (response[-1] == tokenizer.eot_token)
+
+    cfg = tiny(dpo, labels=labels, max_new_tokens=6)
+    prompts = [data.encode_prompt(tokenizer, TINY_PROMPT)] * 1500
+    pairs = dpo.sample_pairs(gpt, reward, tokenizer, prompts, cfg, 0.1, seeded())
+    assert len(pairs) == 1500
+    wins, expected, variance = 0, 0.0, 0.0                     # how often the better one won
+    for pair in pairs:
+        chosen, rejected = score(pair["chosen_ids"]), score(pair["rejected_ids"])
+        p = 1 / (1 + math.exp(rejected - chosen))
         if labels == "soft":
             assert pair["target"] == pytest.approx(p, abs=1e-5) and p >= 0.5
-        else:
-            assert pair["target"] == 1
-            if gold[0] != gold[1]:                             # did the better one win?
-                wins += gold[0] > gold[1]
-                expected += max(p, 1 - p)
-                variance += p * (1 - p)
+            continue
+        assert pair["target"] == 1
+        if chosen != rejected:
+            wins += chosen > rejected
+            expected += max(p, 1 - p)
+            variance += p * (1 - p)
     if labels != "soft":
         assert expected > 50 and abs(wins - expected) < 4 * variance ** 0.5
 
@@ -3021,17 +3120,18 @@ def test_sampled_pairs_are_labelled_by_the_probability_that_the_one_beats_the_ot
 # --------------------------------------------------------------------------------------------------
 # grpo.py
 
-def advantages_by_loop(rewards, G, kind):
+def group_advantages_by_loop(rewards, G, kind):
     result = []
     for start in range(0, len(rewards), G):
         group = rewards[start:start + G]
         mean = sum(group) / G
         std = math.sqrt(sum((r - mean) ** 2 for r in group) / (G - 1))
         for i, r in enumerate(group):
-            others = [group[j] for j in range(G) if j != i]
-            result.append({"grpo": (r - mean) / (std + 1e-4), "dr_grpo": r - mean, "reinforce": r,
-                           "rloo": r - sum(others) / max(1, len(others))}[kind])
-    return result
+            others = group[:i] + group[i + 1:]
+            advantages = {"grpo": (r - mean) / (std + 1e-4), "dr_grpo": r - mean,
+                          "rloo": r - sum(others) / (G - 1), "reinforce": r}
+            result.append(advantages[kind])
+    return torch.tensor(result, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo", "reinforce"])
@@ -3039,87 +3139,114 @@ def test_group_advantages_equal_a_loop_over_groups(kind):
     rewards = torch.randn(24, generator=seeded(), dtype=torch.float64)
     for G in (2, 3, 4, 24):
         ours = grpo.group_advantages(rewards, G, kind)
-        torch.testing.assert_close(ours, torch.tensor(advantages_by_loop(rewards.tolist(), G, kind),
-                                                      dtype=torch.float64), atol=1e-9, rtol=0)
+        by_loop = group_advantages_by_loop(rewards.tolist(), G, kind)
+        torch.testing.assert_close(ours, by_loop, atol=1e-9, rtol=0)
         if kind != "reinforce":
             assert ours.view(-1, G).sum(1).abs().max() < 1e-9
 
 
 def test_group_advantages_move_with_the_rewards_as_they_should():
     rewards = torch.randn(12, generator=seeded(1))
-    of = lambda kind, r=rewards: grpo.group_advantages(r, 4, kind)
-    torch.testing.assert_close(of("rloo"), of("dr_grpo") * 4 / 3)
-    for kind in ("grpo", "dr_grpo", "rloo"):                                   # a prompt's own level does not count
-        torch.testing.assert_close(of(kind, rewards + torch.arange(3.0).repeat_interleave(4)), of(kind),
-                                   atol=1e-5, rtol=0)
-    torch.testing.assert_close(of("grpo", 100 * rewards), of("grpo"), atol=1e-3, rtol=0)       # nor the scale, for grpo
-    torch.testing.assert_close(of("dr_grpo", 100 * rewards), 100 * of("dr_grpo"), atol=1e-3, rtol=0)
-    half = math.sqrt(0.5)                                  # of two, the sample deviation is |r - r'| / sqrt(2)
-    assert grpo.group_advantages(torch.tensor([0.3, 0.9]), 2).tolist() == pytest.approx([-half, half], abs=1e-3)
+    ours = {kind: grpo.group_advantages(rewards, 4, kind) for kind in ("grpo", "dr_grpo", "rloo")}
+    torch.testing.assert_close(ours["rloo"], ours["dr_grpo"] * 4 / 3)
+    for kind, before in ours.items():                          # a prompt's own level does not count
+        shifted = rewards + torch.arange(3.0).repeat_interleave(4)
+        after = grpo.group_advantages(shifted, 4, kind)
+        torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+    after = grpo.group_advantages(100 * rewards, 4, "grpo")    # nor the scale, for grpo
+    torch.testing.assert_close(after, ours["grpo"], atol=1e-3, rtol=0)
+    after = grpo.group_advantages(100 * rewards, 4, "dr_grpo")
+    torch.testing.assert_close(after, 100 * ours["dr_grpo"], atol=1e-3, rtol=0)
+    pair = grpo.group_advantages(torch.tensor([0.3, 0.9]), 2)  # their deviation: |r - r'| / sqrt(2)
+    half = math.sqrt(0.5)
+    assert pair.tolist() == pytest.approx([-half, half], abs=1e-3)
 
 
 def test_sequence_weights_of_a_row_without_tokens_are_zero():
     mask = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
-    assert torch.equal(grpo.token_weights(mask, "sequence"), torch.tensor([[0.25, 0.25], [0.0, 0.0]]))
+    expected = torch.tensor([[0.25, 0.25], [0.0, 0.0]])
+    assert torch.equal(grpo.token_weights(mask, "sequence"), expected)
 
 
-def test_grpos_deviation_is_the_samples_as_in_other_libraries():
+def test_grpo_divides_by_the_sample_deviation_as_other_libraries_do():
     rewards = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64)
     advantages = grpo.group_advantages(rewards, 4)
     assert advantages.tolist() == pytest.approx([-0.9258, -0.4629, 0, 1.3887], abs=1e-3)
-    assert (rewards - 3)[3] / rewards.std(correction=0) / advantages[3] == pytest.approx(1.1547, abs=1e-3)
+    by_population = (rewards - 3)[3] / rewards.std(correction=0)
+    assert by_population / advantages[3] == pytest.approx(1.1547, abs=1e-3)
 
 
 @pytest.mark.parametrize("G", [2, 3, 4, 7, 64])
 def test_groups_of_equal_rewards_have_exactly_zero_advantage_and_gradient(G):
     gpt = small_gpt()
-    inputs, targets, mask = data.collate([[1, 2]] * G, [[3] * (1 + i % 3) + [10] for i in range(G)])
-    for level in (0.1, -3.0, 1e-3, 1234.567):                                  # a mean of equal floats may be off by rounding
+    responses = [[3] * (1 + i % 3) + [10] for i in range(G)]
+    inputs, targets, mask = data.collate([[1, 2]] * G, responses)
+    for level in (0.1, -3.0, 1e-3, 1234.567):                  # a mean of equal floats may be off
         for kind in ("grpo", "dr_grpo", "rloo"):
             advantages = grpo.group_advantages(torch.full((G,), level), G, kind)
             assert torch.equal(advantages, torch.zeros(G))
     logprobs = token_logprobs(gpt, inputs, targets, mask)
     loss, _ = grpo.grpo_loss(logprobs, logprobs.detach(), advantages, grpo.token_weights(mask))
-    assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(loss, list(gpt.parameters())))
+    for gradient in torch.autograd.grad(loss, list(gpt.parameters())):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 def test_group_advantages_refuse_what_makes_no_groups():
-    with pytest.raises(ValueError, match="got 7 scores, which is not a multiple of group_size 3"):
+    wrong = "got 7 scores, which is not a multiple of group_size 3"
+    with pytest.raises(ValueError, match=wrong):
         grpo.group_advantages(torch.zeros(7), 3)
-    with pytest.raises(ValueError, match="got kind 'mean'; it is grpo, dr_grpo, rloo or reinforce"):
+    wrong = "got kind 'mean'; it is grpo, dr_grpo, rloo or reinforce"
+    with pytest.raises(ValueError, match=wrong):
         grpo.group_advantages(torch.zeros(6), 3, "mean")
     for kind in ("grpo", "rloo"):
-        with pytest.raises(ValueError, match=f"got group_size 1 with kind {kind}; a group takes 2 responses or more"):
+        wrong = f"got group_size 1 with kind {kind}; a group takes 2 responses or more"
+        with pytest.raises(ValueError, match=wrong):
             grpo.group_advantages(torch.zeros(6), 1, kind)
-    with pytest.raises(ValueError, match="got normalise 'row'; it is token, sequence or fixed"):
+    wrong = "got normalise 'row'; it is token, sequence or fixed"
+    with pytest.raises(ValueError, match=wrong):
         grpo.token_weights(torch.ones(2, 3), "row")
 
 
 def test_token_weights_say_what_a_token_of_a_short_and_of_a_long_response_counts():
     mask = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0]])
-    token, sequence, fixed = (grpo.token_weights(mask, kind, max_length=5) for kind in ("token", "sequence", "fixed"))
-    assert token[mask > 0].tolist() == [0.25] * 4                              # every token alike
-    torch.testing.assert_close(sequence.sum(1), torch.tensor([0.5, 0.5]))      # every response alike
+    token = grpo.token_weights(mask, "token", max_length=5)
+    assert token[mask > 0].tolist() == [0.25] * 4              # every token counts the same
+    sequence = grpo.token_weights(mask, "sequence", max_length=5)
+    torch.testing.assert_close(sequence.sum(1), torch.tensor([0.5, 0.5]))  # every response does
     torch.testing.assert_close(sequence[1, 1:], torch.full((3,), 1 / 6))
-    torch.testing.assert_close(fixed[mask > 0], torch.full((4,), 0.1))         # whatever was sampled beside
-    assert all(torch.equal(w == 0, mask == 0) for w in (token, sequence, fixed))
+    fixed = grpo.token_weights(mask, "fixed", max_length=5)    # whatever else was sampled
+    torch.testing.assert_close(fixed[mask > 0], torch.full((4,), 0.1))
+    for weights in (token, sequence, fixed):
+        assert torch.equal(weights == 0, mask == 0)
 
 
 @pytest.mark.parametrize("ratio, advantage, loss, gradient, clipped", [
-    (1.1, 2.0, -2.2, -2.2, 0), (1.25, 2.0, -2.5, -2.5, 0), (1.4, 2.0, -2.6, 0.0, 1), (0.5, 2.0, -1.0, -1.0, 0),
-    (0.9, -2.0, 1.8, 1.8, 0), (0.5, -2.0, 1.6, 0.0, 1), (1.4, -2.0, 2.8, 2.8, 0)])
-def test_asymmetric_clipping_in_every_case_with_gradients(ratio, advantage, loss, gradient, clipped):
-    """clip_eps 0.2, clip_eps_high 0.3: what rises may rise further than what falls may fall"""
+    (1.1, 2.0, -2.2, -2.2, 0),
+    (1.25, 2.0, -2.5, -2.5, 0),
+    (1.4, 2.0, -2.6, 0.0, 1),
+    (0.5, 2.0, -1.0, -1.0, 0),
+    (0.9, -2.0, 1.8, 1.8, 0),
+    (0.5, -2.0, 1.6, 0.0, 1),
+    (1.4, -2.0, 2.8, 2.8, 0)])
+def test_asymmetric_clipping_in_every_case_with_gradients(
+        ratio, advantage, loss, gradient, clipped):
+    """clip_eps 0.2, clip_eps_high 0.3: a probability may rise further than it may fall."""
     logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
-    ours, metrics = grpo.grpo_loss(logprobs, torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1), 0.2, 0.3)
+    old = torch.zeros(1, 1)
+    weights = torch.ones(1, 1)
+    ours, metrics = grpo.grpo_loss(logprobs, old, torch.tensor([advantage]), weights, 0.2, 0.3)
     ours.backward()
-    assert ours.item() == pytest.approx(loss) and logprobs.grad.item() == pytest.approx(gradient)
-    assert metrics["clip_fraction"].item() == clipped and metrics["ratio"].item() == pytest.approx(ratio)
+    assert ours.item() == pytest.approx(loss)
+    assert logprobs.grad.item() == pytest.approx(gradient)
+    assert metrics["clip_fraction"].item() == clipped
+    assert metrics["ratio"].item() == pytest.approx(ratio)
 
 
 def test_grpo_loss_by_tokens_is_ppos_and_by_every_weight_a_plain_sum():
     logprobs, old, values, _, mask = ragged()
-    logprobs, old, advantages = 0.3 * logprobs, 0.3 * old, values[:, 0] + torch.arange(5)
+    logprobs = 0.3 * logprobs
+    old = 0.3 * old
+    advantages = values[:, 0] + torch.arange(5)
     ours, metrics = grpo.grpo_loss(logprobs, old, advantages, grpo.token_weights(mask))
     theirs, expected = ppo.policy_loss(logprobs, old, advantages[:, None].expand_as(mask), mask)
     torch.testing.assert_close(ours, theirs)
@@ -3129,83 +3256,147 @@ def test_grpo_loss_by_tokens_is_ppos_and_by_every_weight_a_plain_sum():
     for kind in ("sequence", "fixed"):
         total = 0.0
         for b, t in (mask > 0).nonzero().tolist():
-            rho, length = math.exp(logprobs[b, t] - old[b, t]), {"sequence": mask[b].sum().item(), "fixed": 20}[kind]
-            worst = min(rho * advantages[b].item(), min(max(rho, 0.8), 1.28) * advantages[b].item())
-            total -= worst / length / 5
+            ratio = math.exp(logprobs[b, t] - old[b, t])
+            clipped = min(max(ratio, 0.8), 1.28)
+            advantage = advantages[b].item()
+            length = mask[b].sum().item() if kind == "sequence" else 20
+            total -= min(ratio * advantage, clipped * advantage) / length / 5
         weights = grpo.token_weights(mask, kind, max_length=20)
-        assert grpo.grpo_loss(logprobs, old, advantages, weights, 0.2, 0.28)[0].item() == pytest.approx(total)
+        loss, _ = grpo.grpo_loss(logprobs, old, advantages, weights, 0.2, 0.28)
+        assert loss.item() == pytest.approx(total)
 
 
 @pytest.mark.parametrize("response, kept", [
-    (" The plot is good. The plot is not dull. See it twice.", 1), (" The plot is good. I liked the plot. Skip it.", 1),
-    (" The plot is good. See it twice.", 0), (" The plot is good. The plot is solid. I saw it on a train. See it twice.", 0),
-    (" The plot is good. The music is solid. See it twice.", 0), (" The plot is good, but the music is dull. The plot is thin. Skip it.", 0),
-    (" The plot is good. It is a solid fable. See it twice.", 0), (" The plot is good. The plot is solid.", 0),
-    (" The plot plot is good. The plot is solid. Skip it.", 0), ("", 0), (" See it twice.", 0)])
+    (" The plot is good. The plot is not dull. See it twice.", 1),
+    (" The plot is good. I liked the plot. Skip it.", 1),
+    (" The plot is good. See it twice.", 0),
+    (" The plot is good. The plot is solid. I saw it on a train. See it twice.", 0),
+    (" The plot is good. The music is solid. See it twice.", 0),
+    (" The plot is good, but the music is dull. The plot is thin. Skip it.", 0),
+    (" The plot is good. It is a solid fable. See it twice.", 0),
+    (" The plot is good. The plot is solid.", 0),
+    (" The plot plot is good. The plot is solid. Skip it.", 0),
+    ("", 0),
+    (" See it twice.", 0)])
 def test_the_request_is_three_sentences_about_the_aspect_alone(response, kept):
     prompt = reviews.make_prompt("fable", "a lost letter", "plot")
-    assert reviews.request_kept([prompt, prompt], [response, " The plot is good. The plot is solid. Skip it."]) == [kept, 1]
+    good = " The plot is good. The plot is solid. Skip it."
+    assert reviews.request_kept([prompt, prompt], [response, good]) == [kept, 1]
 
 
 def test_rows_give_back_the_texts_they_were_made_of(tokenizer):
-    prompts, responses = ["A fable about an old map. On the plot:", "", "x"], [" Skip it.", " Worth a look.", " The"]
+    prompts = ["A fable about an old map. On the plot:", "", "x"]
+    responses = [" Skip it.", " Worth a look.", " The"]
     ids = data.encode_texts(tokenizer, prompts, responses)
-    ids[1][2].pop()                                                            # the last one has no EOS
+    ids[1][2].pop()                                            # the last one has no EOS
     assert data.texts_of(tokenizer, *data.collate(*ids)) == (prompts, responses)
 
 
+# ---- a reward function of the user's
+
 def load_own(tokenizer, spec, **changes):
-    """A reward of one's own, not normalised"""
+    """The reward that --reward names, not normalised"""
     cfg = dataclasses.replace(grpo.Config(), reward=spec, normalise_reward=False, **changes)
     return scoring.load_reward(cfg, None, tokenizer, [], "cpu")
 
 
-def test_a_reward_of_ones_own_is_called_with_texts_and_must_give_a_number_for_each(tokenizer, tmp_path, capsys):
-    mine = tmp_path / "mine.py"
-    mine.write_text("def short(prompts, responses):\n    return [-len(r) for r in responses]\n"
-                    "def one(prompts, responses):\n    return [1.0]\nnumber = 3\n"
-                    "def broken(prompts, responses):\n    return [1 / 0 for r in responses]\n")
-    reward, finished = load_own(tokenizer, f"{mine}:short", score_clip=6.0), torch.tensor([True] * 3)
-    batch = data.collate(*data.encode_texts(tokenizer, ["a", "b", "c"], [" The", " Skip it.", " A"]))
-    assert reward(*batch, torch.tensor([True, True, False])).tolist() == [-4, -6, -3]         # clipped; without EOS
+def three_rows(tokenizer):
+    """The inputs, targets and mask of three responses of 4, 9 and 2 characters"""
+    ids = data.encode_texts(tokenizer, ["a", "b", "c"], [" The", " Skip it.", " A"])
+    return data.collate(*ids)
+
+
+REWARDS = """
+def short(prompts, responses):
+    return [-len(r) for r in responses]
+
+def one(prompts, responses):
+    return [1.0]
+
+def broken(prompts, responses):
+    return [1 / 0 for r in responses]
+
+def generator(prompts, responses):
+    yield 1.0
+    1 / 0
+
+number = 3
+"""
+
+
+def test_a_users_reward_is_called_with_the_texts_of_rows(tokenizer, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(REWARDS)
+    reward = load_own(tokenizer, f"{path}:short", score_clip=6.0)
+    scores = reward(*three_rows(tokenizer), torch.tensor([True, True, False]))
+    assert scores.tolist() == [-4, -6, -3]                     # the second clipped, the last no EOS
     assert reward.made_for.startswith("mine.py:short ") and reward.model is None
-    assert load_own(tokenizer, os.path.relpath(mine) + ":short").made_for == reward.made_for
-    for spec, message in ((f"{mine}:number", "has no function number"), (f"{mine}", "it takes reward_model, path/to/file.py:"),
-                          (f"{tmp_path}/none.py:short", "none.py is not there"), ("rm", "it takes reward_model, path/to/")):
-        with pytest.raises(Stopped, match=message):
-            load_own(tokenizer, spec)
-    with pytest.raises(Stopped, match="was given 3 prompts and responses and gave back 1 numbers"):
-        load_own(tokenizer, f"{mine}:one")(*batch, finished)
-    with pytest.raises(Stopped, match="the reward function broken ended in the ZeroDivisionError above"):
-        load_own(tokenizer, f"{mine}:broken")(*batch, finished)
-    assert "return [1 / 0 for r in responses]" in capsys.readouterr().err      # the line of theirs that it was
-    mine.write_text("import beside_it\nthis is no python")
-    with pytest.raises(Stopped, match="mine.py cannot be read .SyntaxError: invalid syntax .*line 2"):
-        load_own(tokenizer, f"{mine}:f")
-    mine.write_text("import sys\nsys.exit(0)\ndef f(): pass")
-    with pytest.raises(Stopped, match="mine.py cannot be imported: it ended in the SystemExit above"):
-        load_own(tokenizer, f"{mine}:f")
-    mine.write_text("def f(p, r):\n    yield 1.0\n    1 / 0\n")
-    with pytest.raises(Stopped, match="ended in the ZeroDivisionError above"):
-        load_own(tokenizer, f"{mine}:f")(*batch, finished)
-    (tmp_path / "beside_it.py").write_text("number = 7.0\n")
-    mine.write_text("import beside_it\ndef f(p, r):\n    return [beside_it.number] * len(r)\n")
-    assert load_own(tokenizer, f"{mine}:f")(*batch, finished).tolist() == [7.0] * 3
-    mine.write_text("import torch\ndef f(p, r):\n    return torch.ones(3, requires_grad=True)\n")
-    other = load_own(tokenizer, f"{mine}:f")
-    assert not other(*batch, finished).requires_grad and other.made_for.split()[1] != reward.made_for.split()[1]    # edited
+    assert load_own(tokenizer, os.path.relpath(path) + ":short").made_for == reward.made_for
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("mine.py:number", "has no function number"),
+    ("mine.py", "it takes reward_model, path/to/file.py:"),
+    ("none.py:short", "none.py is not there"),
+    ("rm", "it takes reward_model, path/to/")])
+def test_a_spec_that_names_no_reward_is_refused(spec, message, tokenizer, here):
+    (here / "mine.py").write_text(REWARDS)
+    with pytest.raises(Stopped, match=message):
+        load_own(tokenizer, spec)
+
+
+@pytest.mark.parametrize("name, message, shown", [
+    pytest.param("one", "was given 3 prompts and responses and gave back 1 numbers", "", id="one"),
+    pytest.param("broken", "the reward function broken ended in the ZeroDivisionError above",
+                 "return [1 / 0 for r in responses]", id="broken"),
+    pytest.param("generator", "ended in the ZeroDivisionError above", "1 / 0", id="generator")])
+def test_a_failing_reward_is_named_and_its_line_shown(
+        name, message, shown, tokenizer, tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(REWARDS)
+    reward = load_own(tokenizer, f"{path}:{name}")
+    with pytest.raises(Stopped, match=message):
+        reward(*three_rows(tokenizer), torch.tensor([True] * 3))
+    assert shown in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code, message", [
+    pytest.param("import neighbor\nthis is no python",
+                 "mine.py cannot be read .SyntaxError: invalid syntax .*line 2", id="syntax"),
+    pytest.param("import sys\nsys.exit(0)\ndef f(): pass",
+                 "mine.py cannot be imported: it ended in the SystemExit above", id="exit")])
+def test_a_reward_file_that_cannot_be_imported_is_named(code, message, tokenizer, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(code)
+    with pytest.raises(Stopped, match=message):
+        load_own(tokenizer, f"{path}:f")
+    path.write_text(REWARDS)
+    load_own(tokenizer, f"{path}:short")                       # repaired
+
+
+def test_a_reward_that_was_edited_is_loaded_anew_with_what_it_imports(tokenizer, tmp_path):
+    path = tmp_path / "mine.py"
+    rows = three_rows(tokenizer)
+    finished = torch.tensor([True] * 3)
+    (tmp_path / "neighbor.py").write_text("number = 7.0\n")
+    path.write_text("import neighbor\ndef f(p, r):\n    return [neighbor.number] * len(r)\n")
+    before = load_own(tokenizer, f"{path}:f")
+    assert before(*rows, finished).tolist() == [7.0] * 3
+    path.write_text("import torch\ndef f(p, r):\n    return torch.ones(3, requires_grad=True)\n")
+    after = load_own(tokenizer, f"{path}:f")
+    assert not after(*rows, finished).requires_grad
+    assert after.made_for.split()[1] != before.made_for.split()[1]
 
 
 @pytest.fixture
-def of_three(tokenizer, tmp_path):
-    """The rewards of a function, as a line of Python or a whole file, for three responses"""
+def three_rewards(tokenizer, tmp_path):
+    """The rewards for three_rows of a function, given as an expression or as a file's text"""
     def rewards(code, name="f", file="mine.py"):
         if "\n" not in code:
             code = f"import numpy as np, torch\ndef f(prompts, completions):\n    return {code}\n"
         (tmp_path / file).write_text(code)
         reward = load_own(tokenizer, f"{tmp_path / file}:{name}", missing_eos_score=None)
-        ids = data.encode_texts(tokenizer, ["a", "b", "c"], [" The", " Skip it.", " A"])
-        return reward(*data.collate(*ids), torch.tensor([True] * 3)).tolist()
+        return reward(*three_rows(tokenizer), torch.tensor([True] * 3)).tolist()
     return rewards
 
 
@@ -3265,15 +3456,19 @@ class NoCall: pass
     "turned trl open_ended stars star alone keywords slash unnamed optional nothing_more "
     "by_lambda anything first_given named_given passes_both passes_args passes_named passes_less "
     "Judge judge method").split())
-def test_a_reward_is_given_what_its_parameters_are_named(name, of_three):
-    assert of_three(CALLABLES, name) == [4, 9, 2]
+def test_a_reward_is_given_what_its_parameters_are_named(name, three_rewards):
+    assert three_rewards(CALLABLES, name) == [4, 9, 2]
 
 
 @pytest.mark.parametrize("name, message", [
     ("answers", "answers.prompts, completions, answer. asks for answer; a reward is given prompts"),
-    ("answer_first", "asks for answer;"), ("answer_last", "asks for answer;"),
-    ("three", "asks for p, r, answer;"), ("outputs", "asks for outputs;"),
-    ("one", "asks for texts;"), ("none", "asks for nothing;"), ("wrapped", "asks for answer;"),
+    ("answer_first", "asks for answer;"),
+    ("answer_last", "asks for answer;"),
+    ("three", "asks for p, r, answer;"),
+    ("outputs", "asks for outputs;"),
+    ("one", "asks for texts;"),
+    ("none", "asks for nothing;"),
+    ("wrapped", "asks for answer;"),
     ("Needs", "cannot be imported: it ended in the TypeError above"),
     ("NoCall", "has no function NoCall")])
 def test_a_reward_that_asks_for_more_is_refused_when_loaded(name, message, tokenizer, here):
@@ -3283,42 +3478,58 @@ def test_a_reward_that_asks_for_more_is_refused_when_loaded(name, message, token
 
 
 @pytest.mark.parametrize("answer", [
-    "np.arange(3.0)", "np.arange(3)[:, None]", "torch.arange(3.0, requires_grad=True)",
-    "torch.arange(3)[:, None].bfloat16()", "(x for x in range(3))", "map(float, range(3))",
-    "(0.0, True, np.float32(2))", "[torch.tensor([0.0]), np.array(1.0), np.longdouble(2)]",
+    "np.arange(3.0)",
+    "np.arange(3)[:, None]",
+    "torch.arange(3.0, requires_grad=True)",
+    "torch.arange(3)[:, None].bfloat16()",
+    "(x for x in range(3))",
+    "map(float, range(3))",
+    "(0.0, True, np.float32(2))",
+    "[torch.tensor([0.0]), np.array(1.0), np.longdouble(2)]",
     "[__import__('decimal').Decimal(0), __import__('fractions').Fraction(1), 2]",
-    "{i: float(i) for i in range(3)}.values()", "np.arange(3).astype(object)"])
-def test_a_reward_gives_its_numbers_in_any_common_form(answer, of_three):
-    assert of_three(answer) == [0, 1, 2]
+    "{i: float(i) for i in range(3)}.values()",
+    "np.arange(3).astype(object)"])
+def test_a_reward_gives_its_numbers_in_any_common_form(answer, three_rewards):
+    assert three_rewards(answer) == [0, 1, 2]
 
 
-def test_a_reward_gives_true_and_false_and_one_number_for_one_response(of_three):
-    assert of_three("np.array([True, False, True])") == [1, 0, 1]
-    assert of_three("[len(completions.pop(0)) for _ in prompts]") == [4, 9, 2]
-    assert guest.numbers(np.array(2.5), "f") == guest.numbers(torch.tensor([[2.5]]), "f") == [2.5]
+def test_a_reward_gives_true_and_false_and_one_number_for_one_response(three_rewards):
+    assert three_rewards("np.array([True, False, True])") == [1, 0, 1]
+    assert three_rewards("[len(completions.pop(0)) for _ in prompts]") == [4, 9, 2]
+    assert guest.numbers(np.array(2.5), "f") == [2.5]
+    assert guest.numbers(torch.tensor([[2.5]]), "f") == [2.5]
 
 
 @pytest.mark.parametrize("answer, why", [
-    ("None", "a NoneType .*generator is wanted"), ("3.0", "a float .*generator is wanted"),
-    ("{0: 1.0, 1: 2.0, 2: 3.0}", "a dict .*is wanted"), ("{1.0, 2.0, 3.0}", "a set .*is wanted"),
-    ("'123'", "a str .*is wanted"), ("b'123'", "a bytes .*is wanted"),
-    ("[1.0, None, 2.0]", r"item .1. is None, of type NoneType"), ("['high'] * 3", "is 'high'"),
-    ("['1.2'] * 3", "item .0. is '1.2', of type str"), ("np.array(['1.2'] * 3)", "of type str"),
-    ("iter(['1.2'] * 3)", "of type str"), ("[np.str_('1.2')] * 3", "of type str_"),
-    ("[b'1'] * 3", "of type bytes"), ("[1j] * 3", "complex"),
-    ("[[1.0], [2.0], [3.0]]", r"item .0. is .1.0., of type list"), ("[10 ** 400] * 3", "type int"),
+    ("None", "a NoneType .*generator is wanted"),
+    ("3.0", "a float .*generator is wanted"),
+    ("{0: 1.0, 1: 2.0, 2: 3.0}", "a dict .*is wanted"),
+    ("{1.0, 2.0, 3.0}", "a set .*is wanted"),
+    ("'123'", "a str .*is wanted"),
+    ("b'123'", "a bytes .*is wanted"),
+    ("[1.0, None, 2.0]", r"item .1. is None, of type NoneType"),
+    ("['high'] * 3", "is 'high'"),
+    ("['1.2'] * 3", "item .0. is '1.2', of type str"),
+    ("np.array(['1.2'] * 3)", "of type str"),
+    ("iter(['1.2'] * 3)", "of type str"),
+    ("[np.str_('1.2')] * 3", "of type str_"),
+    ("[b'1'] * 3", "of type bytes"),
+    ("[1j] * 3", "complex"),
+    ("[[1.0], [2.0], [3.0]]", r"item .0. is .1.0., of type list"),
+    ("[10 ** 400] * 3", "type int"),
     ("torch.zeros(3, 2)", r"its shape is .3, 2."),
     ("np.array([1.0, None, 2.0])", "item .1. is None"),
     ("np.array(2.0)", "gave back 1 numbers"),
-    ("async_one()", "a coroutine .*asyncio.run"), ("async_many()", "an? async_generator ")])
+    ("async_one()", "a coroutine .*asyncio.run"),
+    ("async_many()", "an? async_generator ")])
 @pytest.mark.filterwarnings("error")
-def test_what_is_not_a_list_of_numbers_is_refused_and_named(answer, why, of_three):
+def test_what_is_not_a_list_of_numbers_is_refused_and_named(answer, why, three_rewards):
     code = ("import numpy as np, torch\n"
             "async def async_one(): pass\n"
             "async def async_many(): yield\n"
             f"f = lambda p, r: {answer}\n")
     with pytest.raises(Stopped, match=f"^error: the reward function f .*{why}.*should give one"):
-        of_three(code)
+        three_rewards(code)
 
 
 WORKERS = """
@@ -3339,22 +3550,23 @@ def forked(prompts, responses):
 
 
 @pytest.mark.parametrize("name", ["judge", "data", "ppo", "tiktoken", "my-judge", "judge.v2"])
-def test_worker_processes_find_the_functions_of_a_reward(name, of_three, tmp_path):
-    """Whether or not its file is named like one of ours, an installed one, or no module at all"""
+def test_worker_processes_find_the_functions_of_a_reward(name, three_rewards):
+    """Even if its file has the name of ours, of an installed one, or of no possible module."""
     module = sys.modules.get(name)
-    assert of_three(WORKERS, "pooled", f"{name}.py") == of_three(WORKERS, "forked", f"{name}.py")
+    assert three_rewards(WORKERS, "pooled", f"{name}.py") == [4, 9, 2]
+    assert three_rewards(WORKERS, "forked", f"{name}.py") == [4, 9, 2]
     assert sys.modules.get(name) is module
 
 
-def test_a_reward_may_be_named_like_a_module_of_python(of_three):
+def test_a_reward_may_be_named_like_a_module_of_python(three_rewards):
     code = "def f(prompts, responses):\n    import json\n    return map(len, responses)\n"
     for name in ("json", "random", "model", "test"):
-        assert of_three(code, file=f"{name}.py") == [4, 9, 2]
+        assert three_rewards(code, file=f"{name}.py") == [4, 9, 2]
     assert json is sys.modules["json"] and model is sys.modules["model"]
 
 
-def test_a_reward_meets_its_neighbors_and_we_meet_ours(of_three, tmp_path, monkeypatch):
-    """Imported by the file, by the function when called, and in a worker process of it"""
+def test_a_reward_imports_its_neighbors_and_we_import_ours(three_rewards, tmp_path, monkeypatch):
+    """Imported by its file, by its function when called, and in one of its worker processes."""
     main = types.ModuleType("__main__")
     main.__file__ = str(HERE / "ppo.py")
     monkeypatch.setitem(sys.modules, "__main__", main)
@@ -3364,19 +3576,17 @@ def test_a_reward_meets_its_neighbors_and_we_meet_ours(of_three, tmp_path, monke
     (tmp_path / "options" / "inner.py").write_text("from files import length\n")
     before = dict(sys.modules)
     early = WORKERS + "import files\nimport reviews\ncheck = files.length\n"
-    assert of_three(early, "pooled") == [4, 9, 2]
+    assert three_rewards(early, "pooled") == [4, 9, 2]
     late = ("def f(prompts, responses):\n    from options import inner\n"
             "    return map(inner.length, responses)\n")
-    assert of_three(late) == [4, 9, 2]
-    assert all(sys.modules[name] is module for name, module in before.items())
+    assert three_rewards(late) == [4, 9, 2]
+    for name, module in before.items():
+        assert sys.modules[name] is module
     assert not {"mine", "options.inner"} & sys.modules.keys()
-    assert sys.path[-1] == str(tmp_path) != sys.path[0]      # for workers that start after a call
+    assert sys.path[-1] == str(tmp_path) != sys.path[0]        # for workers that start after a call
 
 
-def test_what_a_reward_sets_for_the_whole_program_is_set_back(of_three, tmp_path, monkeypatch):
-    """By its file, for which it holds when it is called, and by its function"""
-    monkeypatch.chdir(tmp_path)
-    wild = """
+SETS_EVERYTHING = """
 import os, random, sys, torch
 torch.set_grad_enabled(False)
 torch.set_default_dtype(torch.bfloat16)
@@ -3385,6 +3595,7 @@ torch.use_deterministic_algorithms(True)
 os.mkdir("work")
 os.chdir("work")
 sys.path.insert(0, "/nowhere")
+
 def f(prompts, responses):
     assert torch.zeros(1).is_meta and torch.zeros(1).dtype == torch.bfloat16
     assert os.path.basename(os.getcwd()) == "work" and sys.path[0] == "/nowhere"
@@ -3392,34 +3603,43 @@ def f(prompts, responses):
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     os.rmdir(os.getcwd())
     return [random.random() for _ in responses]
+
 def broken(prompts, responses):
     torch.set_float32_matmul_precision("medium")
     torch.set_grad_enabled(True)
     os.chdir("/")
     1 / 0
 """
+
+
+def test_what_a_reward_sets_for_the_whole_program_is_set_back(
+        three_rewards, tmp_path, monkeypatch):
+    """What its file sets holds again when its function is called; neither reaches the program."""
+    monkeypatch.chdir(tmp_path)
+
     def state():
         return (torch.is_grad_enabled(), torch.get_default_dtype(), torch.zeros(1).device,
                 torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(),
                 torch.get_float32_matmul_precision(), os.getcwd(), sys.path[0],
                 torch._C._len_torch_function_stack(), sys.modules["__main__"])
+
     before = state()
     random.seed(3)
-    lucky = random.Random(3)
-    drawn = [lucky.random() for _ in range(3)]
-    assert of_three(wild) == pytest.approx(drawn)
-    assert random.random() == lucky.random()                                   # it is not set back
+    twin = random.Random(3)
+    drawn = [twin.random() for _ in range(3)]
+    assert three_rewards(SETS_EVERYTHING) == pytest.approx(drawn)
+    assert random.random() == twin.random()                    # generators are not set back
     assert state() == before
     with torch.no_grad(), pytest.raises(Stopped, match="ended in the ZeroDivisionError"):
-        of_three(wild, "broken")
+        three_rewards(SETS_EVERYTHING, "broken")
     assert state() == before
 
 
-def test_a_keyboard_interrupt_passes_through_a_reward(of_three):
+def test_a_keyboard_interrupt_passes_through_a_reward(three_rewards):
     for code in ("def f(p, r):\n    raise KeyboardInterrupt\n",
                  "raise KeyboardInterrupt\nf = len\n"):
         with pytest.raises(KeyboardInterrupt):
-            of_three(code)
+            three_rewards(code)
     assert not experiment.Run.in_users_code
 
 
@@ -3432,27 +3652,37 @@ def test_every_rungs_psi_equals_its_sum_over_a_response(gamma):
     psi = {rung: f(rewards, values, mask, gamma, 0.7) for rung, f in policy_gradient.PSI.items()}
     for b in range(len(mask)):
         columns = (mask[b] > 0).nonzero().squeeze(1).tolist()
-        R, V = rewards[b, columns].tolist(), values[b, columns].tolist() + [0.0]
         n = len(columns)
+        R = rewards[b, columns].tolist()
+        V = values[b, columns].tolist() + [0.0]
         to_go = [sum(gamma ** (l - t) * R[l] for l in range(t, n)) for t in range(n)]
         delta = [R[t] + gamma * V[t + 1] - V[t] for t in range(n)]
-        wanted = {"plain_value": [R[t] + gamma * V[t + 1] for t in range(n)],
-                  "total_return": [sum(gamma ** l * R[l] for l in range(n))] * n, "reward_to_go": to_go,
-                  "baseline": [G - v for G, v in zip(to_go, V)], "a2c": delta,
-                  "gae": [sum((gamma * 0.7) ** (l - t) * delta[l] for l in range(t, n)) for t in range(n)]}
-        for rung, numbers in wanted.items():
+        discount = gamma * 0.7
+        expected = {
+            "plain_value": [R[t] + gamma * V[t + 1] for t in range(n)],
+            "total_return": [sum(gamma ** l * R[l] for l in range(n))] * n,
+            "reward_to_go": to_go,
+            "baseline": [G - v for G, v in zip(to_go, V)],
+            "a2c": delta,
+            "gae": [sum(discount ** (l - t) * delta[l] for l in range(t, n)) for t in range(n)]}
+        for rung, numbers in expected.items():
             assert psi[rung][b, columns].tolist() == pytest.approx(numbers), rung
             assert not psi[rung][b][mask[b] == 0].any(), rung
 
 
 def test_conjugate_gradient_solves_what_a_direct_solver_solves():
     root = torch.randn(12, 12, generator=seeded(), dtype=torch.float64)
-    A, b = root @ root.T + 0.1 * torch.eye(12), torch.randn(12, generator=seeded(1), dtype=torch.float64)
+    A = root @ root.T + 0.1 * torch.eye(12)
+    b = torch.randn(12, generator=seeded(1), dtype=torch.float64)
     exact = torch.linalg.solve(A, b)
-    torch.testing.assert_close(policy_gradient.conjugate_gradient(lambda v: A @ v, b, 20), exact, atol=1e-6, rtol=1e-6)
-    errors = [(policy_gradient.conjugate_gradient(lambda v: A @ v, b, n) - exact) @ A @
-              (policy_gradient.conjugate_gradient(lambda v: A @ v, b, n) - exact) for n in range(13)]
-    assert all(after < before for before, after in zip(errors, errors[1:]))   # in the norm of A it always falls
+
+    def solution(b, steps):
+        return policy_gradient.conjugate_gradient(lambda v: A @ v, b, steps)
+
+    torch.testing.assert_close(solution(b, 20), exact, atol=1e-6, rtol=1e-6)
+    errors = [solution(b, steps) - exact for steps in range(13)]
+    norms = [e @ A @ e for e in errors]                        # in the norm of A they always fall
+    assert all(after < before for before, after in zip(norms, norms[1:]))
     zero = torch.zeros(12, dtype=torch.float64)
     assert torch.equal(policy_gradient.conjugate_gradient(lambda v: A @ v, zero), zero)
 
@@ -3460,24 +3690,33 @@ def test_conjugate_gradient_solves_what_a_direct_solver_solves():
 def test_mean_kl_is_the_mean_over_response_tokens_of_the_whole_distributions():
     old, new = small_gpt(seed=0), small_gpt(seed=1)
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
-    p, q = (policy_gradient.token_distributions(m, inputs, mask, 0.7) for m in (old, new))
+    p = policy_gradient.token_distributions(old, inputs, mask, 0.7)
+    q = policy_gradient.token_distributions(new, inputs, mask, 0.7)
     total = 0.0
     for b, t in (mask > 0).nonzero().tolist():
-        a, c = ((m(inputs)[b, t].double() / 0.7).log_softmax(-1) for m in (old, new))
-        total += (a.exp() * (a - c)).sum().item()
-    assert policy_gradient.mean_kl(p, q).item() == pytest.approx(total / mask.sum().item(), rel=1e-4)
-    torch.testing.assert_close(p.gather(1, targets[mask > 0][:, None]).squeeze(1),
-                               token_logprobs(old, inputs, targets, mask, 0.7)[mask > 0])
+        log_p, log_q = ((gpt(inputs)[b, t].double() / 0.7).log_softmax(-1) for gpt in (old, new))
+        total += (log_p.exp() * (log_p - log_q)).sum().item()
+    mean = total / mask.sum().item()
+    assert policy_gradient.mean_kl(p, q).item() == pytest.approx(mean, rel=1e-4)
+    chosen = p.gather(1, targets[mask > 0][:, None]).squeeze(1)
+    logprobs = token_logprobs(old, inputs, targets, mask, 0.7)
+    torch.testing.assert_close(chosen, logprobs[mask > 0])
 
 
 def test_gradient_noise_is_the_trace_of_the_covariance_and_the_square_of_the_mean():
-    generator, D = seeded(), 50
-    mean, std = torch.linspace(-1, 1, D), torch.linspace(0.1, 2, D)
-    variances, signal = policy_gradient.gradient_noise(mean + std * torch.randn(D, generator=generator) for _ in range(4000))
-    truth, error = (std ** 2).sum().item(), variances.std().item() / 2000 ** 0.5
-    assert len(variances) == 2000 and abs(variances.mean().item() - truth) < 4 * error < 0.05 * truth
+    generator = seeded()
+    mean = torch.linspace(-1, 1, 50)
+    std = torch.linspace(0.1, 2, 50)
+    gradients = (mean + std * torch.randn(50, generator=generator) for _ in range(4000))
+    variances, signal = policy_gradient.gradient_noise(gradients)
+    trace = (std ** 2).sum().item()
+    error = variances.std().item() / 2000 ** 0.5
+    assert len(variances) == 2000
+    assert abs(variances.mean().item() - trace) < 4 * error < 0.05 * trace
     assert signal == pytest.approx((mean ** 2).sum().item(), rel=0.05)
-    variances, signal = policy_gradient.gradient_noise(iter([torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0]), torch.zeros(2), torch.ones(2)]))
+
+    pairs = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 0.0], [1.0, 1.0]])
+    variances, signal = policy_gradient.gradient_noise(iter(pairs))
     assert variances.tolist() == [10, 1] and signal == pytest.approx(1.5)
 
 
@@ -3488,142 +3727,196 @@ def test_the_mixture_is_the_average_density_by_number_of_samples():
     logprobs = torch.randn(2, 3, 4, generator=seeded(), dtype=torch.float64)
     q = frontier.mixture_logprobs(logprobs, [1, 3])
     for p, n in itertools.product(range(3), range(4)):
-        assert q[p, n].item() == pytest.approx(math.log(
-            0.25 * math.exp(logprobs[0, p, n]) + 0.75 * math.exp(logprobs[1, p, n])))
+        density = 0.25 * math.exp(logprobs[0, p, n]) + 0.75 * math.exp(logprobs[1, p, n])
+        assert q[p, n].item() == pytest.approx(math.log(density))
 
 
 def exactly(listing):
-    """The listing as samples of the uniform distribution: rewards, log weights, so that means are exact"""
+    """Rewards and log weights of the listing as uniform samples, whose means are exact"""
     return listing.scores.double(), listing.ref + math.log(len(listing.responses))
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 1.0, 5.0])
 def test_the_optimum_equals_enumeration(listing, beta):
-    best = (listing.ref + listing.scores.double() / beta).softmax(1)
+    scores = listing.scores.double()
+    best = (listing.ref + scores / beta).softmax(1)
     kl = (best * (best.log() - listing.ref)).sum(1).mean().item()
-    reward = (best * listing.scores).sum(1).mean().item()
-    point = frontier.optimum(*exactly(listing), beta, values=listing.scores.double() ** 2)
-    assert point["reward"].item() == pytest.approx(reward) and point["kl"].item() == pytest.approx(kl, abs=1e-5)
+    reward = (best * scores).sum(1).mean().item()
+    point = frontier.optimum(*exactly(listing), beta, values=scores ** 2)
+    assert point["reward"].item() == pytest.approx(reward)
+    assert point["kl"].item() == pytest.approx(kl, abs=1e-5)
     assert point["objective"].item() == pytest.approx(reward - beta * kl, abs=1e-5)
-    assert point["value"].item() == pytest.approx((best * listing.scores ** 2).sum(1).mean().item())
+    assert point["value"].item() == pytest.approx((best * scores ** 2).sum(1).mean().item())
     torch.testing.assert_close(point["ess"], 1 / (best ** 2).sum(1))
 
 
 def test_the_frontier_is_reached_by_pi_star_and_by_nobody_passed(listing):
+    scores = listing.scores.double()
     for beta in (0.3, 1.0, 3.0):
         point = frontier.optimum(*exactly(listing), beta)
         best, at = frontier.best_reward(*exactly(listing), point["kl"])
-        assert best.item() == pytest.approx(point["reward"].item(), abs=1e-3) and at["beta"] == pytest.approx(beta, rel=0.04)
-    for seed in range(30):                                     # policies of all sorts, some near pi*
+        assert best.item() == pytest.approx(point["reward"].item(), abs=1e-3)
+        assert at["beta"] == pytest.approx(beta, rel=0.04)
+    for seed in range(30):                                     # various policies, some near pi*
         noise = torch.randn(2, 40, generator=seeded(seed)) * (seed % 5) / 4
-        p = (listing.ref + (seed % 3) * listing.scores.double() + noise).softmax(1)
+        p = (listing.ref + (seed % 3) * scores + noise).softmax(1)
         kl = (p * (p.log() - listing.ref)).sum(1).mean()
-        assert (p * listing.scores).sum(1).mean() <= frontier.best_reward(*exactly(listing), kl)[0] + 1e-6
+        best, _ = frontier.best_reward(*exactly(listing), kl)
+        assert (p * scores).sum(1).mean() <= best + 1e-6
 
 
 def drawn_samples(listing, policies, counts, seed=0):
-    """Samples of tables of probabilities, as collect would make them"""
-    at = torch.cat([torch.multinomial(p, n, replacement=True, generator=seeded(seed + k))
-                    for k, (p, n) in enumerate(zip(policies, counts))], dim=1)              # (P, N)
-    gather = lambda x: x.double().gather(1, at)
-    one, N = torch.ones(at.shape), at.shape[1]
-    return frontier.Samples([[1]] * 2, ["SFT", *"ABC"[:len(counts) - 1]], counts, [TINY_PROMPT] * 2, [[" Skip it."] * N] * 2,
-                            gather(listing.scores), torch.stack([gather(p.log()) for p in policies]),
-                            one, one, one, gather(listing.scores), one)
+    """Samples of SFT, A, B, .., given as tables of probabilities, as collect would make them"""
+    draws = [torch.multinomial(p, n, replacement=True, generator=seeded(seed + k))
+             for k, (p, n) in enumerate(zip(policies, counts))]
+    drawn = torch.cat(draws, dim=1)                            # (P, N)
+    scores = listing.scores.double().gather(1, drawn)
+    one = torch.ones(drawn.shape)
+    texts = [[" Skip it."] * drawn.shape[1]] * 2
+    return frontier.Samples(
+        [[1]] * 2, ["SFT", "A", "B"][:len(counts)], counts, [TINY_PROMPT] * 2, texts, scores,
+        logprobs=torch.stack([p.log().double().gather(1, drawn) for p in policies]),
+        entropy=one, lengths=one, finished=one, gold=scores, grammatical=one)
 
 
 def test_z_is_estimated_without_bias_and_its_log_from_below(listing):
-    beta, policies = 0.5, [listing.ref.exp(), listing.best]
-    z = (listing.ref + listing.scores / beta).logsumexp(1).exp()                               # (P,)
-    samples = drawn_samples(listing, policies, [6000, 2000])
-    scores, log_weights = samples.scores, samples.log_weights()                               # 2000 estimates from 3 + 1
-    rows = torch.cat([torch.arange(6000).view(2000, 3), 6000 + torch.arange(2000).view(2000, 1)], 1)
-    each = torch.exp(log_weights + scores / beta)[:, rows].mean(-1)                           # (P, 2000)
+    beta = 0.5
+    z = (listing.ref + listing.scores / beta).logsumexp(1).exp()            # (P,)
+    samples = drawn_samples(listing, [listing.ref.exp(), listing.best], [6000, 2000])
+    rows = torch.cat([torch.arange(6000).view(2000, 3), torch.arange(6000, 8000).view(2000, 1)], 1)
+    rewards = samples.scores / beta
+    # 2000 estimates, each from three samples of the reference and one of pi*: (P, 2000)
+    each = torch.exp(samples.log_weights() + rewards)[:, rows].mean(-1)
     assert ((each.mean(1) - z).abs() < 4 * each.std(1) / 2000 ** 0.5).all()
     assert (each.log().mean(1) < z.log()).all()
-    wrong = torch.exp(scores / beta)[:, rows].mean(-1)                                        # without weights
-    assert ((wrong.mean(1) - z).abs() > 10 * wrong.std(1) / 2000 ** 0.5).any()
+    unweighted = torch.exp(rewards)[:, rows].mean(-1)
+    error = unweighted.std(1) / 2000 ** 0.5
+    assert ((unweighted.mean(1) - z).abs() > 10 * error).any()
 
 
 def test_pi_star_has_the_whole_share_and_the_reference_none(listing):
-    worse = (listing.ref + 0.5 * listing.scores.double() / BETA + 1.5 * torch.randn(2, 40, generator=seeded())).softmax(1)
-    samples = drawn_samples(listing, [listing.ref.exp(), listing.best, worse], [3000, 3000, 3000])
+    scores = listing.scores.double()
+    noise = 1.5 * torch.randn(2, 40, generator=seeded())
+    worse = (listing.ref + 0.5 * scores / BETA + noise).softmax(1)
+    policies = [listing.ref.exp(), listing.best, worse]        # SFT, A, B
+    samples = drawn_samples(listing, policies, [3000, 3000, 3000])
     limit = frontier.share_of_frontier(samples, "A")
     assert limit["share"] == pytest.approx(1, abs=0.03) and limit["trusted"]
     assert frontier.share_of_frontier(samples, "SFT")["share"] is None
+
     reached = frontier.fraction_of_optimum(samples, "A", BETA)
     assert reached["fraction"] == pytest.approx(1, abs=0.03)
     assert reached["objective"] == pytest.approx(listing.objective(listing.best), abs=0.02)
-    start = listing.objective(listing.ref.exp())
-    exact = (listing.objective(worse) - start) / (listing.objective(listing.best) - start)
+    exact = listing.fraction(worse)
     reached = frontier.fraction_of_optimum(samples, "B", BETA)
     assert abs(reached["fraction"] - exact) < 5 * reached["standard_error"] + 0.02 and exact < 0.9
-    assert frontier.misfit(samples, "A", "SFT", BETA) == pytest.approx(0, abs=1e-5)            # also where it is rare
-    deviation = (listing.scores.double() - BETA * (worse.log() - listing.ref))
-    spread = (worse * (deviation - (worse * deviation).sum(1, keepdim=True)) ** 2).sum(1).mean().sqrt().item()
-    assert frontier.misfit(samples, "B", "B", BETA) == pytest.approx(spread, rel=0.05) and spread > 0.2
+
+    misfit = frontier.misfit(samples, "A", "SFT", BETA)        # pi* fits everywhere
+    assert misfit == pytest.approx(0, abs=1e-5)
+    deviation = scores - BETA * (worse.log() - listing.ref)
+    centred = deviation - (worse * deviation).sum(1, keepdim=True)
+    spread = (worse * centred ** 2).sum(1).mean().sqrt().item()
+    assert frontier.misfit(samples, "B", "B", BETA) == pytest.approx(spread, rel=0.05)
+    assert spread > 0.2
+
     quarter, weights = samples.every_fourth()
     assert len(quarter) == 2250 and weights.shape == (2, 2250) and quarter[750] == 3000
-    assert frontier.optimum(samples.scores[:, quarter], weights, BETA)["objective"].item() == pytest.approx(reached["objective"], rel=0.05)
+    objective = frontier.optimum(samples.scores[:, quarter], weights, BETA)["objective"].item()
+    assert objective == pytest.approx(reached["objective"], rel=0.05)
 
 
 def test_nothing_to_gain_and_too_much_kl_have_an_answer_too(listing):
     samples = drawn_samples(listing, [listing.ref.exp(), listing.best], [200, 200])
-    assert frontier.best_reward(samples.scores, samples.log_weights(), 500.0)[0] == samples.scores.amax(1).mean()
+    best, _ = frontier.best_reward(samples.scores, samples.log_weights(), 500.0)
+    assert best == samples.scores.amax(1).mean()
     flat = dataclasses.replace(samples, scores=torch.full_like(samples.scores, 0.7))
     assert frontier.fraction_of_optimum(flat, "A", 0.3)["fraction"] is None
 
 
-def test_only_runs_that_aim_at_the_measured_optimum_get_a_fraction_of_it(listing):
-    samples, cfg = drawn_samples(listing, [listing.ref.exp(), listing.best], [20, 20]), evaluate.Config()
-    aim = lambda script, **changes: evaluate.own_objective(
-        dataclasses.asdict(dataclasses.replace(script.Config(), **changes)), samples, 0.6, cfg)
-    rewards, beta, aims = aim(ppo, kl_control="fixed", beta=0.3)
-    assert rewards is samples.scores and beta == 0.3 and aims
-    rewards, beta, aims = aim(dpo, labels="annotators", beta=0.2)
-    assert torch.equal(rewards, samples.gold / 0.6) and beta == 0.2 and aims
-    for changes, aims in ((dict(), True), (dict(kl_in="loss"), False), (dict(advantage="reinforce"), False),
-                          (dict(advantage="reinforce", normalise="fixed"), True), (dict(normalise="sequence"), True)):
-        assert aim(grpo, beta=0.1, **changes)[1:] == (0.1, aims)
-    assert aim(policy_gradient, rung="gae")[1:] == (0.25, True)
-    assert aim(dpo, labels="soft", rounds=3)[0] is samples.scores
-    for script, changes in ((ppo, {}), (ppo, dict(kl_control="fixed", gamma=0.9)), (ppo, dict(kl_control="fixed", beta=0.0)),
-                            (ppo, dict(kl_control="fixed", entropy_coef=0.1)), (dpo, dict(loss="ipo")),
-                            (ppo, dict(kl_control="fixed", score_clip=1.0)), (dpo, dict(labels="soft", missing_eos_score=None)),
-                            (grpo, dict(temperature=0.7)), (grpo, dict(beta=0.0)), (policy_gradient, dict(gamma=0.9)),
-                            (dpo, dict(label_smoothing=0.1)), (dpo, dict(length_normalise=True)), (dpo, dict(nll_coef=1.0))):
-        assert aim(script, **changes) is None, changes
+def objective_of(samples, script, **changes):
+    """What evaluate takes for the reward, the beta and the aim of a run of a script"""
+    config = dataclasses.asdict(dataclasses.replace(script.Config(), **changes))
+    return evaluate.own_objective(config, samples, 0.6, evaluate.Config())
 
 
-def test_the_limit_table_marks_what_too_few_samples_stand_behind(listing):
-    few, many = (drawn_samples(listing, [listing.ref.exp(), listing.best], [n, n]) for n in (40, 100_000))
-    tables = [evaluate.limit_table(samples, samples.scores, "score", [1.0, 0.1]) for samples in (few, many)]
-    assert [row[0] for row in tables[0][1:]] == ["1*", "0.1*"] or tables[0][2][0] == "0.1*"
-    assert tables[1][1][0] == "1" and "!" not in tables[1][1][2] and any("!" in row[2] for row in tables[0][1:])
-    assert tables[1][1][1] == pytest.approx(listing.objective(listing.best), rel=0.02)
+@pytest.fixture
+def few_samples(listing):
+    return drawn_samples(listing, [listing.ref.exp(), listing.best], [20, 20])
+
+
+def test_runs_that_maximise_the_measured_objective_aim_at_its_optimum(few_samples):
+    rewards, beta, aims = objective_of(few_samples, ppo, kl_control="fixed", beta=0.3)
+    assert rewards is few_samples.scores and beta == 0.3 and aims
+    rewards, beta, aims = objective_of(few_samples, dpo, labels="annotators", beta=0.2)
+    assert torch.equal(rewards, few_samples.gold / 0.6) and beta == 0.2 and aims
+    rewards, _, _ = objective_of(few_samples, dpo, labels="soft", rounds=3)
+    assert rewards is few_samples.scores
+    assert objective_of(few_samples, policy_gradient, rung="gae")[1:] == (0.25, True)
+
+
+@pytest.mark.parametrize("aims, changes", [
+    (True, {}),
+    (False, {"kl_in": "loss"}),
+    (False, {"advantage": "reinforce"}),
+    (True, {"advantage": "reinforce", "normalise": "fixed"}),
+    (True, {"normalise": "sequence"})])
+def test_which_grpo_runs_aim_at_the_measured_optimum(aims, changes, few_samples):
+    assert objective_of(few_samples, grpo, beta=0.1, **changes)[1:] == (0.1, aims)
+
+
+@pytest.mark.parametrize("script, changes", [
+    (ppo, {}),
+    (ppo, {"kl_control": "fixed", "gamma": 0.9}),
+    (ppo, {"kl_control": "fixed", "beta": 0.0}),
+    (ppo, {"kl_control": "fixed", "entropy_coef": 0.1}),
+    (ppo, {"kl_control": "fixed", "score_clip": 1.0}),
+    (dpo, {"loss": "ipo"}),
+    (dpo, {"labels": "soft", "missing_eos_score": None}),
+    (dpo, {"label_smoothing": 0.1}),
+    (dpo, {"length_normalise": True}),
+    (dpo, {"nll_coef": 1.0}),
+    (grpo, {"temperature": 0.7}),
+    (grpo, {"beta": 0.0}),
+    (policy_gradient, {"gamma": 0.9})])
+def test_runs_with_an_objective_of_their_own_get_no_fraction(script, changes, few_samples):
+    assert objective_of(few_samples, script, **changes) is None
+
+
+def test_the_limit_table_marks_points_with_too_few_samples(listing):
+    def rows(n):
+        samples = drawn_samples(listing, [listing.ref.exp(), listing.best], [n, n])
+        return evaluate.limit_table(samples, samples.scores, "score", [1.0, 0.1])[1:]
+
+    few, many = rows(40), rows(100_000)
+    assert few[1][0] == "0.1*"                                 # too few effective samples
+    assert any("!" in by_a_quarter for _, _, by_a_quarter, *_ in few)
+    assert many[0][0] == "1" and "!" not in many[0][2]
+    assert many[0][1] == pytest.approx(listing.objective(listing.best), rel=0.02)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 7])
 def test_best_of_n_is_the_mean_over_all_subsets(n):
     rewards, values = torch.randn(2, 3, 7, generator=seeded(), dtype=torch.float64)
-    best, of_best = [], []
+    best_rewards, their_values = [], []
     for row, other in zip(rewards.tolist(), values.tolist()):
         for subset in itertools.combinations(range(7), n):
             winner = max(subset, key=row.__getitem__)
-            best.append(row[winner])
-            of_best.append(other[winner])
-    assert frontier.best_of_n(rewards, n).item() == pytest.approx(sum(best) / len(best))
-    assert frontier.best_of_n(rewards, n, values).item() == pytest.approx(sum(of_best) / len(of_best))
+            best_rewards.append(row[winner])
+            their_values.append(other[winner])
+    expected = sum(best_rewards) / len(best_rewards)
+    assert frontier.best_of_n(rewards, n).item() == pytest.approx(expected)
+    expected = sum(their_values) / len(their_values)
+    assert frontier.best_of_n(rewards, n, values).item() == pytest.approx(expected)
 
 
 def test_best_of_n_wants_n_samples_and_its_kl_is_an_upper_bound(listing):
     with pytest.raises(ValueError, match="n = 8 with 7 samples"):
         frontier.best_of_n(torch.zeros(2, 7), 8)
-    p, order = listing.ref.exp()[0], listing.scores[0].argsort()
+    order = listing.scores[0].argsort()
+    p = listing.ref.exp()[0, order]
     for n in (2, 4, 16):
-        below = p[order].cumsum(0)
-        best = torch.diff(below ** n, prepend=torch.zeros(1))                  # P(the best of n is this one)
-        kl = (best * (best / p[order]).log()).sum().item()
+        best = torch.diff(p.cumsum(0) ** n, prepend=torch.zeros(1))         # P(it is the best)
+        kl = (best * (best / p).log()).sum().item()
         assert 0 < kl < frontier.best_of_n_kl(n)
 
 
@@ -3631,10 +3924,13 @@ def test_best_of_n_wants_n_samples_and_its_kl_is_an_upper_bound(listing):
 # evaluate.py
 
 def test_win_rates_count_all_pairs_of_a_prompt_and_ties_half():
-    ours, theirs = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[1.0, 0.0, 3.0], [0.0, 5.0, -1.0]])
+    ours = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
+    theirs = torch.tensor([[1.0, 0.0, 3.0], [0.0, 5.0, -1.0]])
     rate, error = evaluate.win_rate(ours, theirs)
-    assert rate == pytest.approx(((0.5 + 1 + 0 + 1 + 1 + 0) / 6 + (0.5 + 0 + 1) * 2 / 6) / 2)
-    assert error == pytest.approx(abs(3.5 / 6 - 0.5) / 2)
+    first = (0.5 + 1 + 0 + 1 + 1 + 0) / 6                      # one prompt, six pairs
+    second = (0.5 + 0 + 1) * 2 / 6
+    assert rate == pytest.approx((first + second) / 2)
+    assert error == pytest.approx(abs(first - second) / 2)
     assert evaluate.win_rate(theirs, ours)[0] == pytest.approx(1 - rate)
 
 
@@ -3657,43 +3953,10 @@ def test_distinct_is_the_share_of_different_word_pairs():
 # --------------------------------------------------------------------------------------------------
 # What people copy
 
-def fisher_example(f, x):
-    w = x.clone().requires_grad_()
-    return f((w ** 4).sum(), [w], 0.1)(x.flatten())
-
-
-COPIED = {
-    "whiten": lambda f, x, m: f(x, m), "kl_estimate": lambda f, x, m: f(x, 2 * x),
-    "shape_rewards": lambda f, x, m: f(x[:, 0], x, 2 * x, m, 0.1), "gae": lambda f, x, m: f(x, x, m),
-    "critic_targets": lambda f, x, m: f(x, x, x[:, 0], m), "policy_loss": lambda f, x, m: f(x, 2 * x, x, m),
-    "kl_penalty_loss": lambda f, x, m: f(x, 2 * x, x, m, 0.1), "value_loss": lambda f, x, m: f(x, 2 * x, x, m),
-    "explained_variance": lambda f, x, m: f(x, 2 * x, m), "preference_loss": lambda f, x, m: f(x, 2 * x),
-    "token_wise_scores": lambda f, x, m: f(x, x, m, m, m, m), "sft_loss": lambda f, x, m: f(x, m),
-    "sequence_logprobs": lambda f, x, m: f(x, m, True), "after_shared_prefix": lambda f, x, m: f(x, 2 * x, m, m),
-    "dpo_loss": lambda f, x, m: f(*x.T[:4], 0.1), "group_advantages": lambda f, x, m: f(x[:4, 0], 2, "grpo"),
-    "token_weights": lambda f, x, m: f(m, "fixed", 20), "grpo_loss": lambda f, x, m: f(x, 2 * x, x[:, 0], m, 0.2, 0.28),
-    "policy_gradient_loss": lambda f, x, m: f(x, 2 * x, m), "importance_loss": lambda f, x, m: f(x, 2 * x, x, m),
-    "next_values": lambda f, x, m: f(x, m), "total_return": lambda f, x, m: f(x, x, m, 0.9),
-    "conjugate_gradient": lambda f, x, m: f(lambda v: x @ (x.T @ v), x[:, 0]),
-    "fisher_product": lambda f, x, m: fisher_example(f, x), "mean_kl": lambda f, x, m: f(x.log_softmax(1), (2 * x).log_softmax(1)),
-    "gradient_noise": lambda f, x, m: f(iter(x[:4])), "mixture_logprobs": lambda f, x, m: f(x[None].expand(2, -1, -1), [3, 6]),
-    "optimum": lambda f, x, m: tuple(f(x, m, 0.1).values()), "best_of_n": lambda f, x, m: f(x, 3),
-    "ProportionalKL": lambda f, x, m: f(0.1, 6.0, 1e4).update(5.0, 8), "ThresholdKL": lambda f, x, m: f(1, 1).update(5),
-    "masked_mean": lambda f, x, m: f(x, m), "sequence_scores": lambda f, x, m: f(lambda tokens: tokens.double(), x, x, m),
-    "move_average": lambda f, x, m: moved_average(f, x), "plain_value": lambda f, x, m: f(x, x, m),
-    "reward_to_go": lambda f, x, m: f(x, x, m, 0.9), "baseline": lambda f, x, m: f(x, x, m, 0.9), "a2c": lambda f, x, m: f(x, x, m, 0.9),
-    "trpo_step": lambda f, x, m: trpo_example(f, x), "best_reward": lambda f, x, m: f(x, m, 0.5)[0],
-    "win_rate": lambda f, x, m: f(x, 2 * x), "elo_fit": lambda f, x, m: f((x[:, :5] ** 2).round()),
-    "preference": lambda f, x, m: f(x, 2 * x), "agreement": lambda f, x, m: f(x, 2 * x)}
-TAKES_ALONG = {
-    "plain_value": "next_values", "reward_to_go": "gae", "baseline": "reward_to_go gae", "a2c": "plain_value next_values",
-    "trpo_step": "conjugate_gradient fisher_product", "best_reward": "optimum BETAS",
-    "preference": "ANNOTATOR_TEMPERATURE", "agreement": "preference ANNOTATOR_TEMPERATURE"}
-PARTS_OF_SCRIPTS = ("token_logprobs", "generate", "add_lora", "merged", "normalisation", "main", "log_prob", "share_of_frontier")
-
-
-def moved_average(f, x):
-    mean, model = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+def move_average_example(f, x):
+    """The parameters of an average, after one step towards a model"""
+    mean = torch.nn.Linear(3, 2)
+    model = torch.nn.Linear(3, 2)
     for p, q in zip(mean.parameters(), model.parameters()):
         p.data.fill_(x[0, 0])
         q.data.fill_(x[0, 1])
@@ -3701,45 +3964,119 @@ def moved_average(f, x):
     return tuple(p.detach() for p in mean.parameters())
 
 
+def fisher_example(f, x):
+    w = x.clone().requires_grad_()
+    return f((w ** 4).sum(), [w], 0.1)(x.flatten())
+
+
 def trpo_example(f, x):
-    """A policy over nine actions, and advantages of them"""
-    w, start = torch.zeros(9, dtype=x.dtype, requires_grad=True), torch.zeros(9, dtype=x.dtype).log_softmax(0)
-    kl = lambda: (start.exp() * (start - w.log_softmax(0))).sum()
-    return tuple(v for v in f([w], lambda: (w.softmax(0) @ x[0], kl()), kl).values())
+    """A policy over nine actions with the advantages x[0]"""
+    w = torch.zeros(9, dtype=x.dtype, requires_grad=True)
+    start = torch.zeros(9, dtype=x.dtype).log_softmax(0)
+
+    def kl():
+        return (start.exp() * (start - w.log_softmax(0))).sum()
+
+    return tuple(f([w], lambda: (w.softmax(0) @ x[0], kl()), kl).values())
+
+
+COPIED = {                           # a call of each function f with numbers x and their mask m
+    "masked_mean": lambda f, x, m: f(x, m),
+    "sequence_scores": lambda f, x, m: f(lambda tokens: tokens.double(), x, x, m),
+    "sft_loss": lambda f, x, m: f(x, m),
+    "preference_loss": lambda f, x, m: f(x, 2 * x),
+    "token_wise_scores": lambda f, x, m: f(x, x, m, m, m, m),
+    "whiten": lambda f, x, m: f(x, m),
+    "kl_estimate": lambda f, x, m: f(x, 2 * x),
+    "shape_rewards": lambda f, x, m: f(x[:, 0], x, 2 * x, m, 0.1),
+    "gae": lambda f, x, m: f(x, x, m),
+    "critic_targets": lambda f, x, m: f(x, x, x[:, 0], m),
+    "policy_loss": lambda f, x, m: f(x, 2 * x, x, m),
+    "kl_penalty_loss": lambda f, x, m: f(x, 2 * x, x, m, 0.1),
+    "value_loss": lambda f, x, m: f(x, 2 * x, x, m),
+    "explained_variance": lambda f, x, m: f(x, 2 * x, m),
+    "ProportionalKL": lambda f, x, m: f(0.1, 6.0, 1e4).update(5.0, 8),
+    "ThresholdKL": lambda f, x, m: f(1, 1).update(5),
+    "move_average": lambda f, x, m: move_average_example(f, x),
+    "sequence_logprobs": lambda f, x, m: f(x, m, True),
+    "after_shared_prefix": lambda f, x, m: f(x, 2 * x, m, m),
+    "dpo_loss": lambda f, x, m: f(*x.T[:4], 0.1),
+    "group_advantages": lambda f, x, m: f(x[:4, 0], 2, "grpo"),
+    "token_weights": lambda f, x, m: f(m, "fixed", 20),
+    "grpo_loss": lambda f, x, m: f(x, 2 * x, x[:, 0], m, 0.2, 0.28),
+    "policy_gradient_loss": lambda f, x, m: f(x, 2 * x, m),
+    "importance_loss": lambda f, x, m: f(x, 2 * x, x, m),
+    "next_values": lambda f, x, m: f(x, m),
+    "plain_value": lambda f, x, m: f(x, x, m),
+    "total_return": lambda f, x, m: f(x, x, m, 0.9),
+    "reward_to_go": lambda f, x, m: f(x, x, m, 0.9),
+    "baseline": lambda f, x, m: f(x, x, m, 0.9),
+    "a2c": lambda f, x, m: f(x, x, m, 0.9),
+    "conjugate_gradient": lambda f, x, m: f(lambda v: x @ (x.T @ v), x[:, 0]),
+    "fisher_product": lambda f, x, m: fisher_example(f, x),
+    "trpo_step": lambda f, x, m: trpo_example(f, x),
+    "mean_kl": lambda f, x, m: f(x.log_softmax(1), (2 * x).log_softmax(1)),
+    "gradient_noise": lambda f, x, m: f(iter(x[:4])),
+    "mixture_logprobs": lambda f, x, m: f(x[None].expand(2, -1, -1), [3, 6]),
+    "optimum": lambda f, x, m: tuple(f(x, m, 0.1).values()),
+    "best_reward": lambda f, x, m: f(x, m, 0.5)[0],
+    "best_of_n": lambda f, x, m: f(x, 3),
+    "win_rate": lambda f, x, m: f(x, 2 * x),
+    "elo_fit": lambda f, x, m: f((x[:, :5] ** 2).round()),
+    "preference": lambda f, x, m: f(x, 2 * x),
+    "agreement": lambda f, x, m: f(x, 2 * x)}
+TAKES_ALONG = {                      # names that a function needs besides masked_mean
+    "plain_value": ["next_values"],
+    "reward_to_go": ["gae"],
+    "baseline": ["reward_to_go", "gae"],
+    "a2c": ["plain_value", "next_values"],
+    "trpo_step": ["conjugate_gradient", "fisher_product"],
+    "best_reward": ["optimum", "BETAS"],
+    "preference": ["ANNOTATOR_TEMPERATURE"],
+    "agreement": ["preference", "ANNOTATOR_TEMPERATURE"]}
+PARTS_OF_SCRIPTS = ("token_logprobs", "generate", "add_lora", "merged", "normalisation", "main",
+                    "log_prob", "share_of_frontier")
+
+
+def find_original(name):
+    """-> the function or constant of that name, the module that has it"""
+    for module in (model, ppo, *SCRIPTS, frontier, reviews):
+        if hasattr(module, name):
+            return getattr(module, name), module
 
 
 def pasted_source(name):
     """A function's source, or the line that sets a constant"""
-    owner = next(m for m in (model, ppo, *SCRIPTS, frontier, reviews) if hasattr(m, name))
-    value = getattr(owner, name)
+    value, module = find_original(name)
     if callable(value):
         return inspect.getsource(value)
-    return re.search(rf"^{name} = .*$", inspect.getsource(owner), re.M).group()
+    return re.search(rf"^{name} = .*$", inspect.getsource(module), re.M).group()
 
 
 def test_every_formula_of_the_table_is_pasted_or_named_as_part_of_a_script():
     names = {name for _, name, _, _ in ROW.findall(README)}
     assert names == {*COPIED, *PARTS_OF_SCRIPTS}
     quote = README[README.index("## Quote it"):README.index("## What differs")]
-    for name in (*PARTS_OF_SCRIPTS, *TAKES_ALONG, *" ".join(TAKES_ALONG.values()).split()):
+    for name in (*PARTS_OF_SCRIPTS, *TAKES_ALONG, *itertools.chain(*TAKES_ALONG.values())):
         assert f"{name}`" in quote, name
 
 
 @pytest.mark.parametrize("name", COPIED)
 def test_maths_works_when_pasted_into_an_empty_file_with_masked_mean(name):
-    original = next(getattr(m, name) for m in (*SCRIPTS, frontier, reviews, model) if hasattr(m, name))
     pasted = {"torch": torch, "math": math}
-    if name == "trpo_step":                              # and one import
+    if name == "trpo_step":                                    # needs one more import
         exec("from torch.nn.attention import SDPBackend, sdpa_kernel", pasted)
-    along = TAKES_ALONG.get(name, "").split()
+    along = TAKES_ALONG.get(name, [])
     for source in ("masked_mean", *reversed(along), name):
         exec(pasted_source(source), pasted)
     if "gae" in along:
         pasted["ppo"] = types.SimpleNamespace(gae=pasted["gae"])
-    x, mask = ragged()[0], ragged()[4]
-    ours, theirs = COPIED[name](pasted[name], x, mask), COPIED[name](original, x, mask)
-    flat = lambda result: result if isinstance(result, tuple) else (result,)
-    for a, b in zip(flat(ours), flat(theirs)):
+    x, *_, mask = ragged()
+    ours = COPIED[name](pasted[name], x, mask)
+    theirs = COPIED[name](find_original(name)[0], x, mask)
+    if not isinstance(ours, tuple):
+        ours, theirs = (ours,), (theirs,)
+    for a, b in zip(ours, theirs):
         assert torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
@@ -3751,119 +4088,178 @@ def test_examples_in_docstrings_are_true(module):
 # --------------------------------------------------------------------------------------------------
 # Any shapes, any values: what hypothesis finds by trying
 
-some_rows = hypothesis.strategies.lists(hypothesis.strategies.tuples(
-    hypothesis.strategies.integers(1, 6), hypothesis.strategies.integers(1, 7)), min_size=1, max_size=6)      # lengths of prompt, response
-any_seed = hypothesis.strategies.integers(0, 2 ** 32 - 1)
-any_share = hypothesis.strategies.floats(0, 1)
-any_size = hypothesis.strategies.sampled_from([0.0, 1e-12, 1e-3, 1.0, 30.0, 1e6])                              # of the numbers
+strategies = hypothesis.strategies
+any_lengths = strategies.lists(                                # (prompt, response) of each row
+    strategies.tuples(strategies.integers(1, 6), strategies.integers(1, 7)),
+    min_size=1, max_size=6)
+any_seed = strategies.integers(0, 2 ** 32 - 1)
+any_share = strategies.floats(0, 1)
+any_size = strategies.sampled_from([0.0, 1e-12, 1e-3, 1.0, 30.0, 1e6])      # how large numbers are
 tried = hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
-def token_lists(lengths, seed, vocab_size=11):
+def random_rows(lengths, seed, vocab_size=11):
+    """Prompts and responses of these lengths, as token lists"""
     chance = random.Random(seed)
-    return [[[chance.randrange(vocab_size) for _ in range(n)] for n in pair] for pair in lengths]
+    prompts, responses = [], []
+    for n_prompt, n_response in lengths:
+        prompts.append([chance.randrange(vocab_size) for _ in range(n_prompt)])
+        responses.append([chance.randrange(vocab_size) for _ in range(n_response)])
+    return prompts, responses
 
 
-def ragged_of(lengths, seed, size, n=3):
-    """n tensors (B, T) in float64 with numbers of a size, garbage off the mask, and the mask"""
-    mask = data.collate(*zip(*token_lists(lengths, seed)))[2].double()
-    return [size * torch.randn(mask.shape, dtype=torch.float64, generator=seeded(seed + i)) for i in range(n)] + [mask]
+def random_tensors(lengths, seed, size):
+    """Three tensors (B, T) in float64 of numbers of a size, also off the mask, and the mask"""
+    _, _, mask = data.collate(*random_rows(lengths, seed))
+    tensors = [size * torch.randn(mask.shape, dtype=torch.float64, generator=seeded(seed + i))
+               for i in range(3)]
+    return (*tensors, mask.double())
+
+
+def mean_by_loop(mask, of_a_token):
+    cells = (mask > 0).nonzero().tolist()
+    return sum(of_a_token(row, t) for row, t in cells) / len(cells)
 
 
 @tried
-@hypothesis.given(some_rows, any_seed)
+@hypothesis.given(any_lengths, any_seed)
 def test_any_rows_are_collated_and_come_back(lengths, seed):
-    prompts, responses = map(list, zip(*token_lists(lengths, seed)))
+    prompts, responses = random_rows(lengths, seed)
     inputs, targets, mask = data.collate(prompts, responses)
-    assert inputs.shape == targets.shape == mask.shape == (len(lengths), max(map(sum, lengths)) - 1)
+    B, T = len(lengths), max(map(sum, lengths)) - 1
+    assert inputs.shape == targets.shape == mask.shape == (B, T)
     for row, (prompt, response) in enumerate(zip(prompts, responses)):
-        n, whole = len(prompt) + len(response) - 1, prompt + response
-        assert inputs[row, :n].tolist() == whole[:-1] and targets[row, :n].tolist() == whole[1:]
-        assert targets[row][mask[row] > 0].tolist() == response and mask[row].tolist() == (
-            [0.0] * (len(prompt) - 1) + [1.0] * len(response) + [0.0] * (mask.shape[1] - n))
+        whole = prompt + response
+        n = len(whole) - 1
+        assert inputs[row, :n].tolist() == whole[:-1]
+        assert targets[row, :n].tolist() == whole[1:]
         assert not targets[row, n:].any()
-    assert data.responses_of(torch.cat([inputs[:, :1], targets], dim=1), mask) == responses
+        expected_mask = [0.0] * (len(prompt) - 1) + [1.0] * len(response) + [0.0] * (T - n)
+        assert mask[row].tolist() == expected_mask
+        assert targets[row][mask[row] > 0].tolist() == response
+    tokens = torch.cat([inputs[:, :1], targets], dim=1)
+    assert data.responses_of(tokens, mask) == responses
 
 
 @tried
-@hypothesis.given(some_rows, any_seed, hypothesis.strategies.integers(1, 6), hypothesis.strategies.sampled_from([0.0, 0.3, 1.0, 5.0]),
-                  hypothesis.strategies.sampled_from([0.01, 0.3, 3.0]))
-def test_any_prompts_are_answered_with_tokens_that_the_policy_scores(lengths, seed, n_new, temperature, std):
-    gpt, prompts = small_gpt(seed=seed % 7, std=std), [prompt for prompt, _ in token_lists(lengths, seed)]
+@hypothesis.given(any_lengths, any_seed, strategies.integers(1, 6),
+                  strategies.sampled_from([0.0, 0.3, 1.0, 5.0]),
+                  strategies.sampled_from([0.01, 0.3, 3.0]))
+def test_any_prompts_are_answered_with_tokens_that_the_policy_scores(
+        lengths, seed, n_new, temperature, std):
+    gpt = small_gpt(seed=seed % 7, std=std)
+    prompts, _ = random_rows(lengths, seed)
     tokens, mask = generate(gpt, prompts, n_new, 10, temperature, seeded(seed))
     responses = data.responses_of(tokens, mask)
     for row, (prompt, response) in enumerate(zip(prompts, responses)):
-        assert tokens[row, :len(prompt)].tolist() == prompt and 1 <= len(response) <= n_new
-        assert 10 not in response[:-1] and (response[-1] == 10 or len(response) == n_new)
-        assert not tokens[row, len(prompt) + len(response):].any()             # zeros after the end
-    one = generate(gpt, prompts[:1], n_new, 10, temperature, seeded(seed))     # alone, with the same uniforms
-    assert data.responses_of(*one)[0] == responses[0]
+        assert tokens[row, :len(prompt)].tolist() == prompt
+        assert 1 <= len(response) <= n_new
+        assert 10 not in response[:-1]
+        assert response[-1] == 10 or len(response) == n_new
+        assert not tokens[row, len(prompt) + len(response):].any()          # zeros after the end
+    alone = generate(gpt, prompts[:1], n_new, 10, temperature, seeded(seed))
+    assert data.responses_of(*alone)[0] == responses[0]        # it gets the same uniforms
     if temperature:
         logprobs = token_logprobs(gpt, *data.shift(tokens), mask, temperature)
-        assert torch.isfinite(logprobs).all() and (logprobs <= 1e-5).all() and not logprobs[mask == 0].any()
+        assert torch.isfinite(logprobs).all() and (logprobs <= 1e-5).all()
+        assert not logprobs[mask == 0].any()
 
 
 @tried
-@hypothesis.given(some_rows, any_seed, any_size, any_share, any_share)
-def test_gae_of_any_rows_equals_the_double_sum_and_reads_nothing_off_the_mask(lengths, seed, size, gamma, lam):
-    rewards, values, _, mask = ragged_of(lengths, seed, size)
+@hypothesis.given(any_lengths, any_seed, any_size, any_share, any_share)
+def test_gae_of_any_rows_equals_the_double_sum_and_reads_nothing_off_the_mask(
+        lengths, seed, size, gamma, lam):
+    rewards, values, _, mask = random_tensors(lengths, seed, size)
     advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
+    rounding = 1e-9 * max(1.0, size)
     for row, (n_prompt, n) in enumerate(lengths):
-        at = slice(n_prompt - 1, n_prompt - 1 + n)
-        r, v = rewards[row, at], torch.cat([values[row, at], torch.zeros(1, dtype=torch.float64)])
-        for t in range(n):
-            expected = sum((gamma * lam) ** l * (r[t + l] + gamma * v[t + l + 1] - v[t + l]) for l in range(n - t))
-            assert advantages[row, at][t].item() == pytest.approx(expected.item(), rel=1e-9, abs=1e-9 * max(1.0, size))
+        columns = slice(n_prompt - 1, n_prompt - 1 + n)
+        R = rewards[row, columns].tolist()
+        V = values[row, columns].tolist() + [0.0]
+        delta = [R[t] + gamma * V[t + 1] - V[t] for t in range(n)]
+        for t, got in enumerate(advantages[row, columns].tolist()):
+            expected = sum((gamma * lam) ** l * delta[t + l] for l in range(n - t))
+            assert got == pytest.approx(expected, rel=1e-9, abs=rounding)
     assert not advantages[mask == 0].any() and not returns[mask == 0].any()
     torch.testing.assert_close(returns, (advantages + values) * mask)
-    torch.testing.assert_close(ppo.critic_targets(rewards, values, rewards[:, 0], mask, "gae", gamma, lam), returns,
-                               atol=1e-9 * max(1.0, size), rtol=1e-9)
+    targets = ppo.critic_targets(rewards, values, rewards[:, 0], mask, "gae", gamma, lam)
+    torch.testing.assert_close(targets, returns, atol=rounding, rtol=1e-9)
 
 
 @tried
-@hypothesis.given(some_rows, any_seed, any_size, hypothesis.strategies.floats(0.01, 0.9))
-def test_losses_of_any_rows_are_finite_equal_their_loops_and_ignore_what_is_off_the_mask(lengths, seed, size, eps):
-    drift, advantages, values, mask = ragged_of(lengths, seed, size)
-    old = -torch.rand(mask.shape, dtype=torch.float64, generator=seeded(seed + 9)) * 5
-    new = (old + drift.clamp(-20, 20)).requires_grad_()                        # a ratio up to e^20
-    garbage = (1 - mask) * 1e3
+@hypothesis.given(any_lengths, any_seed, any_size, strategies.floats(0.01, 0.9))
+def test_the_policy_loss_of_any_rows_equals_its_loop_and_ignores_the_rest(
+        lengths, seed, size, eps):
+    drift, advantages, _, mask = random_tensors(lengths, seed, size)
+    old = -5 * torch.rand(mask.shape, dtype=torch.float64, generator=seeded(seed + 9))
+    new = (old + drift.clamp(-20, 20)).requires_grad_()        # ratios up to e^20
+    ratios = torch.exp(new - old).detach()
 
-    def loop(of_a_token):
-        cells = [(row, column) for row, column in (mask > 0).nonzero().tolist()]
-        return sum(of_a_token(row, column) for row, column in cells) / len(cells)
-    ratio = torch.exp(new - old).detach()
-    clipped = lambda r, a: -min(r * a, max(min(r, 1 + eps), 1 - eps) * a)
-    (loss, metrics), by_hand = ppo.policy_loss(new, old, advantages, mask, eps), loop(
-        lambda row, t: clipped(ratio[row, t].item(), advantages[row, t].item()))
-    assert loss.item() == pytest.approx(by_hand, rel=1e-9, abs=1e-12) and 0 <= metrics["clip_fraction"] <= 1
+    def clipped_loss(row, t):
+        ratio, advantage = ratios[row, t].item(), advantages[row, t].item()
+        clipped = max(min(ratio, 1 + eps), 1 - eps)
+        return -min(ratio * advantage, clipped * advantage)
+
+    expected = pytest.approx(mean_by_loop(mask, clipped_loss), rel=1e-9, abs=1e-12)
+    loss, metrics = ppo.policy_loss(new, old, advantages, mask, eps)
+    assert loss.item() == expected and 0 <= metrics["clip_fraction"] <= 1
     loss.backward()
     assert torch.isfinite(new.grad).all() and not new.grad[mask == 0].any()
-    assert ppo.policy_loss(new + garbage * 0.01, old, advantages + garbage, mask, eps)[0].item() == pytest.approx(by_hand, rel=1e-9, abs=1e-12)
-    targets = values + drift
-    squared = lambda v, o, g: 0.5 * max((v - g) ** 2, (o + max(min(v - o, eps), -eps) - g) ** 2)
-    loss, metrics = ppo.value_loss(values, advantages, targets, mask, eps)
-    assert loss.item() == pytest.approx(loop(lambda r, t: squared(values[r, t].item(), advantages[r, t].item(), targets[r, t].item())), rel=1e-9, abs=1e-12)
-    assert ppo.value_loss(values + garbage, advantages, targets, mask, eps)[0].item() == pytest.approx(loss.item(), rel=1e-9)
-    whitened = ppo.whiten(advantages + garbage, mask)
-    assert torch.isfinite(whitened).all() and not whitened[mask == 0].any() and abs(masked_mean(whitened, mask).item()) < 1e-6
-    groups = grpo.group_advantages(torch.cat([advantages[:, 0]] * 2), 2, "grpo")
-    assert torch.isfinite(groups).all()
+    rest = 1 - mask
+    loss, _ = ppo.policy_loss(new + 10 * rest, old, advantages + 1e3 * rest, mask, eps)
+    assert loss.item() == expected
 
 
 @tried
-@hypothesis.given(any_seed, hypothesis.strategies.integers(1, 5), any_size, hypothesis.strategies.sampled_from(["sigmoid", "robust", "ipo", "hinge", "fidelity"]),
-                  hypothesis.strategies.sampled_from([0.01, 0.25, 5.0]))
-def test_preference_losses_of_any_margins_are_finite_with_finite_gradients(seed, n, size, kind, beta):
-    chosen, rejected, ref_chosen, ref_rejected = (-size * torch.rand(n, generator=seeded(seed + i)) for i in range(4))
+@hypothesis.given(any_lengths, any_seed, any_size, strategies.floats(0.01, 0.9))
+def test_the_value_loss_of_any_rows_equals_its_loop_and_ignores_the_rest(
+        lengths, seed, size, eps):
+    drift, old, values, mask = random_tensors(lengths, seed, size)
+    targets = values + drift
+
+    def clipped_loss(row, t):
+        v, v_old, target = values[row, t].item(), old[row, t].item(), targets[row, t].item()
+        clipped = v_old + max(min(v - v_old, eps), -eps)
+        return 0.5 * max((v - target) ** 2, (clipped - target) ** 2)
+
+    loss, _ = ppo.value_loss(values, old, targets, mask, eps)
+    by_loop = mean_by_loop(mask, clipped_loss)
+    assert loss.item() == pytest.approx(by_loop, rel=1e-9, abs=1e-12)
+    garbage = 1e3 * (1 - mask)
+    same, _ = ppo.value_loss(values + garbage, old, targets, mask, eps)
+    assert same.item() == pytest.approx(loss.item(), rel=1e-9)
+
+
+@tried
+@hypothesis.given(any_lengths, any_seed, any_size)
+def test_whitened_and_group_advantages_of_any_rows_are_finite(lengths, seed, size):
+    advantages, _, _, mask = random_tensors(lengths, seed, size)
+    whitened = ppo.whiten(advantages + 1e3 * (1 - mask), mask)
+    assert torch.isfinite(whitened).all() and not whitened[mask == 0].any()
+    assert abs(masked_mean(whitened, mask).item()) < 1e-6
+    rewards = torch.cat([advantages[:, 0], advantages[:, 0]])
+    assert torch.isfinite(grpo.group_advantages(rewards, 2, "grpo")).all()
+
+
+@tried
+@hypothesis.given(any_seed, strategies.integers(1, 5), any_size,
+                  strategies.sampled_from(["sigmoid", "robust", "ipo", "hinge", "fidelity"]),
+                  strategies.sampled_from([0.01, 0.25, 5.0]))
+def test_preference_losses_of_any_margins_are_finite_with_finite_gradients(
+        seed, n, size, kind, beta):
+    chosen, rejected, ref_chosen, ref_rejected = (
+        -size * torch.rand(n, generator=seeded(seed + i)) for i in range(4))
     chosen.requires_grad_()
     loss, metrics = dpo.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, kind)
     loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(chosen.grad).all() and 0 <= metrics["accuracy"] <= 1
-    if size <= 30:                                       # beyond, the slope is 0 in fp32
-        assert (chosen.grad <= 0).all() or kind == "ipo"                       # to make the chosen likelier never costs
+    assert torch.isfinite(loss) and torch.isfinite(chosen.grad).all()
+    assert 0 <= metrics["accuracy"] <= 1
+    if size <= 30 and kind != "ipo":                           # beyond, the slope is 0 in fp32
+        assert (chosen.grad <= 0).all()                        # a likelier chosen one never costs
     for rm_kind in ("bradley_terry", "fidelity"):
-        loss, metrics = reward_model.preference_loss(chosen, rejected, rm_kind)
-        assert torch.isfinite(loss) and loss >= 0 and torch.isfinite(torch.autograd.grad(loss, chosen)[0]).all()
+        loss, _ = reward_model.preference_loss(chosen, rejected, rm_kind)
+        (gradient,) = torch.autograd.grad(loss, chosen)
+        assert torch.isfinite(loss) and loss >= 0 and torch.isfinite(gradient).all()
 
 
 # --------------------------------------------------------------------------------------------------
