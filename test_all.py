@@ -3867,29 +3867,51 @@ def test_preference_losses_of_any_margins_are_finite_with_finite_gradients(seed,
 
 
 # --------------------------------------------------------------------------------------------------
-# The proof: a problem so small that every response can be listed, solved exactly and by our functions
+# The proof: a problem so small that every response can be listed
+#
+# The vocabulary is 0, 1, 2 and EOS = 3. A response ends with its first EOS or after three tokens,
+# which makes 1 + 3 + 36 = 40 responses. There are two prompts x, and each (x, y) has a fixed random
+# score r(x, y). The policy is a real GPT of one layer, and pi_ref is one with random weights. The
+# best policy, and how far any other falls short of it, are known in closed form. With beta = 1:
+#
+#     J(pi) = E_x E_{y ~ pi(.|x)} [r(x, y) - beta log(pi(y|x) / pi_ref(y|x))]
+#     pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x),     J(pi) = J(pi*) - beta KL(pi || pi*)
+#
+# Each method trains the GPT with its own functions from ppo.py, dpo.py, grpo.py or
+# policy_gradient.py. The batch is the whole list, with each response weighted by its probability, so
+# there is no sampling noise. A method that maximises J must then end at pi*. Every other variant must
+# end at the optimum of its own objective, which is computed a second time by other means: float64
+# tables and L-BFGS, or a fixed-point equation.
+# Tables are (P, N) = (2, 40), token tensors (P N, T) = (80, 4).
 
 BETA = 1.0
 
 
-class Enumerated:
-    """Two prompts and all 40 responses of up to three tokens to each, ragged by EOS; a real GPT as the policy."""
+class Listing:
+    """Two prompts, all their responses of up to `longest` tokens, the scores, pi_ref and pi*"""
 
-    def __init__(self, seed=0, longest=3, vocab_size=4):
-        eos = vocab_size - 1
-        words = [w for n in range(1, longest + 1) for w in itertools.product(range(vocab_size), repeat=n)
-                 if eos not in w[:-1] and (w[-1] == eos or n == longest)]
-        self.prompts, self.responses, self.eos = [[0], [1, 2]], [list(w) for w in words], eos
+    def __init__(self, longest=3):
+        self.eos = 3
+        self.prompts = [[0], [1, 2]]
+        self.responses = []
+        for n in range(1, longest + 1):
+            for y in itertools.product(range(4), repeat=n):
+                is_whole = y[-1] == self.eos or n == longest
+                if is_whole and self.eos not in y[:-1]:
+                    self.responses.append(list(y))
         P, N = len(self.prompts), len(self.responses)
-        rows = [(p, y) for p in self.prompts for y in self.responses]
-        self.inputs, self.targets, self.mask = data.collate(*map(list, zip(*rows)))        # (P N, T)
-        self.scores = torch.randn(P, N, generator=seeded(seed))
+        rows = [(x, y) for x in self.prompts for y in self.responses]
+        self.inputs, self.targets, self.mask = data.collate(*map(list, zip(*rows)))   # (P N, T)
         self.lengths = self.mask.sum(1).view(P, N)
-        self.reference = self.policy(std=0.25)
-        with torch.no_grad():
-            self.ref_logprobs = self.by_token(self.reference)
-        self.ref = self.ref_logprobs.sum(1).view(P, N).double()
-        self.best = (self.ref + self.scores.double() / BETA).softmax(1)                     # pi*, (P, N)
+        self.scores = torch.randn(P, N, generator=seeded())
+        self.reference = self.policy()
+        self.ref_logprobs = self.token_logprobs(self.reference).detach()              # (P N, T)
+        self.ref = self.ref_logprobs.sum(1).view(P, N).double()                       # log pi_ref
+
+    @property
+    def best(self):
+        """pi*, a table of probabilities"""
+        return (self.ref + self.scores.double() / BETA).softmax(1)
 
     def policy(self, seed=0, std=0.25):
         torch.manual_seed(seed)
@@ -3898,269 +3920,349 @@ class Enumerated:
             p.data.normal_(std=std)
         return policy
 
-    def by_token(self, policy):
-        return token_logprobs(policy, self.inputs, self.targets, self.mask)                 # (P N, T)
+    def token_logprobs(self, policy):
+        return token_logprobs(policy, self.inputs, self.targets, self.mask)           # (P N, T)
 
     def logprobs(self, policy):
-        return self.by_token(policy).sum(1).view(self.scores.shape)                         # (P, N)
+        return self.token_logprobs(policy).sum(1).view(self.scores.shape)             # (P, N)
 
     @torch.no_grad()
     def probabilities(self, policy):
         return self.logprobs(policy).double().exp()
 
+    @torch.no_grad()
+    def rollout(self, policy):
+        """The list as a batch of policy -> old_logprobs, KL-shaped rewards, weights: (P N, T)"""
+        old = self.token_logprobs(policy)
+        weights = self.mask * old.sum(1, keepdim=True).exp()
+        scores = self.scores.flatten()
+        rewards = ppo.shape_rewards(scores, old, self.ref_logprobs, self.mask, BETA)
+        return old, rewards, weights
+
+    def state_values(self, p, to_go=None):
+        """
+        V(s) = E[what is still earned | the tokens so far], by summing over the list.
+
+        to_go (P N, T) is what each response earns from a column on; by default its score.
+        -> (P N, T), float64: the value before each response token
+        """
+        values = torch.zeros(self.mask.shape, dtype=torch.float64)
+        if to_go is None:
+            to_go = self.scores.double().view(-1, 1).expand_as(values)
+        for t in range(values.shape[1]):
+            prefix = self.inputs[:, :t + 1]
+            real = self.mask[:, t] > 0
+            same = (prefix[:, None] == prefix[None]).all(2)            # (P N, P N): share a state
+            weights = (same & real[:, None] & real) * p.flatten()
+            values[:, t] = weights @ to_go[:, t] / weights.sum(1).clamp_min(1e-300)
+        return values
+
+    def objective(self, p):
+        """J of a table of probabilities"""
+        log_ratio = p.clamp_min(1e-300).log() - self.ref
+        return (p * (self.scores - BETA * log_ratio)).sum(1).mean().item()
+
+    def fraction(self, p):
+        """The share of J(pi*) - J(pi_ref) that a table of probabilities reaches"""
+        start = self.objective(self.ref.exp())
+        return (self.objective(p) - start) / (self.objective(self.best) - start)
+
     def distance(self, p, q):
         """Total variation, the mean over prompts"""
         return 0.5 * (p - q).abs().sum(1).mean().item()
 
-    def objective(self, p):
-        """J = E[r] - beta KL of a table of probabilities"""
-        return (p * (self.scores - BETA * (p.clamp_min(1e-300).log() - self.ref))).sum(1).mean().item()
 
-    def fraction(self, p):
-        start = self.objective(self.ref.exp())
-        return (self.objective(p) - start) / (self.objective(self.best) - start)
+def adam(policy, lr=4e-3):
+    return torch.optim.Adam(policy.parameters(), lr=lr, fused=True)
 
-    def descend(self, loss_of, steps=250, lr=4e-3):
-        """Adam on loss_of(policy), from the reference -> the policy's probabilities"""
-        policy = self.policy()
-        optimizer = torch.optim.Adam(policy.parameters(), lr=lr, fused=True)
-        for step in range(steps):
-            experiment.set_learning_rate(optimizer, experiment.learning_rate(step, steps, lr, 10, 0.01))
-            optimizer.zero_grad()
-            loss_of(policy).backward()
-            optimizer.step()
-        return self.probabilities(policy)
+
+def schedule(optimizer, step, steps, peak=4e-3, warmup=5, floor=0.005):
+    lr = experiment.learning_rate(step, steps, peak, warmup, floor)
+    experiment.set_learning_rate(optimizer, lr)
+
+
+def take_step(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 @pytest.fixture(scope="module")
 def listing():
-    return Enumerated()
+    return Listing()
 
 
-def test_the_listing_is_a_distribution_over_what_the_sampler_samples(listing):
+def test_listed_probabilities_sum_to_one_and_are_the_samplers_frequencies(listing):
     p = listing.probabilities(listing.reference)
-    assert p.shape == (2, 40) and torch.allclose(p.sum(1), torch.ones(2, dtype=torch.float64), atol=1e-6)
-    tokens, mask = generate(listing.reference, [listing.prompts[1]] * 4000, 3, listing.eos, generator=seeded())
-    counts = {}
-    for y in data.responses_of(tokens, mask):
-        counts[tuple(y)] = counts.get(tuple(y), 0) + 1
+    assert p.shape == (2, 40)
+    assert torch.allclose(p.sum(1), torch.ones(2, dtype=torch.float64), atol=1e-6)
+    prompts = [listing.prompts[1]] * 4000
+    tokens, mask = generate(listing.reference, prompts, 3, listing.eos, generator=seeded())
+    found = [tuple(y) for y in data.responses_of(tokens, mask)]
     for y, q in zip(listing.responses, p[1].tolist()):
-        assert abs(counts.get(tuple(y), 0) / 4000 - q) < 4.5 * math.sqrt(q * (1 - q) / 4000) + 1e-3
+        frequency = found.count(tuple(y)) / 4000
+        assert abs(frequency - q) < 4.5 * math.sqrt(q * (1 - q) / 4000) + 1e-3
 
 
-def test_no_policy_beats_pi_star_and_falls_short_of_it_by_beta_kl(listing):
-    """J(pi) = J* - beta KL(pi, pi*), with J* = beta E_x log Z(x)"""
-    limit = BETA * (listing.ref + listing.scores / BETA).logsumexp(1).mean().item()
-    assert listing.objective(listing.best) == pytest.approx(limit)
+def test_every_policy_falls_short_of_the_optimum_by_beta_kl(listing):
+    """J(pi) = J(pi*) - beta KL(pi || pi*), and J(pi*) = beta E_x log Z(x)"""
+    optimum = BETA * (listing.ref + listing.scores / BETA).logsumexp(1).mean().item()
+    assert listing.objective(listing.best) == pytest.approx(optimum)
     for seed in range(5):
-        p = listing.probabilities(listing.policy(seed=seed, std=0.4))
+        p = listing.probabilities(listing.policy(seed, std=0.4))
         kl = (p * (p.log() - listing.best.log())).sum(1).mean().item()
-        assert listing.objective(p) == pytest.approx(limit - BETA * kl, abs=1e-5) and kl > 0.01
+        assert kl > 0.01
+        assert listing.objective(p) == pytest.approx(optimum - BETA * kl, abs=1e-5)
 
 
 # ---- PPO
 
-def ppo_on(listing, updates=150, epochs=4, surrogate="clip", lam=1.0, critic=None):
-    """PPO with the listing as its batch, each response weighed by its probability -> probabilities"""
-    policy, penalty = listing.policy(), ppo.ThresholdKL(1.0, 0.002)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=4e-3, fused=True)
+def surrogate_loss(surrogate, logprobs, old_logprobs, advantages, weights, coef=1.0):
+    """The loss of either surrogate of the PPO paper"""
+    if surrogate == "clip":
+        return ppo.policy_loss(logprobs, old_logprobs, advantages, weights)[0]
+    return ppo.kl_penalty_loss(logprobs, old_logprobs, advantages, weights, coef)[0]
+
+
+def train_by_ppo(listing, surrogate, updates=150, epochs=4):
+    """PPO at lambda 1 and without a critic, on the whole list -> probabilities"""
+    policy = listing.policy()
+    optimizer = adam(policy)
+    penalty = ppo.ThresholdKL(1.0, 0.002)
     for update in range(updates):
-        experiment.set_learning_rate(optimizer, experiment.learning_rate(update, updates, 4e-3, 5, 0.005))
-        with torch.no_grad():
-            old = listing.by_token(policy)
-            weights = listing.mask * old.sum(1, keepdim=True).exp()
-            rewards = ppo.shape_rewards(listing.scores.flatten(), old, listing.ref_logprobs, listing.mask, BETA)
-            advantages, _ = ppo.gae(rewards, torch.zeros_like(rewards), listing.mask, lam=lam)
-            advantages = ppo.whiten(advantages, weights)
+        schedule(optimizer, update, updates)
+        old, rewards, weights = listing.rollout(policy)
+        advantages, _ = ppo.gae(rewards, torch.zeros_like(rewards), listing.mask, lam=1.0)
+        advantages = ppo.whiten(advantages, weights)
         for _ in range(epochs):
-            logprobs = listing.by_token(policy)
-            loss, _ = (ppo.policy_loss(logprobs, old, advantages, weights) if surrogate == "clip" else
-                       ppo.kl_penalty_loss(logprobs, old, advantages, weights, penalty.coef))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        with torch.no_grad():
-            penalty.update(masked_mean(ppo.kl_estimate(old, listing.by_token(policy), "k3"), weights).item())
+            logprobs = listing.token_logprobs(policy)
+            loss = surrogate_loss(surrogate, logprobs, old, advantages, weights, penalty.coef)
+            take_step(optimizer, loss)
+        kl_old = ppo.kl_estimate(old, listing.token_logprobs(policy).detach(), "k3")
+        penalty.update(masked_mean(kl_old, weights).item())
     return listing.probabilities(policy)
 
 
 @pytest.mark.parametrize("surrogate", ["clip", "kl_penalty"])
 def test_ppo_ends_at_pi_star(listing, surrogate):
-    p = ppo_on(listing, surrogate=surrogate)
-    assert listing.distance(listing.ref.exp(), listing.best) > 0.3
-    assert listing.distance(p, listing.best) < 0.03 and listing.fraction(p) > 0.99
+    p = train_by_ppo(listing, surrogate)
+    assert listing.distance(listing.ref.exp(), listing.best) > 0.3     # it has a long way to go
+    assert listing.distance(p, listing.best) < 0.03
+    assert listing.fraction(p) > 0.99
 
 
 def test_ppo_on_sampled_responses_with_a_critic_ends_near_pi_star(listing):
-    """The stages of ppo.main: roll out, shaped rewards, GAE with a learned critic, whitening, minibatches."""
-    actor, generator = listing.policy(), seeded()
+    """The steps of ppo.main: rollout, shaped rewards, GAE by a critic, whitening, minibatches"""
+    updates, lr = 120, 3e-3
+    generator = seeded()
+    actor = listing.policy()
     critic = ScalarGPT(actor.config, init_from=actor, zero_head=True).eval()
-    optimizers = [torch.optim.Adam(m.parameters(), lr=3e-3, fused=True) for m in (actor, critic)]
-    score_of = {(tuple(p), tuple(y)): listing.scores[i, j].item() for i, p in enumerate(listing.prompts)
-                for j, y in enumerate(listing.responses)}
+    optimizers = [adam(actor, lr), adam(critic, lr)]
     cfg = dataclasses.replace(ppo.Config(), max_new_tokens=3)
-    for update in range(120):
-        prompts = [listing.prompts[i % 2] for i in range(256)]
+    prompts = listing.prompts * 128
+    score_of = {}
+    for i, x in enumerate(listing.prompts):
+        for j, y in enumerate(listing.responses):
+            score_of[tuple(x), tuple(y)] = listing.scores[i, j].item()
+
+    for update in range(updates):
         inputs, targets, mask, _ = ppo.roll_out(actor, prompts, cfg, listing.eos, generator)
-        scores = torch.tensor([score_of[tuple(p), tuple(y)] for p, y in zip(prompts, data.responses_of(
-            torch.cat([inputs, targets[:, -1:]], 1), mask))])
+        responses = data.responses_of(torch.cat([inputs, targets[:, -1:]], 1), mask)
+        scores = torch.tensor([score_of[tuple(x), tuple(y)] for x, y in zip(prompts, responses)])
         with torch.no_grad():
-            old, ref = (token_logprobs(m, inputs, targets, mask) for m in (actor, listing.reference))
+            old = token_logprobs(actor, inputs, targets, mask)
+            ref = token_logprobs(listing.reference, inputs, targets, mask)
             values = critic(inputs) * mask
         rewards = ppo.shape_rewards(scores, old, ref, mask, BETA)
         advantages, returns = ppo.gae(rewards, values, mask, lam=0.95)
         advantages = ppo.whiten(advantages, mask)
         for optimizer in optimizers:
-            experiment.set_learning_rate(optimizer, experiment.learning_rate(update, 120, 3e-3, 5, 0.01))
+            schedule(optimizer, update, updates, lr, floor=0.01)
         for rows in torch.randperm(256, generator=generator).split(64):
             logprobs = token_logprobs(actor, inputs[rows], targets[rows], mask[rows])
             loss, _ = ppo.policy_loss(logprobs, old[rows], advantages[rows], mask[rows])
-            critic_loss, _ = ppo.value_loss(critic(inputs[rows]), values[rows], returns[rows], mask[rows])
-            (loss + critic_loss).backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            take_step(optimizers[0], loss)
+            new_values = critic(inputs[rows])
+            loss, _ = ppo.value_loss(new_values, values[rows], returns[rows], mask[rows])
+            take_step(optimizers[1], loss)
+
     p = listing.probabilities(actor)
-    assert listing.distance(p, listing.best) < 0.08 and listing.fraction(p) > 0.96
+    assert listing.distance(p, listing.best) < 0.08
+    assert listing.fraction(p) > 0.96
 
 
-# ---- DPO and its relatives: every ordered pair of responses, weighed by how often it is labelled so
+# ---- DPO and its relatives: every ordered pair of responses, weighted by how often it is labelled
 
-FORMULAS = {                                                   # losses of z, written down a second time
-    "sigmoid": lambda z: torch.log1p(torch.exp(-z)), "ipo": lambda z: (z / BETA - 1 / (2 * BETA)) ** 2,
-    "hinge": lambda z: (1 - z) * (z < 1), "fidelity": lambda z: 1 - (1 + torch.exp(-z)) ** -0.5}
+FORMULAS = {                             # each loss as a function of z, written down a second time
+    "sigmoid": lambda z: torch.log1p(torch.exp(-z)),
+    "robust": lambda z: torch.log1p(torch.exp(-z)),
+    "ipo": lambda z: (z / BETA - 1 / (2 * BETA)) ** 2,
+    "hinge": lambda z: (1 - z) * (z < 1),
+    "fidelity": lambda z: 1 - (1 + torch.exp(-z)) ** -0.5,
+}
 
 
-def all_pairs(listing, flips=0.0):
-    """chosen, rejected (M,) and how often an annotator who errs at a rate prefers the one (P, M)"""
-    N = len(listing.responses)
-    i, j = (~torch.eye(N, dtype=torch.bool)).nonzero().T
+def labelled_pairs(listing, flips=0.0):
+    """All pairs i != j (M,), and how often an annotator who errs at a rate prefers i to j (P, M)"""
+    i, j = (~torch.eye(len(listing.responses), dtype=torch.bool)).nonzero().T
     p = torch.sigmoid(listing.scores[:, i] - listing.scores[:, j]).double()
     return i, j, (1 - flips) * p + flips * (1 - p)
 
 
-def dpo_on(listing, flips=0.0, soft=False, normalise=False, counts=None, steps=250, **options):
-    """dpo.dpo_loss over all pairs, by gradient descent on the GPT -> probabilities, last loss"""
-    i, j, wins = all_pairs(listing, flips)
-    wins = (wins if counts is None else counts).float()
+def train_by_dpo(listing, flips=0.0, soft=False, normalise=False, reference_free=False, counts=None,
+                 steps=250, **options):
+    """dpo.dpo_loss over all pairs, by Adam on the GPT -> probabilities, last loss"""
+    i, j, wins = labelled_pairs(listing, flips)
+    if counts is not None:
+        wins = counts
+    wins = wins.float().flatten()
+    labelled = {"target": wins} if soft else {"weights": wins}
     lengths = listing.lengths if normalise else torch.ones_like(listing.lengths)
-    ref = listing.ref.float() / lengths * (not options.pop("reference_free", False))
-    losses = []
-
-    def loss_of(policy):
+    ref = listing.ref.float() / lengths
+    if reference_free:
+        ref = torch.zeros_like(ref)
+    policy = listing.policy()
+    optimizer = adam(policy)
+    for step in range(steps):
+        schedule(optimizer, step, steps, warmup=10, floor=0.01)
         logprobs = listing.logprobs(policy) / lengths
-        given = dict(target=wins.flatten()) if soft else dict(weights=wins.flatten())
-        loss, _ = dpo.dpo_loss(*(x.flatten() for x in (logprobs[:, i], logprobs[:, j], ref[:, i], ref[:, j])),
-                               beta=BETA, **given, **options)
-        losses.append(loss.item())
-        return loss
-    return listing.descend(loss_of, steps), losses[-1]
+        pairs = [x.flatten() for x in (logprobs[:, i], logprobs[:, j], ref[:, i], ref[:, j])]
+        loss, _ = dpo.dpo_loss(*pairs, beta=BETA, **labelled, **options)
+        take_step(optimizer, loss)
+    return listing.probabilities(policy), loss.item()
 
 
-def optimum_of(listing, flips=0.0, normalise=False, counts=None, kind="sigmoid", label_smoothing=0.0, margin=0.0,
-               reference_free=False, steps=300):
-    """The same objective over tables of probabilities, by L-BFGS in float64, from the formulas -> table, loss"""
-    i, j, wins = all_pairs(listing, flips)
-    wins, e, losses = wins if counts is None else counts, label_smoothing, FORMULAS.get(kind, FORMULAS["sigmoid"])
+def dpo_optimum(listing, flips=0.0, normalise=False, reference_free=False, kind="sigmoid",
+                label_smoothing=0.0, margin=0.0):
+    """The same objective in float64 tables, from FORMULAS, by L-BFGS -> probabilities, loss"""
+    i, j, wins = labelled_pairs(listing, flips)
+    formula = FORMULAS[kind]
     lengths = listing.lengths.double() if normalise else 1.0
     ref = 0.0 if reference_free else listing.ref / lengths
     table = listing.ref.clone().requires_grad_()
 
-    def loss_of():
-        implied = BETA * (table.log_softmax(1) / lengths - ref)
+    def objective():
+        implied = BETA * (table.log_softmax(1) / lengths - ref)        # the implied reward
         z = implied[:, i] - implied[:, j] - margin
-        mixed = (1 - e) * losses(z) + (e if kind != "robust" else -e) * losses(-z)
-        return (wins * mixed).sum() / wins.sum() / (1 - 2 * e if kind == "robust" else 1)
+        e = label_smoothing
+        if kind == "robust":
+            losses = ((1 - e) * formula(z) - e * formula(-z)) / (1 - 2 * e)
+        else:
+            losses = (1 - e) * formula(z) + e * formula(-z)
+        return (wins * losses).sum() / wins.sum()
 
-    if kind == "hinge":                                        # has corners: many small steps instead
+    def closure():
+        optimizer.zero_grad()
+        loss = objective()
+        loss.backward()
+        return loss
+
+    if kind == "hinge":                  # it has corners: many small steps instead
         optimizer = torch.optim.Adam([table], lr=0.05)
         for step in range(3000):
             experiment.set_learning_rate(optimizer, 0.05 * (1 - step / 3000) + 1e-5)
-            optimizer.zero_grad()
-            loss_of().backward()
-            optimizer.step()
+            take_step(optimizer, objective())
     else:
-        optimizer = torch.optim.LBFGS([table], max_iter=steps, history_size=50, tolerance_grad=1e-10,
-                                      tolerance_change=1e-14, line_search_fn="strong_wolfe")
-
-        def closure():
-            optimizer.zero_grad()
-            loss = loss_of()
-            loss.backward()
-            return loss
+        optimizer = torch.optim.LBFGS(
+            [table], max_iter=300, history_size=50, tolerance_grad=1e-10, tolerance_change=1e-14,
+            line_search_fn="strong_wolfe")
         optimizer.step(closure)
-    return table.detach().softmax(1), loss_of().item()
+    return table.detach().softmax(1), objective().item()
 
 
 @pytest.mark.parametrize("options", [
-    dict(), dict(kind="robust", label_smoothing=0.2, flips=0.2), dict(kind="fidelity", soft=True),
-    dict(kind="sigmoid", soft=True)], ids=["sigmoid", "robust", "fidelity soft", "sigmoid soft"])
+    pytest.param(dict(), id="sigmoid"),
+    pytest.param(dict(kind="robust", label_smoothing=0.2, flips=0.2), id="robust"),
+    pytest.param(dict(kind="fidelity", soft=True), id="fidelity soft"),
+    pytest.param(dict(kind="sigmoid", soft=True), id="sigmoid soft")])
 def test_dpo_ends_at_pi_star(listing, options):
-    p, _ = dpo_on(listing, **options)
-    assert listing.distance(p, listing.best) < 0.02 and listing.fraction(p) > 0.998
-    if not options.get("soft"):
-        assert listing.distance(optimum_of(listing, **options)[0], listing.best) < 1e-3
+    p, _ = train_by_dpo(listing, **options)
+    assert listing.distance(p, listing.best) < 0.02
+    assert listing.fraction(p) > 0.998
+    if "soft" not in options:
+        optimum, _ = dpo_optimum(listing, **options)
+        assert listing.distance(optimum, listing.best) < 1e-3
 
 
 @pytest.mark.parametrize("options", [
-    dict(label_smoothing=0.2), dict(flips=0.2), dict(kind="ipo"), dict(kind="fidelity"), dict(kind="sigmoid", margin=0.5),
-    dict(kind="robust", label_smoothing=0.1, flips=0.2), dict(normalise=True), dict(label_smoothing=0.1, flips=0.1)],
-    ids=lambda o: "-".join(map(str, itertools.chain(*o.items()))))
+    pytest.param(dict(kind="sigmoid", margin=0.5), id="margin"),
+    pytest.param(dict(kind="ipo"), id="ipo"),
+    pytest.param(dict(kind="fidelity"), id="fidelity"),
+    pytest.param(dict(flips=0.2), id="flipped"),
+    pytest.param(dict(normalise=True), id="normalised"),
+    pytest.param(dict(label_smoothing=0.2), id="cDPO"),
+    pytest.param(dict(label_smoothing=0.1, flips=0.1), id="cDPO flipped"),
+    pytest.param(dict(kind="robust", label_smoothing=0.1, flips=0.2), id="robust, wrong rate")])
 def test_every_other_loss_ends_at_the_optimum_of_its_own_objective(listing, options):
-    (p, loss), (best, least) = dpo_on(listing, **options, steps=500), optimum_of(listing, **options)
+    p, loss = train_by_dpo(listing, **options, steps=500)
+    optimum, least = dpo_optimum(listing, **options)
     assert least - 1e-5 < loss < least + 5e-4
-    assert listing.distance(p, best) < 0.02
-    if set(options) - {"margin", "kind"}:
-        assert listing.distance(best, listing.best) > 0.03     # which is not pi*
+    assert listing.distance(p, optimum) < 0.02
+    assert listing.distance(optimum, listing.best) > 0.03      # its own objective is not J
 
 
-@pytest.mark.parametrize("options", [dict(kind="hinge"), dict(normalise=True, reference_free=True, margin=0.3)],
-                         ids=["hinge", "simpo"])
+@pytest.mark.parametrize("options", [
+    pytest.param(dict(kind="hinge"), id="hinge"),
+    pytest.param(dict(normalise=True, reference_free=True, margin=0.3), id="simpo")])
 def test_hinge_and_simpo_reach_the_least_value_of_their_own_objectives(listing, options):
-    (_, loss), (_, least) = dpo_on(listing, **options, steps=600), optimum_of(listing, **options)
+    _, loss = train_by_dpo(listing, **options, steps=600)
+    _, least = dpo_optimum(listing, **options)
     assert abs(loss - least) < 3e-3
 
 
 def test_hard_labels_halve_the_beta_of_the_fidelity_loss(listing):
-    best, _ = optimum_of(listing, kind="fidelity")
+    optimum, _ = dpo_optimum(listing, kind="fidelity")
     at_half_beta = (listing.ref + listing.scores.double() / (BETA / 2)).softmax(1)
-    assert listing.distance(best, at_half_beta) < 1e-3
+    assert listing.distance(optimum, at_half_beta) < 1e-3
 
 
+FLIPPED = {                              # a loss, told the rate of flipped labels if it can use it
+    "sigmoid": lambda rate: dict(),
+    "cDPO": lambda rate: dict(label_smoothing=rate),
+    "robust": lambda rate: dict(kind="robust", label_smoothing=rate),
+    "fidelity": lambda rate: dict(kind="fidelity"),
+}
 
-FLIPPED = {                                                    # a loss, told the share of flipped labels if it can be
-    "sigmoid": lambda e: dict(), "cDPO": lambda e: dict(label_smoothing=e),
-    "robust": lambda e: dict(kind="robust", label_smoothing=e), "fidelity": lambda e: dict(kind="fidelity")}
 
-
-def test_only_robust_keeps_its_optimum_where_labels_are_flipped(listing):
-    fractions = {name: listing.fraction(optimum_of(listing, flips=0.2, **options(0.2))[0]) for name, options in FLIPPED.items()}
+def test_only_robust_keeps_its_optimum_when_labels_are_flipped(listing):
+    fractions = {}
+    for name, options_at in FLIPPED.items():
+        optimum, _ = dpo_optimum(listing, flips=0.2, **options_at(0.2))
+        fractions[name] = listing.fraction(optimum)
     assert fractions["robust"] > 0.999
     assert fractions["robust"] > fractions["sigmoid"] + 0.05 > fractions["cDPO"] + 0.1
-    assert listing.fraction(optimum_of(listing, kind="fidelity")[0]) < fractions["fidelity"] - 0.05        # flips undo its excess
+    clean, _ = dpo_optimum(listing, kind="fidelity")           # overshoots, and flips temper it
+    assert listing.fraction(clean) < fractions["fidelity"] - 0.05
 
 
 def draw_flips(path, n=20000, seeds=3):
-    """DPO's losses on n drawn labels of which a share is flipped -> a picture, and its numbers as a table"""
-    listing, rates = Enumerated(), (0.0, 0.1, 0.2, 0.3)
-    rows = [["loss", "flipped", "fraction of the optimum", "its own optimum's", "distance to that, TV"]]
+    """DPO on n drawn labels, some of them flipped -> a picture, and its numbers as a table"""
+    listing = Listing()
+    rates = [0.0, 0.1, 0.2, 0.3]
+    percent = [100 * rate for rate in rates]
+    rows = [["loss", "flipped", "fraction of the optimum", "its own optimum's",
+             "distance to that, TV"]]
     figure, axes = experiment.subplots(1, 2, figsize=(9.5, 3.8))
-    for (name, options), style in zip(FLIPPED.items(), ("o-", "s--", "^-.", "D:")):
+    for (name, options_at), style in zip(FLIPPED.items(), ("o-", "s--", "^-.", "D:")):
         fractions, distances = [], []
         for rate in rates:
-            own, _ = optimum_of(listing, flips=rate, **options(rate))
+            own, _ = dpo_optimum(listing, flips=rate, **options_at(rate))
+            _, _, wins = labelled_pairs(listing, rate)
+            p = wins.flatten()
             runs = []
             for seed in range(seeds):
-                _, _, wins = all_pairs(listing, rate)
-                drawn = torch.multinomial(wins.flatten(), n, replacement=True, generator=seeded(seed))
-                counts = torch.bincount(drawn, minlength=wins.numel()).view_as(wins).double()
-                runs.append(dpo_on(listing, counts=counts, **options(rate))[0])
+                drawn = torch.multinomial(p, n, replacement=True, generator=seeded(seed))
+                counts = torch.bincount(drawn, minlength=len(p)).view_as(wins).double()
+                policy, _ = train_by_dpo(listing, counts=counts, **options_at(rate))
+                runs.append(policy)
             fractions.append(torch.tensor([listing.fraction(p) for p in runs]))
             distances.append(torch.tensor([listing.distance(p, own) for p in runs]))
-            rows.append([name, f"{rate:.0%}", fractions[-1].mean().item(), listing.fraction(own), distances[-1].mean().item()])
+            rows.append([name, f"{rate:.0%}", fractions[-1].mean().item(), listing.fraction(own),
+                         distances[-1].mean().item()])
         for axis, values in zip(axes, (fractions, distances)):
-            axis.errorbar([100 * r for r in rates], [v.mean() for v in values], [v.std() for v in values], fmt=style,
-                          color="0.15", markerfacecolor="0.75", capsize=2, linewidth=1.1, label=name)
+            means, deviations = [v.mean() for v in values], [v.std() for v in values]
+            axis.errorbar(percent, means, deviations, fmt=style, color="0.15",
+                          markerfacecolor="0.75", capsize=2, linewidth=1.1, label=name)
     axes[0].set(xlabel="flipped labels (%)", ylabel="fraction of the optimum reached")
     axes[1].set(xlabel="flipped labels (%)", ylabel="total variation to the loss's own optimum")
     for axis in axes:
@@ -4171,387 +4273,483 @@ def draw_flips(path, n=20000, seeds=3):
     return experiment.table(rows, markdown=True)
 
 
-# ---- GRPO and its relatives: every group of two, weighed by how often it is sampled
+# ---- GRPO and its relatives: every group of two, weighted by how often it is sampled
 
 def expected_advantages(rewards, p, kind):
-    """Of each response, over who else is in its group: (P, N), (P, N) -> (P, N)"""
-    (P, N), groups = rewards.shape, torch.stack(torch.broadcast_tensors(rewards[:, :, None], rewards[:, None, :]), -1)
-    return (grpo.group_advantages(groups.reshape(-1), 2, kind).view(P, N, N, 2)[..., 0] * p[:, None, :]).sum(2)
+    """A response's mean advantage over its partner in a group of two: (P, N), (P, N) -> (P, N)"""
+    P, N = rewards.shape
+    own = rewards[:, :, None].expand(P, N, N)
+    partner = rewards[:, None, :].expand(P, N, N)
+    groups = torch.stack([own, partner], dim=-1)                               # (P, N, N, 2)
+    advantages = grpo.group_advantages(groups.flatten(), 2, kind).view(P, N, N, 2)[..., 0]
+    return (advantages * p[:, None, :]).sum(2)
 
 
-def grpo_on(listing, advantage="grpo", kl_in="reward", normalise="token", updates=150, epochs=4):
+def train_by_grpo(listing, advantage, normalise, kl_in="reward", updates=150, epochs=4):
     """GRPO with all groups of two as its batch -> probabilities"""
+    P, N = listing.scores.shape
     policy = listing.policy()
-    optimizer = torch.optim.Adam(policy.parameters(), lr=4e-3, fused=True)
+    optimizer = adam(policy)
     for update in range(updates):
-        experiment.set_learning_rate(optimizer, experiment.learning_rate(update, updates, 4e-3, 5, 0.005))
-        with torch.no_grad():
-            old = listing.by_token(policy)
-            p, kl = old.sum(1).exp().view(2, -1), ppo.kl_estimate(old, listing.ref_logprobs).sum(1).view(2, -1)
-            rewards = listing.scores - BETA * kl if kl_in == "reward" else listing.scores
-            advantages = expected_advantages(rewards, p, advantage).flatten()
-            weights = 40 * grpo.token_weights(listing.mask, normalise, 3) * p.view(-1, 1)
+        schedule(optimizer, update, updates)
+        old = listing.token_logprobs(policy).detach()
+        p = old.sum(1).exp().view(P, N)
+        rewards = listing.scores
+        if kl_in == "reward":
+            kl_ref = ppo.kl_estimate(old, listing.ref_logprobs).sum(1).view(P, N)
+            rewards = rewards - BETA * kl_ref
+        advantages = expected_advantages(rewards, p, advantage).flatten()
+        weights = grpo.token_weights(listing.mask, normalise, 3)               # as if all 1 / N
+        weights = N * weights * p.view(-1, 1)
         for _ in range(epochs):
-            logprobs = listing.by_token(policy)
+            logprobs = listing.token_logprobs(policy)
             loss, _ = grpo.grpo_loss(logprobs, old, advantages, weights)
             if kl_in == "loss":
-                loss = loss + BETA * (weights * ppo.kl_estimate(logprobs, listing.ref_logprobs, "k3")).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+                kl_ref = ppo.kl_estimate(logprobs, listing.ref_logprobs, "k3")
+                loss = loss + BETA * (weights * kl_ref).sum()
+            take_step(optimizer, loss)
     return listing.probabilities(policy)
 
 
-@pytest.mark.parametrize("advantage, normalise", [("grpo", "token"), ("grpo", "sequence"), ("dr_grpo", "fixed"),
-                                                  ("rloo", "token")])
-def test_every_group_advantage_ends_at_pi_star_with_the_kl_in_the_reward(listing, advantage, normalise):
-    p = grpo_on(listing, advantage, normalise=normalise)
-    assert listing.distance(p, listing.best) < 0.03 and listing.fraction(p) > 0.97
+@pytest.mark.parametrize("advantage, normalise", [
+    ("grpo", "token"),
+    ("grpo", "sequence"),
+    ("dr_grpo", "fixed"),
+    ("rloo", "token")])
+def test_every_group_advantage_ends_at_pi_star_with_the_kl_in_the_reward(
+        listing, advantage, normalise):
+    p = train_by_grpo(listing, advantage, normalise)
+    assert listing.distance(p, listing.best) < 0.03
+    assert listing.fraction(p) > 0.97
 
 
-def test_without_a_baseline_a_constant_reward_is_harmless_unless_responses_are_weighed_by_their_length():
-    """At pi* the advantages of reinforce are beta log Z(x), not 0: E[grad log pi] = 0, E[grad log pi / length] is not"""
-    louder = Enumerated()
-    louder.scores = louder.scores + 4                                          # which does not change pi*
-    assert louder.distance(louder.best, Enumerated().best) < 1e-6
-    assert louder.distance(grpo_on(louder, "reinforce", normalise="fixed"), louder.best) < 0.06
-    assert louder.distance(grpo_on(louder, "reinforce", normalise="sequence"), louder.best) > 0.3
-    assert louder.distance(grpo_on(louder, "rloo", normalise="sequence"), louder.best) < 0.03
+def test_a_constant_reward_misleads_reinforce_only_under_sequence_weights(listing):
+    """
+    A constant added to every score does not change pi*, but the advantages of reinforce at pi* are
+    then beta log Z(x) and not 0. That is harmless because E[grad log pi] = 0. Weights of 1 / length
+    break it: E[grad log pi / length] is not 0. A baseline removes the constant.
+    """
+    shifted = Listing()
+    shifted.scores = shifted.scores + 4
+    assert shifted.distance(shifted.best, listing.best) < 1e-6
+
+    def error(advantage, normalise):
+        return shifted.distance(train_by_grpo(shifted, advantage, normalise), shifted.best)
+
+    assert error("reinforce", "fixed") < 0.06
+    assert error("reinforce", "sequence") > 0.3
+    assert error("rloo", "sequence") < 0.03
 
 
-def test_at_pi_star_every_advantage_with_a_baseline_is_zero_and_so_is_its_noise(listing):
+def test_at_pi_star_every_advantage_with_a_baseline_is_zero(listing):
+    """r - beta log(pi* / pi_ref) = beta log Z(x) for every y, so there is no noise either."""
     rewards = listing.scores.double() - BETA * (listing.best.log() - listing.ref)
     assert rewards.std(1).max() < 1e-9
     for kind in ("dr_grpo", "rloo"):
         assert grpo.group_advantages(rewards.flatten(), 40, kind).abs().max() < 1e-9
 
 
-def rest_of(listing, kind, beta=BETA):
+def grpo_fixed_point(listing, kind, beta=BETA):
     """
-    Where GRPO rests with the KL in the loss, from its own equations, in tables.
+    Where GRPO comes to rest with the KL in the loss, in float64 tables.
 
-    In a state the loss pulls by Q(s, a), the mean advantage of what begins so, and by the gradient of KL(ref, pi):
-    pi (Q - E Q) + beta (ref - pi) = 0, so pi(a|s) = beta ref(a|s) / (lambda - Q(s, a)), from the last token back.
-    Q hangs on the advantages and they on pi: iterated to a fixed point.
+    In each state the loss pulls by Q(s, a), the mean advantage of the responses that continue with
+    a, and by the gradient of KL(pi_ref || pi). At rest
+        pi (Q - E Q) + beta (pi_ref - pi) = 0,  so  pi(a|s) = beta pi_ref(a|s) / (lambda - Q(s, a)),
+    where lambda makes pi sum to 1. States are solved from the last token back. Q depends on the
+    advantages. Those of grpo depend on pi, so they are iterated to a fixed point.
     """
-    index, p = {tuple(y): i for i, y in enumerate(listing.responses)}, listing.ref.exp()
+    tokens = range(listing.eos + 1)
+    index = {tuple(y): i for i, y in enumerate(listing.responses)}
     scores = listing.scores.double()
 
     def mass(row, prefix):
         return sum(q for y, q in zip(listing.responses, row) if tuple(y[:len(prefix)]) == prefix)
 
     def solve(ref_row, advantages, prefix=()):
-        """-> E Q in this state, {response: its probability from here on}"""
-        below = [(advantages[index[prefix + (a,)]], {prefix + (a,): 1.0}) if prefix + (a,) in index else
-                 solve(ref_row, advantages, prefix + (a,)) for a in range(listing.eos + 1)]
-        ref = [mass(ref_row, prefix + (a,)) / mass(ref_row, prefix) for a in range(listing.eos + 1)]
-        low, high = max(q for q, _ in below), max(q for q, _ in below) + beta
+        """-> E Q in the state after prefix, {response: its probability from there on}"""
+        ref, Q, below = [], [], []
+        for a in tokens:
+            y = prefix + (a,)
+            ref.append(mass(ref_row, y) / mass(ref_row, prefix))
+            if y in index:
+                Q.append(advantages[index[y]])
+                below.append({y: 1.0})
+            else:
+                value, probabilities = solve(ref_row, advantages, y)
+                Q.append(value)
+                below.append(probabilities)
+        low, high = max(Q), max(Q) + beta                                      # hold lambda
         for _ in range(60):
             middle = (low + high) / 2
-            total = sum(beta * r / (middle - q) for r, (q, _) in zip(ref, below))
-            low, high = (middle, high) if total > 1 else (low, middle)
-        pi = [beta * r / (high - q) for r, (q, _) in zip(ref, below)]
-        return sum(x * q for x, (q, _) in zip(pi, below)), {y: x * z for x, (_, ys) in zip(pi, below) for y, z in ys.items()}
+            if sum(beta * r / (middle - q) for r, q in zip(ref, Q)) > 1:
+                low = middle
+            else:
+                high = middle
+        pi = [beta * r / (high - q) for r, q in zip(ref, Q)]
+        value = sum(x * q for x, q in zip(pi, Q))
+        return value, {y: pi[a] * q for a in tokens for y, q in below[a].items()}
 
-    for _ in range(40 if kind == "grpo" else 1):
-        advantages = {"rloo": scores, "dr_grpo": scores / 2,                   # (r - r') / 2, without its mean
-                      "grpo": ((scores[:, :, None] - scores[:, None]).sign() / math.sqrt(2) * p[:, None]).sum(2)}[kind]
-        solved = [solve(listing.ref[i].exp().tolist(), advantages[i].tolist())[1] for i in range(2)]
-        new = torch.tensor([[row[tuple(y)] for y in listing.responses] for row in solved], dtype=torch.float64)
-        p = (p + new) / 2 if kind == "grpo" else new
-    return new
+    def solve_all(advantages):
+        table = torch.zeros_like(scores)
+        for row in range(len(listing.prompts)):
+            _, pi = solve(listing.ref[row].exp().tolist(), advantages[row].tolist())
+            for i, y in enumerate(listing.responses):
+                table[row, i] = pi[tuple(y)]
+        return table
+
+    if kind == "rloo":
+        return solve_all(scores)
+    if kind == "dr_grpo":                                      # (r - r') / 2, up to a constant
+        return solve_all(scores / 2)
+    signs = (scores[:, :, None] - scores[:, None]).sign() / math.sqrt(2)       # (r - mean) / std
+    p = listing.ref.exp()
+    for _ in range(40):
+        pi = solve_all((signs * p[:, None]).sum(2))
+        p = (p + pi) / 2
+    return pi
 
 
 @pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo"])
-def test_with_the_kl_in_the_loss_each_ends_at_the_rest_of_its_own_equations(listing, advantage):
-    rest = rest_of(listing, advantage)
+def test_with_the_kl_in_the_loss_each_advantage_ends_at_its_own_fixed_point(listing, advantage):
+    rest = grpo_fixed_point(listing, advantage)
     assert rest.sum(1).tolist() == pytest.approx([1, 1], abs=1e-6)
-    assert listing.distance(rest, listing.best) > 0.05                         # which is not pi*
-    p = grpo_on(listing, advantage, kl_in="loss", normalise="fixed")
+    assert listing.distance(rest, listing.best) > 0.05                         # it is not pi*
+    p = train_by_grpo(listing, advantage, "fixed", kl_in="loss")
     assert listing.distance(p, rest) < 0.03 < listing.distance(p, listing.best)
 
 
-def test_dividing_by_the_standard_deviation_and_a_mean_that_holds_oneself_change_the_effective_beta(listing):
-    """In groups of two: dr_grpo at beta rests where rloo does at 2 beta; grpo where any other scale of r does"""
-    assert listing.distance(rest_of(listing, "dr_grpo"), rest_of(listing, "rloo", 2 * BETA)) < 1e-6
-    louder = Enumerated()
+def test_dr_grpo_doubles_beta_and_grpo_ignores_the_scale_of_the_reward(listing):
+    """In groups of two, with the KL in the loss. grpo divides by the standard deviation."""
+    doubled = grpo_fixed_point(listing, "rloo", 2 * BETA)
+    assert listing.distance(grpo_fixed_point(listing, "dr_grpo"), doubled) < 1e-6
+    louder = Listing()
     louder.scores = 10 * louder.scores
-    assert listing.distance(rest_of(louder, "grpo"), rest_of(listing, "grpo")) < 1e-6
-    assert listing.distance(rest_of(louder, "rloo"), rest_of(listing, "rloo")) > 0.1
+
+    def shift(kind):
+        return listing.distance(grpo_fixed_point(louder, kind), grpo_fixed_point(listing, kind))
+
+    assert shift("grpo") < 1e-6
+    assert shift("rloo") > 0.1
 
 
-# ---- The ladder
+# ---- The ladder of policy_gradient.py
 
-def rung_on(listing, rung, updates=200, lr=4e-3):
-    """A rung of the ladder with the listing as its batch and the exact critic -> probabilities"""
-    policy, penalty = listing.policy(), ppo.ThresholdKL(1.0, 0.002)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=lr, fused=True)
+def ladder_rows(listing, policy):
+    """The list as a rollout of policy, with exact values of its shaped rewards -> rows, weights"""
+    old, rewards, weights = listing.rollout(policy)
+    to_go = policy_gradient.reward_to_go(rewards, None, listing.mask)
+    values = listing.state_values(listing.probabilities(policy), to_go.double()).float()
+    rows = {"old_logprobs": old, "rewards": rewards, "values": values, "mask": listing.mask}
+    return rows, weights
+
+
+def take_trpo_step(listing, policy, rows, weights, psi, max_kl):
+    """One trust-region step on the whole list; checks that it keeps within max_kl"""
+    real = listing.mask > 0
+    p = weights[real] / weights.sum()
+    old = policy_gradient.token_distributions(policy, listing.inputs, listing.mask).detach()
+
+    def measure():
+        log_pi = policy_gradient.token_distributions(policy, listing.inputs, listing.mask)
+        kl = ((old.exp() * (old - log_pi)).sum(-1) * p).sum()
+        log_ratio = listing.token_logprobs(policy)[real] - rows["old_logprobs"][real]
+        return (log_ratio.exp() * psi[real] * p).sum(), kl
+
+    taken = policy_gradient.trpo_step(policy.parameters(), measure, lambda: measure()[1], max_kl,
+                                      cg_steps=10, damping=1e-3)
+    assert measure()[1].item() == pytest.approx(taken["kl"], abs=1e-7)
+    assert taken["kl"] <= max_kl
+
+
+def train_by_rung(listing, rung, updates=200, lr=4e-3):
+    """A rung of the ladder on the whole list, with the exact critic -> probabilities"""
+    policy = listing.policy()
+    optimizer = adam(policy)
+    penalty = ppo.ThresholdKL(1.0, 0.002)
     cfg = dataclasses.replace(policy_gradient.Config(), lam=0.9)
+    epochs = 1 if rung in policy_gradient.PSI else 4
     for update in range(updates):
-        factor = experiment.learning_rate(update, updates, 1.0, 5, 0.005)
-        experiment.set_learning_rate(optimizer, factor * lr)
-        rows, weights = shaped(listing, policy)
-        rows["mask"] = weights
-        psi = policy_gradient.gae(rows["rewards"], rows["values"], listing.mask, 1.0, 0.9)
+        rows, weights = ladder_rows(listing, policy)
         if rung == "trpo":
-            at, p = listing.mask > 0, weights[listing.mask > 0] / weights.sum()
-            old = policy_gradient.token_distributions(policy, listing.inputs, listing.mask).detach()
-
-            def kl(log_pi, old=old):
-                return ((old.exp() * (old - log_pi)).sum(-1) * p).sum()
-
-            def measure():
-                log_pi = policy_gradient.token_distributions(policy, listing.inputs, listing.mask)
-                ratio = torch.exp(listing.by_token(policy)[at] - rows["old_logprobs"][at])
-                return (ratio * psi[at] * p).sum(), kl(log_pi)
-
-            taken = policy_gradient.trpo_step(policy.parameters(), measure, lambda: measure()[1], 0.02 * factor ** 2, 10, 1e-3)
-            with torch.no_grad():
-                assert measure()[1].item() == pytest.approx(taken["kl"], abs=1e-7) and taken["kl"] <= 0.02 * factor ** 2
+            psi = policy_gradient.gae(rows["rewards"], rows["values"], listing.mask, 1.0, 0.9)
+            factor = experiment.learning_rate(update, updates, 1.0, 5, 0.005)
+            take_trpo_step(listing, policy, rows, weights, psi, 0.02 * factor ** 2)
             continue
-        for _ in range(1 if rung in policy_gradient.PSI else 4):
-            optimizer.zero_grad()
-            policy_gradient.rung_loss(rung, listing.by_token(policy), rows, cfg, penalty.coef).backward()
-            optimizer.step()
-        with torch.no_grad():
-            penalty.update(masked_mean(ppo.kl_estimate(rows["old_logprobs"], listing.by_token(policy), "k3"), weights).item())
+        schedule(optimizer, update, updates, lr)
+        weighted = rows | {"mask": weights}
+        for _ in range(epochs):
+            logprobs = listing.token_logprobs(policy)
+            loss = policy_gradient.rung_loss(rung, logprobs, weighted, cfg, penalty.coef)
+            take_step(optimizer, loss)
+        logprobs = listing.token_logprobs(policy).detach()
+        kl_old = ppo.kl_estimate(rows["old_logprobs"], logprobs, "k3")
+        penalty.update(masked_mean(kl_old, weights).item())
     return listing.probabilities(policy)
 
 
-@torch.no_grad()
-def shaped(listing, policy):
-    """The listing as a rollout of policy, with the exact values of its KL-shaped rewards -> rows, weights"""
-    old = listing.by_token(policy)
-    rewards = ppo.shape_rewards(listing.scores.flatten(), old, listing.ref_logprobs, listing.mask, BETA)
-    to_go = policy_gradient.reward_to_go(rewards, None, listing.mask)
-    values = state_values(listing, listing.probabilities(policy), to_go.double()).float()
-    return ({"old_logprobs": old, "rewards": rewards, "values": values, "mask": listing.mask},
-            listing.mask * old.sum(1, keepdim=True).exp())
+@pytest.mark.parametrize("rung, options", [
+    pytest.param("gae", dict(lr=8e-3), id="gae"),
+    pytest.param("importance", dict(updates=140), id="importance"),
+    pytest.param("trpo", dict(updates=40), id="trpo")])
+def test_the_rungs_end_at_pi_star(listing, rung, options):
+    """
+    gae speaks for the first six rungs, whose gradients are equal with this critic (see below);
+    clip and kl_penalty are tested with PPO above.
+    """
+    p = train_by_rung(listing, rung, **options)
+    assert listing.distance(p, listing.best) < 0.03
+    assert listing.fraction(p) > 0.98
 
 
-@pytest.mark.parametrize("rung, steps", [("gae", dict(lr=8e-3)), ("importance", dict(updates=140)), ("trpo", dict(updates=40))])
-def test_the_rungs_end_at_pi_star(listing, rung, steps):
-    """gae for the first six, whose gradients are one with this critic (see below); clip and kl_penalty as in PPO above"""
-    p = rung_on(listing, rung, **steps)
-    assert listing.distance(p, listing.best) < 0.03 and listing.fraction(p) > 0.98
-
-
-# ---- gradients
+# ---- Gradients, each against the exact gradient of J
 
 def flat_gradient(loss, policy):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(
-        loss, list(policy.parameters()), retain_graph=True)]).double()
+    parameters = list(policy.parameters())
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+    return torch.cat([g.flatten() for g in gradients]).double()
 
 
-def exact_objective(listing, policy):
+def exact_gradient(listing, policy):
+    """grad J, differentiated through the probabilities of all responses"""
     logprobs = listing.logprobs(policy)
-    return (logprobs.exp() * (listing.scores - BETA * (logprobs - listing.ref.float()))).sum(1).mean()
+    rewards = listing.scores - BETA * (logprobs - listing.ref.float())
+    return flat_gradient((logprobs.exp() * rewards).sum(1).mean(), policy)
+
+
+def is_close(ours, exact, within=1e-4):
+    """Whether two gradients differ by less than a share of the second one's norm"""
+    return (ours - exact).norm() < within * exact.norm()
 
 
 @pytest.mark.parametrize("surrogate", ["clip", "kl_penalty"])
 def test_the_first_gradient_is_the_exact_policy_gradient_over_the_mean_length(listing, surrogate):
-    """- grad J / E[length]: with lambda 1, any critic that sees the state alone, and no whitening"""
-    policy, critic = listing.policy(seed=3), small_scalar()
-    old = listing.by_token(policy).detach()
-    weights = listing.mask * old.sum(1, keepdim=True).exp()
-    rewards = ppo.shape_rewards(listing.scores.flatten(), old, listing.ref_logprobs, listing.mask, BETA)
-    advantages, _ = ppo.gae(rewards, critic(listing.inputs).detach() * listing.mask, listing.mask, lam=1.0)
-    logprobs = listing.by_token(policy)
-    loss, _ = (ppo.policy_loss(logprobs, old, advantages, weights) if surrogate == "clip" else
-               ppo.kl_penalty_loss(logprobs, old, advantages, weights, 1.0))
-    ours = flat_gradient(loss, policy)
-    exact = flat_gradient(exact_objective(listing, policy), policy)
-    mean_length = weights.sum().item() / 2                                    # E[length], over two prompts
-    assert (ours + exact / mean_length).norm() < 1e-4 * ours.norm()
-    biased, _ = ppo.gae(rewards, critic(listing.inputs).detach() * listing.mask, listing.mask, lam=0.5)
-    wrong = flat_gradient(ppo.policy_loss(listing.by_token(policy), old, biased, weights)[0], policy)
-    assert (wrong + exact / mean_length).norm() > 0.05 * ours.norm()          # the test can fail
+    """- grad J / E[length], at lambda 1 without whitening, by any critic of the state alone"""
+    policy = listing.policy(seed=3)
+    values = small_scalar()(listing.inputs).detach() * listing.mask
+    old, rewards, weights = listing.rollout(policy)
+    mean_length = weights.sum().item() / 2                                     # over two prompts
+    exact = exact_gradient(listing, policy) / mean_length
+
+    def gradient(surrogate, lam):
+        advantages, _ = ppo.gae(rewards, values, listing.mask, lam=lam)
+        logprobs = listing.token_logprobs(policy)
+        return flat_gradient(surrogate_loss(surrogate, logprobs, old, advantages, weights), policy)
+
+    assert is_close(gradient(surrogate, lam=1.0), -exact)
+    assert not is_close(gradient("clip", lam=0.5), -exact, within=0.05)        # the test can fail
 
 
-def test_the_token_mean_over_ragged_rows_is_biased_by_a_term_of_order_one_over_batch_size(listing):
+def test_the_bias_of_the_token_mean_falls_as_one_over_the_batch_size(listing):
     """
-    E[sum f / sum length] against E[f] / E[length], exact at every batch size: given the others' total
-    length L, which is independent of a row, the mean is B E[f_1 / (length_1 + L)].
+    The bias is E[sum f / sum length] - E[f] / E[length], where f is a row's part of the gradient.
+    It is exact at every batch size B: given the total length L of the other rows, which is
+    independent of row 1, the first term is B E[f_1 / (length_1 + L)].
     """
     policy = listing.policy(seed=3)
-    old, direction = listing.by_token(policy).detach(), flat_gradient(exact_objective(listing, policy), policy)
-    rewards = ppo.shape_rewards(listing.scores.flatten(), old, listing.ref_logprobs, listing.mask, BETA)
+    old, rewards, _ = listing.rollout(policy)
     advantages, _ = ppo.gae(rewards, torch.zeros_like(rewards), listing.mask, lam=1.0)
-    f = torch.stack([flat_gradient((listing.by_token(policy) * advantages)[i].sum(), policy) @ direction
-                     for i in range(80)])                                      # each row's part of the gradient
-    p, lengths = old.double().sum(1).exp() / 2, listing.lengths.flatten().long()
+    direction = exact_gradient(listing, policy)
+    row_losses = (listing.token_logprobs(policy) * advantages).sum(1)
+    f = torch.stack([flat_gradient(loss, policy) @ direction for loss in row_losses])   # (P N,)
+    p = old.double().sum(1).exp() / 2
+    lengths = listing.lengths.flatten().long()
     limit = (p @ f) / (p @ lengths.double())
-    one = torch.zeros(4, dtype=torch.float64).index_add(0, lengths, p)         # distribution of a length
-    others, bias = torch.ones(1, dtype=torch.float64), {}
-    for B in range(1, 129):                                                    # others: of B - 1 lengths together
+
+    one = torch.zeros(4, dtype=torch.float64).index_add(0, lengths, p)         # P(length of a row)
+    others = torch.ones(1, dtype=torch.float64)                                # P(L), of B - 1 rows
+    bias = {}
+    for B in range(1, 129):
         total = lengths[:, None] + torch.arange(len(others))
         bias[B] = (B * ((f * p)[:, None] * others / total).sum() - limit).item()
-        others = sum(torch.nn.functional.pad(others * q, (n, 3 - n)) for n, q in enumerate(one))
-    whole_batches = [(p[list(ij)].prod() * f[list(ij)].sum() / lengths[list(ij)].sum()).item()
-                     for ij in itertools.product(range(80), repeat=2)]
-    assert bias[2] == pytest.approx(sum(whole_batches) - limit.item())         # the trick against plain enumeration
+        shifts = [torch.nn.functional.pad(others * q, (n, 3 - n)) for n, q in enumerate(one)]
+        others = sum(shifts)
+
+    mean_of_two = 0.0                            # by plain enumeration, as a check
+    for i, j in itertools.product(range(80), repeat=2):
+        mean_of_two += (p[i] * p[j] * (f[i] + f[j]) / (lengths[i] + lengths[j])).item()
+    assert bias[2] == pytest.approx(mean_of_two - limit.item())
     assert abs(bias[1]) > 0.01 * abs(limit)
-    assert 128 * bias[128] == pytest.approx(64 * bias[64], rel=0.02) and abs(bias[128]) < abs(bias[1]) / 50
+    assert 128 * bias[128] == pytest.approx(64 * bias[64], rel=0.02)
+    assert abs(bias[128]) < abs(bias[1]) / 50
 
 
 def test_the_expected_gradient_of_log_pi_is_zero(listing):
     policy = listing.policy(seed=3)
     logprobs = listing.logprobs(policy)
-    assert flat_gradient((logprobs.detach().exp() * logprobs).sum(), policy).norm() < 1e-5
-    assert flat_gradient((logprobs.detach().exp() * logprobs)[:, :20].sum(), policy).norm() > 1e-2
-
-
-def state_values(listing, p, to_go=None):
-    """
-    V(s) = E[what is still earned | the tokens so far], before each response token, by summing over the listing.
-
-    to_go (P N, T) is what each response earns from a column on; by default its score. -> (P N, T), float64
-    """
-    values = torch.zeros(listing.mask.shape, dtype=torch.float64)
-    to_go = listing.scores.double().view(-1, 1).expand_as(values) if to_go is None else to_go
-    for t in range(values.shape[1]):
-        prefix = listing.inputs[:, :t + 1]
-        at = listing.mask[:, t] > 0
-        same = (prefix[:, None] == prefix[None]).all(2) & at[:, None] & at                   # (P N, P N) share a state
-        weights = same * p.flatten()
-        values[:, t] = weights @ to_go[:, t] / weights.sum(1).clamp_min(1e-300)
-    return values
+    expected = logprobs.detach().exp() * logprobs
+    assert flat_gradient(expected.sum(), policy).norm() < 1e-5
+    assert flat_gradient(expected[:, :20].sum(), policy).norm() > 1e-2         # half of the list
 
 
 def test_performance_difference_lemma(listing):
-    """J(pi') - J(pi) = E_{y ~ pi'} sum_t A_pi(s_t, a_t), the advantages by ppo.gae with the exact V at lambda 0"""
-    old, new = (listing.probabilities(listing.policy(seed=s, std=0.4)) for s in (1, 2))
-    old, new = old / old.sum(1, keepdim=True), new / new.sum(1, keepdim=True)
-    rewards = ppo.shape_rewards(listing.scores.flatten().double(), listing.mask.double(), listing.mask.double(),
-                                listing.mask, 0.0)
-    advantages, _ = ppo.gae(rewards, state_values(listing, old), listing.mask, lam=0.0)
+    """J(pi') - J(pi) = E_{y ~ pi'} sum_t A_pi(s_t, a_t), A by ppo.gae at lambda 0 with exact V"""
+    tables = []
+    for seed in (1, 2):
+        p = listing.probabilities(listing.policy(seed, std=0.4))
+        tables.append(p / p.sum(1, keepdim=True))
+    old, new = tables
+    zeros = torch.zeros(80, 4, dtype=torch.float64)
+    scores = listing.scores.flatten().double()
+    rewards = ppo.shape_rewards(scores, zeros, zeros, listing.mask, beta=0.0)
+    advantages, _ = ppo.gae(rewards, listing.state_values(old), listing.mask, lam=0.0)
+    gains = advantages.sum(1)                                                  # (P N,)
     difference = ((new - old) * listing.scores).sum().item()
-    assert (new.flatten() @ advantages.sum(1)).item() == pytest.approx(difference, abs=1e-9) and abs(difference) > 0.1
-    assert (old.flatten() @ advantages.sum(1)).item() == pytest.approx(0, abs=1e-9)
+    assert abs(difference) > 0.1
+    assert (new.flatten() @ gains).item() == pytest.approx(difference, abs=1e-9)
+    assert (old.flatten() @ gains).item() == pytest.approx(0, abs=1e-9)
 
 
-def test_importance_sampling_is_unbiased_and_its_variance_grows_with_the_spread_of_the_ratio(listing):
+def test_importance_sampling_is_unbiased_and_noisier_the_wider_its_ratios(listing):
     p = listing.probabilities(listing.policy(seed=1))
-    p, spreads, variances = p / p.sum(1, keepdim=True), [], []
-    one = torch.ones(p.numel(), 1, dtype=torch.float64)
-    for step in (0.0, 0.25, 0.5, 0.75, 1.0):                                   # from pi towards pi*
+    p = p / p.sum(1, keepdim=True)
+    rewards = listing.scores.double()
+    spreads, variances = [], []
+    for step in (0.0, 0.25, 0.5, 0.75, 1.0):                                   # from pi to pi*
         q = (p.log() * (1 - step) + listing.best.log() * step).softmax(1)
-        loss, _ = ppo.policy_loss(q.log().view(-1, 1), p.log().view(-1, 1), listing.scores.double().view(-1, 1),
-                                  p.view(-1, 1) * one, clip_eps=1e9)           # E_p[q / p r]
-        mean = (q * listing.scores).sum().item() / 2
+        columns = [x.view(-1, 1) for x in (q.log(), p.log(), rewards, p)]
+        loss, _ = ppo.policy_loss(*columns, clip_eps=1e9)                      # - E_p[q / p r]
+        mean = (q * rewards).sum().item() / 2
         assert -loss.item() == pytest.approx(mean, abs=1e-9)
         spreads.append((q / p).std().item())
-        variances.append((p * (q / p * listing.scores) ** 2).sum().item() / 2 - mean ** 2)
+        variances.append((p * (q / p * rewards) ** 2).sum().item() / 2 - mean ** 2)
     assert spreads == sorted(spreads) and spreads[-1] > 1
     assert variances == sorted(variances) and variances[-1] > 3 * variances[0]
 
 
 @pytest.mark.parametrize("longest", [1, 2])
-def test_what_k1_k2_and_k3_estimate_and_what_their_gradients_are(longest):
+def test_values_and_gradients_of_the_kl_estimates_k1_k2_and_k3(longest):
     """
-              mean of a sampled response      gradient where it stands in the loss, samples held fixed
+              mean over sampled responses     gradient as a loss, with the samples held fixed
         k1    KL(pi, ref)                     zero
-        k2    E[d^2] / 2, biased              that of KL(pi, ref), summed over the states visited
-        k3    KL(pi, ref)                     that of KL(ref, pi), summed over the states visited
+        k2    E[d^2] / 2, biased              of KL(pi, ref), summed over the visited states
+        k3    KL(pi, ref)                     of KL(ref, pi), summed over the visited states
     """
-    listing = Enumerated(longest=longest)
+    listing = Listing(longest)
     policy = listing.policy(seed=3)
-    logprobs = listing.by_token(policy)
-    p = logprobs.detach().double().sum(1).exp()                                # (P N,)
+    logprobs = listing.token_logprobs(policy)
+    p = logprobs.detach().double().sum(1, keepdim=True).exp()                  # (P N, 1)
     d = (logprobs - listing.ref_logprobs).detach().double() * listing.mask
-    kl = (p * d.sum(1)).sum().item()
-    estimate = {kind: (p[:, None] * ppo.kl_estimate(logprobs, listing.ref_logprobs, kind)).sum() for kind in
-                ("k1", "k2", "k3")}
-    assert kl > 0.1 and estimate["k1"].item() == pytest.approx(kl, rel=1e-4)
-    assert estimate["k3"].item() == pytest.approx(kl, rel=1e-4)
-    assert estimate["k2"].item() == pytest.approx((p[:, None] * d ** 2).sum().item() / 2, rel=1e-4)
-    assert estimate["k2"].item() != pytest.approx(kl, rel=0.02)
+    true_kl = (p * d).sum().item()
+    estimates, gradients = {}, {}
+    for kind in ("k1", "k2", "k3"):
+        mean = (p * ppo.kl_estimate(logprobs, listing.ref_logprobs, kind)).sum()
+        estimates[kind] = mean.item()
+        gradients[kind] = flat_gradient(mean, policy)
+    assert true_kl > 0.1
+    assert estimates["k1"] == pytest.approx(true_kl, rel=1e-4)
+    assert estimates["k3"] == pytest.approx(true_kl, rel=1e-4)
+    assert estimates["k2"] == pytest.approx((p * d ** 2).sum().item() / 2, rel=1e-4)
+    assert estimates["k2"] != pytest.approx(true_kl, rel=0.02)
 
-    # The distributions in each state, each weighed by how often pi visits it
-    log_pi, log_ref = (m(listing.inputs).log_softmax(-1) for m in (policy, listing.reference))     # (P N, T, V)
-    visits = (p[:, None] * listing.mask).float()                               # rows that share a state add up
-    forward = (visits * (log_pi.exp() * (log_pi - log_ref.detach())).sum(-1)).sum()
-    backward = (visits * (log_ref.detach().exp() * (log_ref.detach() - log_pi)).sum(-1)).sum()
-    gradients = {kind: flat_gradient(x, policy) for kind, x in estimate.items()}
-    forward, backward = flat_gradient(forward, policy), flat_gradient(backward, policy)
+    # The KLs of the token distributions, each state weighted by how often pi visits it
+    log_pi = policy(listing.inputs).log_softmax(-1)                            # (P N, T, V)
+    log_ref = listing.reference(listing.inputs).log_softmax(-1).detach()
+    visits = (p * listing.mask).float()                                        # rows share states
+    pi_to_ref = (log_pi.exp() * (log_pi - log_ref)).sum(-1)                    # (P N, T)
+    ref_to_pi = (log_ref.exp() * (log_ref - log_pi)).sum(-1)
+    forward = flat_gradient((visits * pi_to_ref).sum(), policy)
+    backward = flat_gradient((visits * ref_to_pi).sum(), policy)
     assert gradients["k1"].norm() < 1e-4 * forward.norm()
-    assert (gradients["k2"] - forward).norm() < 1e-3 * forward.norm()
-    assert (gradients["k3"] - backward).norm() < 1e-3 * backward.norm()
-    assert (forward - backward).norm() > 0.1 * forward.norm()                  # two different things
+    assert is_close(gradients["k2"], forward, within=1e-3)
+    assert is_close(gradients["k3"], backward, within=1e-3)
+    assert not is_close(backward, forward, within=0.1)                         # they do differ
 
-    # As a loss of whole sequences: what the true gradient of KL(pi, ref) adds is how states are reached
-    logprobs = listing.by_token(policy)
+    # The gradient of the KL of whole responses also counts how pi changes the visits themselves
     whole = (logprobs.sum(1).exp() * (logprobs - listing.ref_logprobs).sum(1)).sum()
     gap = (flat_gradient(whole, policy) - forward).norm() / forward.norm()
-    assert gap < 1e-3 if longest == 1 else gap > 0.05
+    if longest == 1:
+        assert gap < 1e-3
+    else:
+        assert gap > 0.05
 
 
-def test_group_baselines_leave_the_gradient_and_the_own_share_of_the_mean_shrinks_it(listing):
-    """Over all groups of two, on policy: rloo - grad J exactly, dr_grpo (G - 1) / G of it, grpo another direction"""
+def test_group_advantages_have_the_exact_gradient_a_share_of_it_or_tilt_it(listing):
+    """
+    Over all groups of G = 2, on policy. rloo and reinforce have exactly - grad J. dr_grpo subtracts
+    a mean that includes the response itself, which leaves (G - 1) / G of the gradient. grpo turns
+    it: rare gains count as much as large ones.
+    """
     policy = listing.policy(seed=3)
-    exact, logprobs = flat_gradient(exact_objective(listing, policy), policy), listing.by_token(policy)
-    old, p = logprobs.detach(), logprobs.detach().sum(1).exp().view(2, -1)
-    rewards = listing.scores - BETA * ppo.kl_estimate(old, listing.ref_logprobs).sum(1).view(2, -1)
-    gradients = {kind: flat_gradient(grpo.grpo_loss(logprobs, old, expected_advantages(rewards, p, kind).flatten(),
-                                                    listing.mask * p.view(-1, 1) / 2)[0], policy)
-                 for kind in ("grpo", "dr_grpo", "rloo", "reinforce")}
-    for kind, share in (("rloo", 1.0), ("reinforce", 1.0), ("dr_grpo", 0.5)):
-        assert (gradients[kind] + share * exact).norm() < 1e-4 * exact.norm(), kind
-    cosine = torch.cosine_similarity(gradients["grpo"], -exact, dim=0)
-    assert 0.5 < cosine < 0.995                                                # rare gains count as much as large ones
+    exact = exact_gradient(listing, policy)
+    logprobs = listing.token_logprobs(policy)
+    old = logprobs.detach()
+    p = old.sum(1).exp().view(2, -1)
+    kl_ref = ppo.kl_estimate(old, listing.ref_logprobs).sum(1).view(2, -1)
+    rewards = listing.scores - BETA * kl_ref
+    weights = listing.mask * p.view(-1, 1) / 2
+    gradients = {}
+    for kind in ("grpo", "dr_grpo", "rloo", "reinforce"):
+        advantages = expected_advantages(rewards, p, kind).flatten()
+        loss, _ = grpo.grpo_loss(logprobs, old, advantages, weights)
+        gradients[kind] = flat_gradient(loss, policy)
+    assert is_close(gradients["rloo"], -exact)
+    assert is_close(gradients["reinforce"], -exact)
+    assert is_close(gradients["dr_grpo"], -0.5 * exact)
+    assert 0.5 < torch.cosine_similarity(gradients["grpo"], -exact, dim=0) < 0.995
 
 
 @pytest.mark.parametrize("critic", ["exact", "wrong"])
 def test_the_expected_gradients_of_the_rungs_are_one_where_theory_says_so(listing, critic):
     """
-    - grad J / E[length] for every rung, if the critic is exact. With a wrong one still for total_return, reward_to_go
-    and baseline, which add up what was really earned, and not for plain_value, a2c and gae.
+    With the exact critic every rung has the gradient - grad J / E[length]. With a wrong critic only
+    total_return, reward_to_go and baseline keep it, because they add up rewards that were earned.
     """
     policy = listing.policy(seed=3)
-    rows, weights = shaped(listing, policy)
+    rows, weights = ladder_rows(listing, policy)
     if critic == "wrong":
         rows["values"] = small_scalar()(listing.inputs).detach() * listing.mask
-    exact = flat_gradient(exact_objective(listing, policy), policy) / (weights.sum().item() / 2)
-    logprobs, cfg = listing.by_token(policy), dataclasses.replace(policy_gradient.Config(), lam=0.6)
+    exact = exact_gradient(listing, policy) / (weights.sum().item() / 2)
+    logprobs = listing.token_logprobs(policy)
+    cfg = dataclasses.replace(policy_gradient.Config(), lam=0.6)
     for rung in policy_gradient.LADDER:
         if rung in policy_gradient.PSI:
-            psi = policy_gradient.PSI[rung](rows["rewards"], rows["values"], listing.mask, 1.0, 0.6)
+            psi_of = policy_gradient.PSI[rung]
+            psi = psi_of(rows["rewards"], rows["values"], listing.mask, 1.0, 0.6)
             loss = policy_gradient.policy_gradient_loss(logprobs, psi, weights)
         else:
             loss = policy_gradient.rung_loss(rung, logprobs, rows | {"mask": weights}, cfg, 1.0)
-        error = (flat_gradient(loss, policy) + exact).norm() / exact.norm()
+        gradient = flat_gradient(loss, policy)
         if critic == "exact" or rung in ("total_return", "reward_to_go", "baseline"):
-            assert error < 1e-4, rung
+            assert is_close(gradient, -exact), rung
         else:
-            assert error > 0.05, rung
-    before = policy_gradient.policy_gradient_loss(logprobs, rows["values"], weights)         # V_t instead of V_{t+1}
-    assert flat_gradient(before, policy).norm() < 1e-4 * exact.norm()
+            assert not is_close(gradient, -exact, within=0.05), rung
+    too_early = policy_gradient.policy_gradient_loss(logprobs, rows["values"], weights)
+    assert flat_gradient(too_early, policy).norm() < 1e-4 * exact.norm()       # V_t, not V_{t+1}
 
 
 def test_what_each_rung_does_to_the_variance_of_one_response(listing):
-    """Exact, with the exact critic; away from the reference, where past KL makes the totals smaller than what is to come"""
-    policy, variance = listing.policy(seed=3), {}
-    rows, _ = shaped(listing, policy)
-    p = (rows["old_logprobs"].double().sum(1).exp() / 2)
+    """
+    Exact, with the exact critic. The policy is not the reference, so the KL already paid makes the
+    total return smaller than what is still to come.
+    """
+    policy = listing.policy(seed=3)
+    rows, _ = ladder_rows(listing, policy)
+    p = rows["old_logprobs"].double().sum(1).exp() / 2                         # (P N,)
+    variance = {}
     for rung, psi_of in policy_gradient.PSI.items():
         psi = psi_of(rows["rewards"], rows["values"], listing.mask, 1.0, 0.6)
-        losses = (listing.by_token(policy) * psi).sum(1)
-        gradients = torch.stack([flat_gradient(loss, policy) for loss in losses])            # (P N, D)
+        losses = (listing.token_logprobs(policy) * psi).sum(1)
+        gradients = torch.stack([flat_gradient(loss, policy) for loss in losses])       # (P N, D)
         variance[rung] = ((p @ gradients ** 2).sum() - ((p @ gradients) ** 2).sum()).item()
     assert variance["a2c"] < variance["gae"] < variance["baseline"] < variance["reward_to_go"]
-    assert variance["baseline"] < variance["total_return"] and variance["a2c"] < variance["plain_value"]
+    assert variance["baseline"] < variance["total_return"]
+    assert variance["a2c"] < variance["plain_value"]
 
 
 def test_the_fisher_product_is_the_mean_outer_product_of_the_gradients_of_log_pi():
-    gpt, (inputs, _, mask) = small_gpt(), data.collate(PROMPTS[:2], RESPONSES[:2])
+    gpt = small_gpt()
+    inputs, _, mask = data.collate(PROMPTS[:2], RESPONSES[:2])
     parameters = [gpt.transformer.h[1].attn.c_attn.weight, gpt.transformer.ln_f.weight]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        log_pi = policy_gradient.token_distributions(gpt, inputs, mask)                      # (N, V)
-        product = policy_gradient.fisher_product(policy_gradient.mean_kl(log_pi.detach(), log_pi), parameters, 0.3)
+        log_pi = policy_gradient.token_distributions(gpt, inputs, mask)        # (N, V)
+        kl = policy_gradient.mean_kl(log_pi.detach(), log_pi)
+        product = policy_gradient.fisher_product(kl, parameters, damping=0.3)
     v = torch.randn(sum(p.numel() for p in parameters), generator=seeded())
     wanted = 0.3 * v
     for n, a in itertools.product(range(len(log_pi)), range(log_pi.shape[1])):
-        g = torch.cat([x.flatten() for x in torch.autograd.grad(log_pi[n, a], parameters, retain_graph=True)])
+        gradients = torch.autograd.grad(log_pi[n, a], parameters, retain_graph=True)
+        g = torch.cat([x.flatten() for x in gradients])
         wanted = wanted + log_pi[n, a].exp().item() * (g @ v) * g / len(log_pi)
     torch.testing.assert_close(product(v), wanted, atol=1e-4 * wanted.norm().item(), rtol=0)
 
@@ -4560,130 +4758,168 @@ def test_the_fisher_product_is_the_mean_outer_product_of_the_gradients_of_log_pi
 def test_a_trpo_step_gains_within_its_bound_and_is_not_taken_where_nothing_is_gained(max_kl):
     gpt = small_gpt()
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
-    psi, old = torch.randn(mask.shape, generator=seeded()), token_logprobs(gpt, inputs, targets, mask).detach()
+    psi = torch.randn(mask.shape, generator=seeded())
+    old = token_logprobs(gpt, inputs, targets, mask).detach()
     old_log_pi = policy_gradient.token_distributions(gpt, inputs, mask).detach()
+    start = [p.detach().clone() for p in gpt.parameters()]
 
     def measure():
-        loss = policy_gradient.importance_loss(token_logprobs(gpt, inputs, targets, mask), old, psi, mask)
-        return -loss, policy_gradient.mean_kl(old_log_pi, policy_gradient.token_distributions(gpt, inputs, mask))
+        logprobs = token_logprobs(gpt, inputs, targets, mask)
+        log_pi = policy_gradient.token_distributions(gpt, inputs, mask)
+        objective = -policy_gradient.importance_loss(logprobs, old, psi, mask)
+        return objective, policy_gradient.mean_kl(old_log_pi, log_pi)
 
-    before, start = measure()[0].item(), [p.detach().clone() for p in gpt.parameters()]
-    taken = policy_gradient.trpo_step(gpt.parameters(), measure, lambda: measure()[1], max_kl, damping=1e-3)
+    def fisher_kl():
+        return measure()[1]
+
+    before = measure()[0].item()
+    taken = policy_gradient.trpo_step(gpt.parameters(), measure, fisher_kl, max_kl, damping=1e-3)
     objective, kl = (x.item() for x in measure())
-    assert kl == pytest.approx(taken["kl"], rel=1e-3) and max_kl / 20 < kl <= max_kl
-    assert objective == pytest.approx(before + taken["gain"], abs=1e-6) and objective > before
-    if max_kl == 1e-4:                                                         # a short step keeps to second order
-        assert taken["halvings"] == (kl < 5e-5) and kl > 2e-5
+    assert kl == pytest.approx(taken["kl"], rel=1e-3)
+    assert max_kl / 20 < kl <= max_kl
+    assert objective == pytest.approx(before + taken["gain"], abs=1e-6)
+    assert objective > before
+    if max_kl == 1e-4:                           # second order is exact enough for a short step
+        assert kl > 2e-5
+        assert taken["halvings"] == (kl < 5e-5)
 
     for p, value in zip(gpt.parameters(), start):
         p.data.copy_(value)
     calls = []
 
-    def worse():                                                               # whatever is tried afterwards is worse
-        calls.append(1)
-        return measure()[0] - float(len(calls) > 1), measure()[1]
-    taken = policy_gradient.trpo_step(gpt.parameters(), worse, lambda: measure()[1], max_kl)
-    assert taken.pop("grad_norm") > 0 and taken == {"kl": 0.0, "gain": 0.0, "halvings": 10}
+    def measure_worse():                         # after the first call, everything looks worse
+        objective, kl = measure()
+        calls.append(objective)
+        return objective - float(len(calls) > 1), kl
+
+    taken = policy_gradient.trpo_step(gpt.parameters(), measure_worse, fisher_kl, max_kl)
+    assert taken.pop("grad_norm") > 0
+    assert taken == {"kl": 0.0, "gain": 0.0, "halvings": 10}
     assert all(torch.equal(p, value) for p, value in zip(gpt.parameters(), start))
 
 
 # ---- A decision process without language: two states, two actions, discount 0.9
 
 GAMMA = 0.9
-NEXT = torch.tensor([[[1.0, 0.0], [0.2, 0.8]], [[0.8, 0.2], [0.1, 0.9]]], dtype=torch.float64)     # P(s' | s, a)
-PAY = torch.tensor([[1.0, 0.0], [1.5, 2.0]], dtype=torch.float64)                                  # R(s, a)
+NEXT_STATE = torch.tensor([[[1.0, 0.0], [0.2, 0.8]],
+                           [[0.8, 0.2], [0.1, 0.9]]], dtype=torch.float64)     # P(s' | s, a)
+REWARD = torch.tensor([[1.0, 0.0], [1.5, 2.0]], dtype=torch.float64)           # R(s, a)
+START = torch.tensor([0.5, 0.5], dtype=torch.float64)
 
 
-def solved(policy):
-    """V and Q of a policy (S, A), from the Bellman equations as a linear system"""
-    V = torch.linalg.solve(torch.eye(2) - GAMMA * torch.einsum("sa,sat->st", policy, NEXT), (policy * PAY).sum(1))
-    return V, PAY + GAMMA * NEXT @ V
+def bellman_matrix(policy):
+    """I - gamma P_pi"""
+    return torch.eye(2) - GAMMA * torch.einsum("sa,sat->st", policy, NEXT_STATE)
+
+
+def exact_values(policy):
+    """V (S,) and Q (S, A) of a policy, from the Bellman equations as a linear system"""
+    V = torch.linalg.solve(bellman_matrix(policy), (policy * REWARD).sum(1))
+    return V, REWARD + GAMMA * NEXT_STATE @ V
 
 
 def optimal_values():
     V = torch.zeros(2, dtype=torch.float64)
     for _ in range(1000):
-        V = (PAY + GAMMA * NEXT @ V).max(1).values
+        V = (REWARD + GAMMA * NEXT_STATE @ V).max(1).values
     return V
 
 
-def visited(policy, start=torch.tensor([0.5, 0.5], dtype=torch.float64)):
-    """Discounted visits, sum_t gamma^t P(s_t = s) -> (S,)"""
-    return torch.linalg.solve(torch.eye(2) - GAMMA * torch.einsum("sa,sat->st", policy, NEXT).T, start)
+def discounted_visits(policy):
+    """sum_t gamma^t P(s_t = s) -> (S,)"""
+    return torch.linalg.solve(bellman_matrix(policy).T, START)
+
+
+def greedy(Q):
+    return torch.nn.functional.one_hot(Q.argmax(1), 2).double()
 
 
 def test_ppo_drives_a_two_state_decision_process_to_its_optimal_policy():
-    logits, values, generator = torch.zeros(2, 2, requires_grad=True), torch.zeros(2, requires_grad=True), seeded()
+    logits = torch.zeros(2, 2, requires_grad=True)
+    values = torch.zeros(2, requires_grad=True)
+    generator = seeded()
     optimizer = torch.optim.Adam([logits, values], lr=0.1)
-    B, T = 32, 80                                              # 0.9^80 is 2e-4: the end of a row hardly counts
+    B, T = 32, 80                                # 0.9^80 is 2e-4: the cut end hardly counts
+    mask = torch.ones(B, T)
     for update in range(80):
+        states = torch.zeros(B, T, dtype=torch.long)
+        actions = torch.zeros(B, T, dtype=torch.long)
         with torch.no_grad():
-            states, actions = torch.zeros(2, B, T, dtype=torch.long)
             state = torch.randint(2, (B,), generator=generator)
             for t in range(T):
-                action = torch.multinomial(logits[state].softmax(-1), 1, generator=generator).squeeze(1)
-                states[:, t], actions[:, t] = state, action
-                state = torch.multinomial(NEXT[state, action], 1, generator=generator).squeeze(1)
-            mask, rewards = torch.ones(B, T), PAY[states, actions].float()
-            old_logprobs, old_values = logits.log_softmax(-1)[states, actions], values[states]
+                p = logits[state].softmax(-1)
+                action = torch.multinomial(p, 1, generator=generator).squeeze(1)
+                states[:, t] = state
+                actions[:, t] = action
+                p = NEXT_STATE[state, action]
+                state = torch.multinomial(p, 1, generator=generator).squeeze(1)
+            rewards = REWARD[states, actions].float()
+            old_logprobs = logits.log_softmax(-1)[states, actions]
+            old_values = values[states]
             advantages, returns = ppo.gae(rewards, old_values, mask, GAMMA, 0.95)
             advantages = ppo.whiten(advantages, mask)
         for _ in range(4):
             logprobs = logits.log_softmax(-1)[states, actions]
-            loss = (ppo.policy_loss(logprobs, old_logprobs, advantages, mask)[0]
-                    + ppo.value_loss(values[states], old_values, returns, mask, clip_eps=0)[0])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            loss, _ = ppo.policy_loss(logprobs, old_logprobs, advantages, mask)
+            critic_loss, _ = ppo.value_loss(values[states], old_values, returns, mask, clip_eps=0)
+            take_step(optimizer, loss + critic_loss)
     policy = logits.detach().double().softmax(1)
-    greedy = torch.nn.functional.one_hot(PAY.argmax(1), 2).double()            # what one would do at gamma 0
-    assert solved(greedy)[0][0] < 0.75 * optimal_values()[0]                   # looking ahead pays
-    assert (solved(policy)[0] > 0.98 * optimal_values()).all()
-    assert policy.argmax(1).tolist() == (PAY + GAMMA * NEXT @ optimal_values()).argmax(1).tolist()
-
-
-def one_step(policy, V):
-    """Every (s, a, s') as a row of two columns, the second for V(s'), with its probability given s -> our tensors"""
-    s, a, t = torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(2)).T
-    mask = torch.ones(8, 2, dtype=torch.float64)
-    rewards = torch.stack([PAY[s, a], torch.zeros(8)], 1)
-    return s, a, rewards, torch.stack([V[s], V[t]], 1), mask, policy[s, a] * NEXT[s, a, t]
+    best = optimal_values()
+    assert exact_values(greedy(REWARD))[0][0] < 0.75 * best[0]                 # gamma matters
+    assert (exact_values(policy)[0] > 0.98 * best).all()
+    assert policy.argmax(1).tolist() == (REWARD + GAMMA * NEXT_STATE @ best).argmax(1).tolist()
 
 
 def test_bellman_identities_of_gae_and_of_the_critics_targets():
+    """Every (s, a, s') is a row of two columns. The second column is there for V(s')."""
     policy = torch.tensor([[0.3, 0.7], [0.6, 0.4]], dtype=torch.float64)
-    V, Q = solved(policy)
-    s, a, rewards, values, mask, p = one_step(policy, V)
+    V, Q = exact_values(policy)
+    s, a, t = torch.cartesian_prod(*[torch.arange(2)] * 3).T                   # (8,)
+    p = policy[s, a] * NEXT_STATE[s, a, t]                                     # given s
+    mask = torch.ones(8, 2, dtype=torch.float64)
+    rewards = torch.stack([REWARD[s, a], torch.zeros(8)], 1)
+    values = torch.stack([V[s], V[t]], 1)
     advantages = ppo.gae(rewards, values, mask, GAMMA, 0.0)[0][:, 0]
     targets = ppo.critic_targets(rewards, values, values[:, 0], mask, "td", GAMMA)[:, 0]
+
+    def mean(x, rows):
+        return ((p * x)[rows].sum() / p[rows].sum()).item()
+
     for state in (0, 1):
-        assert (p * advantages)[s == state].sum().item() == pytest.approx(0, abs=1e-12)       # E_a A = 0
-        assert (p * targets)[s == state].sum().item() == pytest.approx(V[state].item())       # V = T V
+        assert mean(advantages, s == state) == pytest.approx(0, abs=1e-12)     # E_a A = 0
+        assert mean(targets, s == state) == pytest.approx(V[state].item())     # V = T V
         for action in (0, 1):
-            at = (s == state) & (a == action)
-            assert (p * advantages)[at].sum() / p[at].sum() == pytest.approx((Q - V[:, None])[state, action].item())
-            assert (p * targets)[at].sum() / p[at].sum() == pytest.approx(Q[state, action].item())
+            rows = (s == state) & (a == action)
+            q = Q[state, action].item()
+            assert mean(advantages, rows) == pytest.approx(q - V[state].item())
+            assert mean(targets, rows) == pytest.approx(q)
 
 
 def test_conservative_policy_iteration_bound():
-    """eta(mixture) >= L(mixture) - 2 eps gamma alpha^2 / (1 - gamma)^2  (Kakade and Langford 2002, as in TRPO)"""
-    start, margins = torch.tensor([0.5, 0.5], dtype=torch.float64), []
+    """
+    eta(mixture) >= L(mixture) - 2 eps gamma alpha^2 / (1 - gamma)^2    (Kakade and Langford 2002,
+    as in TRPO), and the performance difference lemma for the same mixtures
+    """
+    overestimates = []                           # by the surrogate L without the bound's last term
     for seed in range(20):
-        old, towards = torch.rand(2, 2, 2, generator=seeded(seed), dtype=torch.float64).softmax(-1)
+        draws = torch.rand(2, 2, 2, generator=seeded(seed), dtype=torch.float64)
+        old, towards = draws.softmax(-1)
+        V, Q = exact_values(old)
+        A = Q - V[:, None]
         if seed % 2:
-            towards = torch.nn.functional.one_hot(solved(old)[1].argmax(1), 2).double()        # greedy
-        V, Q = solved(old)
-        gains = (towards * (Q - V[:, None])).sum(1)                                            # E_{a ~ pi'} A
+            towards = greedy(Q)
+        eps = (towards * A).sum(1).abs().max()                                 # max_s |E_a A|
         for alpha in (0.0, 0.05, 0.2, 0.5, 1.0):
             mixture = (1 - alpha) * old + alpha * towards
-            surrogate = (start @ V) + visited(old) @ (mixture * (Q - V[:, None])).sum(1)
-            bound = surrogate - 2 * gains.abs().max() * GAMMA * alpha ** 2 / (1 - GAMMA) ** 2
-            reached = start @ solved(mixture)[0]
+            gains = (mixture * A).sum(1)                                       # (S,)
+            surrogate = START @ V + discounted_visits(old) @ gains
+            bound = surrogate - 2 * eps * GAMMA * alpha ** 2 / (1 - GAMMA) ** 2
+            reached = START @ exact_values(mixture)[0]
             assert reached >= bound - 1e-9
-            margins.append((surrogate - reached).item())
-            lemma = visited(mixture) @ (mixture * (Q - V[:, None])).sum(1)                     # performance difference
-            assert (reached - start @ V).item() == pytest.approx(lemma.item(), abs=1e-9)
-    assert max(margins) > 1e-3                                 # the surrogate alone would be no bound
+            overestimates.append((surrogate - reached).item())
+            lemma = discounted_visits(mixture) @ gains
+            assert (reached - START @ V).item() == pytest.approx(lemma.item(), abs=1e-9)
+    assert max(overestimates) > 1e-3             # so the surrogate alone is not a bound
 
 
 # --------------------------------------------------------------------------------------------------
