@@ -3900,8 +3900,9 @@ class Listing:
                 if is_whole and self.eos not in y[:-1]:
                     self.responses.append(list(y))
         P, N = len(self.prompts), len(self.responses)
-        rows = [(x, y) for x in self.prompts for y in self.responses]
-        self.inputs, self.targets, self.mask = data.collate(*map(list, zip(*rows)))   # (P N, T)
+        prompts = [x for x in self.prompts for _ in self.responses]
+        batch = data.collate(prompts, P * self.responses)
+        self.inputs, self.targets, self.mask = batch                                  # (P N, T)
         self.lengths = self.mask.sum(1).view(P, N)
         self.scores = torch.randn(P, N, generator=seeded())
         self.reference = self.policy()
@@ -4299,8 +4300,8 @@ def train_by_grpo(listing, advantage, normalise, kl_in="reward", updates=150, ep
             kl_ref = ppo.kl_estimate(old, listing.ref_logprobs).sum(1).view(P, N)
             rewards = rewards - BETA * kl_ref
         advantages = expected_advantages(rewards, p, advantage).flatten()
-        weights = grpo.token_weights(listing.mask, normalise, 3)               # as if all 1 / N
-        weights = N * weights * p.view(-1, 1)
+        weights = grpo.token_weights(listing.mask, normalise, 3)               # a row counts 1 / N
+        weights = N * p.view(-1, 1) * weights                                  # and now p
         for _ in range(epochs):
             logprobs = listing.token_logprobs(policy)
             loss, _ = grpo.grpo_loss(logprobs, old, advantages, weights)
