@@ -1521,41 +1521,53 @@ def test_no_file_of_the_project_can_run_what_it_reads():
 # --------------------------------------------------------------------------------------------------
 # model.py
 
-def test_logits_equal_transformers_gpt2_in_both_directions(tmp_path):
-    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+def random_gpt2(std, **sizes):
+    """A GPT2LMHeadModel with random weights, biases and norms, so each of them matters"""
+    from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=24, n_layer=3, n_head=4, n_embd=32,
-                                        bos_token_id=96, eos_token_id=96)).eval()
-    for p in theirs.parameters():
-        p.data.normal_(std=0.2)                              # biases and norms too, so that each matters
+    last = sizes["vocab_size"] - 1
+    gpt = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=last, eos_token_id=last)).eval()
+    for p in gpt.parameters():
+        p.data.normal_(std=std)
+    return gpt
+
+
+def load_in_transformers(folder, **options):
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def assert_refused(source, message, **changes):
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(source, **changes)
+
+
+def test_logits_equal_transformers_gpt2_in_both_directions(tmp_path):
+    theirs = random_gpt2(0.2, vocab_size=97, n_positions=24, n_layer=3, n_head=4, n_embd=32)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = GPT.from_pretrained(tmp_path / "theirs").eval()
     ids = torch.randint(97, (3, 24), generator=seeded())
-    torch.testing.assert_close(ours.double()(ids), theirs.double()(ids).logits, atol=1e-9, rtol=1e-9)
+    wanted = theirs.double()(ids).logits
+    torch.testing.assert_close(ours.double()(ids), wanted, atol=1e-9, rtol=1e-9)
     for p in ours.float().parameters():
         p.data.add_(0.01)
     ours.save_pretrained(tmp_path / "ours", eos_id=96)
-    back = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float64).eval()
+    back = load_in_transformers(tmp_path / "ours", dtype=torch.float64)
     torch.testing.assert_close(ours.double()(ids), back(ids).logits, atol=1e-9, rtol=1e-9)
 
 
 @pytest.fixture(scope="module")
 def gpt2_folder(tmp_path_factory):
-    """A GPT-2 as transformers saves it, its logits on ids, and a function that changes a copy of the folder"""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    """A folder whose whole/ is a GPT-2 saved by transformers; some ids; its logits on them"""
     home = tmp_path_factory.mktemp("gpt2")
-    torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=12, n_layer=2, n_head=2, n_embd=8,
-                                        bos_token_id=0, eos_token_id=0)).eval()
-    for p in theirs.parameters():
-        p.data.normal_(std=0.3)
+    theirs = random_gpt2(0.3, vocab_size=30, n_positions=12, n_layer=2, n_head=2, n_embd=8)
     theirs.save_pretrained(home / "whole")
     ids = torch.randint(30, (2, 12), generator=seeded())
     return home, ids, theirs(ids).logits.detach()
 
 
-def folder_of(gpt2_folder, weights=None, config=None, save=save_file, name="model.safetensors"):
-    """A copy of that folder: its weights after a function of {name: tensor}, its config with other values"""
+def gpt2_variant(gpt2_folder, weights=None, config=None, save=save_file, name="model.safetensors"):
+    """A copy of that GPT-2 with changed weights (a function of {name: tensor}) and settings"""
     whole, folder = gpt2_folder[0] / "whole", gpt2_folder[0] / "changed"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -1570,34 +1582,50 @@ def prefixed(prefix):
     return lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-WTE, MLP = "transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"
+def renamed(old, new):
+    return lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+WTE = "transformer.wte.weight"
+MLP = "transformer.h.1.mlp.c_fc.weight"
 
 
 @pytest.mark.parametrize("weights", [
-    *map(prefixed, ("_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "base_model.model.")),
-    lambda x: {name.replace("h.0.", "h.0._checkpoint_wrapped_module."): w for name, w in x.items()},
-    lambda x: {name.removeprefix("transformer."): w for name, w in x.items()},     # a trunk by itself
-    lambda x: x | {"lm_head.weight": x[WTE].clone()},
-    lambda x: {name.replace(WTE, "lm_head.weight"): w for name, w in x.items()},
-    lambda x: x | {"transformer.h.0.attn.bias": torch.ones(1, 1, 12, 12, dtype=torch.bool),
-                   "transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}])
+    pytest.param(prefixed("_orig_mod."), id="compiled"),
+    pytest.param(prefixed("module."), id="parallel"),
+    pytest.param(prefixed("module._orig_mod."), id="compiled, parallel"),
+    pytest.param(prefixed("_orig_mod.module."), id="parallel, compiled"),
+    pytest.param(prefixed("base_model.model."), id="peft"),
+    pytest.param(renamed("h.0.", "h.0._checkpoint_wrapped_module."), id="checkpointed"),
+    pytest.param(renamed("transformer.", ""), id="a trunk by itself"),
+    pytest.param(renamed(WTE, "lm_head.weight"), id="a head alone"),
+    pytest.param(lambda x: x | {"lm_head.weight": x[WTE].clone()}, id="a tied head"),
+    pytest.param(lambda x: x | {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 12, 12, dtype=torch.bool),
+        "transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}, id="causal masks")])
 def test_weights_load_by_the_names_that_wrappers_and_old_files_give_them(weights, gpt2_folder):
     _, ids, logits = gpt2_folder
-    ours = GPT.from_pretrained(folder_of(gpt2_folder, weights)).eval()
+    ours = GPT.from_pretrained(gpt2_variant(gpt2_folder, weights)).eval()
     torch.testing.assert_close(ours(ids), logits)
 
 
 @pytest.mark.parametrize("weights, message", [
     (prefixed("foo."), "missing are h.0.attn.c_attn.bias, .* unknown are foo.transformer.h.0"),
-    (lambda x: {name: w for name, w in x.items() if "c_fc.b" not in name}, "missing are h.0.mlp.c_fc.bias, h.1"),
-    (lambda x: x | {"v_head.weight": torch.zeros(2)}, "missing are none; unknown are v_head.weight"),
-    (lambda x: x | {MLP: torch.zeros(8, 31)}, r"h.1.mlp.c_fc.weight: got \(31, 8\) .*, wanted \(32, 8\)"),
+    (lambda x: {name: w for name, w in x.items() if "c_fc.b" not in name},
+     "missing are h.0.mlp.c_fc.bias, h.1"),
+    (lambda x: x | {"v_head.weight": torch.zeros(2)},
+     "missing are none; unknown are v_head.weight"),
+    (lambda x: x | {MLP: torch.zeros(8, 31)},
+     r"h.1.mlp.c_fc.weight: got \(31, 8\) .*, wanted \(32, 8\)"),
     (lambda x: x | {WTE: torch.zeros(31, 8)}, r"wte.weight: got \(31, 8\) .*, wanted \(30, 8\)"),
-    (lambda x: x | {MLP: torch.zeros(8, 32, dtype=torch.int8)}, "h.1.mlp.c_fc.weight: got .* of torch.int8"),
+    (lambda x: x | {MLP: torch.zeros(8, 32, dtype=torch.int8)},
+     "h.1.mlp.c_fc.weight: got .* of torch.int8"),
     (lambda x: x | {"lm_head.weight": x[WTE] + 1e-3}, "lm_head.weight differs from wte.weight"),
-    (lambda x: x | {"module." + WTE: x[WTE].clone()}, "transformer.wte.weight twice")])
-def test_no_weight_is_missing_unknown_or_of_a_different_shape_in_silence(weights, message, gpt2_folder):
-    folder = folder_of(gpt2_folder, weights)
+    (lambda x: x | {"module." + WTE: x[WTE].clone()}, "transformer.wte.weight twice")],
+    ids=["prefix", "missing", "unknown", "shape", "vocabulary", "int8", "head", "twice"])
+def test_no_weight_is_missing_unknown_or_of_a_different_shape_in_silence(
+        weights, message, gpt2_folder):
+    folder = gpt2_variant(gpt2_folder, weights)
     with pytest.raises(Stopped, match=f"^error: --init .*: .*{message}"):
         sft.pretrained(str(folder), types.SimpleNamespace(n_vocab=20), block_size=5)
 
@@ -1605,123 +1633,143 @@ def test_no_weight_is_missing_unknown_or_of_a_different_shape_in_silence(weights
 def in_parts(save, pattern, index):
     """A way to save weights in two files and an index"""
     def save_parts(tensors, path):
-        names, where = list(tensors), {}
+        names = list(tensors)
+        where = {}
         for i, part in enumerate((names[:9], names[9:])):
-            save({name: tensors[name] for name in part}, path.parent / pattern.format(i + 1))
-            where |= dict.fromkeys(part, pattern.format(i + 1))
+            file_name = pattern.format(i + 1)
+            save({name: tensors[name] for name in part}, path.parent / file_name)
+            where |= dict.fromkeys(part, file_name)
         (path.parent / index).write_text(json.dumps({"weight_map": where}))
     return save_parts
 
 
-IN_PARTS = in_parts(save_file, "model-0000{}-of-00002.safetensors", "model.safetensors.index.json")
+SAFETENSORS_IN_PARTS = in_parts(save_file, "model-0000{}-of-00002.safetensors",
+                                "model.safetensors.index.json")
+BIN_IN_PARTS = in_parts(torch.save, "pytorch_model-0000{}-of-00002.bin",
+                        "pytorch_model.bin.index.json")
+OLD_BIN = functools.partial(torch.save, _use_new_zipfile_serialization=False)
 
 
 @pytest.mark.parametrize("save, name", [
-    (torch.save, "pytorch_model.bin"), (IN_PARTS, ""),
-    (functools.partial(torch.save, _use_new_zipfile_serialization=False), "pytorch_model.bin"),
-    (in_parts(torch.save, "pytorch_model-0000{}-of-00002.bin", "pytorch_model.bin.index.json"), "")])
-def test_weights_are_read_from_every_kind_of_file_that_transformers_wrote(save, name, gpt2_folder, capsys):
+    pytest.param(torch.save, "pytorch_model.bin", id="bin"),
+    pytest.param(OLD_BIN, "pytorch_model.bin", id="old bin"),
+    pytest.param(BIN_IN_PARTS, "x", id="bin in parts"),
+    pytest.param(SAFETENSORS_IN_PARTS, "x", id="safetensors in parts")])
+def test_weights_are_read_from_every_kind_of_file_that_transformers_wrote(
+        save, name, gpt2_folder, capsys):
     _, ids, logits = gpt2_folder
-    folder = folder_of(gpt2_folder, prefixed("_orig_mod."), save=save, name=name or "x")
+    folder = gpt2_variant(gpt2_folder, prefixed("_orig_mod."), save=save, name=name)
     torch.testing.assert_close(GPT.from_pretrained(folder).eval()(ids), logits)
-    save_file({}, folder / "model.safetensors")          # of two kinds the first counts, as in transformers
-    with pytest.raises(ValueError, match="missing are h.0"):
-        GPT.from_pretrained(folder)
+    save_file({}, folder / "model.safetensors")          # where both exist, it comes first
+    assert_refused(folder, "missing are h.0")
     assert "model.safetensors is used, as transformers does" in capsys.readouterr().out
 
 
 def test_folders_without_one_whole_gpt2_are_refused_by_what_they_hold(gpt2_folder):
     owned = gpt2_folder[0] / "owned"
-
-    def refused(folder, message):
-        with pytest.raises(ValueError, match=message):
-            GPT.from_pretrained(folder)
-    folder = folder_of(gpt2_folder)
+    folder = gpt2_variant(gpt2_folder)
     content = (folder / "model.safetensors").read_bytes()
     for n in (0, 20, len(content) // 2, len(content) - 1):
         (folder / "model.safetensors").write_bytes(content[:n])
-        refused(folder, "changed/model.safetensors cannot be read as weights")
+        assert_refused(folder, "changed/model.safetensors cannot be read as weights")
     (folder / "model.safetensors").rename(folder / "tf_model.h5")
-    refused(folder, "has no weights: wanted model.safetensors or .*; found config.json, tf_model.h5")
+    assert_refused(folder, "has no weights: wanted model.safetensors or .*; "
+                           "found config.json, tf_model.h5")
     (folder / "adapter_config.json").write_text("{}")
-    refused(folder, "holds an adapter .LoRA.*; merge it into them first")
-    for settings, message in (("{", "config.json cannot be read"), ("[]", "config.json holds a list")):
-        folder = folder_of(gpt2_folder)
+    assert_refused(folder, "holds an adapter .LoRA.*; merge it into them first")
+
+    for settings, message in (("{", "config.json cannot be read"),
+                              ("[]", "config.json holds a list")):
+        folder = gpt2_variant(gpt2_folder)
         (folder / "config.json").write_text(settings)
-        refused(folder, message)
+        assert_refused(folder, message)
     (folder / "config.json").unlink()
-    refused(folder, "has no config.json, which says what its weights are")
-    refused(folder_of(gpt2_folder, config={"quantization_config": {"quant_method": "gptq"}}), "quantized weights .*gptq")
-    folder = folder_of(gpt2_folder, save=IN_PARTS)
+    assert_refused(folder, "has no config.json, which says what its weights are")
+    quantized = {"quantization_config": {"quant_method": "gptq"}}
+    assert_refused(gpt2_variant(gpt2_folder, config=quantized), "quantized weights .*gptq")
+
+    folder = gpt2_variant(gpt2_folder, save=SAFETENSORS_IN_PARTS)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    refused(folder, "model-00002-of-00002.safetensors cannot be read as weights .FileNotFoundError")
+    assert_refused(folder, "model-00002-of-00002.safetensors cannot be read as weights "
+                           ".FileNotFoundError")
     (folder / "model.safetensors.index.json").write_text("{}")
-    refused(folder, "has no weight_map")
-    for saved, message in (({"state_dict": {}}, "holds a dict by the name state_dict"), ([3], "cannot be read"),
+    assert_refused(folder, "has no weight_map")
+
+    for saved, message in (({"state_dict": {}}, "holds a dict by the name state_dict"),
+                           ([3], "cannot be read"),
                            ({"x": Malicious(owned)}, "holds more than tensors")):
-        folder = folder_of(gpt2_folder, weights=lambda x: saved, save=torch.save, name="pytorch_model.bin")
-        refused(folder, message)
+        folder = gpt2_variant(gpt2_folder, weights=lambda x: saved, save=torch.save,
+                              name="pytorch_model.bin")
+        assert_refused(folder, message)
     assert not owned.exists()
 
 
 @pytest.mark.parametrize("config, message", [
     (dict(activation_function="relu"), "activation_function 'relu', wanted 'gelu_new' or"),
-    (dict(n_inner=20), "n_inner 20, wanted None or 32"), (dict(scale_attn_weights=False), "scale_attn_weights False"),
-    (dict(scale_attn_by_inverse_layer_idx=True), "by_inverse_layer_idx True"), (dict(model_type="llama"), "'llama'"),
-    (dict(tie_word_embeddings=False), "tie_word_embeddings"), (dict(layer_norm_epsilon=1e-6), "epsilon 1e-06"),
-    (dict(add_cross_attention=True), "add_cross_attention"), (dict(n_layer=1), "unknown are h.1.attn"),
-    (dict(n_layer=3), "missing are h.2.attn"), (dict(n_head=3), "n_embd must be a multiple of n_head"),
-    (dict(n_head=0), "zero"), (dict(n_embd="8"), ""), (dict(n_embd=-8), "negative")])
+    (dict(n_inner=20), "n_inner 20, wanted None or 32"),
+    (dict(scale_attn_weights=False), "scale_attn_weights False"),
+    (dict(scale_attn_by_inverse_layer_idx=True), "by_inverse_layer_idx True"),
+    (dict(model_type="llama"), "'llama'"),
+    (dict(tie_word_embeddings=False), "tie_word_embeddings"),
+    (dict(layer_norm_epsilon=1e-6), "epsilon 1e-06"),
+    (dict(add_cross_attention=True), "add_cross_attention"),
+    (dict(n_layer=1), "unknown are h.1.attn"),
+    (dict(n_layer=3), "missing are h.2.attn"),
+    (dict(n_head=3), "n_embd must be a multiple of n_head"),
+    (dict(n_head=0), "zero"),
+    (dict(n_embd="8"), ""),
+    (dict(n_embd=-8), "negative")])
 def test_a_gpt2_variant_that_is_not_computed_is_refused(config, message, gpt2_folder):
+    folder = gpt2_variant(gpt2_folder, config=config)
     with pytest.raises(Stopped, match=f"^error: --init .*: .*{message}"):
-        sft.pretrained(str(folder_of(gpt2_folder, config=config)), types.SimpleNamespace(n_vocab=30))
+        sft.pretrained(str(folder), types.SimpleNamespace(n_vocab=30))
 
 
-def test_what_an_old_config_does_not_say_is_as_in_gpt2(gpt2_folder):
-    _, ids, logits = gpt2_folder
+def test_settings_that_an_old_config_lacks_are_as_in_gpt2(gpt2_folder):
+    home, ids, logits = gpt2_folder
     old = dict(vocab_size=30, n_positions=12, n_ctx=12, n_layer=2, n_head=2, n_embd=8)
-    renamed = dict(model_type="gpt2", vocab_size=30, max_position_embeddings=12, hidden_size=8,
-                   num_hidden_layers=2, num_attention_heads=2)
-    for config in (old, renamed):
-        folder = folder_of(gpt2_folder)
+    by_other_names = dict(model_type="gpt2", vocab_size=30, max_position_embeddings=12,
+                          hidden_size=8, num_hidden_layers=2, num_attention_heads=2)
+    for config in (old, by_other_names):
+        folder = gpt2_variant(gpt2_folder)
         (folder / "config.json").write_text(json.dumps(config))
-        torch.testing.assert_close(GPT.from_pretrained(folder).eval()(ids), logits)
-    assert pretrained.read_config(gpt2_folder[0] / "whole")["n_positions"] == GPT.from_pretrained(folder).config.block_size
-    (folder / "config.json").write_text("{}")            # GPT-2 itself
-    with pytest.raises(ValueError, match="GPT-2 of 12 layers"):
-        GPT.from_pretrained(folder)
+        ours = GPT.from_pretrained(folder).eval()
+        torch.testing.assert_close(ours(ids), logits)
+    settings = pretrained.read_config(home / "whole")
+    assert settings["n_positions"] == ours.config.block_size
+    (folder / "config.json").write_text("{}")            # the sizes of GPT-2 itself
+    assert_refused(folder, "GPT-2 of 12 layers")
 
 
-def test_either_gelu_is_computed_as_transformers_does_and_written_for_it(gpt2_folder, tmp_path):
-    from transformers import AutoModelForCausalLM
+def test_both_gelus_are_computed_as_in_transformers_and_exported(gpt2_folder, tmp_path):
     _, ids, logits = gpt2_folder
-    folder = folder_of(gpt2_folder, config=dict(activation_function="gelu"))
+    folder = gpt2_variant(gpt2_folder, config=dict(activation_function="gelu"))
     exact = GPT.from_pretrained(folder).eval()
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-    torch.testing.assert_close(exact.double()(ids), theirs(ids).logits, atol=1e-9, rtol=1e-9)
+    wanted = load_in_transformers(folder, dtype=torch.float64)(ids).logits
+    torch.testing.assert_close(exact.double()(ids), wanted, atol=1e-9, rtol=1e-9)
     assert (exact.float()(ids) - logits).abs().max() > 1e-5
     exact.save_pretrained(tmp_path / "exact", eos_id=0)
-    back = AutoModelForCausalLM.from_pretrained(tmp_path / "exact", dtype=torch.float64).eval()
+    back = load_in_transformers(tmp_path / "exact", dtype=torch.float64)
     assert back.config.activation_function == "gelu"
-    torch.testing.assert_close(back(ids).logits, theirs(ids).logits, atol=1e-9, rtol=1e-9)
-    for name in ("gelu_pytorch_tanh", "gelu_fast"):      # the same approximation, written differently
-        ours = GPT.from_pretrained(folder_of(gpt2_folder, config=dict(activation_function=name))).eval()
-        torch.testing.assert_close(ours(ids), logits)
-    assert GPTConfig(**{"vocab_size": 5}).activation == "gelu_tanh"          # of checkpoints without the field
+    torch.testing.assert_close(back(ids).logits, wanted, atol=1e-9, rtol=1e-9)
+    for name in ("gelu_pytorch_tanh", "gelu_fast"):      # the same approximation by other names
+        folder = gpt2_variant(gpt2_folder, config=dict(activation_function=name))
+        torch.testing.assert_close(GPT.from_pretrained(folder).eval()(ids), logits)
+    assert GPTConfig(**{"vocab_size": 5}).activation == "gelu_tanh"    # in checkpoints without it
 
 
 def nanogpt(weights, n_layer, n_head, ids):
-    """nanoGPT's forward, written from its published model: LayerNorm with or without bias, exact GELU, tied head"""
+    """nanoGPT's forward, from its published model: LayerNorm with or without bias, exact GELU"""
     F = torch.nn.functional
-    at = lambda name: weights.get(name)
 
     def norm(x, name):
-        return F.layer_norm(x, (x.shape[-1],), at(f"{name}.weight"), at(f"{name}.bias"), 1e-5)
+        weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, 1e-5)
 
     def linear(x, name):
-        return F.linear(x, at(f"{name}.weight"), at(f"{name}.bias"))
+        return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
-    x = at("wte.weight")[ids] + at("wpe.weight")[torch.arange(ids.shape[1])]
+    x = weights["wte.weight"][ids] + weights["wpe.weight"][torch.arange(ids.shape[1])]
     B, T, C = x.shape
     for i in range(n_layer):
         q, k, v = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(C, dim=2)
@@ -1732,16 +1780,18 @@ def nanogpt(weights, n_layer, n_head, ids):
         x = x + linear(y, f"h.{i}.attn.c_proj")
         h = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
         x = x + linear(h * 0.5 * (1 + torch.erf(h / math.sqrt(2))), f"h.{i}.mlp.c_proj")
-    return (norm(x, "ln_f") @ at("wte.weight").T).log_softmax(dim=-1)
+    return (norm(x, "ln_f") @ weights["wte.weight"].T).log_softmax(dim=-1)     # the head is tied
 
 
 def nanogpt_weights(bias, V=40, T=12, C=8, n_layer=2):
-    """Random weights by nanoGPT's names, without the transformer. before them"""
+    """Random weights by nanoGPT's names, without the leading transformer."""
     shapes = {"wte.weight": (V, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    layer = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C),
+             "ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
     for i in range(n_layer):
-        for name, shape in {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "ln_2": (C,),
-                            "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}.items():
-            shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[:1]}
+        for name, shape in layer.items():
+            shapes[f"h.{i}.{name}.weight"] = shape
+            shapes[f"h.{i}.{name}.bias"] = shape[:1]
     generator = seeded(3)
     return {name: torch.randn(shape, generator=generator) * 0.4 for name, shape in shapes.items()
             if bias or not name.endswith("bias")}
@@ -1751,50 +1801,55 @@ def save_nanogpt(path, weights, prefix="_orig_mod.", **changes):
     """A checkpoint as nanoGPT's train.py writes it, with its optimizer"""
     named = {f"{prefix}transformer.{name}": weight for name, weight in weights.items()}
     named[f"{prefix}lm_head.weight"] = weights["wte.weight"]
-    args = dict(n_layer=2, n_head=2, n_embd=8, block_size=12, vocab_size=len(weights["wte.weight"]), dropout=0.1,
-                bias="ln_f.bias" in weights) | changes
-    torch.save({"model": named, "optimizer": {"state": {0: torch.zeros(9)}}, "model_args": args, "iter_num": 7,
+    args = dict(n_layer=2, n_head=2, n_embd=8, block_size=12, vocab_size=len(weights["wte.weight"]),
+                dropout=0.1, bias="ln_f.bias" in weights)
+    torch.save({"model": named, "model_args": args | changes,
+                "optimizer": {"state": {0: torch.zeros(9)}}, "iter_num": 7,
                 "best_val_loss": torch.tensor(1.0), "config": {"dataset": "openwebtext"}}, path)
     return path
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_checkpoint_of_nanogpt_has_nanogpts_log_probabilities(bias, tmp_path):
-    """Compiled or not, without biases, with rows that pad the vocabulary; exported to transformers as well"""
-    from transformers import AutoModelForCausalLM
-    weights, ids = nanogpt_weights(bias), torch.randint(30, (3, 12), generator=seeded())
+    """Compiled or not, without biases, with rows that pad the vocabulary; exported as well"""
+    weights = nanogpt_weights(bias)
+    ids = torch.randint(30, (3, 12), generator=seeded())
     wanted = nanogpt(weights, 2, 2, ids)
+
+    def check(logits, wanted):
+        torch.testing.assert_close(logits.log_softmax(dim=-1), wanted, atol=1e-5, rtol=0)
+
     path = save_nanogpt(tmp_path / "ckpt.pt", weights)
-    for source in (path, tmp_path, save_nanogpt(tmp_path / "other.pt", weights, prefix="")):
+    uncompiled = save_nanogpt(tmp_path / "other.pt", weights, prefix="")
+    for source in (path, tmp_path, uncompiled):
         ours = GPT.from_pretrained(source).eval()
-        torch.testing.assert_close(ours(ids).log_softmax(dim=-1), wanted, atol=1e-5, rtol=0)
+        check(ours(ids), wanted)
     assert ours.config == GPTConfig(40, 12, n_layer=2, n_head=2, n_embd=8, activation="gelu")
     cut = GPT.from_pretrained(path, vocab_size=33, block_size=12).eval()
-    torch.testing.assert_close(cut(ids).log_softmax(dim=-1), wanted[..., :33].log_softmax(dim=-1), atol=1e-5, rtol=0)
+    check(cut(ids), wanted[..., :33].log_softmax(dim=-1))
     ours.save_pretrained(tmp_path / "exported", eos_id=0)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
-    torch.testing.assert_close(theirs(ids).logits.log_softmax(dim=-1), wanted, atol=1e-5, rtol=0)
+    check(load_in_transformers(tmp_path / "exported")(ids).logits, wanted)
 
 
 def test_checkpoints_that_are_not_nanogpts_are_refused(tmp_path):
     weights = nanogpt_weights(True)
-    without = {name: w for name, w in weights.items() if name != "h.1.ln_2.bias"}
-    for path, message in (
-            (save_nanogpt(tmp_path / "a.pt", without), "missing are h.1.ln_2.bias"),
-            (save_nanogpt(tmp_path / "b.pt", weights, n_kv_head=1), "variant of nanoGPT .*n_kv_head in its model_args"),
-            (save_nanogpt(tmp_path / "c.pt", weights, vocab_size=65), r"wte.weight: got \(40, 8\) .*, wanted \(65, 8\)"),
-            (tmp_path / "d.pt", "d.pt is not a folder here")):
-        with pytest.raises(ValueError, match=message):
-            GPT.from_pretrained(path)
-    for saved, message in (({"policy": {}, "step": 3}, "is not a checkpoint of nanoGPT, .* holds policy, step"),
-                           ({"model": Malicious(tmp_path / "owned")}, "holds more than tensors"), (3, "cannot be read")):
-        torch.save(saved, tmp_path / "x.pt")
-        with pytest.raises(ValueError, match=message):
-            GPT.from_pretrained(tmp_path / "x.pt")
+    incomplete = {name: w for name, w in weights.items() if name != "h.1.ln_2.bias"}
+    a, b, c, x = (tmp_path / name for name in ("a.pt", "b.pt", "c.pt", "x.pt"))
+    assert_refused(save_nanogpt(a, incomplete), "missing are h.1.ln_2.bias")
+    assert_refused(save_nanogpt(b, weights, n_kv_head=1),
+                   "variant of nanoGPT .*n_kv_head in its model_args")
+    assert_refused(save_nanogpt(c, weights, vocab_size=65),
+                   r"wte.weight: got \(40, 8\) .*, wanted \(65, 8\)")
+    assert_refused(tmp_path / "d.pt", "d.pt is not a folder here")
+    for saved, message in (
+            ({"policy": {}, "step": 3}, "is not a checkpoint of nanoGPT, .* holds policy, step"),
+            ({"model": Malicious(tmp_path / "owned")}, "holds more than tensors"),
+            (3, "cannot be read")):
+        torch.save(saved, x)
+        assert_refused(x, message)
     assert not (tmp_path / "owned").exists()
-    (tmp_path / "x.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:999])
-    with pytest.raises(ValueError, match="x.pt cannot be read as weights"):
-        GPT.from_pretrained(tmp_path / "x.pt")
+    x.write_bytes(a.read_bytes()[:999])
+    assert_refused(x, "x.pt cannot be read as weights")
 
 
 def test_weights_that_do_not_fit_are_refused_by_name():
@@ -1805,38 +1860,46 @@ def test_weights_that_do_not_fit_are_refused_by_name():
 def test_weights_may_be_cut_to_fewer_positions_and_ids_but_not_stretched(tmp_path):
     gpt = small_gpt(vocab_size=20, block_size=16)
     gpt.save_pretrained(tmp_path, eos_id=19)
-    cut, ids = GPT.from_pretrained(tmp_path, block_size=9, vocab_size=12).eval(), torch.randint(12, (2, 9), generator=seeded())
+    cut = GPT.from_pretrained(tmp_path, block_size=9, vocab_size=12).eval()
+    ids = torch.randint(12, (2, 9), generator=seeded())
     assert (cut.config.block_size, cut.config.vocab_size) == (9, 12)
     torch.testing.assert_close(cut(ids), gpt(ids)[:, :, :12])
-    for changes, message in ((dict(block_size=17), "block_size 17 is longer than the 16 positions that .* has weights for"),
-                             (dict(vocab_size=21), "the tokenizer has 21 token ids, .* has weights for 20")):
-        with pytest.raises(ValueError, match=message):
-            GPT.from_pretrained(tmp_path, **changes)
-    with pytest.raises(ValueError, match="nowhere is not a folder here"):
-        GPT.from_pretrained(tmp_path / "nowhere")
+    too_long = "block_size 17 is longer than the 16 positions that .* has weights for"
+    assert_refused(tmp_path, too_long, block_size=17)
+    assert_refused(tmp_path, "the tokenizer has 21 token ids, .* has weights for 20", vocab_size=21)
+    assert_refused(tmp_path / "nowhere", "nowhere is not a folder here")
 
 
 def test_an_exported_reward_model_gives_the_same_scores_in_transformers(tmp_path, tokenizer):
     """Also in a batch with padding, by the exported tokenizer, from text"""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     torch.manual_seed(0)
-    ours = ScalarGPT(GPTConfig(tokenizer.n_vocab, 40, n_layer=2, n_head=2, n_embd=16)).eval()
+    config = GPTConfig(tokenizer.n_vocab, 40, n_layer=2, n_head=2, n_embd=16)
+    ours = ScalarGPT(config).eval()
     for p in ours.parameters():
         p.data.normal_(std=0.3)
     ours.normalise(gain=0.7, bias=-1.9)
     ours.save_pretrained(tmp_path, tokenizer.eot_token)
     data.export_tokenizer(tokenizer, tmp_path, pad=True)
-    prompts, responses = ["A fable about an old map. On the plot:", "x", ""], [" Skip it.", " The plot is wonderful. See it twice.", " The"]
-    scores = sequence_scores(ours, *data.collate(*data.encode_texts(tokenizer, prompts, responses)))
-    theirs, its = (kind.from_pretrained(tmp_path) for kind in (AutoModelForSequenceClassification, AutoTokenizer))
-    batch = its([p + r + data.EOS for p, r in zip(prompts, responses)], padding=True, return_tensors="pt")
-    assert theirs.config.num_labels == 1 and its.pad_token_id == tokenizer.n_vocab and (batch["attention_mask"] == 0).any()
-    batch["input_ids"][2, 1:] = batch["input_ids"][2, :-1].clone()             # an empty prompt is an EOS before it
-    batch["input_ids"][2, 0], batch["attention_mask"][2, 2] = tokenizer.eot_token, 1
+    prompts = ["A fable about an old map. On the plot:", "x", ""]
+    responses = [" Skip it.", " The plot is wonderful. See it twice.", " The"]
+    batch = data.collate(*data.encode_texts(tokenizer, prompts, responses))
+    scores = sequence_scores(ours, *batch)
+
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    texts = [p + r + data.EOS for p, r in zip(prompts, responses)]
+    batch = their_tokenizer(texts, padding=True, return_tensors="pt")
+    ids, attention_mask = batch["input_ids"], batch["attention_mask"]
+    assert theirs.config.num_labels == 1
+    assert their_tokenizer.pad_token_id == tokenizer.n_vocab and (attention_mask == 0).any()
+    ids[2, 1:] = ids[2, :-1].clone()                     # the empty prompt is an EOS before it
+    ids[2, 0] = tokenizer.eot_token
+    attention_mask[2, 2] = 1
     torch.testing.assert_close(theirs(**batch).logits[:, 0].float(), scores, atol=1e-4, rtol=0)
 
 
-def test_an_exported_tokenizer_gives_the_same_ids_in_transformers_and_comes_back_as_it_was(tmp_path, tokenizer):
+def test_an_exported_tokenizer_is_the_same_in_transformers_and_comes_back(tmp_path, tokenizer):
     from transformers import AutoTokenizer
     data.export_tokenizer(tokenizer, tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
@@ -1853,13 +1916,15 @@ def test_token_logprobs_and_entropy_equal_a_loop_in_float64(temperature):
     gpt = small_gpt()
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
     with torch.no_grad():
-        logprobs, entropy = token_logprobs(gpt, inputs, targets, mask, temperature, return_entropy=True)
+        logprobs, entropy = token_logprobs(gpt, inputs, targets, mask, temperature,
+                                           return_entropy=True)
         logits = gpt(inputs).double() / temperature
     for b, t in itertools.product(range(4), range(7)):
         if mask[b, t]:
             p = torch.exp(logits[b, t]) / torch.exp(logits[b, t]).sum()
+            wanted = -sum(x * math.log(x) for x in p.tolist())
             assert logprobs[b, t].item() == pytest.approx(math.log(p[targets[b, t]]), abs=1e-5)
-            assert entropy[b, t].item() == pytest.approx(-sum(x * math.log(x) for x in p.tolist()), abs=1e-5)
+            assert entropy[b, t].item() == pytest.approx(wanted, abs=1e-5)
         else:
             assert logprobs[b, t] == 0 and entropy[b, t] == 0
     with pytest.raises(ValueError, match="temperature 0"):
@@ -1873,46 +1938,51 @@ def test_token_logprobs_has_the_gradient_of_the_plain_formula():
     logprobs, entropy = token_logprobs(ours, inputs, targets, mask, 0.7, return_entropy=True)
     ((logprobs + entropy) * weights * mask).sum().backward()
     log_pi = (plain(inputs) / 0.7).log_softmax(-1)
-    gathered = log_pi.gather(2, targets[:, :, None])[:, :, 0] - (log_pi.exp() * log_pi).sum(-1)
-    (gathered * weights * mask).sum().backward()
+    logprobs = log_pi.gather(2, targets[:, :, None])[:, :, 0]
+    entropy = -(log_pi.exp() * log_pi).sum(-1)
+    ((logprobs + entropy) * weights * mask).sum().backward()
     for a, b in zip(ours.parameters(), plain.parameters()):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
 
 
-def sampled(gpt, prompts, n=8, temperature=1.0, eos_id=10, seed=0):
-    tokens, mask = generate(gpt, prompts, n, eos_id, temperature, seeded(seed))
-    return tokens, mask, torch.rand(len(prompts), n, generator=seeded(seed))               # its uniforms
+def drawn_responses(gpt, prompts, n=8, temperature=1.0, seed=0):
+    """-> tokens, mask, and the uniforms that chose the tokens"""
+    tokens, mask = generate(gpt, prompts, n, 10, temperature, seeded(seed))
+    return tokens, mask, torch.rand(len(prompts), n, generator=seeded(seed))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_every_sampled_token_is_the_inverse_cdf_of_the_scored_distribution(temperature):
     gpt = small_gpt()
-    tokens, mask, uniforms = sampled(gpt, PROMPTS * 6, temperature=temperature)
+    tokens, mask, uniforms = drawn_responses(gpt, PROMPTS * 6, temperature=temperature)
     inputs, targets = data.shift(tokens)
-    cumulative = (gpt(inputs).double() / temperature).softmax(-1).cumsum(-1)               # no cache here
+    cumulative = (gpt(inputs).double() / temperature).softmax(-1).cumsum(-1)   # without a cache
     for b in range(len(tokens)):
         for k, t in enumerate(mask[b].nonzero()[:, 0].tolist()):
             token = targets[b, t].item()
             below = cumulative[b, t, token - 1].item() if token else 0.0
-            assert below - 1e-5 <= uniforms[b, k].item() <= cumulative[b, t, token].item() + 1e-5
+            above = cumulative[b, t, token].item()
+            assert below - 1e-5 <= uniforms[b, k].item() <= above + 1e-5
 
 
 def test_sampled_frequencies_are_the_probabilities_of_every_possible_response():
-    gpt, eos, prompt = small_gpt(vocab_size=4, std=0.5), 3, [1, 2]
-    responses = [[3]] + [[a, 3] for a in range(3)] + [[a, b] for a in range(3) for b in range(3)]
-    inputs, targets, mask = data.collate([prompt] * len(responses), responses)
-    p = token_logprobs(gpt, inputs, targets, mask).sum(1).exp()
+    gpt = small_gpt(vocab_size=4, std=0.5)
+    prompt, eos, n = [1, 2], 3, 40000
+    responses = [[3]]
+    responses += [[a, 3] for a in range(3)]
+    responses += [[a, b] for a in range(3) for b in range(3)]
+    batch = data.collate([prompt] * len(responses), responses)
+    p = token_logprobs(gpt, *batch).sum(1).exp()
     assert p.sum().item() == pytest.approx(1.0, abs=1e-5)
-    n = 40000
     tokens, mask = generate(gpt, [prompt] * n, 2, eos, generator=seeded())
     found = [tuple(r) for r in data.responses_of(tokens, mask)]
-    total_variation = 0.5 * sum(abs(found.count(tuple(r)) / n - q.item()) for r, q in zip(responses, p))
-    assert total_variation < 0.012
+    frequencies = torch.tensor([found.count(tuple(r)) / n for r in responses])
+    assert 0.5 * (frequencies - p).abs().sum() < 0.012
 
 
 def test_a_row_sampled_alone_equals_the_row_sampled_in_a_batch(monkeypatch):
     gpt = small_gpt()
-    tokens, mask, uniforms = sampled(gpt, PROMPTS * 3)
+    tokens, mask, uniforms = drawn_responses(gpt, PROMPTS * 3)
     together = data.responses_of(tokens, mask)
     for i, prompt in enumerate(PROMPTS * 3):
         monkeypatch.setattr(torch, "rand", lambda *shape, generator=None: uniforms[i:i + 1])
@@ -1921,7 +1991,8 @@ def test_a_row_sampled_alone_equals_the_row_sampled_in_a_batch(monkeypatch):
 
 def test_greedy_sampling_takes_the_likeliest_token_of_an_uncached_forward():
     gpt = small_gpt()
-    for prompt, response in zip(PROMPTS, data.responses_of(*generate(gpt, PROMPTS, 6, 10, temperature=0))):
+    responses = data.responses_of(*generate(gpt, PROMPTS, 6, 10, temperature=0))
+    for prompt, response in zip(PROMPTS, responses):
         row = list(prompt)
         for token in response:
             assert token == gpt(torch.tensor([row]))[0, -1].argmax().item()
@@ -1929,10 +2000,11 @@ def test_greedy_sampling_takes_the_likeliest_token_of_an_uncached_forward():
 
 
 def test_responses_end_with_their_first_eos_or_at_full_length_and_zeros_follow():
-    tokens, mask, _ = sampled(small_gpt(std=0.4), PROMPTS * 25, n=8)
+    tokens, mask, _ = drawn_responses(small_gpt(std=0.4), PROMPTS * 25)
     assert tokens.shape[1] == mask.shape[1] + 1
     responses = data.responses_of(tokens, mask)
-    assert any(r == [10] for r in responses) and any(len(r) == 8 and r[-1] != 10 for r in responses)
+    assert any(r == [10] for r in responses)
+    assert any(len(r) == 8 and r[-1] != 10 for r in responses)
     for prompt, row, m, response in zip(PROMPTS * 25, tokens.tolist(), mask.tolist(), responses):
         assert 10 not in response[:-1] and (response[-1] == 10 or len(response) == 8)
         end = len(prompt) + len(response)
@@ -1941,17 +2013,18 @@ def test_responses_end_with_their_first_eos_or_at_full_length_and_zeros_follow()
 
 
 def test_sampling_stops_when_all_rows_have_met_eos():
-    gpt, calls = small_gpt(), []
+    gpt = small_gpt()
     eos_id = data.responses_of(*generate(gpt, [[4]], 3, 10, temperature=0))[0][-1]
+    calls = []
     gpt.transformer.register_forward_hook(lambda *_: calls.append(1))
     tokens, mask = generate(gpt, [[4], [4, 4]], 8, eos_id, temperature=0)
     longest = int(mask.sum(1).max())
     assert len(calls) == longest < 8 and tokens.shape[1] <= 2 + longest
 
 
-def test_the_same_seed_samples_the_same_and_another_seed_does_not():
+def test_the_same_seed_samples_the_same_and_a_different_seed_does_not():
     gpt = small_gpt()
-    first, again, other = (sampled(gpt, PROMPTS * 4, seed=s)[0] for s in (0, 0, 1))
+    first, again, other = (drawn_responses(gpt, PROMPTS * 4, seed=s)[0] for s in (0, 0, 1))
     assert torch.equal(first, again) and first.tolist() != other.tolist()
 
 
@@ -1959,7 +2032,8 @@ def test_empty_prompts_become_eos_and_prompts_without_room_are_refused():
     gpt = small_gpt()
     tokens, mask = generate(gpt, [[]], 3, 10, generator=seeded())
     assert tokens[0, 0] == 10 and mask[0, 0] == 1
-    assert generate(gpt, [[1] * 12], 4, 10, generator=seeded())[0].shape[1] <= 16          # just fits
+    tokens, _ = generate(gpt, [[1] * 12], 4, 10, generator=seeded())           # just fits
+    assert tokens.shape[1] <= 16
     with pytest.raises(ValueError, match="prompt of 13 tokens and 4 new ones exceed block_size 16"):
         generate(gpt, [[1] * 13], 4, 10)
     with pytest.raises(ValueError, match="rows of 17 tokens"):
@@ -1972,27 +2046,38 @@ def test_pick_never_takes_a_token_without_probability():
     assert model.pick(logits, 1.0, uniforms).tolist() == [1, 1, 3, 3]
 
 
-def test_what_stands_after_a_rows_end_changes_nothing_anywhere():
+def test_ids_after_a_rows_end_change_no_log_probability_and_no_score():
     gpt, scalar = small_gpt(), small_scalar()
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
     junk_inputs, junk_targets = inputs.clone(), targets.clone()
     for b in range(4):
         end = len(PROMPTS[b] + RESPONSES[b])
-        junk_inputs[b, end:], junk_targets[b, end - 1:] = 9, 9
-    for f in (lambda i, t: token_logprobs(gpt, i, t, mask), lambda i, t: sequence_scores(scalar, i, t, mask),
+        junk_inputs[b, end:] = 9
+        junk_targets[b, end - 1:] = 9
+    for f in (lambda i, t: token_logprobs(gpt, i, t, mask),
+              lambda i, t: sequence_scores(scalar, i, t, mask),
               lambda i, t: scalar(i) * mask):
         assert torch.equal(f(inputs, targets), f(junk_inputs, junk_targets))
-    logprobs, old, advantages, values, m = ragged()
-    noise = torch.randn(m.shape, dtype=torch.float64, generator=seeded(9)) * (m == 0)
+
+
+def test_numbers_outside_the_mask_change_nothing_in_any_function_of_ppo():
+    logprobs, old, advantages, values, mask = ragged()
+    noise = torch.randn(mask.shape, dtype=torch.float64, generator=seeded(9)) * (mask == 0)
 
     def everything(x):
-        losses = [ppo.policy_loss(logprobs + x, old - x, advantages + x, m), ppo.value_loss(values + x, old, old - x, m),
-                  ppo.kl_penalty_loss(logprobs + x, old - x, advantages + x, m, 0.5)]
-        shaped = ppo.shape_rewards(torch.ones(5).double(), logprobs + x, old, m, 0.1)
-        tensors = [ppo.whiten(advantages + x, m), shaped, *ppo.gae(shaped + x, values + x, m), ppo.explained_variance(
-            values + x, old - x, m)] + [ppo.critic_targets(shaped + x, values + x, torch.ones(5), m, kind)
-                                        for kind in ("gae", "td", "mc", "score")]
-        return tensors + [v for loss, metrics in losses for v in (loss, *metrics.values())]
+        """Every loss, metric and tensor that ppo.py computes, with x added to its inputs"""
+        rewards = ppo.shape_rewards(torch.ones(5).double(), logprobs + x, old, mask, 0.1)
+        tensors = [ppo.whiten(advantages + x, mask), rewards]
+        tensors += ppo.gae(rewards + x, values + x, mask)
+        tensors.append(ppo.explained_variance(values + x, old - x, mask))
+        for kind in ("gae", "td", "mc", "score"):
+            tensors.append(ppo.critic_targets(rewards + x, values + x, torch.ones(5), mask, kind))
+        for loss, metrics in (
+                ppo.policy_loss(logprobs + x, old - x, advantages + x, mask),
+                ppo.kl_penalty_loss(logprobs + x, old - x, advantages + x, mask, 0.5),
+                ppo.value_loss(values + x, old, old - x, mask)):
+            tensors += [loss, *metrics.values()]
+        return tensors
 
     for clean, junk in zip(everything(0 * noise), everything(noise)):
         torch.testing.assert_close(clean, junk, atol=0, rtol=1e-12)
@@ -2004,9 +2089,10 @@ def test_a_row_in_a_padded_batch_equals_the_row_alone():
     logprobs, scores = token_logprobs(gpt, *batch), sequence_scores(scalar, *batch)
     for i in range(4):
         alone = data.collate([PROMPTS[i]], [RESPONSES[i]])
-        width = alone[0].shape[1]
-        torch.testing.assert_close(token_logprobs(gpt, *alone)[0], logprobs[i, :width], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(sequence_scores(scalar, *alone)[0], scores[i], atol=1e-5, rtol=1e-5)
+        wanted = logprobs[i, :alone[0].shape[1]]
+        torch.testing.assert_close(token_logprobs(gpt, *alone)[0], wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(sequence_scores(scalar, *alone)[0], scores[i],
+                                   atol=1e-5, rtol=1e-5)
 
 
 def test_the_score_is_read_after_the_last_token_of_every_row_the_longest_too():
@@ -2020,7 +2106,7 @@ def test_the_score_is_read_after_the_last_token_of_every_row_the_longest_too():
         sequence_scores(scalar, inputs, targets, mask * 0)
 
 
-def test_a_critic_starts_at_zero_and_a_normalised_reward_model_is_affine_in_the_old_scores():
+def test_a_critic_starts_at_zero_and_normalising_maps_scores_affinely():
     ids = torch.randint(11, (2, 7), generator=seeded())
     gpt = small_gpt()
     assert not ScalarGPT(gpt.config, init_from=gpt, zero_head=True)(ids).any()
@@ -2028,6 +2114,9 @@ def test_a_critic_starts_at_zero_and_a_normalised_reward_model_is_affine_in_the_
     before = scalar(ids)
     scalar.normalise(gain=2.0, bias=-0.5)
     torch.testing.assert_close(scalar(ids), 2.0 * before - 0.5)
+
+
+def test_a_scalar_head_starts_with_a_deviation_of_one_over_sqrt_width():
     heads = torch.cat([ScalarGPT(GPTConfig(5, 4, 1, 1, 255)).head.weight for _ in range(20)])
     assert heads.std().item() == pytest.approx(1 / 16, rel=0.05)
 
@@ -2035,7 +2124,8 @@ def test_a_critic_starts_at_zero_and_a_normalised_reward_model_is_affine_in_the_
 def test_a_scalar_model_takes_over_the_trunk_it_is_initialised_from():
     gpt = small_gpt()
     ids = torch.randint(11, (2, 7), generator=seeded())
-    assert torch.equal(ScalarGPT(gpt.config, init_from=gpt).eval().transformer(ids), gpt.transformer(ids))
+    scalar = ScalarGPT(gpt.config, init_from=gpt).eval()
+    assert torch.equal(scalar.transformer(ids), gpt.transformer(ids))
 
 
 def test_masked_mean_takes_fractional_weights_and_refuses_an_empty_mask():
@@ -2055,8 +2145,8 @@ def test_dropout_acts_in_train_mode_only():
 
 # ---- LoRA
 
-def with_lora(rank=3, seed=1, std=0.2):
-    """A GPT with a low-rank change that is not zero"""
+def lora_gpt(rank=3, seed=1, std=0.2):
+    """small_gpt with a low-rank change that is not zero"""
     gpt = small_gpt()
     torch.manual_seed(seed)
     model.add_lora(gpt, rank)
@@ -2067,112 +2157,141 @@ def with_lora(rank=3, seed=1, std=0.2):
 
 
 def test_lora_changes_nothing_at_first_and_is_then_the_weights_plus_a_scaled_product():
-    plain, ids = small_gpt(), torch.randint(11, (3, 12), generator=seeded())
-    gpt = model.add_lora(small_gpt(), 3)
-    assert torch.equal(gpt(ids), plain(ids))
+    plain = small_gpt()
+    ids = torch.randint(11, (3, 12), generator=seeded())
+    assert torch.equal(model.add_lora(small_gpt(), 3)(ids), plain(ids))
     assert model.add_lora(small_gpt(), 0).state_dict().keys() == plain.state_dict().keys()
-    gpt = with_lora()
+
+    gpt = lora_gpt()
     assert (gpt(ids) - plain(ids)).abs().max() > 0.1
     layer, x = gpt.transformer.h[1].mlp.c_fc, torch.randn(5, 16, generator=seeded())
     a, b = layer.lora_a, layer.lora_b
     assert (a.shape, b.shape) == ((3, 16), (64, 3))
-    expected = x @ layer.weight.T + layer.bias + model.LORA_SCALE * torch.stack([b @ (a @ row) for row in x])
-    torch.testing.assert_close(layer(x), expected)
+    change = model.LORA_SCALE * torch.stack([b @ (a @ row) for row in x])
+    torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias + change)
+
     adapted = {name.rsplit(".", 1)[0] for name, _ in gpt.named_parameters() if "lora" in name}
-    assert adapted == {f"transformer.h.{i}.{m}" for i in range(2) for m in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
-    deviation = torch.cat([model.add_lora(small_gpt(seed=i), 8).transformer.h[0].mlp.c_proj.lora_a for i in range(20)]).std()
+    layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert adapted == {f"transformer.h.{i}.{name}" for i in range(2) for name in layers}
+    fresh = [model.add_lora(small_gpt(seed=i), 8) for i in range(20)]
+    deviation = torch.cat([gpt.transformer.h[0].mlp.c_proj.lora_a for gpt in fresh]).std()
     assert deviation.item() == pytest.approx(1 / 64 ** 0.5, rel=0.05)
 
 
 def test_merged_weights_compute_what_the_change_beside_them_did_and_only_the_change_is_trained():
-    gpt, ids = with_lora(), torch.randint(11, (3, 12), generator=seeded())
+    gpt = lora_gpt()
+    ids = torch.randint(11, (3, 12), generator=seeded())
     plain = small_gpt(seed=9)
     plain.load_state_dict(model.merged(gpt.state_dict()))
     torch.testing.assert_close(plain(ids), gpt(ids), atol=1e-5, rtol=1e-5)
-    assert "lora" in "".join(gpt.state_dict())                                 # and the model itself is as it was
+    assert "lora" in "".join(gpt.state_dict())           # the model itself has not changed
+
     assert all("lora" in name for name, p in gpt.named_parameters() if p.requires_grad)
     assert len(model.trained(gpt)) == 2 * 4 * 2
     scalar = model.add_lora(small_scalar(), 2)
-    assert {name for name, p in scalar.named_parameters() if p.requires_grad and "lora" not in name} == {"head.weight", "head.bias"}
-    other = ScalarGPT(gpt.config, init_from=gpt)                               # a critic or reward model of such a policy
-    torch.testing.assert_close(other.transformer(ids), gpt.transformer(ids), atol=1e-5, rtol=1e-5)
+    trained = {name for name, p in scalar.named_parameters() if p.requires_grad}
+    assert {name for name in trained if "lora" not in name} == {"head.weight", "head.bias"}
+    critic = ScalarGPT(gpt.config, init_from=gpt)
+    torch.testing.assert_close(critic.transformer(ids), gpt.transformer(ids), atol=1e-5, rtol=1e-5)
 
 
 def test_a_reference_is_frozen_and_with_lora_made_of_the_very_same_tensors():
     gpt = small_gpt()
-    reference, ids = model.reference_of(gpt), torch.randint(11, (3, 12), generator=seeded())
+    reference = model.reference_of(gpt)
+    ids = torch.randint(11, (3, 12), generator=seeded())
     before = gpt(ids).clone()
     for p in gpt.parameters():
         p.data.add_(0.1)
-    assert torch.equal(reference(ids), before) and not any(p.requires_grad for p in reference.parameters())
-    gpt = with_lora()
+    assert torch.equal(reference(ids), before)
+    assert not any(p.requires_grad for p in reference.parameters())
+
+    gpt = lora_gpt()
     reference = model.reference_of(gpt)
-    assert torch.equal(reference(ids), small_gpt()(ids)) and not torch.equal(reference(ids), gpt(ids))
+    assert torch.equal(reference(ids), small_gpt()(ids))
+    assert not torch.equal(reference(ids), gpt(ids))
     places = {p.data_ptr() for p in gpt.parameters()}
-    assert all(p.data_ptr() in places for p in reference.parameters())         # no memory of its own
+    assert all(p.data_ptr() in places for p in reference.parameters())         # no extra memory
+
+
+def test_making_a_reference_draws_no_random_numbers():
+    gpt = lora_gpt()
     torch.manual_seed(3)
     following = torch.rand(1)
     torch.manual_seed(3)
     model.reference_of(gpt)
-    assert torch.equal(torch.rand(1), following)                               # and it draws nothing
+    assert torch.equal(torch.rand(1), following)
 
 
 # ---- memory and precision
 
-def test_logits_in_parts_give_the_same_numbers_and_gradients_and_never_stand_in_memory_whole(monkeypatch):
-    gpt, (inputs, targets, mask) = small_gpt(vocab_size=301), data.collate(PROMPTS * 4, RESPONSES * 4)
+@contextlib.contextmanager
+def saved_sizes():
+    """-> a list that fills with the sizes of the tensors kept for the backward pass"""
+    sizes = []
+
+    def pack(x):
+        sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield sizes
+
+
+def test_logits_in_parts_give_equal_results_and_are_never_in_memory_whole(monkeypatch):
+    gpt = small_gpt(vocab_size=301)
+    inputs, targets, mask = data.collate(PROMPTS * 4, RESPONSES * 4)
     n = int(mask.sum())
 
-    def computed():
+    def compute():
         gpt.zero_grad()
         logprobs, entropy = token_logprobs(gpt, inputs, targets, mask, 0.7, return_entropy=True)
-        largest = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: largest.append(x.numel()) or x, lambda x: x):
+        with saved_sizes() as sizes:
             alone = token_logprobs(gpt, inputs, targets, mask, 0.7)
         (logprobs.sum() + 0.3 * entropy.sum() + alone.sum()).backward()
-        return logprobs, entropy, torch.cat([p.grad.flatten() for p in gpt.parameters()]), max(largest), sum(largest)
+        gradient = torch.cat([p.grad.flatten() for p in gpt.parameters()])
+        return (logprobs, entropy, gradient), sizes
 
-    *whole, all_at_once, kept = computed()
-    assert all_at_once >= n * 301
-    monkeypatch.setattr(model, "LOGITS_AT_ONCE", 4 * 301)                      # four positions at a time
-    *parts, in_parts, kept_of_parts = computed()
+    whole, sizes = compute()
+    assert max(sizes) >= n * 301
+    monkeypatch.setattr(model, "LOGITS_AT_ONCE", 4 * 301)                      # four positions
+    parts, sizes_in_parts = compute()
     for ours, theirs in zip(parts, whole):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    assert in_parts < n * 301 / 2 and kept_of_parts <= kept - n * 301          # the largest is one of the MLP's by now
+    assert max(sizes_in_parts) < n * 301 / 2                                   # now in the MLP
+    assert sum(sizes_in_parts) <= sum(sizes) - n * 301
 
 
-def test_checkpointing_gives_the_same_gradients():
+def test_checkpointing_gives_the_same_gradients_and_keeps_less():
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
-    gradients = []
+    gradients, kept = [], []
     for checkpointing in (False, True):
         gpt = small_gpt()
         gpt.config.checkpointing = checkpointing
         token_logprobs(gpt, inputs, targets, mask).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in gpt.parameters()]))
-    assert torch.equal(*gradients)
-    kept = []
-    for checkpointing in (False, True):
-        gpt.config.checkpointing = checkpointing
-        kept.append([])
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept[-1].append(x.numel()) or x, lambda x: x):
+        with saved_sizes() as sizes:
             gpt(inputs)
-    assert sum(kept[1]) < 0.5 * sum(kept[0])
+        kept.append(sum(sizes))
+    assert torch.equal(*gradients)
+    assert kept[1] < 0.5 * kept[0]
 
 
-def test_in_bfloat16_products_are_rounded_but_weights_and_log_probabilities_stay_in_float32():
+def test_bfloat16_rounds_products_but_not_weights_or_log_probabilities():
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
     gpt = small_gpt()
     exact = token_logprobs(gpt, inputs, targets, mask)
     gpt.config.dtype = "bfloat16"
     kinds = []
-    gpt.transformer.h[0].mlp.c_fc.register_forward_hook(lambda module, given, x: kinds.append(x.dtype))
+    layer = gpt.transformer.h[0].mlp.c_fc
+    layer.register_forward_hook(lambda module, given, x: kinds.append(x.dtype))
     rounded, entropy = token_logprobs(gpt, inputs, targets, mask, return_entropy=True)
     assert kinds == [torch.bfloat16] and rounded.dtype == entropy.dtype == torch.float32
     assert 1e-5 < (rounded - exact).abs().max() < 0.2
     rounded.sum().backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in gpt.parameters())
-    hidden = gpt.transformer(inputs)                                           # logits of -100 in bfloat16 are off by 0.25
-    assert hidden.dtype == torch.float32 and torch.equal(gpt(inputs), hidden @ gpt.transformer.wte.weight.T)
+    hidden = gpt.transformer(inputs)             # logits of -100 in bfloat16 are off by 0.25
+    assert hidden.dtype == torch.float32
+    assert torch.equal(gpt(inputs), hidden @ gpt.transformer.wte.weight.T)
     tokens, sampled_mask = generate(gpt, PROMPTS, 6, 10, generator=seeded())
     assert tokens.max() <= 10 and sampled_mask.any()
     assert sampled_mask.shape[1] + 1 == tokens.shape[1]
@@ -3878,11 +3997,11 @@ def test_preference_losses_of_any_margins_are_finite_with_finite_gradients(seed,
 #     pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x),     J(pi) = J(pi*) - beta KL(pi || pi*)
 #
 # Each method trains the GPT with its own functions from ppo.py, dpo.py, grpo.py or
-# policy_gradient.py. The batch is the whole list, with each response weighted by its probability, so
-# there is no sampling noise. A method that maximises J must then end at pi*. Every other variant must
-# end at the optimum of its own objective, which is computed a second time by other means: float64
-# tables and L-BFGS, or a fixed-point equation.
-# Tables are (P, N) = (2, 40), token tensors (P N, T) = (80, 4).
+# policy_gradient.py. The batch is the whole list, and each response is weighted by its probability,
+# so there is no sampling noise. A method that maximises J must then end at pi*. Every other variant
+# must end at the optimum of its own objective, which is computed a second time by other means: by
+# L-BFGS on float64 tables, or from a fixed-point equation. Tables are (P, N) = (2, 40), and tensors
+# of tokens are (P N, T) = (80, 4).
 
 BETA = 1.0
 
