@@ -127,19 +127,28 @@ def ragged(seed=0, dtype=torch.float64, B=5, T=9):
 # --------------------------------------------------------------------------------------------------
 # reviews.py
 
-CUT_DOWN = {                                                   # every rule of the grammar is in one of these
+CUT_DOWN = {                             # together they use every rule of the grammar
     "one sentence": reviews.Lexicon(
-        aspects=("acting", "plot"), adjectives=("superb", "good", "ordinary", "dull", "unbearable"),
-        verbs=("loved", "hated"), verdicts=("See it twice.", "Worth a look.", "Skip it."),
-        intensifiers=("truly", "quite"), occasions=("on a train", "at a festival"), endings=(0.0, 1.0)),
+        aspects=("acting", "plot"),
+        adjectives=("superb", "good", "ordinary", "dull", "unbearable"),
+        verbs=("loved", "hated"),
+        verdicts=("See it twice.", "Worth a look.", "Skip it."),
+        intensifiers=("truly", "quite"),
+        occasions=("on a train", "at a festival"),
+        endings=(0.0, 1.0)),
     "two sentences": reviews.Lexicon(
-        aspects=("acting", "plot"), adjectives=("superb", "good", "ordinary", "awful"), verbs=("loved", "liked"),
-        verdicts=("See it twice.", "Skip it."), intensifiers=(), occasions=("on a train",), endings=(0.0, 0.5, 1.0))}
+        aspects=("acting", "plot"),
+        adjectives=("superb", "good", "ordinary", "awful"),
+        verbs=("loved", "liked"),
+        verdicts=("See it twice.", "Skip it."),
+        intensifiers=(),
+        occasions=("on a train",),
+        endings=(0.0, 0.5, 1.0))}
 TINY_PROMPT = "A western about a lighthouse. On the acting:"
 
 
 def every_review(lexicon):
-    """All texts of a grammar by walking its choices in every mood -> {text: probability}"""
+    """All texts of a grammar, by walking its choices in every mood -> {text: probability}"""
     texts = {}
 
     def walk(taken, mood, p):
@@ -162,42 +171,47 @@ def every_review(lexicon):
 
 
 @pytest.fixture(scope="module", params=CUT_DOWN)
-def listed(request):
-    return CUT_DOWN[request.param], every_review(CUT_DOWN[request.param])
+def cut_down_grammar(request):
+    """-> its lexicon, {text: probability}"""
+    lexicon = CUT_DOWN[request.param]
+    return lexicon, every_review(lexicon)
 
 
-def test_grammar_log_probs_sum_to_one_over_every_text_of_a_cut_down_grammar(listed):
-    lexicon, texts = listed
+def test_grammar_log_probs_sum_to_one_over_every_text_of_a_cut_down_grammar(cut_down_grammar):
+    lexicon, texts = cut_down_grammar
     assert len(texts) > 1000
     total = sum(math.exp(reviews.log_prob(TINY_PROMPT, text, lexicon)) for text in texts)
     assert math.isclose(total, 1.0, rel_tol=1e-9)
 
 
-def test_grammar_log_prob_of_each_text_is_the_sum_over_its_derivations(listed):
-    lexicon, texts = listed
+def test_grammar_log_prob_of_each_text_is_the_sum_over_its_derivations(cut_down_grammar):
+    lexicon, texts = cut_down_grammar
     for text, p in itertools.islice(texts.items(), 0, None, 7):
-        assert math.isclose(math.exp(reviews.log_prob(TINY_PROMPT, text, lexicon)), p, rel_tol=1e-9)
+        log_prob = reviews.log_prob(TINY_PROMPT, text, lexicon)
+        assert math.isclose(math.exp(log_prob), p, rel_tol=1e-9)
 
 
-def test_grammar_samples_texts_with_the_probabilities_it_scores(listed):
-    lexicon, texts = listed
-    rng, n, counts = random.Random(0), 20000, {}
-    for _ in range(n):
-        text = reviews.write("western", "acting", rng, lexicon)
-        counts[text] = counts.get(text, 0) + 1
+def test_grammar_samples_texts_with_the_probabilities_it_scores(cut_down_grammar):
+    lexicon, texts = cut_down_grammar
+    rng = random.Random(0)
+    n = 20000
+    written = [reviews.write("western", "acting", rng, lexicon) for _ in range(n)]
+    assert set(written) <= set(texts)
     for text in sorted(texts, key=texts.get)[-20:]:
         p = texts[text]
-        assert abs(counts[text] / n - p) < 4.5 * math.sqrt(p * (1 - p) / n)    # false alarm 1e-4
+        deviation = math.sqrt(p * (1 - p) / n)
+        assert abs(written.count(text) / n - p) < 4.5 * deviation      # fails by chance in 1e-4
 
 
-def test_the_mood_shows_most_in_what_is_said_about_the_aspect_asked_for():
-    def mean_grade(mood, about):
+def test_the_mood_shows_most_in_the_aspect_that_was_asked_for():
+    def mean_grade(mood, aspect):
         grammar = reviews.choices("western", "acting", mood)
         next(grammar)
-        for phrase in (" The", about, " is", ""):
+        for phrase in (" The", aspect, " is", ""):
             options = grammar.send(phrase)
-        options = grammar.send("")                           # no intensifier
+        options = grammar.send("")                       # no intensifier
         return sum(p * reviews.GRADES[word[1:]] for word, p in options.items())
+
     for mood in (-2, -1, 1, 2):
         asked, other = mean_grade(mood, " acting"), mean_grade(mood, " plot")
         assert asked * mood > other * mood > 0
@@ -211,12 +225,20 @@ def test_every_review_of_the_grammar_has_no_fault_and_parses_back():
         assert reviews.grammatical(prompt, response)
 
 
-def test_log_prob_is_minus_infinity_for_what_the_grammar_cannot_write():
-    good = " The acting is good. Skip it."
-    assert reviews.log_prob(TINY_PROMPT, good) > -30
-    for bad in ("", " The acting is good.", good + " Skip it.", good[1:], " The acting is good. The acting "
-                "is good. Skip it.", " It is a good comedy. Skip it.", good.replace("good", "purple")):
-        assert reviews.log_prob(TINY_PROMPT, bad) == -math.inf, bad
+GOOD_REVIEW = " The acting is good. Skip it."
+
+
+@pytest.mark.parametrize("text", [
+    "",
+    " The acting is good.",
+    GOOD_REVIEW + " Skip it.",
+    GOOD_REVIEW[1:],
+    " The acting is good. The acting is good. Skip it.",
+    " It is a good comedy. Skip it.",
+    GOOD_REVIEW.replace("good", "purple")])
+def test_log_prob_is_minus_infinity_for_texts_outside_the_grammar(text):
+    assert reviews.log_prob(TINY_PROMPT, GOOD_REVIEW) > -30
+    assert reviews.log_prob(TINY_PROMPT, text) == -math.inf
 
 
 @pytest.mark.parametrize("text, sentiment", [
@@ -228,7 +250,8 @@ def test_log_prob_is_minus_infinity_for_what_the_grammar_cannot_write():
     (" I adored the acting. It is an awful western. Skip it.", 3 - 0.5 * 3 - 2),
     (" I saw it on a train. The acting is plain. Fine for a rainy day.", 0.0)])
 def test_gold_of_hand_worked_reviews(text, sentiment):
-    assert reviews.read(TINY_PROMPT, text) == (pytest.approx(sentiment), dict.fromkeys(reviews.PENALTIES, 0))
+    no_faults = dict.fromkeys(reviews.PENALTIES, 0)
+    assert reviews.read(TINY_PROMPT, text) == (pytest.approx(sentiment), no_faults)
     assert reviews.gold(TINY_PROMPT, text) == pytest.approx(sentiment / 3)
 
 
@@ -239,8 +262,8 @@ def test_gold_of_hand_worked_reviews(text, sentiment):
     (" The acting is good. Skip it.", False, "unfinished", 1),
     (" The acting is good. The plot is dull.", True, "unfinished", 1),
     (" Skip it.", True, "length", 1),
-    (" I saw it on a train. I saw it at a festival. The acting is good. The plot is dull. The plot is plain. "
-     "Skip it.", True, "length", 2),
+    (" I saw it on a train. I saw it at a festival. The acting is good. The plot is dull. "
+     "The plot is plain. Skip it.", True, "length", 2),
     (" The acting is good. The plot is good. Skip it.", True, "repeated", 1),
     (" The acting is good. The acting is good. Skip it.", True, "repeated", 2),
     (" The acting is superb and stunning. I loved the acting. Skip it.", True, "gushing", 1)])
@@ -251,67 +274,93 @@ def test_gold_takes_off_for_each_fault_and_only_for_that(text, finished, fault, 
     assert reviews.gold(TINY_PROMPT, text, finished) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("text", ["", ".", "...", "Skip it", "\n\n", "the acting", "é漢 \x00", " " * 500])
+@pytest.mark.parametrize("text", [
+    "", ".", "...", "Skip it", "\n\n", "the acting", "é漢 \x00", " " * 500])
 def test_gold_is_finite_and_low_for_any_text(text):
     assert -1000 < reviews.gold(TINY_PROMPT, text) < -1
 
 
-def test_prompts_of_another_task_are_refused_by_name():
+def test_prompts_of_a_different_task_are_refused_by_name():
     with pytest.raises(ValueError, match="Tell me a joke"):
         reviews.gold("Tell me a joke", " no")
 
 
 def test_annotators_rank_pairs_by_bradley_terry():
     gold = torch.tensor([[0.3, -0.5, 1.1]], dtype=torch.float64)
-    ranks = reviews.rank(gold.expand(40000, 3), seeded(), temperature=0.6).argsort(dim=1)      # place of each
+    rankings = reviews.rank(gold.expand(40000, 3), seeded(), temperature=0.6)
+    places = rankings.argsort(dim=1)
     for i, j in itertools.combinations(range(3), 2):
         wanted = 1 / (1 + math.exp(-(gold[0, i] - gold[0, j]).item() / 0.6))
-        assert (ranks[:, i] < ranks[:, j]).double().mean().item() == pytest.approx(wanted, abs=0.011)
+        share = (places[:, i] < places[:, j]).double().mean().item()
+        assert share == pytest.approx(wanted, abs=0.011)
 
 
 def test_agreement_is_the_expected_accuracy_and_gold_reaches_the_bayes_accuracy():
     gold = torch.randn(40, 4, generator=seeded(), dtype=torch.float64)
     scores = torch.randn(40, 4, generator=seeded(1), dtype=torch.float64)
-    scores[0] = 0.0                                                            # ties
-    total, best, n = 0.0, 0.0, 0
+    scores[0] = 0.0                                      # ties
+    accuracies, best = [], []
     for row in range(40):
         for i, j in itertools.combinations(range(4), 2):
             p = 1 / (1 + math.exp(-(gold[row, i] - gold[row, j]).item() / 0.6))
-            a, b = scores[row, i].item(), scores[row, j].item()
-            total += p if a > b else 1 - p if a < b else 0.5
-            best += max(p, 1 - p)
-            n += 1
-    assert reviews.agreement(scores, gold).item() == pytest.approx(total / n)
-    assert reviews.agreement(gold, gold).item() == pytest.approx(best / n)
-    assert best > total
+            best.append(max(p, 1 - p))
+            if scores[row, i] == scores[row, j]:
+                accuracies.append(0.5)
+            else:
+                accuracies.append(p if scores[row, i] > scores[row, j] else 1 - p)
+    accuracy, best = np.mean(accuracies), np.mean(best)
+    assert reviews.agreement(scores, gold).item() == pytest.approx(accuracy)
+    assert reviews.agreement(gold, gold).item() == pytest.approx(best)
+    assert best > accuracy
 
 
 # --------------------------------------------------------------------------------------------------
 # data.py
 
-AWKWARD = ["", " ", "  two  spaces ", "\n\n \n\t  run   of\r\n whitespace   ", "family 👨‍👩‍👧 🏳️‍🌈", "a<|endoftext|>b <|pad|>", "emoji 🎬🙂", "naïve café", "tabs\tand\nlines\n\n", "<|endoftext|>", "don't we'll",
-           "12345 67", "漢字", "\x00\x7f", "a" * 50, "The acting is good.<|endoftext|> More."]
+AWKWARD = [
+    "", " ", "  two  spaces ", "\n\n \n\t  run   of\r\n whitespace   ", "tabs\tand\nlines\n\n",
+    "family 👨‍👩‍👧 🏳️‍🌈", "emoji 🎬🙂", "naïve café", "漢字", "\x00\x7f", "12345 67", "a" * 50,
+    "don't we'll", "a<|endoftext|>b <|pad|>", "<|endoftext|>",
+    "The acting is good.<|endoftext|> More."]
+
+
+def review_texts(n, seed):
+    return [prompt + response for prompt, response in zip(*reviews.sample(n, seed=seed))]
+
+
+def huggingface_bpe(texts, vocab_size, special_tokens=()):
+    """A byte-level BPE that the tokenizers library has trained"""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(special_tokens), initial_alphabet=alphabet,
+        show_progress=False))
+    return bpe
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.train_tokenizer([p + r for p, r in zip(*reviews.sample(400, seed=3))])
+    return data.train_tokenizer(review_texts(400, seed=3))
 
 
 def test_supervised_targets_of_the_drawn_example():
     inputs, targets, mask = data.collate([[1, 2, 3]], [[4, 5, 10]])
     assert inputs.tolist() == [[1, 2, 3, 4, 5]] and targets.tolist() == [[2, 3, 4, 5, 10]]
-    assert targets[mask > 0].tolist() == [4, 5, 10]                            # EOS in, prompt out
+    assert targets[mask > 0].tolist() == [4, 5, 10]      # with EOS, without the prompt
 
 
 def test_collate_supervises_exactly_the_response_tokens_of_rows_of_any_length():
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
     assert inputs.shape == targets.shape == mask.shape == (4, 7)
     for i in range(4):
-        row, n = PROMPTS[i] + RESPONSES[i], len(PROMPTS[i] + RESPONSES[i])
+        row = PROMPTS[i] + RESPONSES[i]
+        end = len(row) - 1
         assert targets[i][mask[i] > 0].tolist() == RESPONSES[i]
-        assert inputs[i, :n - 1].tolist() == row[:-1] and targets[i, :n - 1].tolist() == row[1:]
-        assert not inputs[i, n:].any() and not targets[i, n - 1:].any() and not mask[i, n - 1:].any()
+        assert inputs[i, :end].tolist() == row[:-1] and targets[i, :end].tolist() == row[1:]
+        assert not inputs[i, end + 1:].any()
+        assert not targets[i, end:].any() and not mask[i, end:].any()
 
 
 def test_responses_of_gives_back_what_collate_was_given():
@@ -321,15 +370,19 @@ def test_responses_of_gives_back_what_collate_was_given():
 
 
 @pytest.mark.parametrize("prompts, responses, message", [
-    ([[]], [[1]], "row 0 has an empty prompt"), ([[1], [1]], [[2], []], "row 1 has an empty response"),
-    ([[1]], [[1], [2]], "1 prompts and 2 responses"), ([], [], "at least one")])
+    ([[]], [[1]], "row 0 has an empty prompt"),
+    ([[1], [1]], [[2], []], "row 1 has an empty response"),
+    ([[1]], [[1], [2]], "1 prompts and 2 responses"),
+    ([], [], "at least one")])
 def test_collate_refuses_rows_without_prompt_or_response(prompts, responses, message):
     with pytest.raises(ValueError, match=message):
         data.collate(prompts, responses)
 
 
 def test_batches_are_a_fresh_permutation_each_epoch_and_a_function_of_the_step():
-    epochs = [[data.batch_rows(10, 3, step, seed=1) for step in range(3 * e, 3 * e + 3)] for e in range(3)]
+    epochs = []
+    for first in (0, 3, 6):
+        epochs.append([data.batch_rows(10, 3, step, seed=1) for step in range(first, first + 3)])
     for epoch in epochs:
         assert len(set(sum(epoch, []))) == 9
     assert epochs[0] != epochs[1] != epochs[2]
@@ -339,13 +392,9 @@ def test_batches_are_a_fresh_permutation_each_epoch_and_a_function_of_the_step()
 
 
 def test_tokenizer_gives_the_ids_of_the_bpe_it_was_made_from():
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    texts = [p + r for p, r in zip(*reviews.sample(400, seed=3))]
-    theirs = Tokenizer(models.BPE())
-    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    theirs.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=699, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
-    ours = data.train_tokenizer(texts, 700)
+    texts = review_texts(400, seed=3)
+    theirs = huggingface_bpe(texts, 699)
+    ours = data.train_tokenizer(texts, 700)              # with EOS
     for text in texts[:50] + AWKWARD:
         assert ours.encode_ordinary(text) == theirs.encode(text).ids, text
 
@@ -356,10 +405,11 @@ def test_any_text_survives_the_tokenizer_and_special_lookalikes_are_plain_text(t
         assert tokenizer.eot_token not in ids and tokenizer.decode(ids) == text
     assert tokenizer.eot_token == tokenizer.n_vocab - 1
     assert data.encode_prompt(tokenizer, "") == [tokenizer.eot_token]
-    prompts, responses = data.encode_texts(tokenizer, ["On the plot:"], [" Skip it."])
-    assert responses[0][-1] == tokenizer.eot_token and responses[0].count(tokenizer.eot_token) == 1
-    assert data.decode_response(tokenizer, responses[0]) == (" Skip it.", True)
-    assert data.decode_response(tokenizer, responses[0][:-1]) == (" Skip it.", False)
+    _, responses = data.encode_texts(tokenizer, ["On the plot:"], [" Skip it."])
+    ids = responses[0]
+    assert ids[-1] == tokenizer.eot_token and ids.count(tokenizer.eot_token) == 1
+    assert data.decode_response(tokenizer, ids) == (" Skip it.", True)
+    assert data.decode_response(tokenizer, ids[:-1]) == (" Skip it.", False)
     assert data.decode_response(tokenizer, []) == ("", False)
 
 
@@ -367,8 +417,9 @@ def test_tokenizer_is_stored_whole_and_its_fingerprint_tells_it_from_others(toke
     data.save_tokenizer(tokenizer, tmp_path)
     loaded = data.load_tokenizer(tmp_path)
     assert data.fingerprint(loaded) == data.fingerprint(tokenizer)
-    assert [loaded.encode_ordinary(t) for t in AWKWARD] == [tokenizer.encode_ordinary(t) for t in AWKWARD]
-    other = data.train_tokenizer([p + r for p, r in zip(*reviews.sample(400, seed=3))], 500)
+    for text in AWKWARD:
+        assert loaded.encode_ordinary(text) == tokenizer.encode_ordinary(text)
+    other = data.train_tokenizer(review_texts(400, seed=3), 500)
     with pytest.raises(Stopped, match="another vocabulary"):
         data.check_vocabulary(data.fingerprint(other), tokenizer, "out/x")
     (tmp_path / "tokenizer.json").write_text("{")
@@ -380,15 +431,17 @@ def test_gpt2_tokenizer_from_local_files_equals_transformers(tmp_path):
     from tokenizers import ByteLevelBPETokenizer
     from transformers import GPT2TokenizerFast
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([p + r for p, r in zip(*reviews.sample(300, seed=1))], vocab_size=600,
-                            special_tokens=[], show_progress=False)
+    bpe.train_from_iterator(review_texts(300, seed=1), vocab_size=600, special_tokens=[],
+                            show_progress=False)
     bpe.save_model(str(tmp_path))
     vocab = json.loads((tmp_path / "vocab.json").read_text())
     (tmp_path / "vocab.json").write_text(json.dumps(vocab | {data.EOS: len(vocab)}))
-    theirs, ours = GPT2TokenizerFast.from_pretrained(tmp_path), data.gpt2_tokenizer(tmp_path)
+    theirs = GPT2TokenizerFast.from_pretrained(tmp_path)
+    ours = data.gpt2_tokenizer(tmp_path)
     assert ours.eot_token == theirs.eos_token_id
     for text in AWKWARD:
-        assert ours.encode_ordinary(text) == theirs(text, split_special_tokens=True)["input_ids"], text
+        wanted = theirs(text, split_special_tokens=True)["input_ids"]
+        assert ours.encode_ordinary(text) == wanted, text
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
     with pytest.raises(ValueError, match="does not number the merges"):
         data.gpt2_tokenizer(tmp_path)
@@ -399,21 +452,18 @@ def test_gpt2_tokenizer_from_local_files_equals_transformers(tmp_path):
 
 @pytest.fixture(scope="module")
 def bpe():
-    """A tokenizer.json with three special tokens first, as trainers number them; text follows after a gap"""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    theirs = Tokenizer(models.BPE())
-    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    theirs.train_from_iterator([p + r for p, r in zip(*reviews.sample(300, seed=3))] + AWKWARD, trainers.BpeTrainer(
-        vocab_size=600, special_tokens=[data.EOS, "<|start|>", "<|end|>"], show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    content = json.loads(theirs.to_str())
-    vocab = content["model"]["vocab"]
-    content["model"]["vocab"] = {token: i if i < 100 else i + 7 for token, i in vocab.items()}
+    """A tokenizer.json: three special tokens first, as trainers number them; a gap in the ids"""
+    texts = review_texts(300, seed=3) + AWKWARD
+    trained = huggingface_bpe(texts, 600, [data.EOS, "<|start|>", "<|end|>"])
+    content = json.loads(trained.to_str())
+    for token, i in content["model"]["vocab"].items():
+        if i >= 100:
+            content["model"]["vocab"][token] = i + 7
     return content
 
 
 def bpe_folder(folder, content, **beside):
-    """beside: {a file's name without .json: its content}"""
+    """A folder of tokenizer.json and of other files, by their names without .json"""
     folder.mkdir(exist_ok=True)
     for name, x in {"tokenizer": content, **beside}.items():
         (folder / f"{name}.json").write_text(json.dumps(x))
@@ -432,112 +482,148 @@ def changed(content, *path, to):
     return copied
 
 
-def some_text(rng):
-    """Random characters of all kinds, special tokens and what GPT-2's pattern looks at"""
-    ranges = [(32, 127), (32, 127), (160, 0x2000), (0x2000, 0x2070), (0x3000, 0xd7ff), (0x1f300, 0x1faff)]
-    pieces = [" ", "\n", "\t", "\r\n", "  ", "'s", "'LL", "1999", " the", *AWKWARD, "<|start|>", "<|end|>"]
-    some = lambda: chr(rng.randrange(*rng.choice(ranges))) if rng.random() < 0.7 else rng.choice(pieces)
-    return "".join(some() for _ in range(rng.randrange(12)))
+CHARACTERS = [(32, 127), (32, 127), (160, 0x2000), (0x2000, 0x2070), (0x3000, 0xd7ff),
+              (0x1f300, 0x1faff)]
+PIECES = [" ", "\n", "\t", "\r\n", "  ", "'s", "'LL", "1999", " the", *AWKWARD,
+          "<|start|>", "<|end|>"]
 
 
-def test_ids_are_those_in_the_files_and_text_becomes_no_special_token(bpe, tmp_path):
+def random_text(rng):
+    """Characters of all kinds, special tokens, and pieces that GPT-2's pattern looks for"""
+    text = ""
+    for _ in range(rng.randrange(12)):
+        if rng.random() < 0.7:
+            text += chr(rng.randrange(*rng.choice(CHARACTERS)))
+        else:
+            text += rng.choice(PIECES)
+    return text
+
+
+def test_ids_are_as_in_the_files_and_text_never_becomes_a_special_token(bpe, tmp_path):
     """Special tokens first, a gap in the ids, one more special token after a second gap"""
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
     late = dict(bpe["added_tokens"][0], id=620, content="<|pad|>")
-    content = changed(changed(bpe, "added_tokens", -1, to=late), "model", "vocab", late["content"], to=620)
+    content = changed(bpe, "added_tokens", -1, to=late)
+    content["model"]["vocab"]["<|pad|>"] = 620
     ours = data.gpt2_tokenizer(bpe_folder(tmp_path / "x", content))
     theirs = Tokenizer.from_file(str(tmp_path / "x" / "tokenizer.json"))
     theirs.encode_special_tokens = True                  # as text
-    rng, special = random.Random(0), {0, 1, 2, 620}
-    for text in AWKWARD + [some_text(rng) for _ in range(3000)]:
+    rng = random.Random(0)
+    for text in AWKWARD + [random_text(rng) for _ in range(3000)]:
         ids = ours.encode_ordinary(text)
         assert ids == theirs.encode(text).ids and ours.decode(ids) == text, text
-        assert not special & set(ids)
+        assert not {0, 1, 2, 620} & set(ids)
     assert ours.eot_token == 0 and ours.n_vocab == 621
     assert ours.decode([0, 1, 2, 620]) == data.EOS + "<|start|><|end|><|pad|>"
-    ours.decode(list(range(ours.n_vocab)))               # the gaps too: a model may sample such an id
+    ours.decode(list(range(ours.n_vocab)))               # gaps too: a model may sample such an id
+
     data.export_tokenizer(ours, tmp_path / "exported", pad=True)
     back = AutoTokenizer.from_pretrained(tmp_path / "exported")
     assert back.convert_tokens_to_ids([data.EOS, "<|end|>", "<|pad|>"]) == [0, 2, 620]
-    assert back.pad_token_id == 621                      # one more, by a name that was free
+    assert back.pad_token_id == 621                      # a new token, by a name that was free
     assert back("good", add_special_tokens=True)["input_ids"] == ours.encode_ordinary("good")
 
 
+END = {"eos_token": "<|end|>"}
+END_AS_DICT = {"eos_token": {"content": "<|end|>"}}
+
+
 @pytest.mark.parametrize("eos, said, beside", [
-    (0, "", {}), (2, "", dict(tokenizer_config={"eos_token": "<|end|>"})),
-    (2, "", dict(special_tokens_map={"eos_token": {"content": "<|end|>"}}, config={"eos_token_id": [1, 2]})),
-    (2, "", dict(tokenizer_config={"eos_token": {"content": "<|end|>"}}, special_tokens_map={"eos_token": "<|start|>"})),
-    (2, "", dict(config={"eos_token_id": 2})), (1, "", dict(config={"eos_token_id": [599, 1]})),
+    (0, "", {}),
+    (2, "", dict(tokenizer_config=END)),
+    (2, "", dict(special_tokens_map=END_AS_DICT, config={"eos_token_id": [1, 2]})),
+    (2, "", dict(tokenizer_config=END_AS_DICT, special_tokens_map={"eos_token": "<|start|>"})),
+    (2, "", dict(config={"eos_token_id": 2})),
+    (1, "", dict(config={"eos_token_id": [599, 1]})),
     (0, "config.json has eos_token_id [50256]", dict(config={"eos_token_id": 50256})),
-    (2, "ends a text with <|end|> (id 2), config.json has eos_token_id [0] and generation_config.json has",
-     dict(tokenizer_config={"eos_token": "<|end|>"}, config={"eos_token_id": 0},
+    (2, "ends a text with <|end|> (id 2), config.json has eos_token_id [0] and "
+        "generation_config.json has",
+     dict(tokenizer_config=END, config={"eos_token_id": 0},
           generation_config={"eos_token_id": [0, 1]}))])
 def test_the_eos_is_the_one_that_the_files_name(eos, said, beside, bpe, tmp_path, capsys):
-    """The tokenizer's before the model's; what is said where they differ"""
+    """The tokenizer's files go before the model's, and a note says where they differ."""
     from transformers import AutoTokenizer
     ours = data.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe, **beside))
     assert ours.eot_token == eos and data.encode_prompt(ours, "") == [eos]
     note = capsys.readouterr().out
-    assert said in note and bool(said) == note.startswith("note: ") and note.count("\n") == bool(said)
+    if said:
+        assert note.startswith("note: ") and said in note and note.count("\n") == 1
+    else:
+        assert note == ""
+
     data.save_tokenizer(ours, tmp_path)
     data.export_tokenizer(ours, tmp_path / "exported")
     for again in (data.load_tokenizer(tmp_path), data.gpt2_tokenizer(tmp_path / "exported")):
         assert again.eot_token == eos and data.fingerprint(again) == data.fingerprint(ours)
         assert again.decode(list(range(607))) == ours.decode(list(range(607)))
-    renamed = json.loads(json.dumps(bpe).replace("<|start|>", "<|begin|>"))
-    renamed = data.gpt2_tokenizer(bpe_folder(tmp_path / "y", renamed))
-    assert data.fingerprint(renamed) != data.fingerprint(ours)
     assert AutoTokenizer.from_pretrained(tmp_path / "exported").eos_token_id == eos
+    renamed_token = json.loads(json.dumps(bpe).replace("<|start|>", "<|begin|>"))
+    other = data.gpt2_tokenizer(bpe_folder(tmp_path / "y", renamed_token))
+    assert data.fingerprint(other) != data.fingerprint(ours)
 
 
-ADDED = dict(id=600, content="<x>", single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-BOS = dict(type="TemplateProcessing", single=[{"SpecialToken": {"id": "<|start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}])
+ADDED = dict(id=600, content="<x>", single_word=False, lstrip=False, rstrip=False,
+             normalized=False, special=True)
+BOS = dict(type="TemplateProcessing", single=[
+    {"SpecialToken": {"id": "<|start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}])
+NFC = {"type": "NFC"}
+DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]}
 
 
 @pytest.mark.parametrize("path, to, message", [
-    (["normalizer"], {"type": "NFC"}, "normalizer NFC"),
-    (["normalizer"], {"type": "Sequence", "normalizers": [{"type": "NFC"}]}, "normalizer NFC"),
+    (["normalizer"], NFC, "normalizer NFC"),
+    (["normalizer"], {"type": "Sequence", "normalizers": [NFC]}, "normalizer NFC"),
     (["pre_tokenizer", "add_prefix_space"], True, "add_prefix_space"),
-    (["pre_tokenizer", "use_regex"], False, "use_regex false"), (["pre_tokenizer"], None, "pre-tokenizer null"),
+    (["pre_tokenizer", "use_regex"], False, "use_regex false"),
+    (["pre_tokenizer"], None, "pre-tokenizer null"),
     (["pre_tokenizer"], {"type": "Whitespace"}, "pre-tokenizer Whitespace"),
-    (["pre_tokenizer"], {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]},
-     r"pre-tokenizer Digits \+ ByteLevel"),
+    (["pre_tokenizer"], DIGITS, r"pre-tokenizer Digits \+ ByteLevel"),
     (["post_processor"], BOS, "TemplateProcessing, which adds tokens"),
-    (["post_processor"], {"type": "Sequence", "processors": [BOS]}, "TemplateProcessing, which adds tokens"),
+    (["post_processor"], {"type": "Sequence", "processors": [BOS]},
+     "TemplateProcessing, which adds tokens"),
     (["post_processor"], {"type": "RobertaProcessing"}, "RobertaProcessing"),
-    (["model", "unk_token"], "<|end|>", "unk_token '<|end|>'".replace("|", r"\|")),
-    (["model", "byte_fallback"], True, "byte_fallback True"), (["model", "dropout"], 0.1, "dropout 0.1"),
+    (["model", "unk_token"], "<|end|>", r"unk_token '<\|end\|>'"),
+    (["model", "byte_fallback"], True, "byte_fallback True"),
+    (["model", "dropout"], 0.1, "dropout 0.1"),
     (["model", "ignore_merges"], True, "ignore_merges True"),
-    (["model", "end_of_word_suffix"], "</w>", "end_of_word_suffix"), (["model", "type"], "Unigram", "byte-level BPE"),
+    (["model", "end_of_word_suffix"], "</w>", "end_of_word_suffix"),
+    (["model", "type"], "Unigram", "byte-level BPE"),
     (["added_tokens", -1], ADDED | {"special": False}, "'<x>' .not special"),
-    (["added_tokens", -1], ADDED | {"lstrip": True, "single_word": True}, "'<x>' .lstrip, single_word"),
+    (["added_tokens", -1], ADDED | {"lstrip": True, "single_word": True},
+     "'<x>' .lstrip, single_word"),
     (["added_tokens", -1], ADDED | {"rstrip": True}, "'<x>' .rstrip"),
-    (["added_tokens", -1], ADDED | {"content": "!", "id": 3}, "special token '!' .* piece of ordinary text"),
+    (["added_tokens", -1], ADDED | {"content": "!", "id": 3},
+     "special token '!' .* piece of ordinary text"),
     (["added_tokens", -1], ADDED | {"id": 50}, "two tokens with one id"),
-    (["added_tokens", 1, "id"], 50, "special token '<|start|>' has a second id".replace("|", r"\|")),
-    (["added_tokens", -1], ADDED | {"id": 10 ** 9}, "token with the id 1000000000; wanted ids below"),
+    (["added_tokens", 1, "id"], 50, r"special token '<\|start\|>' has a second id"),
+    (["added_tokens", -1], ADDED | {"id": 10 ** 9},
+     "token with the id 1000000000; wanted ids below"),
     (["model", "merges"], [["t", "h"]], "number the merges in their order"),
     (["model", "vocab", "a▁"], 610, "number the merges in their order")])
-def test_what_a_tokenizer_asks_for_beyond_gpt2s_is_refused_by_name(path, to, message, bpe, tmp_path):
+def test_tokenizer_features_beyond_gpt2s_are_refused_by_name(path, to, message, bpe, tmp_path):
+    folder = bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))
     with pytest.raises(Stopped, match=f"^error: no tokenizer in .*{message}"):
-        sft.tokenizer_of(str(bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))))
+        sft.tokenizer_of(str(folder))
 
 
 @pytest.mark.parametrize("beside, message", [
     (dict(tokenizer_config={"add_prefix_space": True}), "add_prefix_space"),
     (dict(tokenizer_config={"add_bos_token": True}), "add_bos_token"),
-    (dict(tokenizer_config={"eos_token": "</s>"}), "which of its special tokens ends a text.* got </s>"),
+    (dict(tokenizer_config={"eos_token": "</s>"}),
+     "which of its special tokens ends a text.* got </s>"),
     (dict(tokenizer_config={"eos_token": "a"}), "which of its special tokens ends a text.* got a"),
-    (dict(tokenizer=[1]), "holds a list"), (dict(config=[1]), "config.json holds a list")])
-def test_settings_beside_a_tokenizer_that_cannot_be_are_refused(beside, message, bpe, tmp_path):
+    (dict(tokenizer=[1]), "holds a list"),
+    (dict(config=[1]), "config.json holds a list")])
+def test_impossible_settings_beside_a_tokenizer_are_refused(beside, message, bpe, tmp_path):
     with pytest.raises(Stopped, match=f"^error: no tokenizer in .*{message}"):
         sft.tokenizer_of(str(bpe_folder(tmp_path / "x", bpe, **beside)))
 
 
-@pytest.mark.parametrize("merges", [[("~^", "`")], [("^", "`"), ("~", "^"), ("~^", "`")]])
+@pytest.mark.parametrize("merges", [
+    pytest.param([("~^", "`")], id="a part that is not a token"),
+    pytest.param([("^", "`"), ("~", "^"), ("~^", "`")], id="parts that first merge otherwise")])
 def test_merges_that_tiktoken_would_make_in_a_different_way_are_refused(merges, bpe, tmp_path):
-    """Of a part that is not a token; into a token that is never reached, since its parts merge otherwise first"""
     content = copy.deepcopy(bpe)
     for i, (left, right) in enumerate(merges):
         content["model"]["vocab"][left + right] = 700 + i
@@ -547,55 +633,66 @@ def test_merges_that_tiktoken_would_make_in_a_different_way_are_refused(merges, 
 
 
 def test_harmless_words_in_a_tokenizer_json_change_nothing(bpe, tmp_path):
-    whole = data.fingerprint(data.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe)))
+    wanted = data.fingerprint(data.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe)))
     plain = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
     merges = [" ".join(pair) for pair in bpe["model"]["merges"]]
     untyped = {key: x for key, x in bpe["model"].items() if key != "type"}
-    for path, to in ((["post_processor"], {"type": "ByteLevel"}), (["post_processor"], plain),
-                     (["normalizer"], {"type": "Sequence", "normalizers": []}), (["model", "merges"], merges),
-                     (["model", "end_of_word_suffix"], ""), (["model", "dropout"], 0.0), (["model"], untyped),
-                     (["pre_tokenizer"], {"type": "Sequence", "pretokenizers": [bpe["pre_tokenizer"]]})):
+    for path, to in (
+            (["post_processor"], {"type": "ByteLevel"}),
+            (["post_processor"], plain),
+            (["normalizer"], {"type": "Sequence", "normalizers": []}),
+            (["pre_tokenizer"], {"type": "Sequence", "pretokenizers": [bpe["pre_tokenizer"]]}),
+            (["model", "merges"], merges),
+            (["model", "end_of_word_suffix"], ""),
+            (["model", "dropout"], 0.0),
+            (["model"], untyped)):
         folder = bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))
-        assert data.fingerprint(data.gpt2_tokenizer(folder / "tokenizer.json")) == whole, path
+        ours = data.gpt2_tokenizer(folder / "tokenizer.json")
+        assert data.fingerprint(ours) == wanted, path
 
 
 def test_vocab_and_merges_files_know_their_special_tokens_too(bpe, tmp_path):
     """First in the vocabulary, or listed by the slow tokenizers of transformers, old and new"""
-    whole = data.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe))
-    (tmp_path / "x" / "tokenizer.json").rename(tmp_path / "x" / "vocab.json")
-    (tmp_path / "x" / "vocab.json").write_text(json.dumps(bpe["model"]["vocab"]))
+    folder = bpe_folder(tmp_path / "x", bpe)
+    whole = data.gpt2_tokenizer(folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(bpe["model"]["vocab"]))
     merges = "\n".join(" ".join(pair) for pair in bpe["model"]["merges"])
-    (tmp_path / "x" / "merges.txt").write_text("#version: 0.2\n" + merges + "\n")
-    assert data.fingerprint(data.gpt2_tokenizer(tmp_path / "x")) == data.fingerprint(whole)
-    (tmp_path / "x" / "added_tokens.json").write_text(json.dumps({"<pad>": 607}))
-    assert data.gpt2_tokenizer(tmp_path / "x").decode([607, 2]) == "<pad><|end|>"
-    for special, message in ((True, None), (False, "'<x>' .not special")):
-        flags = {"added_tokens_decoder": {"608": ADDED | {"special": special}}, "eos_token": "<x>"}
-        (tmp_path / "x" / "tokenizer_config.json").write_text(json.dumps(flags))
-        if special:
-            assert data.gpt2_tokenizer(tmp_path / "x").eot_token == 608
-        else:
-            with pytest.raises(ValueError, match=message):
-                data.gpt2_tokenizer(tmp_path / "x")
-    (tmp_path / "x" / "tokenizer_config.json").unlink()
+    (folder / "merges.txt").write_text("#version: 0.2\n" + merges + "\n")
+    assert data.fingerprint(data.gpt2_tokenizer(folder)) == data.fingerprint(whole)
+    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 607}))
+    assert data.gpt2_tokenizer(folder).decode([607, 2]) == "<pad><|end|>"
+
+    def with_added_token(**flags):
+        decoder = {"added_tokens_decoder": {"608": ADDED | flags}, "eos_token": "<x>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(decoder))
+        return data.gpt2_tokenizer(folder)
+
+    assert with_added_token(special=True).eot_token == 608
+    with pytest.raises(ValueError, match="'<x>' .not special"):
+        with_added_token(special=False)
+    (folder / "tokenizer_config.json").unlink()
     nameless = {token.replace(data.EOS, "<s>"): i for token, i in bpe["model"]["vocab"].items()}
-    (tmp_path / "x" / "vocab.json").write_text(json.dumps(nameless))
-    with pytest.raises(ValueError, match="wanted one of .*<s>, .*<|end|> as eos_token".replace("|", r"\|")):
-        data.gpt2_tokenizer(tmp_path / "x")
+    (folder / "vocab.json").write_text(json.dumps(nameless))
+    with pytest.raises(ValueError, match=r"wanted one of .*<s>, .*<\|end\|> as eos_token"):
+        data.gpt2_tokenizer(folder)
 
 
 def test_a_tokenizer_that_an_earlier_version_wrote_is_the_same_tokenizer(tokenizer, tmp_path):
+    """Its fingerprint too, which is stored in the checkpoints of that time"""
     data.save_tokenizer(tokenizer, tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
-    before = hashlib.sha256(repr((data.PATTERN, ranks, tokenizer.eot_token)).encode()).hexdigest()[:16]
-    assert data.fingerprint(tokenizer) == before         # which its checkpoints hold
+    described = repr((data.PATTERN, ranks, tokenizer.eot_token))
+    before = hashlib.sha256(described.encode()).hexdigest()[:16]
+    assert data.fingerprint(tokenizer) == before
     del content["special"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     loaded = data.load_tokenizer(tmp_path)
     assert data.fingerprint(loaded) == before and loaded.eot_token == tokenizer.eot_token
     for eos in (3, None):                                # an ordinary token, nothing
-        (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"special": {"<x>": 900}, "eos": eos}))
+        broken = content | {"special": {"<x>": 900}, "eos": eos}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(broken))
         with pytest.raises(Stopped, match="cannot be read as a tokenizer"):
             data.load_tokenizer(tmp_path)
 
@@ -1904,7 +2001,7 @@ def test_an_exported_tokenizer_is_the_same_in_transformers_and_comes_back(tmp_pa
     data.export_tokenizer(tokenizer, tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.eos_token_id == tokenizer.eot_token and len(theirs) == tokenizer.n_vocab
-    for text in AWKWARD + [p + r for p, r in zip(*reviews.sample(100, seed=8))]:
+    for text in AWKWARD + review_texts(100, seed=8):
         ids = tokenizer.encode_ordinary(text)
         assert theirs(text, split_special_tokens=True)["input_ids"] == ids, text
         assert theirs.decode(ids) == text
