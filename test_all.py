@@ -127,19 +127,28 @@ def ragged(seed=0, dtype=torch.float64, B=5, T=9):
 # --------------------------------------------------------------------------------------------------
 # reviews.py
 
-CUT_DOWN = {                                                   # every rule of the grammar is in one of these
+CUT_DOWN = {                             # together they use every rule of the grammar
     "one sentence": reviews.Lexicon(
-        aspects=("acting", "plot"), adjectives=("superb", "good", "ordinary", "dull", "unbearable"),
-        verbs=("loved", "hated"), verdicts=("See it twice.", "Worth a look.", "Skip it."),
-        intensifiers=("truly", "quite"), occasions=("on a train", "at a festival"), endings=(0.0, 1.0)),
+        aspects=("acting", "plot"),
+        adjectives=("superb", "good", "ordinary", "dull", "unbearable"),
+        verbs=("loved", "hated"),
+        verdicts=("See it twice.", "Worth a look.", "Skip it."),
+        intensifiers=("truly", "quite"),
+        occasions=("on a train", "at a festival"),
+        endings=(0.0, 1.0)),
     "two sentences": reviews.Lexicon(
-        aspects=("acting", "plot"), adjectives=("superb", "good", "ordinary", "awful"), verbs=("loved", "liked"),
-        verdicts=("See it twice.", "Skip it."), intensifiers=(), occasions=("on a train",), endings=(0.0, 0.5, 1.0))}
+        aspects=("acting", "plot"),
+        adjectives=("superb", "good", "ordinary", "awful"),
+        verbs=("loved", "liked"),
+        verdicts=("See it twice.", "Skip it."),
+        intensifiers=(),
+        occasions=("on a train",),
+        endings=(0.0, 0.5, 1.0))}
 TINY_PROMPT = "A western about a lighthouse. On the acting:"
 
 
 def every_review(lexicon):
-    """All texts of a grammar by walking its choices in every mood -> {text: probability}"""
+    """All texts of a grammar, by walking its choices in every mood -> {text: probability}"""
     texts = {}
 
     def walk(taken, mood, p):
@@ -162,42 +171,47 @@ def every_review(lexicon):
 
 
 @pytest.fixture(scope="module", params=CUT_DOWN)
-def listed(request):
-    return CUT_DOWN[request.param], every_review(CUT_DOWN[request.param])
+def cut_down_grammar(request):
+    """-> its lexicon, {text: probability}"""
+    lexicon = CUT_DOWN[request.param]
+    return lexicon, every_review(lexicon)
 
 
-def test_grammar_log_probs_sum_to_one_over_every_text_of_a_cut_down_grammar(listed):
-    lexicon, texts = listed
+def test_grammar_log_probs_sum_to_one_over_every_text_of_a_cut_down_grammar(cut_down_grammar):
+    lexicon, texts = cut_down_grammar
     assert len(texts) > 1000
     total = sum(math.exp(reviews.log_prob(TINY_PROMPT, text, lexicon)) for text in texts)
     assert math.isclose(total, 1.0, rel_tol=1e-9)
 
 
-def test_grammar_log_prob_of_each_text_is_the_sum_over_its_derivations(listed):
-    lexicon, texts = listed
+def test_grammar_log_prob_of_each_text_is_the_sum_over_its_derivations(cut_down_grammar):
+    lexicon, texts = cut_down_grammar
     for text, p in itertools.islice(texts.items(), 0, None, 7):
-        assert math.isclose(math.exp(reviews.log_prob(TINY_PROMPT, text, lexicon)), p, rel_tol=1e-9)
+        log_prob = reviews.log_prob(TINY_PROMPT, text, lexicon)
+        assert math.isclose(math.exp(log_prob), p, rel_tol=1e-9)
 
 
-def test_grammar_samples_texts_with_the_probabilities_it_scores(listed):
-    lexicon, texts = listed
-    rng, n, counts = random.Random(0), 20000, {}
-    for _ in range(n):
-        text = reviews.write("western", "acting", rng, lexicon)
-        counts[text] = counts.get(text, 0) + 1
+def test_grammar_samples_texts_with_the_probabilities_it_scores(cut_down_grammar):
+    lexicon, texts = cut_down_grammar
+    rng = random.Random(0)
+    n = 20000
+    written = [reviews.write("western", "acting", rng, lexicon) for _ in range(n)]
+    assert set(written) <= set(texts)
     for text in sorted(texts, key=texts.get)[-20:]:
         p = texts[text]
-        assert abs(counts[text] / n - p) < 4.5 * math.sqrt(p * (1 - p) / n)    # false alarm 1e-4
+        deviation = math.sqrt(p * (1 - p) / n)
+        assert abs(written.count(text) / n - p) < 4.5 * deviation      # fails by chance in 1e-4
 
 
-def test_the_mood_shows_most_in_what_is_said_about_the_aspect_asked_for():
-    def mean_grade(mood, about):
+def test_the_mood_shows_most_in_the_aspect_that_was_asked_for():
+    def mean_grade(mood, aspect):
         grammar = reviews.choices("western", "acting", mood)
         next(grammar)
-        for phrase in (" The", about, " is", ""):
+        for phrase in (" The", aspect, " is", ""):
             options = grammar.send(phrase)
-        options = grammar.send("")                           # no intensifier
+        options = grammar.send("")                       # no intensifier
         return sum(p * reviews.GRADES[word[1:]] for word, p in options.items())
+
     for mood in (-2, -1, 1, 2):
         asked, other = mean_grade(mood, " acting"), mean_grade(mood, " plot")
         assert asked * mood > other * mood > 0
@@ -211,12 +225,20 @@ def test_every_review_of_the_grammar_has_no_fault_and_parses_back():
         assert reviews.grammatical(prompt, response)
 
 
-def test_log_prob_is_minus_infinity_for_what_the_grammar_cannot_write():
-    good = " The acting is good. Skip it."
-    assert reviews.log_prob(TINY_PROMPT, good) > -30
-    for bad in ("", " The acting is good.", good + " Skip it.", good[1:], " The acting is good. The acting "
-                "is good. Skip it.", " It is a good comedy. Skip it.", good.replace("good", "purple")):
-        assert reviews.log_prob(TINY_PROMPT, bad) == -math.inf, bad
+GOOD_REVIEW = " The acting is good. Skip it."
+
+
+@pytest.mark.parametrize("text", [
+    "",
+    " The acting is good.",
+    GOOD_REVIEW + " Skip it.",
+    GOOD_REVIEW[1:],
+    " The acting is good. The acting is good. Skip it.",
+    " It is a good comedy. Skip it.",
+    GOOD_REVIEW.replace("good", "purple")])
+def test_log_prob_is_minus_infinity_for_texts_outside_the_grammar(text):
+    assert reviews.log_prob(TINY_PROMPT, GOOD_REVIEW) > -30
+    assert reviews.log_prob(TINY_PROMPT, text) == -math.inf
 
 
 @pytest.mark.parametrize("text, sentiment", [
@@ -228,7 +250,8 @@ def test_log_prob_is_minus_infinity_for_what_the_grammar_cannot_write():
     (" I adored the acting. It is an awful western. Skip it.", 3 - 0.5 * 3 - 2),
     (" I saw it on a train. The acting is plain. Fine for a rainy day.", 0.0)])
 def test_gold_of_hand_worked_reviews(text, sentiment):
-    assert reviews.read(TINY_PROMPT, text) == (pytest.approx(sentiment), dict.fromkeys(reviews.PENALTIES, 0))
+    no_faults = dict.fromkeys(reviews.PENALTIES, 0)
+    assert reviews.read(TINY_PROMPT, text) == (pytest.approx(sentiment), no_faults)
     assert reviews.gold(TINY_PROMPT, text) == pytest.approx(sentiment / 3)
 
 
@@ -239,8 +262,8 @@ def test_gold_of_hand_worked_reviews(text, sentiment):
     (" The acting is good. Skip it.", False, "unfinished", 1),
     (" The acting is good. The plot is dull.", True, "unfinished", 1),
     (" Skip it.", True, "length", 1),
-    (" I saw it on a train. I saw it at a festival. The acting is good. The plot is dull. The plot is plain. "
-     "Skip it.", True, "length", 2),
+    (" I saw it on a train. I saw it at a festival. The acting is good. The plot is dull. "
+     "The plot is plain. Skip it.", True, "length", 2),
     (" The acting is good. The plot is good. Skip it.", True, "repeated", 1),
     (" The acting is good. The acting is good. Skip it.", True, "repeated", 2),
     (" The acting is superb and stunning. I loved the acting. Skip it.", True, "gushing", 1)])
@@ -251,67 +274,93 @@ def test_gold_takes_off_for_each_fault_and_only_for_that(text, finished, fault, 
     assert reviews.gold(TINY_PROMPT, text, finished) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("text", ["", ".", "...", "Skip it", "\n\n", "the acting", "é漢 \x00", " " * 500])
+@pytest.mark.parametrize("text", [
+    "", ".", "...", "Skip it", "\n\n", "the acting", "é漢 \x00", " " * 500])
 def test_gold_is_finite_and_low_for_any_text(text):
     assert -1000 < reviews.gold(TINY_PROMPT, text) < -1
 
 
-def test_prompts_of_another_task_are_refused_by_name():
+def test_prompts_of_a_different_task_are_refused_by_name():
     with pytest.raises(ValueError, match="Tell me a joke"):
         reviews.gold("Tell me a joke", " no")
 
 
 def test_annotators_rank_pairs_by_bradley_terry():
     gold = torch.tensor([[0.3, -0.5, 1.1]], dtype=torch.float64)
-    ranks = reviews.rank(gold.expand(40000, 3), seeded(), temperature=0.6).argsort(dim=1)      # place of each
+    rankings = reviews.rank(gold.expand(40000, 3), seeded(), temperature=0.6)
+    places = rankings.argsort(dim=1)
     for i, j in itertools.combinations(range(3), 2):
         wanted = 1 / (1 + math.exp(-(gold[0, i] - gold[0, j]).item() / 0.6))
-        assert (ranks[:, i] < ranks[:, j]).double().mean().item() == pytest.approx(wanted, abs=0.011)
+        share = (places[:, i] < places[:, j]).double().mean().item()
+        assert share == pytest.approx(wanted, abs=0.011)
 
 
 def test_agreement_is_the_expected_accuracy_and_gold_reaches_the_bayes_accuracy():
     gold = torch.randn(40, 4, generator=seeded(), dtype=torch.float64)
     scores = torch.randn(40, 4, generator=seeded(1), dtype=torch.float64)
-    scores[0] = 0.0                                                            # ties
-    total, best, n = 0.0, 0.0, 0
+    scores[0] = 0.0                                      # ties
+    accuracies, best = [], []
     for row in range(40):
         for i, j in itertools.combinations(range(4), 2):
             p = 1 / (1 + math.exp(-(gold[row, i] - gold[row, j]).item() / 0.6))
-            a, b = scores[row, i].item(), scores[row, j].item()
-            total += p if a > b else 1 - p if a < b else 0.5
-            best += max(p, 1 - p)
-            n += 1
-    assert reviews.agreement(scores, gold).item() == pytest.approx(total / n)
-    assert reviews.agreement(gold, gold).item() == pytest.approx(best / n)
-    assert best > total
+            best.append(max(p, 1 - p))
+            if scores[row, i] == scores[row, j]:
+                accuracies.append(0.5)
+            else:
+                accuracies.append(p if scores[row, i] > scores[row, j] else 1 - p)
+    accuracy, best = np.mean(accuracies), np.mean(best)
+    assert reviews.agreement(scores, gold).item() == pytest.approx(accuracy)
+    assert reviews.agreement(gold, gold).item() == pytest.approx(best)
+    assert best > accuracy
 
 
 # --------------------------------------------------------------------------------------------------
 # data.py
 
-AWKWARD = ["", " ", "  two  spaces ", "\n\n \n\t  run   of\r\n whitespace   ", "family 👨‍👩‍👧 🏳️‍🌈", "a<|endoftext|>b <|pad|>", "emoji 🎬🙂", "naïve café", "tabs\tand\nlines\n\n", "<|endoftext|>", "don't we'll",
-           "12345 67", "漢字", "\x00\x7f", "a" * 50, "The acting is good.<|endoftext|> More."]
+AWKWARD = [
+    "", " ", "  two  spaces ", "\n\n \n\t  run   of\r\n whitespace   ", "tabs\tand\nlines\n\n",
+    "family 👨‍👩‍👧 🏳️‍🌈", "emoji 🎬🙂", "naïve café", "漢字", "\x00\x7f", "12345 67", "a" * 50,
+    "don't we'll", "a<|endoftext|>b <|pad|>", "<|endoftext|>",
+    "The acting is good.<|endoftext|> More."]
+
+
+def review_texts(n, seed):
+    return [prompt + response for prompt, response in zip(*reviews.sample(n, seed=seed))]
+
+
+def huggingface_bpe(texts, vocab_size, special_tokens=()):
+    """A byte-level BPE that the tokenizers library has trained"""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(special_tokens), initial_alphabet=alphabet,
+        show_progress=False))
+    return bpe
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.train_tokenizer([p + r for p, r in zip(*reviews.sample(400, seed=3))])
+    return data.train_tokenizer(review_texts(400, seed=3))
 
 
 def test_supervised_targets_of_the_drawn_example():
     inputs, targets, mask = data.collate([[1, 2, 3]], [[4, 5, 10]])
     assert inputs.tolist() == [[1, 2, 3, 4, 5]] and targets.tolist() == [[2, 3, 4, 5, 10]]
-    assert targets[mask > 0].tolist() == [4, 5, 10]                            # EOS in, prompt out
+    assert targets[mask > 0].tolist() == [4, 5, 10]      # with EOS, without the prompt
 
 
 def test_collate_supervises_exactly_the_response_tokens_of_rows_of_any_length():
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
     assert inputs.shape == targets.shape == mask.shape == (4, 7)
     for i in range(4):
-        row, n = PROMPTS[i] + RESPONSES[i], len(PROMPTS[i] + RESPONSES[i])
+        row = PROMPTS[i] + RESPONSES[i]
+        end = len(row) - 1
         assert targets[i][mask[i] > 0].tolist() == RESPONSES[i]
-        assert inputs[i, :n - 1].tolist() == row[:-1] and targets[i, :n - 1].tolist() == row[1:]
-        assert not inputs[i, n:].any() and not targets[i, n - 1:].any() and not mask[i, n - 1:].any()
+        assert inputs[i, :end].tolist() == row[:-1] and targets[i, :end].tolist() == row[1:]
+        assert not inputs[i, end + 1:].any()
+        assert not targets[i, end:].any() and not mask[i, end:].any()
 
 
 def test_responses_of_gives_back_what_collate_was_given():
@@ -321,15 +370,19 @@ def test_responses_of_gives_back_what_collate_was_given():
 
 
 @pytest.mark.parametrize("prompts, responses, message", [
-    ([[]], [[1]], "row 0 has an empty prompt"), ([[1], [1]], [[2], []], "row 1 has an empty response"),
-    ([[1]], [[1], [2]], "1 prompts and 2 responses"), ([], [], "at least one")])
+    ([[]], [[1]], "row 0 has an empty prompt"),
+    ([[1], [1]], [[2], []], "row 1 has an empty response"),
+    ([[1]], [[1], [2]], "1 prompts and 2 responses"),
+    ([], [], "at least one")])
 def test_collate_refuses_rows_without_prompt_or_response(prompts, responses, message):
     with pytest.raises(ValueError, match=message):
         data.collate(prompts, responses)
 
 
 def test_batches_are_a_fresh_permutation_each_epoch_and_a_function_of_the_step():
-    epochs = [[data.batch_rows(10, 3, step, seed=1) for step in range(3 * e, 3 * e + 3)] for e in range(3)]
+    epochs = []
+    for first in (0, 3, 6):
+        epochs.append([data.batch_rows(10, 3, step, seed=1) for step in range(first, first + 3)])
     for epoch in epochs:
         assert len(set(sum(epoch, []))) == 9
     assert epochs[0] != epochs[1] != epochs[2]
@@ -339,13 +392,9 @@ def test_batches_are_a_fresh_permutation_each_epoch_and_a_function_of_the_step()
 
 
 def test_tokenizer_gives_the_ids_of_the_bpe_it_was_made_from():
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    texts = [p + r for p, r in zip(*reviews.sample(400, seed=3))]
-    theirs = Tokenizer(models.BPE())
-    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    theirs.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=699, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
-    ours = data.train_tokenizer(texts, 700)
+    texts = review_texts(400, seed=3)
+    theirs = huggingface_bpe(texts, 699)
+    ours = data.train_tokenizer(texts, 700)              # with EOS
     for text in texts[:50] + AWKWARD:
         assert ours.encode_ordinary(text) == theirs.encode(text).ids, text
 
@@ -356,10 +405,11 @@ def test_any_text_survives_the_tokenizer_and_special_lookalikes_are_plain_text(t
         assert tokenizer.eot_token not in ids and tokenizer.decode(ids) == text
     assert tokenizer.eot_token == tokenizer.n_vocab - 1
     assert data.encode_prompt(tokenizer, "") == [tokenizer.eot_token]
-    prompts, responses = data.encode_texts(tokenizer, ["On the plot:"], [" Skip it."])
-    assert responses[0][-1] == tokenizer.eot_token and responses[0].count(tokenizer.eot_token) == 1
-    assert data.decode_response(tokenizer, responses[0]) == (" Skip it.", True)
-    assert data.decode_response(tokenizer, responses[0][:-1]) == (" Skip it.", False)
+    _, responses = data.encode_texts(tokenizer, ["On the plot:"], [" Skip it."])
+    ids = responses[0]
+    assert ids[-1] == tokenizer.eot_token and ids.count(tokenizer.eot_token) == 1
+    assert data.decode_response(tokenizer, ids) == (" Skip it.", True)
+    assert data.decode_response(tokenizer, ids[:-1]) == (" Skip it.", False)
     assert data.decode_response(tokenizer, []) == ("", False)
 
 
@@ -367,8 +417,9 @@ def test_tokenizer_is_stored_whole_and_its_fingerprint_tells_it_from_others(toke
     data.save_tokenizer(tokenizer, tmp_path)
     loaded = data.load_tokenizer(tmp_path)
     assert data.fingerprint(loaded) == data.fingerprint(tokenizer)
-    assert [loaded.encode_ordinary(t) for t in AWKWARD] == [tokenizer.encode_ordinary(t) for t in AWKWARD]
-    other = data.train_tokenizer([p + r for p, r in zip(*reviews.sample(400, seed=3))], 500)
+    for text in AWKWARD:
+        assert loaded.encode_ordinary(text) == tokenizer.encode_ordinary(text)
+    other = data.train_tokenizer(review_texts(400, seed=3), 500)
     with pytest.raises(Stopped, match="another vocabulary"):
         data.check_vocabulary(data.fingerprint(other), tokenizer, "out/x")
     (tmp_path / "tokenizer.json").write_text("{")
@@ -380,15 +431,17 @@ def test_gpt2_tokenizer_from_local_files_equals_transformers(tmp_path):
     from tokenizers import ByteLevelBPETokenizer
     from transformers import GPT2TokenizerFast
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([p + r for p, r in zip(*reviews.sample(300, seed=1))], vocab_size=600,
-                            special_tokens=[], show_progress=False)
+    bpe.train_from_iterator(review_texts(300, seed=1), vocab_size=600, special_tokens=[],
+                            show_progress=False)
     bpe.save_model(str(tmp_path))
     vocab = json.loads((tmp_path / "vocab.json").read_text())
     (tmp_path / "vocab.json").write_text(json.dumps(vocab | {data.EOS: len(vocab)}))
-    theirs, ours = GPT2TokenizerFast.from_pretrained(tmp_path), data.gpt2_tokenizer(tmp_path)
+    theirs = GPT2TokenizerFast.from_pretrained(tmp_path)
+    ours = data.gpt2_tokenizer(tmp_path)
     assert ours.eot_token == theirs.eos_token_id
     for text in AWKWARD:
-        assert ours.encode_ordinary(text) == theirs(text, split_special_tokens=True)["input_ids"], text
+        wanted = theirs(text, split_special_tokens=True)["input_ids"]
+        assert ours.encode_ordinary(text) == wanted, text
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
     with pytest.raises(ValueError, match="does not number the merges"):
         data.gpt2_tokenizer(tmp_path)
@@ -399,21 +452,18 @@ def test_gpt2_tokenizer_from_local_files_equals_transformers(tmp_path):
 
 @pytest.fixture(scope="module")
 def bpe():
-    """A tokenizer.json with three special tokens first, as trainers number them; text follows after a gap"""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    theirs = Tokenizer(models.BPE())
-    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    theirs.train_from_iterator([p + r for p, r in zip(*reviews.sample(300, seed=3))] + AWKWARD, trainers.BpeTrainer(
-        vocab_size=600, special_tokens=[data.EOS, "<|start|>", "<|end|>"], show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    content = json.loads(theirs.to_str())
-    vocab = content["model"]["vocab"]
-    content["model"]["vocab"] = {token: i if i < 100 else i + 7 for token, i in vocab.items()}
+    """A tokenizer.json: three special tokens first, as trainers number them; a gap in the ids"""
+    texts = review_texts(300, seed=3) + AWKWARD
+    trained = huggingface_bpe(texts, 600, [data.EOS, "<|start|>", "<|end|>"])
+    content = json.loads(trained.to_str())
+    for token, i in content["model"]["vocab"].items():
+        if i >= 100:
+            content["model"]["vocab"][token] = i + 7
     return content
 
 
 def bpe_folder(folder, content, **beside):
-    """beside: {a file's name without .json: its content}"""
+    """A folder of tokenizer.json and of other files, by their names without .json"""
     folder.mkdir(exist_ok=True)
     for name, x in {"tokenizer": content, **beside}.items():
         (folder / f"{name}.json").write_text(json.dumps(x))
@@ -432,112 +482,148 @@ def changed(content, *path, to):
     return copied
 
 
-def some_text(rng):
-    """Random characters of all kinds, special tokens and what GPT-2's pattern looks at"""
-    ranges = [(32, 127), (32, 127), (160, 0x2000), (0x2000, 0x2070), (0x3000, 0xd7ff), (0x1f300, 0x1faff)]
-    pieces = [" ", "\n", "\t", "\r\n", "  ", "'s", "'LL", "1999", " the", *AWKWARD, "<|start|>", "<|end|>"]
-    some = lambda: chr(rng.randrange(*rng.choice(ranges))) if rng.random() < 0.7 else rng.choice(pieces)
-    return "".join(some() for _ in range(rng.randrange(12)))
+CHARACTERS = [(32, 127), (32, 127), (160, 0x2000), (0x2000, 0x2070), (0x3000, 0xd7ff),
+              (0x1f300, 0x1faff)]
+PIECES = [" ", "\n", "\t", "\r\n", "  ", "'s", "'LL", "1999", " the", *AWKWARD,
+          "<|start|>", "<|end|>"]
 
 
-def test_ids_are_those_in_the_files_and_text_becomes_no_special_token(bpe, tmp_path):
+def random_text(rng):
+    """Characters of all kinds, special tokens, and pieces that GPT-2's pattern looks for"""
+    text = ""
+    for _ in range(rng.randrange(12)):
+        if rng.random() < 0.7:
+            text += chr(rng.randrange(*rng.choice(CHARACTERS)))
+        else:
+            text += rng.choice(PIECES)
+    return text
+
+
+def test_ids_are_as_in_the_files_and_text_never_becomes_a_special_token(bpe, tmp_path):
     """Special tokens first, a gap in the ids, one more special token after a second gap"""
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
     late = dict(bpe["added_tokens"][0], id=620, content="<|pad|>")
-    content = changed(changed(bpe, "added_tokens", -1, to=late), "model", "vocab", late["content"], to=620)
+    content = changed(bpe, "added_tokens", -1, to=late)
+    content["model"]["vocab"]["<|pad|>"] = 620
     ours = data.gpt2_tokenizer(bpe_folder(tmp_path / "x", content))
     theirs = Tokenizer.from_file(str(tmp_path / "x" / "tokenizer.json"))
     theirs.encode_special_tokens = True                  # as text
-    rng, special = random.Random(0), {0, 1, 2, 620}
-    for text in AWKWARD + [some_text(rng) for _ in range(3000)]:
+    rng = random.Random(0)
+    for text in AWKWARD + [random_text(rng) for _ in range(3000)]:
         ids = ours.encode_ordinary(text)
         assert ids == theirs.encode(text).ids and ours.decode(ids) == text, text
-        assert not special & set(ids)
+        assert not {0, 1, 2, 620} & set(ids)
     assert ours.eot_token == 0 and ours.n_vocab == 621
     assert ours.decode([0, 1, 2, 620]) == data.EOS + "<|start|><|end|><|pad|>"
-    ours.decode(list(range(ours.n_vocab)))               # the gaps too: a model may sample such an id
+    ours.decode(list(range(ours.n_vocab)))               # gaps too: a model may sample such an id
+
     data.export_tokenizer(ours, tmp_path / "exported", pad=True)
     back = AutoTokenizer.from_pretrained(tmp_path / "exported")
     assert back.convert_tokens_to_ids([data.EOS, "<|end|>", "<|pad|>"]) == [0, 2, 620]
-    assert back.pad_token_id == 621                      # one more, by a name that was free
+    assert back.pad_token_id == 621                      # a new token, by a name that was free
     assert back("good", add_special_tokens=True)["input_ids"] == ours.encode_ordinary("good")
 
 
+END = {"eos_token": "<|end|>"}
+END_AS_DICT = {"eos_token": {"content": "<|end|>"}}
+
+
 @pytest.mark.parametrize("eos, said, beside", [
-    (0, "", {}), (2, "", dict(tokenizer_config={"eos_token": "<|end|>"})),
-    (2, "", dict(special_tokens_map={"eos_token": {"content": "<|end|>"}}, config={"eos_token_id": [1, 2]})),
-    (2, "", dict(tokenizer_config={"eos_token": {"content": "<|end|>"}}, special_tokens_map={"eos_token": "<|start|>"})),
-    (2, "", dict(config={"eos_token_id": 2})), (1, "", dict(config={"eos_token_id": [599, 1]})),
+    (0, "", {}),
+    (2, "", dict(tokenizer_config=END)),
+    (2, "", dict(special_tokens_map=END_AS_DICT, config={"eos_token_id": [1, 2]})),
+    (2, "", dict(tokenizer_config=END_AS_DICT, special_tokens_map={"eos_token": "<|start|>"})),
+    (2, "", dict(config={"eos_token_id": 2})),
+    (1, "", dict(config={"eos_token_id": [599, 1]})),
     (0, "config.json has eos_token_id [50256]", dict(config={"eos_token_id": 50256})),
-    (2, "ends a text with <|end|> (id 2), config.json has eos_token_id [0] and generation_config.json has",
-     dict(tokenizer_config={"eos_token": "<|end|>"}, config={"eos_token_id": 0},
+    (2, "ends a text with <|end|> (id 2), config.json has eos_token_id [0] and "
+        "generation_config.json has",
+     dict(tokenizer_config=END, config={"eos_token_id": 0},
           generation_config={"eos_token_id": [0, 1]}))])
 def test_the_eos_is_the_one_that_the_files_name(eos, said, beside, bpe, tmp_path, capsys):
-    """The tokenizer's before the model's; what is said where they differ"""
+    """The tokenizer's files go before the model's, and a note says where they differ."""
     from transformers import AutoTokenizer
     ours = data.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe, **beside))
     assert ours.eot_token == eos and data.encode_prompt(ours, "") == [eos]
     note = capsys.readouterr().out
-    assert said in note and bool(said) == note.startswith("note: ") and note.count("\n") == bool(said)
+    if said:
+        assert note.startswith("note: ") and said in note and note.count("\n") == 1
+    else:
+        assert note == ""
+
     data.save_tokenizer(ours, tmp_path)
     data.export_tokenizer(ours, tmp_path / "exported")
     for again in (data.load_tokenizer(tmp_path), data.gpt2_tokenizer(tmp_path / "exported")):
         assert again.eot_token == eos and data.fingerprint(again) == data.fingerprint(ours)
         assert again.decode(list(range(607))) == ours.decode(list(range(607)))
-    renamed = json.loads(json.dumps(bpe).replace("<|start|>", "<|begin|>"))
-    renamed = data.gpt2_tokenizer(bpe_folder(tmp_path / "y", renamed))
-    assert data.fingerprint(renamed) != data.fingerprint(ours)
     assert AutoTokenizer.from_pretrained(tmp_path / "exported").eos_token_id == eos
+    renamed_token = json.loads(json.dumps(bpe).replace("<|start|>", "<|begin|>"))
+    other = data.gpt2_tokenizer(bpe_folder(tmp_path / "y", renamed_token))
+    assert data.fingerprint(other) != data.fingerprint(ours)
 
 
-ADDED = dict(id=600, content="<x>", single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-BOS = dict(type="TemplateProcessing", single=[{"SpecialToken": {"id": "<|start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}])
+ADDED = dict(id=600, content="<x>", single_word=False, lstrip=False, rstrip=False,
+             normalized=False, special=True)
+BOS = dict(type="TemplateProcessing", single=[
+    {"SpecialToken": {"id": "<|start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}])
+NFC = {"type": "NFC"}
+DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]}
 
 
 @pytest.mark.parametrize("path, to, message", [
-    (["normalizer"], {"type": "NFC"}, "normalizer NFC"),
-    (["normalizer"], {"type": "Sequence", "normalizers": [{"type": "NFC"}]}, "normalizer NFC"),
+    (["normalizer"], NFC, "normalizer NFC"),
+    (["normalizer"], {"type": "Sequence", "normalizers": [NFC]}, "normalizer NFC"),
     (["pre_tokenizer", "add_prefix_space"], True, "add_prefix_space"),
-    (["pre_tokenizer", "use_regex"], False, "use_regex false"), (["pre_tokenizer"], None, "pre-tokenizer null"),
+    (["pre_tokenizer", "use_regex"], False, "use_regex false"),
+    (["pre_tokenizer"], None, "pre-tokenizer null"),
     (["pre_tokenizer"], {"type": "Whitespace"}, "pre-tokenizer Whitespace"),
-    (["pre_tokenizer"], {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]},
-     r"pre-tokenizer Digits \+ ByteLevel"),
+    (["pre_tokenizer"], DIGITS, r"pre-tokenizer Digits \+ ByteLevel"),
     (["post_processor"], BOS, "TemplateProcessing, which adds tokens"),
-    (["post_processor"], {"type": "Sequence", "processors": [BOS]}, "TemplateProcessing, which adds tokens"),
+    (["post_processor"], {"type": "Sequence", "processors": [BOS]},
+     "TemplateProcessing, which adds tokens"),
     (["post_processor"], {"type": "RobertaProcessing"}, "RobertaProcessing"),
-    (["model", "unk_token"], "<|end|>", "unk_token '<|end|>'".replace("|", r"\|")),
-    (["model", "byte_fallback"], True, "byte_fallback True"), (["model", "dropout"], 0.1, "dropout 0.1"),
+    (["model", "unk_token"], "<|end|>", r"unk_token '<\|end\|>'"),
+    (["model", "byte_fallback"], True, "byte_fallback True"),
+    (["model", "dropout"], 0.1, "dropout 0.1"),
     (["model", "ignore_merges"], True, "ignore_merges True"),
-    (["model", "end_of_word_suffix"], "</w>", "end_of_word_suffix"), (["model", "type"], "Unigram", "byte-level BPE"),
+    (["model", "end_of_word_suffix"], "</w>", "end_of_word_suffix"),
+    (["model", "type"], "Unigram", "byte-level BPE"),
     (["added_tokens", -1], ADDED | {"special": False}, "'<x>' .not special"),
-    (["added_tokens", -1], ADDED | {"lstrip": True, "single_word": True}, "'<x>' .lstrip, single_word"),
+    (["added_tokens", -1], ADDED | {"lstrip": True, "single_word": True},
+     "'<x>' .lstrip, single_word"),
     (["added_tokens", -1], ADDED | {"rstrip": True}, "'<x>' .rstrip"),
-    (["added_tokens", -1], ADDED | {"content": "!", "id": 3}, "special token '!' .* piece of ordinary text"),
+    (["added_tokens", -1], ADDED | {"content": "!", "id": 3},
+     "special token '!' .* piece of ordinary text"),
     (["added_tokens", -1], ADDED | {"id": 50}, "two tokens with one id"),
-    (["added_tokens", 1, "id"], 50, "special token '<|start|>' has a second id".replace("|", r"\|")),
-    (["added_tokens", -1], ADDED | {"id": 10 ** 9}, "token with the id 1000000000; wanted ids below"),
+    (["added_tokens", 1, "id"], 50, r"special token '<\|start\|>' has a second id"),
+    (["added_tokens", -1], ADDED | {"id": 10 ** 9},
+     "token with the id 1000000000; wanted ids below"),
     (["model", "merges"], [["t", "h"]], "number the merges in their order"),
     (["model", "vocab", "a▁"], 610, "number the merges in their order")])
-def test_what_a_tokenizer_asks_for_beyond_gpt2s_is_refused_by_name(path, to, message, bpe, tmp_path):
+def test_tokenizer_features_beyond_gpt2s_are_refused_by_name(path, to, message, bpe, tmp_path):
+    folder = bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))
     with pytest.raises(Stopped, match=f"^error: no tokenizer in .*{message}"):
-        sft.tokenizer_of(str(bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))))
+        sft.tokenizer_of(str(folder))
 
 
 @pytest.mark.parametrize("beside, message", [
     (dict(tokenizer_config={"add_prefix_space": True}), "add_prefix_space"),
     (dict(tokenizer_config={"add_bos_token": True}), "add_bos_token"),
-    (dict(tokenizer_config={"eos_token": "</s>"}), "which of its special tokens ends a text.* got </s>"),
+    (dict(tokenizer_config={"eos_token": "</s>"}),
+     "which of its special tokens ends a text.* got </s>"),
     (dict(tokenizer_config={"eos_token": "a"}), "which of its special tokens ends a text.* got a"),
-    (dict(tokenizer=[1]), "holds a list"), (dict(config=[1]), "config.json holds a list")])
-def test_settings_beside_a_tokenizer_that_cannot_be_are_refused(beside, message, bpe, tmp_path):
+    (dict(tokenizer=[1]), "holds a list"),
+    (dict(config=[1]), "config.json holds a list")])
+def test_impossible_settings_beside_a_tokenizer_are_refused(beside, message, bpe, tmp_path):
     with pytest.raises(Stopped, match=f"^error: no tokenizer in .*{message}"):
         sft.tokenizer_of(str(bpe_folder(tmp_path / "x", bpe, **beside)))
 
 
-@pytest.mark.parametrize("merges", [[("~^", "`")], [("^", "`"), ("~", "^"), ("~^", "`")]])
+@pytest.mark.parametrize("merges", [
+    pytest.param([("~^", "`")], id="a part that is not a token"),
+    pytest.param([("^", "`"), ("~", "^"), ("~^", "`")], id="parts that first merge otherwise")])
 def test_merges_that_tiktoken_would_make_in_a_different_way_are_refused(merges, bpe, tmp_path):
-    """Of a part that is not a token; into a token that is never reached, since its parts merge otherwise first"""
     content = copy.deepcopy(bpe)
     for i, (left, right) in enumerate(merges):
         content["model"]["vocab"][left + right] = 700 + i
@@ -547,55 +633,66 @@ def test_merges_that_tiktoken_would_make_in_a_different_way_are_refused(merges, 
 
 
 def test_harmless_words_in_a_tokenizer_json_change_nothing(bpe, tmp_path):
-    whole = data.fingerprint(data.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe)))
+    wanted = data.fingerprint(data.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe)))
     plain = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
     merges = [" ".join(pair) for pair in bpe["model"]["merges"]]
     untyped = {key: x for key, x in bpe["model"].items() if key != "type"}
-    for path, to in ((["post_processor"], {"type": "ByteLevel"}), (["post_processor"], plain),
-                     (["normalizer"], {"type": "Sequence", "normalizers": []}), (["model", "merges"], merges),
-                     (["model", "end_of_word_suffix"], ""), (["model", "dropout"], 0.0), (["model"], untyped),
-                     (["pre_tokenizer"], {"type": "Sequence", "pretokenizers": [bpe["pre_tokenizer"]]})):
+    for path, to in (
+            (["post_processor"], {"type": "ByteLevel"}),
+            (["post_processor"], plain),
+            (["normalizer"], {"type": "Sequence", "normalizers": []}),
+            (["pre_tokenizer"], {"type": "Sequence", "pretokenizers": [bpe["pre_tokenizer"]]}),
+            (["model", "merges"], merges),
+            (["model", "end_of_word_suffix"], ""),
+            (["model", "dropout"], 0.0),
+            (["model"], untyped)):
         folder = bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))
-        assert data.fingerprint(data.gpt2_tokenizer(folder / "tokenizer.json")) == whole, path
+        ours = data.gpt2_tokenizer(folder / "tokenizer.json")
+        assert data.fingerprint(ours) == wanted, path
 
 
 def test_vocab_and_merges_files_know_their_special_tokens_too(bpe, tmp_path):
     """First in the vocabulary, or listed by the slow tokenizers of transformers, old and new"""
-    whole = data.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe))
-    (tmp_path / "x" / "tokenizer.json").rename(tmp_path / "x" / "vocab.json")
-    (tmp_path / "x" / "vocab.json").write_text(json.dumps(bpe["model"]["vocab"]))
+    folder = bpe_folder(tmp_path / "x", bpe)
+    whole = data.gpt2_tokenizer(folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(bpe["model"]["vocab"]))
     merges = "\n".join(" ".join(pair) for pair in bpe["model"]["merges"])
-    (tmp_path / "x" / "merges.txt").write_text("#version: 0.2\n" + merges + "\n")
-    assert data.fingerprint(data.gpt2_tokenizer(tmp_path / "x")) == data.fingerprint(whole)
-    (tmp_path / "x" / "added_tokens.json").write_text(json.dumps({"<pad>": 607}))
-    assert data.gpt2_tokenizer(tmp_path / "x").decode([607, 2]) == "<pad><|end|>"
-    for special, message in ((True, None), (False, "'<x>' .not special")):
-        flags = {"added_tokens_decoder": {"608": ADDED | {"special": special}}, "eos_token": "<x>"}
-        (tmp_path / "x" / "tokenizer_config.json").write_text(json.dumps(flags))
-        if special:
-            assert data.gpt2_tokenizer(tmp_path / "x").eot_token == 608
-        else:
-            with pytest.raises(ValueError, match=message):
-                data.gpt2_tokenizer(tmp_path / "x")
-    (tmp_path / "x" / "tokenizer_config.json").unlink()
+    (folder / "merges.txt").write_text("#version: 0.2\n" + merges + "\n")
+    assert data.fingerprint(data.gpt2_tokenizer(folder)) == data.fingerprint(whole)
+    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 607}))
+    assert data.gpt2_tokenizer(folder).decode([607, 2]) == "<pad><|end|>"
+
+    def with_added_token(**flags):
+        decoder = {"added_tokens_decoder": {"608": ADDED | flags}, "eos_token": "<x>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(decoder))
+        return data.gpt2_tokenizer(folder)
+
+    assert with_added_token(special=True).eot_token == 608
+    with pytest.raises(ValueError, match="'<x>' .not special"):
+        with_added_token(special=False)
+    (folder / "tokenizer_config.json").unlink()
     nameless = {token.replace(data.EOS, "<s>"): i for token, i in bpe["model"]["vocab"].items()}
-    (tmp_path / "x" / "vocab.json").write_text(json.dumps(nameless))
-    with pytest.raises(ValueError, match="wanted one of .*<s>, .*<|end|> as eos_token".replace("|", r"\|")):
-        data.gpt2_tokenizer(tmp_path / "x")
+    (folder / "vocab.json").write_text(json.dumps(nameless))
+    with pytest.raises(ValueError, match=r"wanted one of .*<s>, .*<\|end\|> as eos_token"):
+        data.gpt2_tokenizer(folder)
 
 
 def test_a_tokenizer_that_an_earlier_version_wrote_is_the_same_tokenizer(tokenizer, tmp_path):
+    """Its fingerprint too, which is stored in the checkpoints of that time"""
     data.save_tokenizer(tokenizer, tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
-    before = hashlib.sha256(repr((data.PATTERN, ranks, tokenizer.eot_token)).encode()).hexdigest()[:16]
-    assert data.fingerprint(tokenizer) == before         # which its checkpoints hold
+    described = repr((data.PATTERN, ranks, tokenizer.eot_token))
+    before = hashlib.sha256(described.encode()).hexdigest()[:16]
+    assert data.fingerprint(tokenizer) == before
     del content["special"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     loaded = data.load_tokenizer(tmp_path)
     assert data.fingerprint(loaded) == before and loaded.eot_token == tokenizer.eot_token
     for eos in (3, None):                                # an ordinary token, nothing
-        (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"special": {"<x>": 900}, "eos": eos}))
+        broken = content | {"special": {"<x>": 900}, "eos": eos}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(broken))
         with pytest.raises(Stopped, match="cannot be read as a tokenizer"):
             data.load_tokenizer(tmp_path)
 
@@ -1521,41 +1618,53 @@ def test_no_file_of_the_project_can_run_what_it_reads():
 # --------------------------------------------------------------------------------------------------
 # model.py
 
-def test_logits_equal_transformers_gpt2_in_both_directions(tmp_path):
-    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+def random_gpt2(std, **sizes):
+    """A GPT2LMHeadModel with random weights, biases and norms, so each of them matters"""
+    from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=24, n_layer=3, n_head=4, n_embd=32,
-                                        bos_token_id=96, eos_token_id=96)).eval()
-    for p in theirs.parameters():
-        p.data.normal_(std=0.2)                              # biases and norms too, so that each matters
+    last = sizes["vocab_size"] - 1
+    gpt = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=last, eos_token_id=last)).eval()
+    for p in gpt.parameters():
+        p.data.normal_(std=std)
+    return gpt
+
+
+def load_in_transformers(folder, **options):
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def assert_refused(source, message, **changes):
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(source, **changes)
+
+
+def test_logits_equal_transformers_gpt2_in_both_directions(tmp_path):
+    theirs = random_gpt2(0.2, vocab_size=97, n_positions=24, n_layer=3, n_head=4, n_embd=32)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = GPT.from_pretrained(tmp_path / "theirs").eval()
     ids = torch.randint(97, (3, 24), generator=seeded())
-    torch.testing.assert_close(ours.double()(ids), theirs.double()(ids).logits, atol=1e-9, rtol=1e-9)
+    wanted = theirs.double()(ids).logits
+    torch.testing.assert_close(ours.double()(ids), wanted, atol=1e-9, rtol=1e-9)
     for p in ours.float().parameters():
         p.data.add_(0.01)
     ours.save_pretrained(tmp_path / "ours", eos_id=96)
-    back = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float64).eval()
+    back = load_in_transformers(tmp_path / "ours", dtype=torch.float64)
     torch.testing.assert_close(ours.double()(ids), back(ids).logits, atol=1e-9, rtol=1e-9)
 
 
 @pytest.fixture(scope="module")
 def gpt2_folder(tmp_path_factory):
-    """A GPT-2 as transformers saves it, its logits on ids, and a function that changes a copy of the folder"""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    """A folder whose whole/ is a GPT-2 saved by transformers; some ids; its logits on them"""
     home = tmp_path_factory.mktemp("gpt2")
-    torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=12, n_layer=2, n_head=2, n_embd=8,
-                                        bos_token_id=0, eos_token_id=0)).eval()
-    for p in theirs.parameters():
-        p.data.normal_(std=0.3)
+    theirs = random_gpt2(0.3, vocab_size=30, n_positions=12, n_layer=2, n_head=2, n_embd=8)
     theirs.save_pretrained(home / "whole")
     ids = torch.randint(30, (2, 12), generator=seeded())
     return home, ids, theirs(ids).logits.detach()
 
 
-def folder_of(gpt2_folder, weights=None, config=None, save=save_file, name="model.safetensors"):
-    """A copy of that folder: its weights after a function of {name: tensor}, its config with other values"""
+def gpt2_variant(gpt2_folder, weights=None, config=None, save=save_file, name="model.safetensors"):
+    """A copy of that GPT-2 with changed weights (a function of {name: tensor}) and settings"""
     whole, folder = gpt2_folder[0] / "whole", gpt2_folder[0] / "changed"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -1570,34 +1679,50 @@ def prefixed(prefix):
     return lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-WTE, MLP = "transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"
+def renamed(old, new):
+    return lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+WTE = "transformer.wte.weight"
+MLP = "transformer.h.1.mlp.c_fc.weight"
 
 
 @pytest.mark.parametrize("weights", [
-    *map(prefixed, ("_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "base_model.model.")),
-    lambda x: {name.replace("h.0.", "h.0._checkpoint_wrapped_module."): w for name, w in x.items()},
-    lambda x: {name.removeprefix("transformer."): w for name, w in x.items()},     # a trunk by itself
-    lambda x: x | {"lm_head.weight": x[WTE].clone()},
-    lambda x: {name.replace(WTE, "lm_head.weight"): w for name, w in x.items()},
-    lambda x: x | {"transformer.h.0.attn.bias": torch.ones(1, 1, 12, 12, dtype=torch.bool),
-                   "transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}])
+    pytest.param(prefixed("_orig_mod."), id="compiled"),
+    pytest.param(prefixed("module."), id="parallel"),
+    pytest.param(prefixed("module._orig_mod."), id="compiled, parallel"),
+    pytest.param(prefixed("_orig_mod.module."), id="parallel, compiled"),
+    pytest.param(prefixed("base_model.model."), id="peft"),
+    pytest.param(renamed("h.0.", "h.0._checkpoint_wrapped_module."), id="checkpointed"),
+    pytest.param(renamed("transformer.", ""), id="a trunk by itself"),
+    pytest.param(renamed(WTE, "lm_head.weight"), id="a head alone"),
+    pytest.param(lambda x: x | {"lm_head.weight": x[WTE].clone()}, id="a tied head"),
+    pytest.param(lambda x: x | {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 12, 12, dtype=torch.bool),
+        "transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}, id="causal masks")])
 def test_weights_load_by_the_names_that_wrappers_and_old_files_give_them(weights, gpt2_folder):
     _, ids, logits = gpt2_folder
-    ours = GPT.from_pretrained(folder_of(gpt2_folder, weights)).eval()
+    ours = GPT.from_pretrained(gpt2_variant(gpt2_folder, weights)).eval()
     torch.testing.assert_close(ours(ids), logits)
 
 
 @pytest.mark.parametrize("weights, message", [
     (prefixed("foo."), "missing are h.0.attn.c_attn.bias, .* unknown are foo.transformer.h.0"),
-    (lambda x: {name: w for name, w in x.items() if "c_fc.b" not in name}, "missing are h.0.mlp.c_fc.bias, h.1"),
-    (lambda x: x | {"v_head.weight": torch.zeros(2)}, "missing are none; unknown are v_head.weight"),
-    (lambda x: x | {MLP: torch.zeros(8, 31)}, r"h.1.mlp.c_fc.weight: got \(31, 8\) .*, wanted \(32, 8\)"),
+    (lambda x: {name: w for name, w in x.items() if "c_fc.b" not in name},
+     "missing are h.0.mlp.c_fc.bias, h.1"),
+    (lambda x: x | {"v_head.weight": torch.zeros(2)},
+     "missing are none; unknown are v_head.weight"),
+    (lambda x: x | {MLP: torch.zeros(8, 31)},
+     r"h.1.mlp.c_fc.weight: got \(31, 8\) .*, wanted \(32, 8\)"),
     (lambda x: x | {WTE: torch.zeros(31, 8)}, r"wte.weight: got \(31, 8\) .*, wanted \(30, 8\)"),
-    (lambda x: x | {MLP: torch.zeros(8, 32, dtype=torch.int8)}, "h.1.mlp.c_fc.weight: got .* of torch.int8"),
+    (lambda x: x | {MLP: torch.zeros(8, 32, dtype=torch.int8)},
+     "h.1.mlp.c_fc.weight: got .* of torch.int8"),
     (lambda x: x | {"lm_head.weight": x[WTE] + 1e-3}, "lm_head.weight differs from wte.weight"),
-    (lambda x: x | {"module." + WTE: x[WTE].clone()}, "transformer.wte.weight twice")])
-def test_no_weight_is_missing_unknown_or_of_a_different_shape_in_silence(weights, message, gpt2_folder):
-    folder = folder_of(gpt2_folder, weights)
+    (lambda x: x | {"module." + WTE: x[WTE].clone()}, "transformer.wte.weight twice")],
+    ids=["prefix", "missing", "unknown", "shape", "vocabulary", "int8", "head", "twice"])
+def test_no_weight_is_missing_unknown_or_of_a_different_shape_in_silence(
+        weights, message, gpt2_folder):
+    folder = gpt2_variant(gpt2_folder, weights)
     with pytest.raises(Stopped, match=f"^error: --init .*: .*{message}"):
         sft.pretrained(str(folder), types.SimpleNamespace(n_vocab=20), block_size=5)
 
@@ -1605,123 +1730,143 @@ def test_no_weight_is_missing_unknown_or_of_a_different_shape_in_silence(weights
 def in_parts(save, pattern, index):
     """A way to save weights in two files and an index"""
     def save_parts(tensors, path):
-        names, where = list(tensors), {}
+        names = list(tensors)
+        where = {}
         for i, part in enumerate((names[:9], names[9:])):
-            save({name: tensors[name] for name in part}, path.parent / pattern.format(i + 1))
-            where |= dict.fromkeys(part, pattern.format(i + 1))
+            file_name = pattern.format(i + 1)
+            save({name: tensors[name] for name in part}, path.parent / file_name)
+            where |= dict.fromkeys(part, file_name)
         (path.parent / index).write_text(json.dumps({"weight_map": where}))
     return save_parts
 
 
-IN_PARTS = in_parts(save_file, "model-0000{}-of-00002.safetensors", "model.safetensors.index.json")
+SAFETENSORS_IN_PARTS = in_parts(save_file, "model-0000{}-of-00002.safetensors",
+                                "model.safetensors.index.json")
+BIN_IN_PARTS = in_parts(torch.save, "pytorch_model-0000{}-of-00002.bin",
+                        "pytorch_model.bin.index.json")
+OLD_BIN = functools.partial(torch.save, _use_new_zipfile_serialization=False)
 
 
 @pytest.mark.parametrize("save, name", [
-    (torch.save, "pytorch_model.bin"), (IN_PARTS, ""),
-    (functools.partial(torch.save, _use_new_zipfile_serialization=False), "pytorch_model.bin"),
-    (in_parts(torch.save, "pytorch_model-0000{}-of-00002.bin", "pytorch_model.bin.index.json"), "")])
-def test_weights_are_read_from_every_kind_of_file_that_transformers_wrote(save, name, gpt2_folder, capsys):
+    pytest.param(torch.save, "pytorch_model.bin", id="bin"),
+    pytest.param(OLD_BIN, "pytorch_model.bin", id="old bin"),
+    pytest.param(BIN_IN_PARTS, "x", id="bin in parts"),
+    pytest.param(SAFETENSORS_IN_PARTS, "x", id="safetensors in parts")])
+def test_weights_are_read_from_every_kind_of_file_that_transformers_wrote(
+        save, name, gpt2_folder, capsys):
     _, ids, logits = gpt2_folder
-    folder = folder_of(gpt2_folder, prefixed("_orig_mod."), save=save, name=name or "x")
+    folder = gpt2_variant(gpt2_folder, prefixed("_orig_mod."), save=save, name=name)
     torch.testing.assert_close(GPT.from_pretrained(folder).eval()(ids), logits)
-    save_file({}, folder / "model.safetensors")          # of two kinds the first counts, as in transformers
-    with pytest.raises(ValueError, match="missing are h.0"):
-        GPT.from_pretrained(folder)
+    save_file({}, folder / "model.safetensors")          # where both exist, it comes first
+    assert_refused(folder, "missing are h.0")
     assert "model.safetensors is used, as transformers does" in capsys.readouterr().out
 
 
 def test_folders_without_one_whole_gpt2_are_refused_by_what_they_hold(gpt2_folder):
     owned = gpt2_folder[0] / "owned"
-
-    def refused(folder, message):
-        with pytest.raises(ValueError, match=message):
-            GPT.from_pretrained(folder)
-    folder = folder_of(gpt2_folder)
+    folder = gpt2_variant(gpt2_folder)
     content = (folder / "model.safetensors").read_bytes()
     for n in (0, 20, len(content) // 2, len(content) - 1):
         (folder / "model.safetensors").write_bytes(content[:n])
-        refused(folder, "changed/model.safetensors cannot be read as weights")
+        assert_refused(folder, "changed/model.safetensors cannot be read as weights")
     (folder / "model.safetensors").rename(folder / "tf_model.h5")
-    refused(folder, "has no weights: wanted model.safetensors or .*; found config.json, tf_model.h5")
+    assert_refused(folder, "has no weights: wanted model.safetensors or .*; "
+                           "found config.json, tf_model.h5")
     (folder / "adapter_config.json").write_text("{}")
-    refused(folder, "holds an adapter .LoRA.*; merge it into them first")
-    for settings, message in (("{", "config.json cannot be read"), ("[]", "config.json holds a list")):
-        folder = folder_of(gpt2_folder)
+    assert_refused(folder, "holds an adapter .LoRA.*; merge it into them first")
+
+    for settings, message in (("{", "config.json cannot be read"),
+                              ("[]", "config.json holds a list")):
+        folder = gpt2_variant(gpt2_folder)
         (folder / "config.json").write_text(settings)
-        refused(folder, message)
+        assert_refused(folder, message)
     (folder / "config.json").unlink()
-    refused(folder, "has no config.json, which says what its weights are")
-    refused(folder_of(gpt2_folder, config={"quantization_config": {"quant_method": "gptq"}}), "quantized weights .*gptq")
-    folder = folder_of(gpt2_folder, save=IN_PARTS)
+    assert_refused(folder, "has no config.json, which says what its weights are")
+    quantized = {"quantization_config": {"quant_method": "gptq"}}
+    assert_refused(gpt2_variant(gpt2_folder, config=quantized), "quantized weights .*gptq")
+
+    folder = gpt2_variant(gpt2_folder, save=SAFETENSORS_IN_PARTS)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    refused(folder, "model-00002-of-00002.safetensors cannot be read as weights .FileNotFoundError")
+    assert_refused(folder, "model-00002-of-00002.safetensors cannot be read as weights "
+                           ".FileNotFoundError")
     (folder / "model.safetensors.index.json").write_text("{}")
-    refused(folder, "has no weight_map")
-    for saved, message in (({"state_dict": {}}, "holds a dict by the name state_dict"), ([3], "cannot be read"),
+    assert_refused(folder, "has no weight_map")
+
+    for saved, message in (({"state_dict": {}}, "holds a dict by the name state_dict"),
+                           ([3], "cannot be read"),
                            ({"x": Malicious(owned)}, "holds more than tensors")):
-        folder = folder_of(gpt2_folder, weights=lambda x: saved, save=torch.save, name="pytorch_model.bin")
-        refused(folder, message)
+        folder = gpt2_variant(gpt2_folder, weights=lambda x: saved, save=torch.save,
+                              name="pytorch_model.bin")
+        assert_refused(folder, message)
     assert not owned.exists()
 
 
 @pytest.mark.parametrize("config, message", [
     (dict(activation_function="relu"), "activation_function 'relu', wanted 'gelu_new' or"),
-    (dict(n_inner=20), "n_inner 20, wanted None or 32"), (dict(scale_attn_weights=False), "scale_attn_weights False"),
-    (dict(scale_attn_by_inverse_layer_idx=True), "by_inverse_layer_idx True"), (dict(model_type="llama"), "'llama'"),
-    (dict(tie_word_embeddings=False), "tie_word_embeddings"), (dict(layer_norm_epsilon=1e-6), "epsilon 1e-06"),
-    (dict(add_cross_attention=True), "add_cross_attention"), (dict(n_layer=1), "unknown are h.1.attn"),
-    (dict(n_layer=3), "missing are h.2.attn"), (dict(n_head=3), "n_embd must be a multiple of n_head"),
-    (dict(n_head=0), "zero"), (dict(n_embd="8"), ""), (dict(n_embd=-8), "negative")])
+    (dict(n_inner=20), "n_inner 20, wanted None or 32"),
+    (dict(scale_attn_weights=False), "scale_attn_weights False"),
+    (dict(scale_attn_by_inverse_layer_idx=True), "by_inverse_layer_idx True"),
+    (dict(model_type="llama"), "'llama'"),
+    (dict(tie_word_embeddings=False), "tie_word_embeddings"),
+    (dict(layer_norm_epsilon=1e-6), "epsilon 1e-06"),
+    (dict(add_cross_attention=True), "add_cross_attention"),
+    (dict(n_layer=1), "unknown are h.1.attn"),
+    (dict(n_layer=3), "missing are h.2.attn"),
+    (dict(n_head=3), "n_embd must be a multiple of n_head"),
+    (dict(n_head=0), "zero"),
+    (dict(n_embd="8"), ""),
+    (dict(n_embd=-8), "negative")])
 def test_a_gpt2_variant_that_is_not_computed_is_refused(config, message, gpt2_folder):
+    folder = gpt2_variant(gpt2_folder, config=config)
     with pytest.raises(Stopped, match=f"^error: --init .*: .*{message}"):
-        sft.pretrained(str(folder_of(gpt2_folder, config=config)), types.SimpleNamespace(n_vocab=30))
+        sft.pretrained(str(folder), types.SimpleNamespace(n_vocab=30))
 
 
-def test_what_an_old_config_does_not_say_is_as_in_gpt2(gpt2_folder):
-    _, ids, logits = gpt2_folder
+def test_settings_that_an_old_config_lacks_are_as_in_gpt2(gpt2_folder):
+    home, ids, logits = gpt2_folder
     old = dict(vocab_size=30, n_positions=12, n_ctx=12, n_layer=2, n_head=2, n_embd=8)
-    renamed = dict(model_type="gpt2", vocab_size=30, max_position_embeddings=12, hidden_size=8,
-                   num_hidden_layers=2, num_attention_heads=2)
-    for config in (old, renamed):
-        folder = folder_of(gpt2_folder)
+    by_other_names = dict(model_type="gpt2", vocab_size=30, max_position_embeddings=12,
+                          hidden_size=8, num_hidden_layers=2, num_attention_heads=2)
+    for config in (old, by_other_names):
+        folder = gpt2_variant(gpt2_folder)
         (folder / "config.json").write_text(json.dumps(config))
-        torch.testing.assert_close(GPT.from_pretrained(folder).eval()(ids), logits)
-    assert pretrained.read_config(gpt2_folder[0] / "whole")["n_positions"] == GPT.from_pretrained(folder).config.block_size
-    (folder / "config.json").write_text("{}")            # GPT-2 itself
-    with pytest.raises(ValueError, match="GPT-2 of 12 layers"):
-        GPT.from_pretrained(folder)
+        ours = GPT.from_pretrained(folder).eval()
+        torch.testing.assert_close(ours(ids), logits)
+    settings = pretrained.read_config(home / "whole")
+    assert settings["n_positions"] == ours.config.block_size
+    (folder / "config.json").write_text("{}")            # the sizes of GPT-2 itself
+    assert_refused(folder, "GPT-2 of 12 layers")
 
 
-def test_either_gelu_is_computed_as_transformers_does_and_written_for_it(gpt2_folder, tmp_path):
-    from transformers import AutoModelForCausalLM
+def test_both_gelus_are_computed_as_in_transformers_and_exported(gpt2_folder, tmp_path):
     _, ids, logits = gpt2_folder
-    folder = folder_of(gpt2_folder, config=dict(activation_function="gelu"))
+    folder = gpt2_variant(gpt2_folder, config=dict(activation_function="gelu"))
     exact = GPT.from_pretrained(folder).eval()
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-    torch.testing.assert_close(exact.double()(ids), theirs(ids).logits, atol=1e-9, rtol=1e-9)
+    wanted = load_in_transformers(folder, dtype=torch.float64)(ids).logits
+    torch.testing.assert_close(exact.double()(ids), wanted, atol=1e-9, rtol=1e-9)
     assert (exact.float()(ids) - logits).abs().max() > 1e-5
     exact.save_pretrained(tmp_path / "exact", eos_id=0)
-    back = AutoModelForCausalLM.from_pretrained(tmp_path / "exact", dtype=torch.float64).eval()
+    back = load_in_transformers(tmp_path / "exact", dtype=torch.float64)
     assert back.config.activation_function == "gelu"
-    torch.testing.assert_close(back(ids).logits, theirs(ids).logits, atol=1e-9, rtol=1e-9)
-    for name in ("gelu_pytorch_tanh", "gelu_fast"):      # the same approximation, written differently
-        ours = GPT.from_pretrained(folder_of(gpt2_folder, config=dict(activation_function=name))).eval()
-        torch.testing.assert_close(ours(ids), logits)
-    assert GPTConfig(**{"vocab_size": 5}).activation == "gelu_tanh"          # of checkpoints without the field
+    torch.testing.assert_close(back(ids).logits, wanted, atol=1e-9, rtol=1e-9)
+    for name in ("gelu_pytorch_tanh", "gelu_fast"):      # the same approximation by other names
+        folder = gpt2_variant(gpt2_folder, config=dict(activation_function=name))
+        torch.testing.assert_close(GPT.from_pretrained(folder).eval()(ids), logits)
+    assert GPTConfig(**{"vocab_size": 5}).activation == "gelu_tanh"    # in checkpoints without it
 
 
 def nanogpt(weights, n_layer, n_head, ids):
-    """nanoGPT's forward, written from its published model: LayerNorm with or without bias, exact GELU, tied head"""
+    """nanoGPT's forward, from its published model: LayerNorm with or without bias, exact GELU"""
     F = torch.nn.functional
-    at = lambda name: weights.get(name)
 
     def norm(x, name):
-        return F.layer_norm(x, (x.shape[-1],), at(f"{name}.weight"), at(f"{name}.bias"), 1e-5)
+        weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, 1e-5)
 
     def linear(x, name):
-        return F.linear(x, at(f"{name}.weight"), at(f"{name}.bias"))
+        return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
-    x = at("wte.weight")[ids] + at("wpe.weight")[torch.arange(ids.shape[1])]
+    x = weights["wte.weight"][ids] + weights["wpe.weight"][torch.arange(ids.shape[1])]
     B, T, C = x.shape
     for i in range(n_layer):
         q, k, v = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(C, dim=2)
@@ -1732,16 +1877,18 @@ def nanogpt(weights, n_layer, n_head, ids):
         x = x + linear(y, f"h.{i}.attn.c_proj")
         h = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
         x = x + linear(h * 0.5 * (1 + torch.erf(h / math.sqrt(2))), f"h.{i}.mlp.c_proj")
-    return (norm(x, "ln_f") @ at("wte.weight").T).log_softmax(dim=-1)
+    return (norm(x, "ln_f") @ weights["wte.weight"].T).log_softmax(dim=-1)     # the head is tied
 
 
 def nanogpt_weights(bias, V=40, T=12, C=8, n_layer=2):
-    """Random weights by nanoGPT's names, without the transformer. before them"""
+    """Random weights by nanoGPT's names, without the leading transformer."""
     shapes = {"wte.weight": (V, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    layer = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C),
+             "ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
     for i in range(n_layer):
-        for name, shape in {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "ln_2": (C,),
-                            "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}.items():
-            shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[:1]}
+        for name, shape in layer.items():
+            shapes[f"h.{i}.{name}.weight"] = shape
+            shapes[f"h.{i}.{name}.bias"] = shape[:1]
     generator = seeded(3)
     return {name: torch.randn(shape, generator=generator) * 0.4 for name, shape in shapes.items()
             if bias or not name.endswith("bias")}
@@ -1751,50 +1898,55 @@ def save_nanogpt(path, weights, prefix="_orig_mod.", **changes):
     """A checkpoint as nanoGPT's train.py writes it, with its optimizer"""
     named = {f"{prefix}transformer.{name}": weight for name, weight in weights.items()}
     named[f"{prefix}lm_head.weight"] = weights["wte.weight"]
-    args = dict(n_layer=2, n_head=2, n_embd=8, block_size=12, vocab_size=len(weights["wte.weight"]), dropout=0.1,
-                bias="ln_f.bias" in weights) | changes
-    torch.save({"model": named, "optimizer": {"state": {0: torch.zeros(9)}}, "model_args": args, "iter_num": 7,
+    args = dict(n_layer=2, n_head=2, n_embd=8, block_size=12, vocab_size=len(weights["wte.weight"]),
+                dropout=0.1, bias="ln_f.bias" in weights)
+    torch.save({"model": named, "model_args": args | changes,
+                "optimizer": {"state": {0: torch.zeros(9)}}, "iter_num": 7,
                 "best_val_loss": torch.tensor(1.0), "config": {"dataset": "openwebtext"}}, path)
     return path
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_checkpoint_of_nanogpt_has_nanogpts_log_probabilities(bias, tmp_path):
-    """Compiled or not, without biases, with rows that pad the vocabulary; exported to transformers as well"""
-    from transformers import AutoModelForCausalLM
-    weights, ids = nanogpt_weights(bias), torch.randint(30, (3, 12), generator=seeded())
+    """Compiled or not, without biases, with rows that pad the vocabulary; exported as well"""
+    weights = nanogpt_weights(bias)
+    ids = torch.randint(30, (3, 12), generator=seeded())
     wanted = nanogpt(weights, 2, 2, ids)
+
+    def check(logits, wanted):
+        torch.testing.assert_close(logits.log_softmax(dim=-1), wanted, atol=1e-5, rtol=0)
+
     path = save_nanogpt(tmp_path / "ckpt.pt", weights)
-    for source in (path, tmp_path, save_nanogpt(tmp_path / "other.pt", weights, prefix="")):
+    uncompiled = save_nanogpt(tmp_path / "other.pt", weights, prefix="")
+    for source in (path, tmp_path, uncompiled):
         ours = GPT.from_pretrained(source).eval()
-        torch.testing.assert_close(ours(ids).log_softmax(dim=-1), wanted, atol=1e-5, rtol=0)
+        check(ours(ids), wanted)
     assert ours.config == GPTConfig(40, 12, n_layer=2, n_head=2, n_embd=8, activation="gelu")
     cut = GPT.from_pretrained(path, vocab_size=33, block_size=12).eval()
-    torch.testing.assert_close(cut(ids).log_softmax(dim=-1), wanted[..., :33].log_softmax(dim=-1), atol=1e-5, rtol=0)
+    check(cut(ids), wanted[..., :33].log_softmax(dim=-1))
     ours.save_pretrained(tmp_path / "exported", eos_id=0)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
-    torch.testing.assert_close(theirs(ids).logits.log_softmax(dim=-1), wanted, atol=1e-5, rtol=0)
+    check(load_in_transformers(tmp_path / "exported")(ids).logits, wanted)
 
 
 def test_checkpoints_that_are_not_nanogpts_are_refused(tmp_path):
     weights = nanogpt_weights(True)
-    without = {name: w for name, w in weights.items() if name != "h.1.ln_2.bias"}
-    for path, message in (
-            (save_nanogpt(tmp_path / "a.pt", without), "missing are h.1.ln_2.bias"),
-            (save_nanogpt(tmp_path / "b.pt", weights, n_kv_head=1), "variant of nanoGPT .*n_kv_head in its model_args"),
-            (save_nanogpt(tmp_path / "c.pt", weights, vocab_size=65), r"wte.weight: got \(40, 8\) .*, wanted \(65, 8\)"),
-            (tmp_path / "d.pt", "d.pt is not a folder here")):
-        with pytest.raises(ValueError, match=message):
-            GPT.from_pretrained(path)
-    for saved, message in (({"policy": {}, "step": 3}, "is not a checkpoint of nanoGPT, .* holds policy, step"),
-                           ({"model": Malicious(tmp_path / "owned")}, "holds more than tensors"), (3, "cannot be read")):
-        torch.save(saved, tmp_path / "x.pt")
-        with pytest.raises(ValueError, match=message):
-            GPT.from_pretrained(tmp_path / "x.pt")
+    incomplete = {name: w for name, w in weights.items() if name != "h.1.ln_2.bias"}
+    a, b, c, x = (tmp_path / name for name in ("a.pt", "b.pt", "c.pt", "x.pt"))
+    assert_refused(save_nanogpt(a, incomplete), "missing are h.1.ln_2.bias")
+    assert_refused(save_nanogpt(b, weights, n_kv_head=1),
+                   "variant of nanoGPT .*n_kv_head in its model_args")
+    assert_refused(save_nanogpt(c, weights, vocab_size=65),
+                   r"wte.weight: got \(40, 8\) .*, wanted \(65, 8\)")
+    assert_refused(tmp_path / "d.pt", "d.pt is not a folder here")
+    for saved, message in (
+            ({"policy": {}, "step": 3}, "is not a checkpoint of nanoGPT, .* holds policy, step"),
+            ({"model": Malicious(tmp_path / "owned")}, "holds more than tensors"),
+            (3, "cannot be read")):
+        torch.save(saved, x)
+        assert_refused(x, message)
     assert not (tmp_path / "owned").exists()
-    (tmp_path / "x.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:999])
-    with pytest.raises(ValueError, match="x.pt cannot be read as weights"):
-        GPT.from_pretrained(tmp_path / "x.pt")
+    x.write_bytes(a.read_bytes()[:999])
+    assert_refused(x, "x.pt cannot be read as weights")
 
 
 def test_weights_that_do_not_fit_are_refused_by_name():
@@ -1805,43 +1957,51 @@ def test_weights_that_do_not_fit_are_refused_by_name():
 def test_weights_may_be_cut_to_fewer_positions_and_ids_but_not_stretched(tmp_path):
     gpt = small_gpt(vocab_size=20, block_size=16)
     gpt.save_pretrained(tmp_path, eos_id=19)
-    cut, ids = GPT.from_pretrained(tmp_path, block_size=9, vocab_size=12).eval(), torch.randint(12, (2, 9), generator=seeded())
+    cut = GPT.from_pretrained(tmp_path, block_size=9, vocab_size=12).eval()
+    ids = torch.randint(12, (2, 9), generator=seeded())
     assert (cut.config.block_size, cut.config.vocab_size) == (9, 12)
     torch.testing.assert_close(cut(ids), gpt(ids)[:, :, :12])
-    for changes, message in ((dict(block_size=17), "block_size 17 is longer than the 16 positions that .* has weights for"),
-                             (dict(vocab_size=21), "the tokenizer has 21 token ids, .* has weights for 20")):
-        with pytest.raises(ValueError, match=message):
-            GPT.from_pretrained(tmp_path, **changes)
-    with pytest.raises(ValueError, match="nowhere is not a folder here"):
-        GPT.from_pretrained(tmp_path / "nowhere")
+    too_long = "block_size 17 is longer than the 16 positions that .* has weights for"
+    assert_refused(tmp_path, too_long, block_size=17)
+    assert_refused(tmp_path, "the tokenizer has 21 token ids, .* has weights for 20", vocab_size=21)
+    assert_refused(tmp_path / "nowhere", "nowhere is not a folder here")
 
 
 def test_an_exported_reward_model_gives_the_same_scores_in_transformers(tmp_path, tokenizer):
     """Also in a batch with padding, by the exported tokenizer, from text"""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     torch.manual_seed(0)
-    ours = ScalarGPT(GPTConfig(tokenizer.n_vocab, 40, n_layer=2, n_head=2, n_embd=16)).eval()
+    config = GPTConfig(tokenizer.n_vocab, 40, n_layer=2, n_head=2, n_embd=16)
+    ours = ScalarGPT(config).eval()
     for p in ours.parameters():
         p.data.normal_(std=0.3)
     ours.normalise(gain=0.7, bias=-1.9)
     ours.save_pretrained(tmp_path, tokenizer.eot_token)
     data.export_tokenizer(tokenizer, tmp_path, pad=True)
-    prompts, responses = ["A fable about an old map. On the plot:", "x", ""], [" Skip it.", " The plot is wonderful. See it twice.", " The"]
-    scores = sequence_scores(ours, *data.collate(*data.encode_texts(tokenizer, prompts, responses)))
-    theirs, its = (kind.from_pretrained(tmp_path) for kind in (AutoModelForSequenceClassification, AutoTokenizer))
-    batch = its([p + r + data.EOS for p, r in zip(prompts, responses)], padding=True, return_tensors="pt")
-    assert theirs.config.num_labels == 1 and its.pad_token_id == tokenizer.n_vocab and (batch["attention_mask"] == 0).any()
-    batch["input_ids"][2, 1:] = batch["input_ids"][2, :-1].clone()             # an empty prompt is an EOS before it
-    batch["input_ids"][2, 0], batch["attention_mask"][2, 2] = tokenizer.eot_token, 1
+    prompts = ["A fable about an old map. On the plot:", "x", ""]
+    responses = [" Skip it.", " The plot is wonderful. See it twice.", " The"]
+    batch = data.collate(*data.encode_texts(tokenizer, prompts, responses))
+    scores = sequence_scores(ours, *batch)
+
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    texts = [p + r + data.EOS for p, r in zip(prompts, responses)]
+    batch = their_tokenizer(texts, padding=True, return_tensors="pt")
+    ids, attention_mask = batch["input_ids"], batch["attention_mask"]
+    assert theirs.config.num_labels == 1
+    assert their_tokenizer.pad_token_id == tokenizer.n_vocab and (attention_mask == 0).any()
+    ids[2, 1:] = ids[2, :-1].clone()                     # the empty prompt is an EOS before it
+    ids[2, 0] = tokenizer.eot_token
+    attention_mask[2, 2] = 1
     torch.testing.assert_close(theirs(**batch).logits[:, 0].float(), scores, atol=1e-4, rtol=0)
 
 
-def test_an_exported_tokenizer_gives_the_same_ids_in_transformers_and_comes_back_as_it_was(tmp_path, tokenizer):
+def test_an_exported_tokenizer_is_the_same_in_transformers_and_comes_back(tmp_path, tokenizer):
     from transformers import AutoTokenizer
     data.export_tokenizer(tokenizer, tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.eos_token_id == tokenizer.eot_token and len(theirs) == tokenizer.n_vocab
-    for text in AWKWARD + [p + r for p, r in zip(*reviews.sample(100, seed=8))]:
+    for text in AWKWARD + review_texts(100, seed=8):
         ids = tokenizer.encode_ordinary(text)
         assert theirs(text, split_special_tokens=True)["input_ids"] == ids, text
         assert theirs.decode(ids) == text
@@ -1853,13 +2013,15 @@ def test_token_logprobs_and_entropy_equal_a_loop_in_float64(temperature):
     gpt = small_gpt()
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
     with torch.no_grad():
-        logprobs, entropy = token_logprobs(gpt, inputs, targets, mask, temperature, return_entropy=True)
+        logprobs, entropy = token_logprobs(gpt, inputs, targets, mask, temperature,
+                                           return_entropy=True)
         logits = gpt(inputs).double() / temperature
     for b, t in itertools.product(range(4), range(7)):
         if mask[b, t]:
             p = torch.exp(logits[b, t]) / torch.exp(logits[b, t]).sum()
+            wanted = -sum(x * math.log(x) for x in p.tolist())
             assert logprobs[b, t].item() == pytest.approx(math.log(p[targets[b, t]]), abs=1e-5)
-            assert entropy[b, t].item() == pytest.approx(-sum(x * math.log(x) for x in p.tolist()), abs=1e-5)
+            assert entropy[b, t].item() == pytest.approx(wanted, abs=1e-5)
         else:
             assert logprobs[b, t] == 0 and entropy[b, t] == 0
     with pytest.raises(ValueError, match="temperature 0"):
@@ -1873,46 +2035,51 @@ def test_token_logprobs_has_the_gradient_of_the_plain_formula():
     logprobs, entropy = token_logprobs(ours, inputs, targets, mask, 0.7, return_entropy=True)
     ((logprobs + entropy) * weights * mask).sum().backward()
     log_pi = (plain(inputs) / 0.7).log_softmax(-1)
-    gathered = log_pi.gather(2, targets[:, :, None])[:, :, 0] - (log_pi.exp() * log_pi).sum(-1)
-    (gathered * weights * mask).sum().backward()
+    logprobs = log_pi.gather(2, targets[:, :, None])[:, :, 0]
+    entropy = -(log_pi.exp() * log_pi).sum(-1)
+    ((logprobs + entropy) * weights * mask).sum().backward()
     for a, b in zip(ours.parameters(), plain.parameters()):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
 
 
-def sampled(gpt, prompts, n=8, temperature=1.0, eos_id=10, seed=0):
-    tokens, mask = generate(gpt, prompts, n, eos_id, temperature, seeded(seed))
-    return tokens, mask, torch.rand(len(prompts), n, generator=seeded(seed))               # its uniforms
+def drawn_responses(gpt, prompts, n=8, temperature=1.0, seed=0):
+    """-> tokens, mask, and the uniforms that chose the tokens"""
+    tokens, mask = generate(gpt, prompts, n, 10, temperature, seeded(seed))
+    return tokens, mask, torch.rand(len(prompts), n, generator=seeded(seed))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_every_sampled_token_is_the_inverse_cdf_of_the_scored_distribution(temperature):
     gpt = small_gpt()
-    tokens, mask, uniforms = sampled(gpt, PROMPTS * 6, temperature=temperature)
+    tokens, mask, uniforms = drawn_responses(gpt, PROMPTS * 6, temperature=temperature)
     inputs, targets = data.shift(tokens)
-    cumulative = (gpt(inputs).double() / temperature).softmax(-1).cumsum(-1)               # no cache here
+    cumulative = (gpt(inputs).double() / temperature).softmax(-1).cumsum(-1)   # without a cache
     for b in range(len(tokens)):
         for k, t in enumerate(mask[b].nonzero()[:, 0].tolist()):
             token = targets[b, t].item()
             below = cumulative[b, t, token - 1].item() if token else 0.0
-            assert below - 1e-5 <= uniforms[b, k].item() <= cumulative[b, t, token].item() + 1e-5
+            above = cumulative[b, t, token].item()
+            assert below - 1e-5 <= uniforms[b, k].item() <= above + 1e-5
 
 
 def test_sampled_frequencies_are_the_probabilities_of_every_possible_response():
-    gpt, eos, prompt = small_gpt(vocab_size=4, std=0.5), 3, [1, 2]
-    responses = [[3]] + [[a, 3] for a in range(3)] + [[a, b] for a in range(3) for b in range(3)]
-    inputs, targets, mask = data.collate([prompt] * len(responses), responses)
-    p = token_logprobs(gpt, inputs, targets, mask).sum(1).exp()
+    gpt = small_gpt(vocab_size=4, std=0.5)
+    prompt, eos, n = [1, 2], 3, 40000
+    responses = [[3]]
+    responses += [[a, 3] for a in range(3)]
+    responses += [[a, b] for a in range(3) for b in range(3)]
+    batch = data.collate([prompt] * len(responses), responses)
+    p = token_logprobs(gpt, *batch).sum(1).exp()
     assert p.sum().item() == pytest.approx(1.0, abs=1e-5)
-    n = 40000
     tokens, mask = generate(gpt, [prompt] * n, 2, eos, generator=seeded())
     found = [tuple(r) for r in data.responses_of(tokens, mask)]
-    total_variation = 0.5 * sum(abs(found.count(tuple(r)) / n - q.item()) for r, q in zip(responses, p))
-    assert total_variation < 0.012
+    frequencies = torch.tensor([found.count(tuple(r)) / n for r in responses])
+    assert 0.5 * (frequencies - p).abs().sum() < 0.012
 
 
 def test_a_row_sampled_alone_equals_the_row_sampled_in_a_batch(monkeypatch):
     gpt = small_gpt()
-    tokens, mask, uniforms = sampled(gpt, PROMPTS * 3)
+    tokens, mask, uniforms = drawn_responses(gpt, PROMPTS * 3)
     together = data.responses_of(tokens, mask)
     for i, prompt in enumerate(PROMPTS * 3):
         monkeypatch.setattr(torch, "rand", lambda *shape, generator=None: uniforms[i:i + 1])
@@ -1921,7 +2088,8 @@ def test_a_row_sampled_alone_equals_the_row_sampled_in_a_batch(monkeypatch):
 
 def test_greedy_sampling_takes_the_likeliest_token_of_an_uncached_forward():
     gpt = small_gpt()
-    for prompt, response in zip(PROMPTS, data.responses_of(*generate(gpt, PROMPTS, 6, 10, temperature=0))):
+    responses = data.responses_of(*generate(gpt, PROMPTS, 6, 10, temperature=0))
+    for prompt, response in zip(PROMPTS, responses):
         row = list(prompt)
         for token in response:
             assert token == gpt(torch.tensor([row]))[0, -1].argmax().item()
@@ -1929,10 +2097,11 @@ def test_greedy_sampling_takes_the_likeliest_token_of_an_uncached_forward():
 
 
 def test_responses_end_with_their_first_eos_or_at_full_length_and_zeros_follow():
-    tokens, mask, _ = sampled(small_gpt(std=0.4), PROMPTS * 25, n=8)
+    tokens, mask, _ = drawn_responses(small_gpt(std=0.4), PROMPTS * 25)
     assert tokens.shape[1] == mask.shape[1] + 1
     responses = data.responses_of(tokens, mask)
-    assert any(r == [10] for r in responses) and any(len(r) == 8 and r[-1] != 10 for r in responses)
+    assert any(r == [10] for r in responses)
+    assert any(len(r) == 8 and r[-1] != 10 for r in responses)
     for prompt, row, m, response in zip(PROMPTS * 25, tokens.tolist(), mask.tolist(), responses):
         assert 10 not in response[:-1] and (response[-1] == 10 or len(response) == 8)
         end = len(prompt) + len(response)
@@ -1941,17 +2110,18 @@ def test_responses_end_with_their_first_eos_or_at_full_length_and_zeros_follow()
 
 
 def test_sampling_stops_when_all_rows_have_met_eos():
-    gpt, calls = small_gpt(), []
+    gpt = small_gpt()
     eos_id = data.responses_of(*generate(gpt, [[4]], 3, 10, temperature=0))[0][-1]
+    calls = []
     gpt.transformer.register_forward_hook(lambda *_: calls.append(1))
     tokens, mask = generate(gpt, [[4], [4, 4]], 8, eos_id, temperature=0)
     longest = int(mask.sum(1).max())
     assert len(calls) == longest < 8 and tokens.shape[1] <= 2 + longest
 
 
-def test_the_same_seed_samples_the_same_and_another_seed_does_not():
+def test_the_same_seed_samples_the_same_and_a_different_seed_does_not():
     gpt = small_gpt()
-    first, again, other = (sampled(gpt, PROMPTS * 4, seed=s)[0] for s in (0, 0, 1))
+    first, again, other = (drawn_responses(gpt, PROMPTS * 4, seed=s)[0] for s in (0, 0, 1))
     assert torch.equal(first, again) and first.tolist() != other.tolist()
 
 
@@ -1959,7 +2129,8 @@ def test_empty_prompts_become_eos_and_prompts_without_room_are_refused():
     gpt = small_gpt()
     tokens, mask = generate(gpt, [[]], 3, 10, generator=seeded())
     assert tokens[0, 0] == 10 and mask[0, 0] == 1
-    assert generate(gpt, [[1] * 12], 4, 10, generator=seeded())[0].shape[1] <= 16          # just fits
+    tokens, _ = generate(gpt, [[1] * 12], 4, 10, generator=seeded())           # just fits
+    assert tokens.shape[1] <= 16
     with pytest.raises(ValueError, match="prompt of 13 tokens and 4 new ones exceed block_size 16"):
         generate(gpt, [[1] * 13], 4, 10)
     with pytest.raises(ValueError, match="rows of 17 tokens"):
@@ -1972,27 +2143,38 @@ def test_pick_never_takes_a_token_without_probability():
     assert model.pick(logits, 1.0, uniforms).tolist() == [1, 1, 3, 3]
 
 
-def test_what_stands_after_a_rows_end_changes_nothing_anywhere():
+def test_ids_after_a_rows_end_change_no_log_probability_and_no_score():
     gpt, scalar = small_gpt(), small_scalar()
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
     junk_inputs, junk_targets = inputs.clone(), targets.clone()
     for b in range(4):
         end = len(PROMPTS[b] + RESPONSES[b])
-        junk_inputs[b, end:], junk_targets[b, end - 1:] = 9, 9
-    for f in (lambda i, t: token_logprobs(gpt, i, t, mask), lambda i, t: sequence_scores(scalar, i, t, mask),
+        junk_inputs[b, end:] = 9
+        junk_targets[b, end - 1:] = 9
+    for f in (lambda i, t: token_logprobs(gpt, i, t, mask),
+              lambda i, t: sequence_scores(scalar, i, t, mask),
               lambda i, t: scalar(i) * mask):
         assert torch.equal(f(inputs, targets), f(junk_inputs, junk_targets))
-    logprobs, old, advantages, values, m = ragged()
-    noise = torch.randn(m.shape, dtype=torch.float64, generator=seeded(9)) * (m == 0)
+
+
+def test_numbers_outside_the_mask_change_nothing_in_any_function_of_ppo():
+    logprobs, old, advantages, values, mask = ragged()
+    noise = torch.randn(mask.shape, dtype=torch.float64, generator=seeded(9)) * (mask == 0)
 
     def everything(x):
-        losses = [ppo.policy_loss(logprobs + x, old - x, advantages + x, m), ppo.value_loss(values + x, old, old - x, m),
-                  ppo.kl_penalty_loss(logprobs + x, old - x, advantages + x, m, 0.5)]
-        shaped = ppo.shape_rewards(torch.ones(5).double(), logprobs + x, old, m, 0.1)
-        tensors = [ppo.whiten(advantages + x, m), shaped, *ppo.gae(shaped + x, values + x, m), ppo.explained_variance(
-            values + x, old - x, m)] + [ppo.critic_targets(shaped + x, values + x, torch.ones(5), m, kind)
-                                        for kind in ("gae", "td", "mc", "score")]
-        return tensors + [v for loss, metrics in losses for v in (loss, *metrics.values())]
+        """Every loss, metric and tensor that ppo.py computes, with x added to its inputs"""
+        rewards = ppo.shape_rewards(torch.ones(5).double(), logprobs + x, old, mask, 0.1)
+        tensors = [ppo.whiten(advantages + x, mask), rewards]
+        tensors += ppo.gae(rewards + x, values + x, mask)
+        tensors.append(ppo.explained_variance(values + x, old - x, mask))
+        for kind in ("gae", "td", "mc", "score"):
+            tensors.append(ppo.critic_targets(rewards + x, values + x, torch.ones(5), mask, kind))
+        for loss, metrics in (
+                ppo.policy_loss(logprobs + x, old - x, advantages + x, mask),
+                ppo.kl_penalty_loss(logprobs + x, old - x, advantages + x, mask, 0.5),
+                ppo.value_loss(values + x, old, old - x, mask)):
+            tensors += [loss, *metrics.values()]
+        return tensors
 
     for clean, junk in zip(everything(0 * noise), everything(noise)):
         torch.testing.assert_close(clean, junk, atol=0, rtol=1e-12)
@@ -2004,9 +2186,10 @@ def test_a_row_in_a_padded_batch_equals_the_row_alone():
     logprobs, scores = token_logprobs(gpt, *batch), sequence_scores(scalar, *batch)
     for i in range(4):
         alone = data.collate([PROMPTS[i]], [RESPONSES[i]])
-        width = alone[0].shape[1]
-        torch.testing.assert_close(token_logprobs(gpt, *alone)[0], logprobs[i, :width], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(sequence_scores(scalar, *alone)[0], scores[i], atol=1e-5, rtol=1e-5)
+        wanted = logprobs[i, :alone[0].shape[1]]
+        torch.testing.assert_close(token_logprobs(gpt, *alone)[0], wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(sequence_scores(scalar, *alone)[0], scores[i],
+                                   atol=1e-5, rtol=1e-5)
 
 
 def test_the_score_is_read_after_the_last_token_of_every_row_the_longest_too():
@@ -2020,7 +2203,7 @@ def test_the_score_is_read_after_the_last_token_of_every_row_the_longest_too():
         sequence_scores(scalar, inputs, targets, mask * 0)
 
 
-def test_a_critic_starts_at_zero_and_a_normalised_reward_model_is_affine_in_the_old_scores():
+def test_a_critic_starts_at_zero_and_normalising_maps_scores_affinely():
     ids = torch.randint(11, (2, 7), generator=seeded())
     gpt = small_gpt()
     assert not ScalarGPT(gpt.config, init_from=gpt, zero_head=True)(ids).any()
@@ -2028,6 +2211,9 @@ def test_a_critic_starts_at_zero_and_a_normalised_reward_model_is_affine_in_the_
     before = scalar(ids)
     scalar.normalise(gain=2.0, bias=-0.5)
     torch.testing.assert_close(scalar(ids), 2.0 * before - 0.5)
+
+
+def test_a_scalar_head_starts_with_a_deviation_of_one_over_sqrt_width():
     heads = torch.cat([ScalarGPT(GPTConfig(5, 4, 1, 1, 255)).head.weight for _ in range(20)])
     assert heads.std().item() == pytest.approx(1 / 16, rel=0.05)
 
@@ -2035,7 +2221,8 @@ def test_a_critic_starts_at_zero_and_a_normalised_reward_model_is_affine_in_the_
 def test_a_scalar_model_takes_over_the_trunk_it_is_initialised_from():
     gpt = small_gpt()
     ids = torch.randint(11, (2, 7), generator=seeded())
-    assert torch.equal(ScalarGPT(gpt.config, init_from=gpt).eval().transformer(ids), gpt.transformer(ids))
+    scalar = ScalarGPT(gpt.config, init_from=gpt).eval()
+    assert torch.equal(scalar.transformer(ids), gpt.transformer(ids))
 
 
 def test_masked_mean_takes_fractional_weights_and_refuses_an_empty_mask():
@@ -2055,8 +2242,8 @@ def test_dropout_acts_in_train_mode_only():
 
 # ---- LoRA
 
-def with_lora(rank=3, seed=1, std=0.2):
-    """A GPT with a low-rank change that is not zero"""
+def lora_gpt(rank=3, seed=1, std=0.2):
+    """small_gpt with a low-rank change that is not zero"""
     gpt = small_gpt()
     torch.manual_seed(seed)
     model.add_lora(gpt, rank)
@@ -2067,112 +2254,141 @@ def with_lora(rank=3, seed=1, std=0.2):
 
 
 def test_lora_changes_nothing_at_first_and_is_then_the_weights_plus_a_scaled_product():
-    plain, ids = small_gpt(), torch.randint(11, (3, 12), generator=seeded())
-    gpt = model.add_lora(small_gpt(), 3)
-    assert torch.equal(gpt(ids), plain(ids))
+    plain = small_gpt()
+    ids = torch.randint(11, (3, 12), generator=seeded())
+    assert torch.equal(model.add_lora(small_gpt(), 3)(ids), plain(ids))
     assert model.add_lora(small_gpt(), 0).state_dict().keys() == plain.state_dict().keys()
-    gpt = with_lora()
+
+    gpt = lora_gpt()
     assert (gpt(ids) - plain(ids)).abs().max() > 0.1
     layer, x = gpt.transformer.h[1].mlp.c_fc, torch.randn(5, 16, generator=seeded())
     a, b = layer.lora_a, layer.lora_b
     assert (a.shape, b.shape) == ((3, 16), (64, 3))
-    expected = x @ layer.weight.T + layer.bias + model.LORA_SCALE * torch.stack([b @ (a @ row) for row in x])
-    torch.testing.assert_close(layer(x), expected)
+    change = model.LORA_SCALE * torch.stack([b @ (a @ row) for row in x])
+    torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias + change)
+
     adapted = {name.rsplit(".", 1)[0] for name, _ in gpt.named_parameters() if "lora" in name}
-    assert adapted == {f"transformer.h.{i}.{m}" for i in range(2) for m in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
-    deviation = torch.cat([model.add_lora(small_gpt(seed=i), 8).transformer.h[0].mlp.c_proj.lora_a for i in range(20)]).std()
+    layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert adapted == {f"transformer.h.{i}.{name}" for i in range(2) for name in layers}
+    fresh = [model.add_lora(small_gpt(seed=i), 8) for i in range(20)]
+    deviation = torch.cat([gpt.transformer.h[0].mlp.c_proj.lora_a for gpt in fresh]).std()
     assert deviation.item() == pytest.approx(1 / 64 ** 0.5, rel=0.05)
 
 
 def test_merged_weights_compute_what_the_change_beside_them_did_and_only_the_change_is_trained():
-    gpt, ids = with_lora(), torch.randint(11, (3, 12), generator=seeded())
+    gpt = lora_gpt()
+    ids = torch.randint(11, (3, 12), generator=seeded())
     plain = small_gpt(seed=9)
     plain.load_state_dict(model.merged(gpt.state_dict()))
     torch.testing.assert_close(plain(ids), gpt(ids), atol=1e-5, rtol=1e-5)
-    assert "lora" in "".join(gpt.state_dict())                                 # and the model itself is as it was
+    assert "lora" in "".join(gpt.state_dict())           # the model itself has not changed
+
     assert all("lora" in name for name, p in gpt.named_parameters() if p.requires_grad)
     assert len(model.trained(gpt)) == 2 * 4 * 2
     scalar = model.add_lora(small_scalar(), 2)
-    assert {name for name, p in scalar.named_parameters() if p.requires_grad and "lora" not in name} == {"head.weight", "head.bias"}
-    other = ScalarGPT(gpt.config, init_from=gpt)                               # a critic or reward model of such a policy
-    torch.testing.assert_close(other.transformer(ids), gpt.transformer(ids), atol=1e-5, rtol=1e-5)
+    trained = {name for name, p in scalar.named_parameters() if p.requires_grad}
+    assert {name for name in trained if "lora" not in name} == {"head.weight", "head.bias"}
+    critic = ScalarGPT(gpt.config, init_from=gpt)
+    torch.testing.assert_close(critic.transformer(ids), gpt.transformer(ids), atol=1e-5, rtol=1e-5)
 
 
 def test_a_reference_is_frozen_and_with_lora_made_of_the_very_same_tensors():
     gpt = small_gpt()
-    reference, ids = model.reference_of(gpt), torch.randint(11, (3, 12), generator=seeded())
+    reference = model.reference_of(gpt)
+    ids = torch.randint(11, (3, 12), generator=seeded())
     before = gpt(ids).clone()
     for p in gpt.parameters():
         p.data.add_(0.1)
-    assert torch.equal(reference(ids), before) and not any(p.requires_grad for p in reference.parameters())
-    gpt = with_lora()
+    assert torch.equal(reference(ids), before)
+    assert not any(p.requires_grad for p in reference.parameters())
+
+    gpt = lora_gpt()
     reference = model.reference_of(gpt)
-    assert torch.equal(reference(ids), small_gpt()(ids)) and not torch.equal(reference(ids), gpt(ids))
+    assert torch.equal(reference(ids), small_gpt()(ids))
+    assert not torch.equal(reference(ids), gpt(ids))
     places = {p.data_ptr() for p in gpt.parameters()}
-    assert all(p.data_ptr() in places for p in reference.parameters())         # no memory of its own
+    assert all(p.data_ptr() in places for p in reference.parameters())         # no extra memory
+
+
+def test_making_a_reference_draws_no_random_numbers():
+    gpt = lora_gpt()
     torch.manual_seed(3)
     following = torch.rand(1)
     torch.manual_seed(3)
     model.reference_of(gpt)
-    assert torch.equal(torch.rand(1), following)                               # and it draws nothing
+    assert torch.equal(torch.rand(1), following)
 
 
 # ---- memory and precision
 
-def test_logits_in_parts_give_the_same_numbers_and_gradients_and_never_stand_in_memory_whole(monkeypatch):
-    gpt, (inputs, targets, mask) = small_gpt(vocab_size=301), data.collate(PROMPTS * 4, RESPONSES * 4)
+@contextlib.contextmanager
+def saved_sizes():
+    """-> a list that fills with the sizes of the tensors kept for the backward pass"""
+    sizes = []
+
+    def pack(x):
+        sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield sizes
+
+
+def test_logits_in_parts_give_equal_results_and_are_never_in_memory_whole(monkeypatch):
+    gpt = small_gpt(vocab_size=301)
+    inputs, targets, mask = data.collate(PROMPTS * 4, RESPONSES * 4)
     n = int(mask.sum())
 
-    def computed():
+    def compute():
         gpt.zero_grad()
         logprobs, entropy = token_logprobs(gpt, inputs, targets, mask, 0.7, return_entropy=True)
-        largest = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: largest.append(x.numel()) or x, lambda x: x):
+        with saved_sizes() as sizes:
             alone = token_logprobs(gpt, inputs, targets, mask, 0.7)
         (logprobs.sum() + 0.3 * entropy.sum() + alone.sum()).backward()
-        return logprobs, entropy, torch.cat([p.grad.flatten() for p in gpt.parameters()]), max(largest), sum(largest)
+        gradient = torch.cat([p.grad.flatten() for p in gpt.parameters()])
+        return (logprobs, entropy, gradient), sizes
 
-    *whole, all_at_once, kept = computed()
-    assert all_at_once >= n * 301
-    monkeypatch.setattr(model, "LOGITS_AT_ONCE", 4 * 301)                      # four positions at a time
-    *parts, in_parts, kept_of_parts = computed()
+    whole, sizes = compute()
+    assert max(sizes) >= n * 301
+    monkeypatch.setattr(model, "LOGITS_AT_ONCE", 4 * 301)                      # four positions
+    parts, sizes_in_parts = compute()
     for ours, theirs in zip(parts, whole):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    assert in_parts < n * 301 / 2 and kept_of_parts <= kept - n * 301          # the largest is one of the MLP's by now
+    assert max(sizes_in_parts) < n * 301 / 2                                   # now in the MLP
+    assert sum(sizes_in_parts) <= sum(sizes) - n * 301
 
 
-def test_checkpointing_gives_the_same_gradients():
+def test_checkpointing_gives_the_same_gradients_and_keeps_less():
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
-    gradients = []
+    gradients, kept = [], []
     for checkpointing in (False, True):
         gpt = small_gpt()
         gpt.config.checkpointing = checkpointing
         token_logprobs(gpt, inputs, targets, mask).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in gpt.parameters()]))
-    assert torch.equal(*gradients)
-    kept = []
-    for checkpointing in (False, True):
-        gpt.config.checkpointing = checkpointing
-        kept.append([])
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept[-1].append(x.numel()) or x, lambda x: x):
+        with saved_sizes() as sizes:
             gpt(inputs)
-    assert sum(kept[1]) < 0.5 * sum(kept[0])
+        kept.append(sum(sizes))
+    assert torch.equal(*gradients)
+    assert kept[1] < 0.5 * kept[0]
 
 
-def test_in_bfloat16_products_are_rounded_but_weights_and_log_probabilities_stay_in_float32():
+def test_bfloat16_rounds_products_but_not_weights_or_log_probabilities():
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
     gpt = small_gpt()
     exact = token_logprobs(gpt, inputs, targets, mask)
     gpt.config.dtype = "bfloat16"
     kinds = []
-    gpt.transformer.h[0].mlp.c_fc.register_forward_hook(lambda module, given, x: kinds.append(x.dtype))
+    layer = gpt.transformer.h[0].mlp.c_fc
+    layer.register_forward_hook(lambda module, given, x: kinds.append(x.dtype))
     rounded, entropy = token_logprobs(gpt, inputs, targets, mask, return_entropy=True)
     assert kinds == [torch.bfloat16] and rounded.dtype == entropy.dtype == torch.float32
     assert 1e-5 < (rounded - exact).abs().max() < 0.2
     rounded.sum().backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in gpt.parameters())
-    hidden = gpt.transformer(inputs)                                           # logits of -100 in bfloat16 are off by 0.25
-    assert hidden.dtype == torch.float32 and torch.equal(gpt(inputs), hidden @ gpt.transformer.wte.weight.T)
+    hidden = gpt.transformer(inputs)             # logits of -100 in bfloat16 are off by 0.25
+    assert hidden.dtype == torch.float32
+    assert torch.equal(gpt(inputs), hidden @ gpt.transformer.wte.weight.T)
     tokens, sampled_mask = generate(gpt, PROMPTS, 6, 10, generator=seeded())
     assert tokens.max() <= 10 and sampled_mask.any()
     assert sampled_mask.shape[1] + 1 == tokens.shape[1]
@@ -4263,29 +4479,52 @@ def test_preference_losses_of_any_margins_are_finite_with_finite_gradients(
 
 
 # --------------------------------------------------------------------------------------------------
-# The proof: a problem so small that every response can be listed, solved exactly and by our functions
+# The proof: a problem so small that every response can be listed
+#
+# The vocabulary is 0, 1, 2 and EOS = 3. A response ends with its first EOS or after three tokens,
+# which makes 1 + 3 + 36 = 40 responses. There are two prompts x, and each (x, y) has a fixed random
+# score r(x, y). The policy is a real GPT of one layer, and pi_ref is one with random weights. The
+# best policy, and how far any other falls short of it, are known in closed form. With beta = 1:
+#
+#     J(pi) = E_x E_{y ~ pi(.|x)} [r(x, y) - beta log(pi(y|x) / pi_ref(y|x))]
+#     pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x),     J(pi) = J(pi*) - beta KL(pi || pi*)
+#
+# Each method trains the GPT with its own functions from ppo.py, dpo.py, grpo.py or
+# policy_gradient.py. The batch is the whole list, and each response is weighted by its probability,
+# so there is no sampling noise. A method that maximises J must then end at pi*. Every other variant
+# must end at the optimum of its own objective, which is computed a second time by other means: by
+# L-BFGS on float64 tables, or from a fixed-point equation. Tables are (P, N) = (2, 40), and tensors
+# of tokens are (P N, T) = (80, 4).
 
 BETA = 1.0
 
 
-class Enumerated:
-    """Two prompts and all 40 responses of up to three tokens to each, ragged by EOS; a real GPT as the policy."""
+class Listing:
+    """Two prompts, all their responses of up to `longest` tokens, the scores, pi_ref and pi*"""
 
-    def __init__(self, seed=0, longest=3, vocab_size=4):
-        eos = vocab_size - 1
-        words = [w for n in range(1, longest + 1) for w in itertools.product(range(vocab_size), repeat=n)
-                 if eos not in w[:-1] and (w[-1] == eos or n == longest)]
-        self.prompts, self.responses, self.eos = [[0], [1, 2]], [list(w) for w in words], eos
+    def __init__(self, longest=3):
+        self.eos = 3
+        self.prompts = [[0], [1, 2]]
+        self.responses = []
+        for n in range(1, longest + 1):
+            for y in itertools.product(range(4), repeat=n):
+                is_whole = y[-1] == self.eos or n == longest
+                if is_whole and self.eos not in y[:-1]:
+                    self.responses.append(list(y))
         P, N = len(self.prompts), len(self.responses)
-        rows = [(p, y) for p in self.prompts for y in self.responses]
-        self.inputs, self.targets, self.mask = data.collate(*map(list, zip(*rows)))        # (P N, T)
-        self.scores = torch.randn(P, N, generator=seeded(seed))
+        prompts = [x for x in self.prompts for _ in self.responses]
+        batch = data.collate(prompts, P * self.responses)
+        self.inputs, self.targets, self.mask = batch                                  # (P N, T)
         self.lengths = self.mask.sum(1).view(P, N)
-        self.reference = self.policy(std=0.25)
-        with torch.no_grad():
-            self.ref_logprobs = self.by_token(self.reference)
-        self.ref = self.ref_logprobs.sum(1).view(P, N).double()
-        self.best = (self.ref + self.scores.double() / BETA).softmax(1)                     # pi*, (P, N)
+        self.scores = torch.randn(P, N, generator=seeded())
+        self.reference = self.policy()
+        self.ref_logprobs = self.token_logprobs(self.reference).detach()              # (P N, T)
+        self.ref = self.ref_logprobs.sum(1).view(P, N).double()                       # log pi_ref
+
+    @property
+    def best(self):
+        """pi*, a table of probabilities"""
+        return (self.ref + self.scores.double() / BETA).softmax(1)
 
     def policy(self, seed=0, std=0.25):
         torch.manual_seed(seed)
@@ -4294,269 +4533,349 @@ class Enumerated:
             p.data.normal_(std=std)
         return policy
 
-    def by_token(self, policy):
-        return token_logprobs(policy, self.inputs, self.targets, self.mask)                 # (P N, T)
+    def token_logprobs(self, policy):
+        return token_logprobs(policy, self.inputs, self.targets, self.mask)           # (P N, T)
 
     def logprobs(self, policy):
-        return self.by_token(policy).sum(1).view(self.scores.shape)                         # (P, N)
+        return self.token_logprobs(policy).sum(1).view(self.scores.shape)             # (P, N)
 
     @torch.no_grad()
     def probabilities(self, policy):
         return self.logprobs(policy).double().exp()
 
+    @torch.no_grad()
+    def rollout(self, policy):
+        """The list as a batch of policy -> old_logprobs, KL-shaped rewards, weights: (P N, T)"""
+        old = self.token_logprobs(policy)
+        weights = self.mask * old.sum(1, keepdim=True).exp()
+        scores = self.scores.flatten()
+        rewards = ppo.shape_rewards(scores, old, self.ref_logprobs, self.mask, BETA)
+        return old, rewards, weights
+
+    def state_values(self, p, to_go=None):
+        """
+        V(s) = E[what is still earned | the tokens so far], by summing over the list.
+
+        to_go (P N, T) is what each response earns from a column on; by default its score.
+        -> (P N, T), float64: the value before each response token
+        """
+        values = torch.zeros(self.mask.shape, dtype=torch.float64)
+        if to_go is None:
+            to_go = self.scores.double().view(-1, 1).expand_as(values)
+        for t in range(values.shape[1]):
+            prefix = self.inputs[:, :t + 1]
+            real = self.mask[:, t] > 0
+            same = (prefix[:, None] == prefix[None]).all(2)            # (P N, P N): share a state
+            weights = (same & real[:, None] & real) * p.flatten()
+            values[:, t] = weights @ to_go[:, t] / weights.sum(1).clamp_min(1e-300)
+        return values
+
+    def objective(self, p):
+        """J of a table of probabilities"""
+        log_ratio = p.clamp_min(1e-300).log() - self.ref
+        return (p * (self.scores - BETA * log_ratio)).sum(1).mean().item()
+
+    def fraction(self, p):
+        """The share of J(pi*) - J(pi_ref) that a table of probabilities reaches"""
+        start = self.objective(self.ref.exp())
+        return (self.objective(p) - start) / (self.objective(self.best) - start)
+
     def distance(self, p, q):
         """Total variation, the mean over prompts"""
         return 0.5 * (p - q).abs().sum(1).mean().item()
 
-    def objective(self, p):
-        """J = E[r] - beta KL of a table of probabilities"""
-        return (p * (self.scores - BETA * (p.clamp_min(1e-300).log() - self.ref))).sum(1).mean().item()
 
-    def fraction(self, p):
-        start = self.objective(self.ref.exp())
-        return (self.objective(p) - start) / (self.objective(self.best) - start)
+def adam(policy, lr=4e-3):
+    return torch.optim.Adam(policy.parameters(), lr=lr, fused=True)
 
-    def descend(self, loss_of, steps=250, lr=4e-3):
-        """Adam on loss_of(policy), from the reference -> the policy's probabilities"""
-        policy = self.policy()
-        optimizer = torch.optim.Adam(policy.parameters(), lr=lr, fused=True)
-        for step in range(steps):
-            experiment.set_learning_rate(optimizer, experiment.learning_rate(step, steps, lr, 10, 0.01))
-            optimizer.zero_grad()
-            loss_of(policy).backward()
-            optimizer.step()
-        return self.probabilities(policy)
+
+def schedule(optimizer, step, steps, peak=4e-3, warmup=5, floor=0.005):
+    lr = experiment.learning_rate(step, steps, peak, warmup, floor)
+    experiment.set_learning_rate(optimizer, lr)
+
+
+def take_step(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 @pytest.fixture(scope="module")
 def listing():
-    return Enumerated()
+    return Listing()
 
 
-def test_the_listing_is_a_distribution_over_what_the_sampler_samples(listing):
+def test_listed_probabilities_sum_to_one_and_are_the_samplers_frequencies(listing):
     p = listing.probabilities(listing.reference)
-    assert p.shape == (2, 40) and torch.allclose(p.sum(1), torch.ones(2, dtype=torch.float64), atol=1e-6)
-    tokens, mask = generate(listing.reference, [listing.prompts[1]] * 4000, 3, listing.eos, generator=seeded())
-    counts = {}
-    for y in data.responses_of(tokens, mask):
-        counts[tuple(y)] = counts.get(tuple(y), 0) + 1
+    assert p.shape == (2, 40)
+    assert torch.allclose(p.sum(1), torch.ones(2, dtype=torch.float64), atol=1e-6)
+    prompts = [listing.prompts[1]] * 4000
+    tokens, mask = generate(listing.reference, prompts, 3, listing.eos, generator=seeded())
+    found = [tuple(y) for y in data.responses_of(tokens, mask)]
     for y, q in zip(listing.responses, p[1].tolist()):
-        assert abs(counts.get(tuple(y), 0) / 4000 - q) < 4.5 * math.sqrt(q * (1 - q) / 4000) + 1e-3
+        frequency = found.count(tuple(y)) / 4000
+        assert abs(frequency - q) < 4.5 * math.sqrt(q * (1 - q) / 4000) + 1e-3
 
 
-def test_no_policy_beats_pi_star_and_falls_short_of_it_by_beta_kl(listing):
-    """J(pi) = J* - beta KL(pi, pi*), with J* = beta E_x log Z(x)"""
-    limit = BETA * (listing.ref + listing.scores / BETA).logsumexp(1).mean().item()
-    assert listing.objective(listing.best) == pytest.approx(limit)
+def test_every_policy_falls_short_of_the_optimum_by_beta_kl(listing):
+    """J(pi) = J(pi*) - beta KL(pi || pi*), and J(pi*) = beta E_x log Z(x)"""
+    optimum = BETA * (listing.ref + listing.scores / BETA).logsumexp(1).mean().item()
+    assert listing.objective(listing.best) == pytest.approx(optimum)
     for seed in range(5):
-        p = listing.probabilities(listing.policy(seed=seed, std=0.4))
+        p = listing.probabilities(listing.policy(seed, std=0.4))
         kl = (p * (p.log() - listing.best.log())).sum(1).mean().item()
-        assert listing.objective(p) == pytest.approx(limit - BETA * kl, abs=1e-5) and kl > 0.01
+        assert kl > 0.01
+        assert listing.objective(p) == pytest.approx(optimum - BETA * kl, abs=1e-5)
 
 
 # ---- PPO
 
-def ppo_on(listing, updates=150, epochs=4, surrogate="clip", lam=1.0, critic=None):
-    """PPO with the listing as its batch, each response weighed by its probability -> probabilities"""
-    policy, penalty = listing.policy(), ppo.ThresholdKL(1.0, 0.002)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=4e-3, fused=True)
+def surrogate_loss(surrogate, logprobs, old_logprobs, advantages, weights, coef=1.0):
+    """The loss of either surrogate of the PPO paper"""
+    if surrogate == "clip":
+        return ppo.policy_loss(logprobs, old_logprobs, advantages, weights)[0]
+    return ppo.kl_penalty_loss(logprobs, old_logprobs, advantages, weights, coef)[0]
+
+
+def train_by_ppo(listing, surrogate, updates=150, epochs=4):
+    """PPO at lambda 1 and without a critic, on the whole list -> probabilities"""
+    policy = listing.policy()
+    optimizer = adam(policy)
+    penalty = ppo.ThresholdKL(1.0, 0.002)
     for update in range(updates):
-        experiment.set_learning_rate(optimizer, experiment.learning_rate(update, updates, 4e-3, 5, 0.005))
-        with torch.no_grad():
-            old = listing.by_token(policy)
-            weights = listing.mask * old.sum(1, keepdim=True).exp()
-            rewards = ppo.shape_rewards(listing.scores.flatten(), old, listing.ref_logprobs, listing.mask, BETA)
-            advantages, _ = ppo.gae(rewards, torch.zeros_like(rewards), listing.mask, lam=lam)
-            advantages = ppo.whiten(advantages, weights)
+        schedule(optimizer, update, updates)
+        old, rewards, weights = listing.rollout(policy)
+        advantages, _ = ppo.gae(rewards, torch.zeros_like(rewards), listing.mask, lam=1.0)
+        advantages = ppo.whiten(advantages, weights)
         for _ in range(epochs):
-            logprobs = listing.by_token(policy)
-            loss, _ = (ppo.policy_loss(logprobs, old, advantages, weights) if surrogate == "clip" else
-                       ppo.kl_penalty_loss(logprobs, old, advantages, weights, penalty.coef))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        with torch.no_grad():
-            penalty.update(masked_mean(ppo.kl_estimate(old, listing.by_token(policy), "k3"), weights).item())
+            logprobs = listing.token_logprobs(policy)
+            loss = surrogate_loss(surrogate, logprobs, old, advantages, weights, penalty.coef)
+            take_step(optimizer, loss)
+        kl_old = ppo.kl_estimate(old, listing.token_logprobs(policy).detach(), "k3")
+        penalty.update(masked_mean(kl_old, weights).item())
     return listing.probabilities(policy)
 
 
 @pytest.mark.parametrize("surrogate", ["clip", "kl_penalty"])
 def test_ppo_ends_at_pi_star(listing, surrogate):
-    p = ppo_on(listing, surrogate=surrogate)
-    assert listing.distance(listing.ref.exp(), listing.best) > 0.3
-    assert listing.distance(p, listing.best) < 0.03 and listing.fraction(p) > 0.99
+    p = train_by_ppo(listing, surrogate)
+    assert listing.distance(listing.ref.exp(), listing.best) > 0.3     # it has a long way to go
+    assert listing.distance(p, listing.best) < 0.03
+    assert listing.fraction(p) > 0.99
 
 
 def test_ppo_on_sampled_responses_with_a_critic_ends_near_pi_star(listing):
-    """The stages of ppo.main: roll out, shaped rewards, GAE with a learned critic, whitening, minibatches."""
-    actor, generator = listing.policy(), seeded()
+    """The steps of ppo.main: rollout, shaped rewards, GAE by a critic, whitening, minibatches"""
+    updates, lr = 120, 3e-3
+    generator = seeded()
+    actor = listing.policy()
     critic = ScalarGPT(actor.config, init_from=actor, zero_head=True).eval()
-    optimizers = [torch.optim.Adam(m.parameters(), lr=3e-3, fused=True) for m in (actor, critic)]
-    score_of = {(tuple(p), tuple(y)): listing.scores[i, j].item() for i, p in enumerate(listing.prompts)
-                for j, y in enumerate(listing.responses)}
+    optimizers = [adam(actor, lr), adam(critic, lr)]
     cfg = dataclasses.replace(ppo.Config(), max_new_tokens=3)
-    for update in range(120):
-        prompts = [listing.prompts[i % 2] for i in range(256)]
+    prompts = listing.prompts * 128
+    score_of = {}
+    for i, x in enumerate(listing.prompts):
+        for j, y in enumerate(listing.responses):
+            score_of[tuple(x), tuple(y)] = listing.scores[i, j].item()
+
+    for update in range(updates):
         inputs, targets, mask, _ = ppo.roll_out(actor, prompts, cfg, listing.eos, generator)
-        scores = torch.tensor([score_of[tuple(p), tuple(y)] for p, y in zip(prompts, data.responses_of(
-            torch.cat([inputs, targets[:, -1:]], 1), mask))])
+        responses = data.responses_of(torch.cat([inputs, targets[:, -1:]], 1), mask)
+        scores = torch.tensor([score_of[tuple(x), tuple(y)] for x, y in zip(prompts, responses)])
         with torch.no_grad():
-            old, ref = (token_logprobs(m, inputs, targets, mask) for m in (actor, listing.reference))
+            old = token_logprobs(actor, inputs, targets, mask)
+            ref = token_logprobs(listing.reference, inputs, targets, mask)
             values = critic(inputs) * mask
         rewards = ppo.shape_rewards(scores, old, ref, mask, BETA)
         advantages, returns = ppo.gae(rewards, values, mask, lam=0.95)
         advantages = ppo.whiten(advantages, mask)
         for optimizer in optimizers:
-            experiment.set_learning_rate(optimizer, experiment.learning_rate(update, 120, 3e-3, 5, 0.01))
+            schedule(optimizer, update, updates, lr, floor=0.01)
         for rows in torch.randperm(256, generator=generator).split(64):
             logprobs = token_logprobs(actor, inputs[rows], targets[rows], mask[rows])
             loss, _ = ppo.policy_loss(logprobs, old[rows], advantages[rows], mask[rows])
-            critic_loss, _ = ppo.value_loss(critic(inputs[rows]), values[rows], returns[rows], mask[rows])
-            (loss + critic_loss).backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            take_step(optimizers[0], loss)
+            new_values = critic(inputs[rows])
+            loss, _ = ppo.value_loss(new_values, values[rows], returns[rows], mask[rows])
+            take_step(optimizers[1], loss)
+
     p = listing.probabilities(actor)
-    assert listing.distance(p, listing.best) < 0.08 and listing.fraction(p) > 0.96
+    assert listing.distance(p, listing.best) < 0.08
+    assert listing.fraction(p) > 0.96
 
 
-# ---- DPO and its relatives: every ordered pair of responses, weighed by how often it is labelled so
+# ---- DPO and its relatives: every ordered pair of responses, weighted by how often it is labelled
 
-FORMULAS = {                                                   # losses of z, written down a second time
-    "sigmoid": lambda z: torch.log1p(torch.exp(-z)), "ipo": lambda z: (z / BETA - 1 / (2 * BETA)) ** 2,
-    "hinge": lambda z: (1 - z) * (z < 1), "fidelity": lambda z: 1 - (1 + torch.exp(-z)) ** -0.5}
+FORMULAS = {                             # each loss as a function of z, written down a second time
+    "sigmoid": lambda z: torch.log1p(torch.exp(-z)),
+    "robust": lambda z: torch.log1p(torch.exp(-z)),
+    "ipo": lambda z: (z / BETA - 1 / (2 * BETA)) ** 2,
+    "hinge": lambda z: (1 - z) * (z < 1),
+    "fidelity": lambda z: 1 - (1 + torch.exp(-z)) ** -0.5,
+}
 
 
-def all_pairs(listing, flips=0.0):
-    """chosen, rejected (M,) and how often an annotator who errs at a rate prefers the one (P, M)"""
-    N = len(listing.responses)
-    i, j = (~torch.eye(N, dtype=torch.bool)).nonzero().T
+def labelled_pairs(listing, flips=0.0):
+    """All pairs i != j (M,), and how often an annotator who errs at a rate prefers i to j (P, M)"""
+    i, j = (~torch.eye(len(listing.responses), dtype=torch.bool)).nonzero().T
     p = torch.sigmoid(listing.scores[:, i] - listing.scores[:, j]).double()
     return i, j, (1 - flips) * p + flips * (1 - p)
 
 
-def dpo_on(listing, flips=0.0, soft=False, normalise=False, counts=None, steps=250, **options):
-    """dpo.dpo_loss over all pairs, by gradient descent on the GPT -> probabilities, last loss"""
-    i, j, wins = all_pairs(listing, flips)
-    wins = (wins if counts is None else counts).float()
+def train_by_dpo(listing, flips=0.0, soft=False, normalise=False, reference_free=False, counts=None,
+                 steps=250, **options):
+    """dpo.dpo_loss over all pairs, by Adam on the GPT -> probabilities, last loss"""
+    i, j, wins = labelled_pairs(listing, flips)
+    if counts is not None:
+        wins = counts
+    wins = wins.float().flatten()
+    labelled = {"target": wins} if soft else {"weights": wins}
     lengths = listing.lengths if normalise else torch.ones_like(listing.lengths)
-    ref = listing.ref.float() / lengths * (not options.pop("reference_free", False))
-    losses = []
-
-    def loss_of(policy):
+    ref = listing.ref.float() / lengths
+    if reference_free:
+        ref = torch.zeros_like(ref)
+    policy = listing.policy()
+    optimizer = adam(policy)
+    for step in range(steps):
+        schedule(optimizer, step, steps, warmup=10, floor=0.01)
         logprobs = listing.logprobs(policy) / lengths
-        given = dict(target=wins.flatten()) if soft else dict(weights=wins.flatten())
-        loss, _ = dpo.dpo_loss(*(x.flatten() for x in (logprobs[:, i], logprobs[:, j], ref[:, i], ref[:, j])),
-                               beta=BETA, **given, **options)
-        losses.append(loss.item())
-        return loss
-    return listing.descend(loss_of, steps), losses[-1]
+        pairs = [x.flatten() for x in (logprobs[:, i], logprobs[:, j], ref[:, i], ref[:, j])]
+        loss, _ = dpo.dpo_loss(*pairs, beta=BETA, **labelled, **options)
+        take_step(optimizer, loss)
+    return listing.probabilities(policy), loss.item()
 
 
-def optimum_of(listing, flips=0.0, normalise=False, counts=None, kind="sigmoid", label_smoothing=0.0, margin=0.0,
-               reference_free=False, steps=300):
-    """The same objective over tables of probabilities, by L-BFGS in float64, from the formulas -> table, loss"""
-    i, j, wins = all_pairs(listing, flips)
-    wins, e, losses = wins if counts is None else counts, label_smoothing, FORMULAS.get(kind, FORMULAS["sigmoid"])
+def dpo_optimum(listing, flips=0.0, normalise=False, reference_free=False, kind="sigmoid",
+                label_smoothing=0.0, margin=0.0):
+    """The same objective in float64 tables, from FORMULAS, by L-BFGS -> probabilities, loss"""
+    i, j, wins = labelled_pairs(listing, flips)
+    formula = FORMULAS[kind]
     lengths = listing.lengths.double() if normalise else 1.0
     ref = 0.0 if reference_free else listing.ref / lengths
     table = listing.ref.clone().requires_grad_()
 
-    def loss_of():
-        implied = BETA * (table.log_softmax(1) / lengths - ref)
+    def objective():
+        implied = BETA * (table.log_softmax(1) / lengths - ref)        # the implied reward
         z = implied[:, i] - implied[:, j] - margin
-        mixed = (1 - e) * losses(z) + (e if kind != "robust" else -e) * losses(-z)
-        return (wins * mixed).sum() / wins.sum() / (1 - 2 * e if kind == "robust" else 1)
+        e = label_smoothing
+        if kind == "robust":
+            losses = ((1 - e) * formula(z) - e * formula(-z)) / (1 - 2 * e)
+        else:
+            losses = (1 - e) * formula(z) + e * formula(-z)
+        return (wins * losses).sum() / wins.sum()
 
-    if kind == "hinge":                                        # has corners: many small steps instead
+    def closure():
+        optimizer.zero_grad()
+        loss = objective()
+        loss.backward()
+        return loss
+
+    if kind == "hinge":                  # it has corners: many small steps instead
         optimizer = torch.optim.Adam([table], lr=0.05)
         for step in range(3000):
             experiment.set_learning_rate(optimizer, 0.05 * (1 - step / 3000) + 1e-5)
-            optimizer.zero_grad()
-            loss_of().backward()
-            optimizer.step()
+            take_step(optimizer, objective())
     else:
-        optimizer = torch.optim.LBFGS([table], max_iter=steps, history_size=50, tolerance_grad=1e-10,
-                                      tolerance_change=1e-14, line_search_fn="strong_wolfe")
-
-        def closure():
-            optimizer.zero_grad()
-            loss = loss_of()
-            loss.backward()
-            return loss
+        optimizer = torch.optim.LBFGS(
+            [table], max_iter=300, history_size=50, tolerance_grad=1e-10, tolerance_change=1e-14,
+            line_search_fn="strong_wolfe")
         optimizer.step(closure)
-    return table.detach().softmax(1), loss_of().item()
+    return table.detach().softmax(1), objective().item()
 
 
 @pytest.mark.parametrize("options", [
-    dict(), dict(kind="robust", label_smoothing=0.2, flips=0.2), dict(kind="fidelity", soft=True),
-    dict(kind="sigmoid", soft=True)], ids=["sigmoid", "robust", "fidelity soft", "sigmoid soft"])
+    pytest.param(dict(), id="sigmoid"),
+    pytest.param(dict(kind="robust", label_smoothing=0.2, flips=0.2), id="robust"),
+    pytest.param(dict(kind="fidelity", soft=True), id="fidelity soft"),
+    pytest.param(dict(kind="sigmoid", soft=True), id="sigmoid soft")])
 def test_dpo_ends_at_pi_star(listing, options):
-    p, _ = dpo_on(listing, **options)
-    assert listing.distance(p, listing.best) < 0.02 and listing.fraction(p) > 0.998
-    if not options.get("soft"):
-        assert listing.distance(optimum_of(listing, **options)[0], listing.best) < 1e-3
+    p, _ = train_by_dpo(listing, **options)
+    assert listing.distance(p, listing.best) < 0.02
+    assert listing.fraction(p) > 0.998
+    if "soft" not in options:
+        optimum, _ = dpo_optimum(listing, **options)
+        assert listing.distance(optimum, listing.best) < 1e-3
 
 
 @pytest.mark.parametrize("options", [
-    dict(label_smoothing=0.2), dict(flips=0.2), dict(kind="ipo"), dict(kind="fidelity"), dict(kind="sigmoid", margin=0.5),
-    dict(kind="robust", label_smoothing=0.1, flips=0.2), dict(normalise=True), dict(label_smoothing=0.1, flips=0.1)],
-    ids=lambda o: "-".join(map(str, itertools.chain(*o.items()))))
+    pytest.param(dict(kind="sigmoid", margin=0.5), id="margin"),
+    pytest.param(dict(kind="ipo"), id="ipo"),
+    pytest.param(dict(kind="fidelity"), id="fidelity"),
+    pytest.param(dict(flips=0.2), id="flipped"),
+    pytest.param(dict(normalise=True), id="normalised"),
+    pytest.param(dict(label_smoothing=0.2), id="cDPO"),
+    pytest.param(dict(label_smoothing=0.1, flips=0.1), id="cDPO flipped"),
+    pytest.param(dict(kind="robust", label_smoothing=0.1, flips=0.2), id="robust, wrong rate")])
 def test_every_other_loss_ends_at_the_optimum_of_its_own_objective(listing, options):
-    (p, loss), (best, least) = dpo_on(listing, **options, steps=500), optimum_of(listing, **options)
+    p, loss = train_by_dpo(listing, **options, steps=500)
+    optimum, least = dpo_optimum(listing, **options)
     assert least - 1e-5 < loss < least + 5e-4
-    assert listing.distance(p, best) < 0.02
-    if set(options) - {"margin", "kind"}:
-        assert listing.distance(best, listing.best) > 0.03     # which is not pi*
+    assert listing.distance(p, optimum) < 0.02
+    assert listing.distance(optimum, listing.best) > 0.03      # its own objective is not J
 
 
-@pytest.mark.parametrize("options", [dict(kind="hinge"), dict(normalise=True, reference_free=True, margin=0.3)],
-                         ids=["hinge", "simpo"])
+@pytest.mark.parametrize("options", [
+    pytest.param(dict(kind="hinge"), id="hinge"),
+    pytest.param(dict(normalise=True, reference_free=True, margin=0.3), id="simpo")])
 def test_hinge_and_simpo_reach_the_least_value_of_their_own_objectives(listing, options):
-    (_, loss), (_, least) = dpo_on(listing, **options, steps=600), optimum_of(listing, **options)
+    _, loss = train_by_dpo(listing, **options, steps=600)
+    _, least = dpo_optimum(listing, **options)
     assert abs(loss - least) < 3e-3
 
 
 def test_hard_labels_halve_the_beta_of_the_fidelity_loss(listing):
-    best, _ = optimum_of(listing, kind="fidelity")
+    optimum, _ = dpo_optimum(listing, kind="fidelity")
     at_half_beta = (listing.ref + listing.scores.double() / (BETA / 2)).softmax(1)
-    assert listing.distance(best, at_half_beta) < 1e-3
+    assert listing.distance(optimum, at_half_beta) < 1e-3
 
 
+FLIPPED = {                              # a loss, told the rate of flipped labels if it can use it
+    "sigmoid": lambda rate: dict(),
+    "cDPO": lambda rate: dict(label_smoothing=rate),
+    "robust": lambda rate: dict(kind="robust", label_smoothing=rate),
+    "fidelity": lambda rate: dict(kind="fidelity"),
+}
 
-FLIPPED = {                                                    # a loss, told the share of flipped labels if it can be
-    "sigmoid": lambda e: dict(), "cDPO": lambda e: dict(label_smoothing=e),
-    "robust": lambda e: dict(kind="robust", label_smoothing=e), "fidelity": lambda e: dict(kind="fidelity")}
 
-
-def test_only_robust_keeps_its_optimum_where_labels_are_flipped(listing):
-    fractions = {name: listing.fraction(optimum_of(listing, flips=0.2, **options(0.2))[0]) for name, options in FLIPPED.items()}
+def test_only_robust_keeps_its_optimum_when_labels_are_flipped(listing):
+    fractions = {}
+    for name, options_at in FLIPPED.items():
+        optimum, _ = dpo_optimum(listing, flips=0.2, **options_at(0.2))
+        fractions[name] = listing.fraction(optimum)
     assert fractions["robust"] > 0.999
     assert fractions["robust"] > fractions["sigmoid"] + 0.05 > fractions["cDPO"] + 0.1
-    assert listing.fraction(optimum_of(listing, kind="fidelity")[0]) < fractions["fidelity"] - 0.05        # flips undo its excess
+    clean, _ = dpo_optimum(listing, kind="fidelity")           # overshoots, and flips temper it
+    assert listing.fraction(clean) < fractions["fidelity"] - 0.05
 
 
 def draw_flips(path, n=20000, seeds=3):
-    """DPO's losses on n drawn labels of which a share is flipped -> a picture, and its numbers as a table"""
-    listing, rates = Enumerated(), (0.0, 0.1, 0.2, 0.3)
-    rows = [["loss", "flipped", "fraction of the optimum", "its own optimum's", "distance to that, TV"]]
+    """DPO on n drawn labels, some of them flipped -> a picture, and its numbers as a table"""
+    listing = Listing()
+    rates = [0.0, 0.1, 0.2, 0.3]
+    percent = [100 * rate for rate in rates]
+    rows = [["loss", "flipped", "fraction of the optimum", "its own optimum's",
+             "distance to that, TV"]]
     figure, axes = experiment.subplots(1, 2, figsize=(9.5, 3.8))
-    for (name, options), style in zip(FLIPPED.items(), ("o-", "s--", "^-.", "D:")):
+    for (name, options_at), style in zip(FLIPPED.items(), ("o-", "s--", "^-.", "D:")):
         fractions, distances = [], []
         for rate in rates:
-            own, _ = optimum_of(listing, flips=rate, **options(rate))
+            own, _ = dpo_optimum(listing, flips=rate, **options_at(rate))
+            _, _, wins = labelled_pairs(listing, rate)
+            p = wins.flatten()
             runs = []
             for seed in range(seeds):
-                _, _, wins = all_pairs(listing, rate)
-                drawn = torch.multinomial(wins.flatten(), n, replacement=True, generator=seeded(seed))
-                counts = torch.bincount(drawn, minlength=wins.numel()).view_as(wins).double()
-                runs.append(dpo_on(listing, counts=counts, **options(rate))[0])
+                drawn = torch.multinomial(p, n, replacement=True, generator=seeded(seed))
+                counts = torch.bincount(drawn, minlength=len(p)).view_as(wins).double()
+                policy, _ = train_by_dpo(listing, counts=counts, **options_at(rate))
+                runs.append(policy)
             fractions.append(torch.tensor([listing.fraction(p) for p in runs]))
             distances.append(torch.tensor([listing.distance(p, own) for p in runs]))
-            rows.append([name, f"{rate:.0%}", fractions[-1].mean().item(), listing.fraction(own), distances[-1].mean().item()])
+            rows.append([name, f"{rate:.0%}", fractions[-1].mean().item(), listing.fraction(own),
+                         distances[-1].mean().item()])
         for axis, values in zip(axes, (fractions, distances)):
-            axis.errorbar([100 * r for r in rates], [v.mean() for v in values], [v.std() for v in values], fmt=style,
-                          color="0.15", markerfacecolor="0.75", capsize=2, linewidth=1.1, label=name)
+            means, deviations = [v.mean() for v in values], [v.std() for v in values]
+            axis.errorbar(percent, means, deviations, fmt=style, color="0.15",
+                          markerfacecolor="0.75", capsize=2, linewidth=1.1, label=name)
     axes[0].set(xlabel="flipped labels (%)", ylabel="fraction of the optimum reached")
     axes[1].set(xlabel="flipped labels (%)", ylabel="total variation to the loss's own optimum")
     for axis in axes:
@@ -4567,387 +4886,483 @@ def draw_flips(path, n=20000, seeds=3):
     return experiment.table(rows, markdown=True)
 
 
-# ---- GRPO and its relatives: every group of two, weighed by how often it is sampled
+# ---- GRPO and its relatives: every group of two, weighted by how often it is sampled
 
 def expected_advantages(rewards, p, kind):
-    """Of each response, over who else is in its group: (P, N), (P, N) -> (P, N)"""
-    (P, N), groups = rewards.shape, torch.stack(torch.broadcast_tensors(rewards[:, :, None], rewards[:, None, :]), -1)
-    return (grpo.group_advantages(groups.reshape(-1), 2, kind).view(P, N, N, 2)[..., 0] * p[:, None, :]).sum(2)
+    """A response's mean advantage over its partner in a group of two: (P, N), (P, N) -> (P, N)"""
+    P, N = rewards.shape
+    own = rewards[:, :, None].expand(P, N, N)
+    partner = rewards[:, None, :].expand(P, N, N)
+    groups = torch.stack([own, partner], dim=-1)                               # (P, N, N, 2)
+    advantages = grpo.group_advantages(groups.flatten(), 2, kind).view(P, N, N, 2)[..., 0]
+    return (advantages * p[:, None, :]).sum(2)
 
 
-def grpo_on(listing, advantage="grpo", kl_in="reward", normalise="token", updates=150, epochs=4):
+def train_by_grpo(listing, advantage, normalise, kl_in="reward", updates=150, epochs=4):
     """GRPO with all groups of two as its batch -> probabilities"""
+    P, N = listing.scores.shape
     policy = listing.policy()
-    optimizer = torch.optim.Adam(policy.parameters(), lr=4e-3, fused=True)
+    optimizer = adam(policy)
     for update in range(updates):
-        experiment.set_learning_rate(optimizer, experiment.learning_rate(update, updates, 4e-3, 5, 0.005))
-        with torch.no_grad():
-            old = listing.by_token(policy)
-            p, kl = old.sum(1).exp().view(2, -1), ppo.kl_estimate(old, listing.ref_logprobs).sum(1).view(2, -1)
-            rewards = listing.scores - BETA * kl if kl_in == "reward" else listing.scores
-            advantages = expected_advantages(rewards, p, advantage).flatten()
-            weights = 40 * grpo.token_weights(listing.mask, normalise, 3) * p.view(-1, 1)
+        schedule(optimizer, update, updates)
+        old = listing.token_logprobs(policy).detach()
+        p = old.sum(1).exp().view(P, N)
+        rewards = listing.scores
+        if kl_in == "reward":
+            kl_ref = ppo.kl_estimate(old, listing.ref_logprobs).sum(1).view(P, N)
+            rewards = rewards - BETA * kl_ref
+        advantages = expected_advantages(rewards, p, advantage).flatten()
+        weights = grpo.token_weights(listing.mask, normalise, 3)               # a row counts 1 / N
+        weights = N * p.view(-1, 1) * weights                                  # and now p
         for _ in range(epochs):
-            logprobs = listing.by_token(policy)
+            logprobs = listing.token_logprobs(policy)
             loss, _ = grpo.grpo_loss(logprobs, old, advantages, weights)
             if kl_in == "loss":
-                loss = loss + BETA * (weights * ppo.kl_estimate(logprobs, listing.ref_logprobs, "k3")).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+                kl_ref = ppo.kl_estimate(logprobs, listing.ref_logprobs, "k3")
+                loss = loss + BETA * (weights * kl_ref).sum()
+            take_step(optimizer, loss)
     return listing.probabilities(policy)
 
 
-@pytest.mark.parametrize("advantage, normalise", [("grpo", "token"), ("grpo", "sequence"), ("dr_grpo", "fixed"),
-                                                  ("rloo", "token")])
-def test_every_group_advantage_ends_at_pi_star_with_the_kl_in_the_reward(listing, advantage, normalise):
-    p = grpo_on(listing, advantage, normalise=normalise)
-    assert listing.distance(p, listing.best) < 0.03 and listing.fraction(p) > 0.97
+@pytest.mark.parametrize("advantage, normalise", [
+    ("grpo", "token"),
+    ("grpo", "sequence"),
+    ("dr_grpo", "fixed"),
+    ("rloo", "token")])
+def test_every_group_advantage_ends_at_pi_star_with_the_kl_in_the_reward(
+        listing, advantage, normalise):
+    p = train_by_grpo(listing, advantage, normalise)
+    assert listing.distance(p, listing.best) < 0.03
+    assert listing.fraction(p) > 0.97
 
 
-def test_without_a_baseline_a_constant_reward_is_harmless_unless_responses_are_weighed_by_their_length():
-    """At pi* the advantages of reinforce are beta log Z(x), not 0: E[grad log pi] = 0, E[grad log pi / length] is not"""
-    louder = Enumerated()
-    louder.scores = louder.scores + 4                                          # which does not change pi*
-    assert louder.distance(louder.best, Enumerated().best) < 1e-6
-    assert louder.distance(grpo_on(louder, "reinforce", normalise="fixed"), louder.best) < 0.06
-    assert louder.distance(grpo_on(louder, "reinforce", normalise="sequence"), louder.best) > 0.3
-    assert louder.distance(grpo_on(louder, "rloo", normalise="sequence"), louder.best) < 0.03
+def test_a_constant_reward_misleads_reinforce_only_under_sequence_weights(listing):
+    """
+    A constant added to every score does not change pi*, but the advantages of reinforce at pi* are
+    then beta log Z(x) and not 0. That is harmless because E[grad log pi] = 0. Weights of 1 / length
+    break it: E[grad log pi / length] is not 0. A baseline removes the constant.
+    """
+    shifted = Listing()
+    shifted.scores = shifted.scores + 4
+    assert shifted.distance(shifted.best, listing.best) < 1e-6
+
+    def error(advantage, normalise):
+        return shifted.distance(train_by_grpo(shifted, advantage, normalise), shifted.best)
+
+    assert error("reinforce", "fixed") < 0.06
+    assert error("reinforce", "sequence") > 0.3
+    assert error("rloo", "sequence") < 0.03
 
 
-def test_at_pi_star_every_advantage_with_a_baseline_is_zero_and_so_is_its_noise(listing):
+def test_at_pi_star_every_advantage_with_a_baseline_is_zero(listing):
+    """r - beta log(pi* / pi_ref) = beta log Z(x) for every y, so there is no noise either."""
     rewards = listing.scores.double() - BETA * (listing.best.log() - listing.ref)
     assert rewards.std(1).max() < 1e-9
     for kind in ("dr_grpo", "rloo"):
         assert grpo.group_advantages(rewards.flatten(), 40, kind).abs().max() < 1e-9
 
 
-def rest_of(listing, kind, beta=BETA):
+def grpo_fixed_point(listing, kind, beta=BETA):
     """
-    Where GRPO rests with the KL in the loss, from its own equations, in tables.
+    Where GRPO comes to rest with the KL in the loss, in float64 tables.
 
-    In a state the loss pulls by Q(s, a), the mean advantage of what begins so, and by the gradient of KL(ref, pi):
-    pi (Q - E Q) + beta (ref - pi) = 0, so pi(a|s) = beta ref(a|s) / (lambda - Q(s, a)), from the last token back.
-    Q hangs on the advantages and they on pi: iterated to a fixed point.
+    In each state the loss pulls by Q(s, a), the mean advantage of the responses that continue with
+    a, and by the gradient of KL(pi_ref || pi). At rest
+        pi (Q - E Q) + beta (pi_ref - pi) = 0,  so  pi(a|s) = beta pi_ref(a|s) / (lambda - Q(s, a)),
+    where lambda makes pi sum to 1. States are solved from the last token back. Q depends on the
+    advantages. Those of grpo depend on pi, so they are iterated to a fixed point.
     """
-    index, p = {tuple(y): i for i, y in enumerate(listing.responses)}, listing.ref.exp()
+    tokens = range(listing.eos + 1)
+    index = {tuple(y): i for i, y in enumerate(listing.responses)}
     scores = listing.scores.double()
 
     def mass(row, prefix):
         return sum(q for y, q in zip(listing.responses, row) if tuple(y[:len(prefix)]) == prefix)
 
     def solve(ref_row, advantages, prefix=()):
-        """-> E Q in this state, {response: its probability from here on}"""
-        below = [(advantages[index[prefix + (a,)]], {prefix + (a,): 1.0}) if prefix + (a,) in index else
-                 solve(ref_row, advantages, prefix + (a,)) for a in range(listing.eos + 1)]
-        ref = [mass(ref_row, prefix + (a,)) / mass(ref_row, prefix) for a in range(listing.eos + 1)]
-        low, high = max(q for q, _ in below), max(q for q, _ in below) + beta
+        """-> E Q in the state after prefix, {response: its probability from there on}"""
+        ref, Q, below = [], [], []
+        for a in tokens:
+            y = prefix + (a,)
+            ref.append(mass(ref_row, y) / mass(ref_row, prefix))
+            if y in index:
+                Q.append(advantages[index[y]])
+                below.append({y: 1.0})
+            else:
+                value, probabilities = solve(ref_row, advantages, y)
+                Q.append(value)
+                below.append(probabilities)
+        low, high = max(Q), max(Q) + beta                                      # hold lambda
         for _ in range(60):
             middle = (low + high) / 2
-            total = sum(beta * r / (middle - q) for r, (q, _) in zip(ref, below))
-            low, high = (middle, high) if total > 1 else (low, middle)
-        pi = [beta * r / (high - q) for r, (q, _) in zip(ref, below)]
-        return sum(x * q for x, (q, _) in zip(pi, below)), {y: x * z for x, (_, ys) in zip(pi, below) for y, z in ys.items()}
+            if sum(beta * r / (middle - q) for r, q in zip(ref, Q)) > 1:
+                low = middle
+            else:
+                high = middle
+        pi = [beta * r / (high - q) for r, q in zip(ref, Q)]
+        value = sum(x * q for x, q in zip(pi, Q))
+        return value, {y: pi[a] * q for a in tokens for y, q in below[a].items()}
 
-    for _ in range(40 if kind == "grpo" else 1):
-        advantages = {"rloo": scores, "dr_grpo": scores / 2,                   # (r - r') / 2, without its mean
-                      "grpo": ((scores[:, :, None] - scores[:, None]).sign() / math.sqrt(2) * p[:, None]).sum(2)}[kind]
-        solved = [solve(listing.ref[i].exp().tolist(), advantages[i].tolist())[1] for i in range(2)]
-        new = torch.tensor([[row[tuple(y)] for y in listing.responses] for row in solved], dtype=torch.float64)
-        p = (p + new) / 2 if kind == "grpo" else new
-    return new
+    def solve_all(advantages):
+        table = torch.zeros_like(scores)
+        for row in range(len(listing.prompts)):
+            _, pi = solve(listing.ref[row].exp().tolist(), advantages[row].tolist())
+            for i, y in enumerate(listing.responses):
+                table[row, i] = pi[tuple(y)]
+        return table
+
+    if kind == "rloo":
+        return solve_all(scores)
+    if kind == "dr_grpo":                                      # (r - r') / 2, up to a constant
+        return solve_all(scores / 2)
+    signs = (scores[:, :, None] - scores[:, None]).sign() / math.sqrt(2)       # (r - mean) / std
+    p = listing.ref.exp()
+    for _ in range(40):
+        pi = solve_all((signs * p[:, None]).sum(2))
+        p = (p + pi) / 2
+    return pi
 
 
 @pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo"])
-def test_with_the_kl_in_the_loss_each_ends_at_the_rest_of_its_own_equations(listing, advantage):
-    rest = rest_of(listing, advantage)
+def test_with_the_kl_in_the_loss_each_advantage_ends_at_its_own_fixed_point(listing, advantage):
+    rest = grpo_fixed_point(listing, advantage)
     assert rest.sum(1).tolist() == pytest.approx([1, 1], abs=1e-6)
-    assert listing.distance(rest, listing.best) > 0.05                         # which is not pi*
-    p = grpo_on(listing, advantage, kl_in="loss", normalise="fixed")
+    assert listing.distance(rest, listing.best) > 0.05                         # it is not pi*
+    p = train_by_grpo(listing, advantage, "fixed", kl_in="loss")
     assert listing.distance(p, rest) < 0.03 < listing.distance(p, listing.best)
 
 
-def test_dividing_by_the_standard_deviation_and_a_mean_that_holds_oneself_change_the_effective_beta(listing):
-    """In groups of two: dr_grpo at beta rests where rloo does at 2 beta; grpo where any other scale of r does"""
-    assert listing.distance(rest_of(listing, "dr_grpo"), rest_of(listing, "rloo", 2 * BETA)) < 1e-6
-    louder = Enumerated()
+def test_dr_grpo_doubles_beta_and_grpo_ignores_the_scale_of_the_reward(listing):
+    """In groups of two, with the KL in the loss. grpo divides by the standard deviation."""
+    doubled = grpo_fixed_point(listing, "rloo", 2 * BETA)
+    assert listing.distance(grpo_fixed_point(listing, "dr_grpo"), doubled) < 1e-6
+    louder = Listing()
     louder.scores = 10 * louder.scores
-    assert listing.distance(rest_of(louder, "grpo"), rest_of(listing, "grpo")) < 1e-6
-    assert listing.distance(rest_of(louder, "rloo"), rest_of(listing, "rloo")) > 0.1
+
+    def shift(kind):
+        return listing.distance(grpo_fixed_point(louder, kind), grpo_fixed_point(listing, kind))
+
+    assert shift("grpo") < 1e-6
+    assert shift("rloo") > 0.1
 
 
-# ---- The ladder
+# ---- The ladder of policy_gradient.py
 
-def rung_on(listing, rung, updates=200, lr=4e-3):
-    """A rung of the ladder with the listing as its batch and the exact critic -> probabilities"""
-    policy, penalty = listing.policy(), ppo.ThresholdKL(1.0, 0.002)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=lr, fused=True)
+def ladder_rows(listing, policy):
+    """The list as a rollout of policy, with exact values of its shaped rewards -> rows, weights"""
+    old, rewards, weights = listing.rollout(policy)
+    to_go = policy_gradient.reward_to_go(rewards, None, listing.mask)
+    values = listing.state_values(listing.probabilities(policy), to_go.double()).float()
+    rows = {"old_logprobs": old, "rewards": rewards, "values": values, "mask": listing.mask}
+    return rows, weights
+
+
+def take_trpo_step(listing, policy, rows, weights, psi, max_kl):
+    """One trust-region step on the whole list; checks that it keeps within max_kl"""
+    real = listing.mask > 0
+    p = weights[real] / weights.sum()
+    old = policy_gradient.token_distributions(policy, listing.inputs, listing.mask).detach()
+
+    def measure():
+        log_pi = policy_gradient.token_distributions(policy, listing.inputs, listing.mask)
+        kl = ((old.exp() * (old - log_pi)).sum(-1) * p).sum()
+        log_ratio = listing.token_logprobs(policy)[real] - rows["old_logprobs"][real]
+        return (log_ratio.exp() * psi[real] * p).sum(), kl
+
+    taken = policy_gradient.trpo_step(policy.parameters(), measure, lambda: measure()[1], max_kl,
+                                      cg_steps=10, damping=1e-3)
+    assert measure()[1].item() == pytest.approx(taken["kl"], abs=1e-7)
+    assert taken["kl"] <= max_kl
+
+
+def train_by_rung(listing, rung, updates=200, lr=4e-3):
+    """A rung of the ladder on the whole list, with the exact critic -> probabilities"""
+    policy = listing.policy()
+    optimizer = adam(policy)
+    penalty = ppo.ThresholdKL(1.0, 0.002)
     cfg = dataclasses.replace(policy_gradient.Config(), lam=0.9)
+    epochs = 1 if rung in policy_gradient.PSI else 4
     for update in range(updates):
-        factor = experiment.learning_rate(update, updates, 1.0, 5, 0.005)
-        experiment.set_learning_rate(optimizer, factor * lr)
-        rows, weights = shaped(listing, policy)
-        rows["mask"] = weights
-        psi = policy_gradient.gae(rows["rewards"], rows["values"], listing.mask, 1.0, 0.9)
+        rows, weights = ladder_rows(listing, policy)
         if rung == "trpo":
-            at, p = listing.mask > 0, weights[listing.mask > 0] / weights.sum()
-            old = policy_gradient.token_distributions(policy, listing.inputs, listing.mask).detach()
-
-            def kl(log_pi, old=old):
-                return ((old.exp() * (old - log_pi)).sum(-1) * p).sum()
-
-            def measure():
-                log_pi = policy_gradient.token_distributions(policy, listing.inputs, listing.mask)
-                ratio = torch.exp(listing.by_token(policy)[at] - rows["old_logprobs"][at])
-                return (ratio * psi[at] * p).sum(), kl(log_pi)
-
-            taken = policy_gradient.trpo_step(policy.parameters(), measure, lambda: measure()[1], 0.02 * factor ** 2, 10, 1e-3)
-            with torch.no_grad():
-                assert measure()[1].item() == pytest.approx(taken["kl"], abs=1e-7) and taken["kl"] <= 0.02 * factor ** 2
+            psi = policy_gradient.gae(rows["rewards"], rows["values"], listing.mask, 1.0, 0.9)
+            factor = experiment.learning_rate(update, updates, 1.0, 5, 0.005)
+            take_trpo_step(listing, policy, rows, weights, psi, 0.02 * factor ** 2)
             continue
-        for _ in range(1 if rung in policy_gradient.PSI else 4):
-            optimizer.zero_grad()
-            policy_gradient.rung_loss(rung, listing.by_token(policy), rows, cfg, penalty.coef).backward()
-            optimizer.step()
-        with torch.no_grad():
-            penalty.update(masked_mean(ppo.kl_estimate(rows["old_logprobs"], listing.by_token(policy), "k3"), weights).item())
+        schedule(optimizer, update, updates, lr)
+        weighted = rows | {"mask": weights}
+        for _ in range(epochs):
+            logprobs = listing.token_logprobs(policy)
+            loss = policy_gradient.rung_loss(rung, logprobs, weighted, cfg, penalty.coef)
+            take_step(optimizer, loss)
+        logprobs = listing.token_logprobs(policy).detach()
+        kl_old = ppo.kl_estimate(rows["old_logprobs"], logprobs, "k3")
+        penalty.update(masked_mean(kl_old, weights).item())
     return listing.probabilities(policy)
 
 
-@torch.no_grad()
-def shaped(listing, policy):
-    """The listing as a rollout of policy, with the exact values of its KL-shaped rewards -> rows, weights"""
-    old = listing.by_token(policy)
-    rewards = ppo.shape_rewards(listing.scores.flatten(), old, listing.ref_logprobs, listing.mask, BETA)
-    to_go = policy_gradient.reward_to_go(rewards, None, listing.mask)
-    values = state_values(listing, listing.probabilities(policy), to_go.double()).float()
-    return ({"old_logprobs": old, "rewards": rewards, "values": values, "mask": listing.mask},
-            listing.mask * old.sum(1, keepdim=True).exp())
+@pytest.mark.parametrize("rung, options", [
+    pytest.param("gae", dict(lr=8e-3), id="gae"),
+    pytest.param("importance", dict(updates=140), id="importance"),
+    pytest.param("trpo", dict(updates=40), id="trpo")])
+def test_the_rungs_end_at_pi_star(listing, rung, options):
+    """
+    gae speaks for the first six rungs, whose gradients are equal with this critic (see below);
+    clip and kl_penalty are tested with PPO above.
+    """
+    p = train_by_rung(listing, rung, **options)
+    assert listing.distance(p, listing.best) < 0.03
+    assert listing.fraction(p) > 0.98
 
 
-@pytest.mark.parametrize("rung, steps", [("gae", dict(lr=8e-3)), ("importance", dict(updates=140)), ("trpo", dict(updates=40))])
-def test_the_rungs_end_at_pi_star(listing, rung, steps):
-    """gae for the first six, whose gradients are one with this critic (see below); clip and kl_penalty as in PPO above"""
-    p = rung_on(listing, rung, **steps)
-    assert listing.distance(p, listing.best) < 0.03 and listing.fraction(p) > 0.98
-
-
-# ---- gradients
+# ---- Gradients, each against the exact gradient of J
 
 def flat_gradient(loss, policy):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(
-        loss, list(policy.parameters()), retain_graph=True)]).double()
+    parameters = list(policy.parameters())
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+    return torch.cat([g.flatten() for g in gradients]).double()
 
 
-def exact_objective(listing, policy):
+def exact_gradient(listing, policy):
+    """grad J, differentiated through the probabilities of all responses"""
     logprobs = listing.logprobs(policy)
-    return (logprobs.exp() * (listing.scores - BETA * (logprobs - listing.ref.float()))).sum(1).mean()
+    rewards = listing.scores - BETA * (logprobs - listing.ref.float())
+    return flat_gradient((logprobs.exp() * rewards).sum(1).mean(), policy)
+
+
+def is_close(ours, exact, within=1e-4):
+    """Whether two gradients differ by less than a share of the second one's norm"""
+    return (ours - exact).norm() < within * exact.norm()
 
 
 @pytest.mark.parametrize("surrogate", ["clip", "kl_penalty"])
 def test_the_first_gradient_is_the_exact_policy_gradient_over_the_mean_length(listing, surrogate):
-    """- grad J / E[length]: with lambda 1, any critic that sees the state alone, and no whitening"""
-    policy, critic = listing.policy(seed=3), small_scalar()
-    old = listing.by_token(policy).detach()
-    weights = listing.mask * old.sum(1, keepdim=True).exp()
-    rewards = ppo.shape_rewards(listing.scores.flatten(), old, listing.ref_logprobs, listing.mask, BETA)
-    advantages, _ = ppo.gae(rewards, critic(listing.inputs).detach() * listing.mask, listing.mask, lam=1.0)
-    logprobs = listing.by_token(policy)
-    loss, _ = (ppo.policy_loss(logprobs, old, advantages, weights) if surrogate == "clip" else
-               ppo.kl_penalty_loss(logprobs, old, advantages, weights, 1.0))
-    ours = flat_gradient(loss, policy)
-    exact = flat_gradient(exact_objective(listing, policy), policy)
-    mean_length = weights.sum().item() / 2                                    # E[length], over two prompts
-    assert (ours + exact / mean_length).norm() < 1e-4 * ours.norm()
-    biased, _ = ppo.gae(rewards, critic(listing.inputs).detach() * listing.mask, listing.mask, lam=0.5)
-    wrong = flat_gradient(ppo.policy_loss(listing.by_token(policy), old, biased, weights)[0], policy)
-    assert (wrong + exact / mean_length).norm() > 0.05 * ours.norm()          # the test can fail
+    """- grad J / E[length], at lambda 1 without whitening, by any critic of the state alone"""
+    policy = listing.policy(seed=3)
+    values = small_scalar()(listing.inputs).detach() * listing.mask
+    old, rewards, weights = listing.rollout(policy)
+    mean_length = weights.sum().item() / 2                                     # over two prompts
+    exact = exact_gradient(listing, policy) / mean_length
+
+    def gradient(surrogate, lam):
+        advantages, _ = ppo.gae(rewards, values, listing.mask, lam=lam)
+        logprobs = listing.token_logprobs(policy)
+        return flat_gradient(surrogate_loss(surrogate, logprobs, old, advantages, weights), policy)
+
+    assert is_close(gradient(surrogate, lam=1.0), -exact)
+    assert not is_close(gradient("clip", lam=0.5), -exact, within=0.05)        # the test can fail
 
 
-def test_the_token_mean_over_ragged_rows_is_biased_by_a_term_of_order_one_over_batch_size(listing):
+def test_the_bias_of_the_token_mean_falls_as_one_over_the_batch_size(listing):
     """
-    E[sum f / sum length] against E[f] / E[length], exact at every batch size: given the others' total
-    length L, which is independent of a row, the mean is B E[f_1 / (length_1 + L)].
+    The bias is E[sum f / sum length] - E[f] / E[length], where f is a row's part of the gradient.
+    It is exact at every batch size B: given the total length L of the other rows, which is
+    independent of row 1, the first term is B E[f_1 / (length_1 + L)].
     """
     policy = listing.policy(seed=3)
-    old, direction = listing.by_token(policy).detach(), flat_gradient(exact_objective(listing, policy), policy)
-    rewards = ppo.shape_rewards(listing.scores.flatten(), old, listing.ref_logprobs, listing.mask, BETA)
+    old, rewards, _ = listing.rollout(policy)
     advantages, _ = ppo.gae(rewards, torch.zeros_like(rewards), listing.mask, lam=1.0)
-    f = torch.stack([flat_gradient((listing.by_token(policy) * advantages)[i].sum(), policy) @ direction
-                     for i in range(80)])                                      # each row's part of the gradient
-    p, lengths = old.double().sum(1).exp() / 2, listing.lengths.flatten().long()
+    direction = exact_gradient(listing, policy)
+    row_losses = (listing.token_logprobs(policy) * advantages).sum(1)
+    f = torch.stack([flat_gradient(loss, policy) @ direction for loss in row_losses])   # (P N,)
+    p = old.double().sum(1).exp() / 2
+    lengths = listing.lengths.flatten().long()
     limit = (p @ f) / (p @ lengths.double())
-    one = torch.zeros(4, dtype=torch.float64).index_add(0, lengths, p)         # distribution of a length
-    others, bias = torch.ones(1, dtype=torch.float64), {}
-    for B in range(1, 129):                                                    # others: of B - 1 lengths together
+
+    one = torch.zeros(4, dtype=torch.float64).index_add(0, lengths, p)         # P(length of a row)
+    others = torch.ones(1, dtype=torch.float64)                                # P(L), of B - 1 rows
+    bias = {}
+    for B in range(1, 129):
         total = lengths[:, None] + torch.arange(len(others))
         bias[B] = (B * ((f * p)[:, None] * others / total).sum() - limit).item()
-        others = sum(torch.nn.functional.pad(others * q, (n, 3 - n)) for n, q in enumerate(one))
-    whole_batches = [(p[list(ij)].prod() * f[list(ij)].sum() / lengths[list(ij)].sum()).item()
-                     for ij in itertools.product(range(80), repeat=2)]
-    assert bias[2] == pytest.approx(sum(whole_batches) - limit.item())         # the trick against plain enumeration
+        shifts = [torch.nn.functional.pad(others * q, (n, 3 - n)) for n, q in enumerate(one)]
+        others = sum(shifts)
+
+    mean_of_two = 0.0                            # by plain enumeration, as a check
+    for i, j in itertools.product(range(80), repeat=2):
+        mean_of_two += (p[i] * p[j] * (f[i] + f[j]) / (lengths[i] + lengths[j])).item()
+    assert bias[2] == pytest.approx(mean_of_two - limit.item())
     assert abs(bias[1]) > 0.01 * abs(limit)
-    assert 128 * bias[128] == pytest.approx(64 * bias[64], rel=0.02) and abs(bias[128]) < abs(bias[1]) / 50
+    assert 128 * bias[128] == pytest.approx(64 * bias[64], rel=0.02)
+    assert abs(bias[128]) < abs(bias[1]) / 50
 
 
 def test_the_expected_gradient_of_log_pi_is_zero(listing):
     policy = listing.policy(seed=3)
     logprobs = listing.logprobs(policy)
-    assert flat_gradient((logprobs.detach().exp() * logprobs).sum(), policy).norm() < 1e-5
-    assert flat_gradient((logprobs.detach().exp() * logprobs)[:, :20].sum(), policy).norm() > 1e-2
-
-
-def state_values(listing, p, to_go=None):
-    """
-    V(s) = E[what is still earned | the tokens so far], before each response token, by summing over the listing.
-
-    to_go (P N, T) is what each response earns from a column on; by default its score. -> (P N, T), float64
-    """
-    values = torch.zeros(listing.mask.shape, dtype=torch.float64)
-    to_go = listing.scores.double().view(-1, 1).expand_as(values) if to_go is None else to_go
-    for t in range(values.shape[1]):
-        prefix = listing.inputs[:, :t + 1]
-        at = listing.mask[:, t] > 0
-        same = (prefix[:, None] == prefix[None]).all(2) & at[:, None] & at                   # (P N, P N) share a state
-        weights = same * p.flatten()
-        values[:, t] = weights @ to_go[:, t] / weights.sum(1).clamp_min(1e-300)
-    return values
+    expected = logprobs.detach().exp() * logprobs
+    assert flat_gradient(expected.sum(), policy).norm() < 1e-5
+    assert flat_gradient(expected[:, :20].sum(), policy).norm() > 1e-2         # half of the list
 
 
 def test_performance_difference_lemma(listing):
-    """J(pi') - J(pi) = E_{y ~ pi'} sum_t A_pi(s_t, a_t), the advantages by ppo.gae with the exact V at lambda 0"""
-    old, new = (listing.probabilities(listing.policy(seed=s, std=0.4)) for s in (1, 2))
-    old, new = old / old.sum(1, keepdim=True), new / new.sum(1, keepdim=True)
-    rewards = ppo.shape_rewards(listing.scores.flatten().double(), listing.mask.double(), listing.mask.double(),
-                                listing.mask, 0.0)
-    advantages, _ = ppo.gae(rewards, state_values(listing, old), listing.mask, lam=0.0)
+    """J(pi') - J(pi) = E_{y ~ pi'} sum_t A_pi(s_t, a_t), A by ppo.gae at lambda 0 with exact V"""
+    tables = []
+    for seed in (1, 2):
+        p = listing.probabilities(listing.policy(seed, std=0.4))
+        tables.append(p / p.sum(1, keepdim=True))
+    old, new = tables
+    zeros = torch.zeros(80, 4, dtype=torch.float64)
+    scores = listing.scores.flatten().double()
+    rewards = ppo.shape_rewards(scores, zeros, zeros, listing.mask, beta=0.0)
+    advantages, _ = ppo.gae(rewards, listing.state_values(old), listing.mask, lam=0.0)
+    gains = advantages.sum(1)                                                  # (P N,)
     difference = ((new - old) * listing.scores).sum().item()
-    assert (new.flatten() @ advantages.sum(1)).item() == pytest.approx(difference, abs=1e-9) and abs(difference) > 0.1
-    assert (old.flatten() @ advantages.sum(1)).item() == pytest.approx(0, abs=1e-9)
+    assert abs(difference) > 0.1
+    assert (new.flatten() @ gains).item() == pytest.approx(difference, abs=1e-9)
+    assert (old.flatten() @ gains).item() == pytest.approx(0, abs=1e-9)
 
 
-def test_importance_sampling_is_unbiased_and_its_variance_grows_with_the_spread_of_the_ratio(listing):
+def test_importance_sampling_is_unbiased_and_noisier_the_wider_its_ratios(listing):
     p = listing.probabilities(listing.policy(seed=1))
-    p, spreads, variances = p / p.sum(1, keepdim=True), [], []
-    one = torch.ones(p.numel(), 1, dtype=torch.float64)
-    for step in (0.0, 0.25, 0.5, 0.75, 1.0):                                   # from pi towards pi*
+    p = p / p.sum(1, keepdim=True)
+    rewards = listing.scores.double()
+    spreads, variances = [], []
+    for step in (0.0, 0.25, 0.5, 0.75, 1.0):                                   # from pi to pi*
         q = (p.log() * (1 - step) + listing.best.log() * step).softmax(1)
-        loss, _ = ppo.policy_loss(q.log().view(-1, 1), p.log().view(-1, 1), listing.scores.double().view(-1, 1),
-                                  p.view(-1, 1) * one, clip_eps=1e9)           # E_p[q / p r]
-        mean = (q * listing.scores).sum().item() / 2
+        columns = [x.view(-1, 1) for x in (q.log(), p.log(), rewards, p)]
+        loss, _ = ppo.policy_loss(*columns, clip_eps=1e9)                      # - E_p[q / p r]
+        mean = (q * rewards).sum().item() / 2
         assert -loss.item() == pytest.approx(mean, abs=1e-9)
         spreads.append((q / p).std().item())
-        variances.append((p * (q / p * listing.scores) ** 2).sum().item() / 2 - mean ** 2)
+        variances.append((p * (q / p * rewards) ** 2).sum().item() / 2 - mean ** 2)
     assert spreads == sorted(spreads) and spreads[-1] > 1
     assert variances == sorted(variances) and variances[-1] > 3 * variances[0]
 
 
 @pytest.mark.parametrize("longest", [1, 2])
-def test_what_k1_k2_and_k3_estimate_and_what_their_gradients_are(longest):
+def test_values_and_gradients_of_the_kl_estimates_k1_k2_and_k3(longest):
     """
-              mean of a sampled response      gradient where it stands in the loss, samples held fixed
+              mean over sampled responses     gradient as a loss, with the samples held fixed
         k1    KL(pi, ref)                     zero
-        k2    E[d^2] / 2, biased              that of KL(pi, ref), summed over the states visited
-        k3    KL(pi, ref)                     that of KL(ref, pi), summed over the states visited
+        k2    E[d^2] / 2, biased              of KL(pi, ref), summed over the visited states
+        k3    KL(pi, ref)                     of KL(ref, pi), summed over the visited states
     """
-    listing = Enumerated(longest=longest)
+    listing = Listing(longest)
     policy = listing.policy(seed=3)
-    logprobs = listing.by_token(policy)
-    p = logprobs.detach().double().sum(1).exp()                                # (P N,)
+    logprobs = listing.token_logprobs(policy)
+    p = logprobs.detach().double().sum(1, keepdim=True).exp()                  # (P N, 1)
     d = (logprobs - listing.ref_logprobs).detach().double() * listing.mask
-    kl = (p * d.sum(1)).sum().item()
-    estimate = {kind: (p[:, None] * ppo.kl_estimate(logprobs, listing.ref_logprobs, kind)).sum() for kind in
-                ("k1", "k2", "k3")}
-    assert kl > 0.1 and estimate["k1"].item() == pytest.approx(kl, rel=1e-4)
-    assert estimate["k3"].item() == pytest.approx(kl, rel=1e-4)
-    assert estimate["k2"].item() == pytest.approx((p[:, None] * d ** 2).sum().item() / 2, rel=1e-4)
-    assert estimate["k2"].item() != pytest.approx(kl, rel=0.02)
+    true_kl = (p * d).sum().item()
+    estimates, gradients = {}, {}
+    for kind in ("k1", "k2", "k3"):
+        mean = (p * ppo.kl_estimate(logprobs, listing.ref_logprobs, kind)).sum()
+        estimates[kind] = mean.item()
+        gradients[kind] = flat_gradient(mean, policy)
+    assert true_kl > 0.1
+    assert estimates["k1"] == pytest.approx(true_kl, rel=1e-4)
+    assert estimates["k3"] == pytest.approx(true_kl, rel=1e-4)
+    assert estimates["k2"] == pytest.approx((p * d ** 2).sum().item() / 2, rel=1e-4)
+    assert estimates["k2"] != pytest.approx(true_kl, rel=0.02)
 
-    # The distributions in each state, each weighed by how often pi visits it
-    log_pi, log_ref = (m(listing.inputs).log_softmax(-1) for m in (policy, listing.reference))     # (P N, T, V)
-    visits = (p[:, None] * listing.mask).float()                               # rows that share a state add up
-    forward = (visits * (log_pi.exp() * (log_pi - log_ref.detach())).sum(-1)).sum()
-    backward = (visits * (log_ref.detach().exp() * (log_ref.detach() - log_pi)).sum(-1)).sum()
-    gradients = {kind: flat_gradient(x, policy) for kind, x in estimate.items()}
-    forward, backward = flat_gradient(forward, policy), flat_gradient(backward, policy)
+    # The KLs of the token distributions, each state weighted by how often pi visits it
+    log_pi = policy(listing.inputs).log_softmax(-1)                            # (P N, T, V)
+    log_ref = listing.reference(listing.inputs).log_softmax(-1).detach()
+    visits = (p * listing.mask).float()                                        # rows share states
+    pi_to_ref = (log_pi.exp() * (log_pi - log_ref)).sum(-1)                    # (P N, T)
+    ref_to_pi = (log_ref.exp() * (log_ref - log_pi)).sum(-1)
+    forward = flat_gradient((visits * pi_to_ref).sum(), policy)
+    backward = flat_gradient((visits * ref_to_pi).sum(), policy)
     assert gradients["k1"].norm() < 1e-4 * forward.norm()
-    assert (gradients["k2"] - forward).norm() < 1e-3 * forward.norm()
-    assert (gradients["k3"] - backward).norm() < 1e-3 * backward.norm()
-    assert (forward - backward).norm() > 0.1 * forward.norm()                  # two different things
+    assert is_close(gradients["k2"], forward, within=1e-3)
+    assert is_close(gradients["k3"], backward, within=1e-3)
+    assert not is_close(backward, forward, within=0.1)                         # they do differ
 
-    # As a loss of whole sequences: what the true gradient of KL(pi, ref) adds is how states are reached
-    logprobs = listing.by_token(policy)
+    # The gradient of the KL of whole responses also counts how pi changes the visits themselves
     whole = (logprobs.sum(1).exp() * (logprobs - listing.ref_logprobs).sum(1)).sum()
     gap = (flat_gradient(whole, policy) - forward).norm() / forward.norm()
-    assert gap < 1e-3 if longest == 1 else gap > 0.05
+    if longest == 1:
+        assert gap < 1e-3
+    else:
+        assert gap > 0.05
 
 
-def test_group_baselines_leave_the_gradient_and_the_own_share_of_the_mean_shrinks_it(listing):
-    """Over all groups of two, on policy: rloo - grad J exactly, dr_grpo (G - 1) / G of it, grpo another direction"""
+def test_group_advantages_have_the_exact_gradient_a_share_of_it_or_tilt_it(listing):
+    """
+    Over all groups of G = 2, on policy. rloo and reinforce have exactly - grad J. dr_grpo subtracts
+    a mean that includes the response itself, which leaves (G - 1) / G of the gradient. grpo turns
+    it: rare gains count as much as large ones.
+    """
     policy = listing.policy(seed=3)
-    exact, logprobs = flat_gradient(exact_objective(listing, policy), policy), listing.by_token(policy)
-    old, p = logprobs.detach(), logprobs.detach().sum(1).exp().view(2, -1)
-    rewards = listing.scores - BETA * ppo.kl_estimate(old, listing.ref_logprobs).sum(1).view(2, -1)
-    gradients = {kind: flat_gradient(grpo.grpo_loss(logprobs, old, expected_advantages(rewards, p, kind).flatten(),
-                                                    listing.mask * p.view(-1, 1) / 2)[0], policy)
-                 for kind in ("grpo", "dr_grpo", "rloo", "reinforce")}
-    for kind, share in (("rloo", 1.0), ("reinforce", 1.0), ("dr_grpo", 0.5)):
-        assert (gradients[kind] + share * exact).norm() < 1e-4 * exact.norm(), kind
-    cosine = torch.cosine_similarity(gradients["grpo"], -exact, dim=0)
-    assert 0.5 < cosine < 0.995                                                # rare gains count as much as large ones
+    exact = exact_gradient(listing, policy)
+    logprobs = listing.token_logprobs(policy)
+    old = logprobs.detach()
+    p = old.sum(1).exp().view(2, -1)
+    kl_ref = ppo.kl_estimate(old, listing.ref_logprobs).sum(1).view(2, -1)
+    rewards = listing.scores - BETA * kl_ref
+    weights = listing.mask * p.view(-1, 1) / 2
+    gradients = {}
+    for kind in ("grpo", "dr_grpo", "rloo", "reinforce"):
+        advantages = expected_advantages(rewards, p, kind).flatten()
+        loss, _ = grpo.grpo_loss(logprobs, old, advantages, weights)
+        gradients[kind] = flat_gradient(loss, policy)
+    assert is_close(gradients["rloo"], -exact)
+    assert is_close(gradients["reinforce"], -exact)
+    assert is_close(gradients["dr_grpo"], -0.5 * exact)
+    assert 0.5 < torch.cosine_similarity(gradients["grpo"], -exact, dim=0) < 0.995
 
 
 @pytest.mark.parametrize("critic", ["exact", "wrong"])
 def test_the_expected_gradients_of_the_rungs_are_one_where_theory_says_so(listing, critic):
     """
-    - grad J / E[length] for every rung, if the critic is exact. With a wrong one still for total_return, reward_to_go
-    and baseline, which add up what was really earned, and not for plain_value, a2c and gae.
+    With the exact critic every rung has the gradient - grad J / E[length]. With a wrong critic only
+    total_return, reward_to_go and baseline keep it, because they add up rewards that were earned.
     """
     policy = listing.policy(seed=3)
-    rows, weights = shaped(listing, policy)
+    rows, weights = ladder_rows(listing, policy)
     if critic == "wrong":
         rows["values"] = small_scalar()(listing.inputs).detach() * listing.mask
-    exact = flat_gradient(exact_objective(listing, policy), policy) / (weights.sum().item() / 2)
-    logprobs, cfg = listing.by_token(policy), dataclasses.replace(policy_gradient.Config(), lam=0.6)
+    exact = exact_gradient(listing, policy) / (weights.sum().item() / 2)
+    logprobs = listing.token_logprobs(policy)
+    cfg = dataclasses.replace(policy_gradient.Config(), lam=0.6)
     for rung in policy_gradient.LADDER:
         if rung in policy_gradient.PSI:
-            psi = policy_gradient.PSI[rung](rows["rewards"], rows["values"], listing.mask, 1.0, 0.6)
+            psi_of = policy_gradient.PSI[rung]
+            psi = psi_of(rows["rewards"], rows["values"], listing.mask, 1.0, 0.6)
             loss = policy_gradient.policy_gradient_loss(logprobs, psi, weights)
         else:
             loss = policy_gradient.rung_loss(rung, logprobs, rows | {"mask": weights}, cfg, 1.0)
-        error = (flat_gradient(loss, policy) + exact).norm() / exact.norm()
+        gradient = flat_gradient(loss, policy)
         if critic == "exact" or rung in ("total_return", "reward_to_go", "baseline"):
-            assert error < 1e-4, rung
+            assert is_close(gradient, -exact), rung
         else:
-            assert error > 0.05, rung
-    before = policy_gradient.policy_gradient_loss(logprobs, rows["values"], weights)         # V_t instead of V_{t+1}
-    assert flat_gradient(before, policy).norm() < 1e-4 * exact.norm()
+            assert not is_close(gradient, -exact, within=0.05), rung
+    too_early = policy_gradient.policy_gradient_loss(logprobs, rows["values"], weights)
+    assert flat_gradient(too_early, policy).norm() < 1e-4 * exact.norm()       # V_t, not V_{t+1}
 
 
 def test_what_each_rung_does_to_the_variance_of_one_response(listing):
-    """Exact, with the exact critic; away from the reference, where past KL makes the totals smaller than what is to come"""
-    policy, variance = listing.policy(seed=3), {}
-    rows, _ = shaped(listing, policy)
-    p = (rows["old_logprobs"].double().sum(1).exp() / 2)
+    """
+    Exact, with the exact critic. The policy is not the reference, so the KL already paid makes the
+    total return smaller than what is still to come.
+    """
+    policy = listing.policy(seed=3)
+    rows, _ = ladder_rows(listing, policy)
+    p = rows["old_logprobs"].double().sum(1).exp() / 2                         # (P N,)
+    variance = {}
     for rung, psi_of in policy_gradient.PSI.items():
         psi = psi_of(rows["rewards"], rows["values"], listing.mask, 1.0, 0.6)
-        losses = (listing.by_token(policy) * psi).sum(1)
-        gradients = torch.stack([flat_gradient(loss, policy) for loss in losses])            # (P N, D)
+        losses = (listing.token_logprobs(policy) * psi).sum(1)
+        gradients = torch.stack([flat_gradient(loss, policy) for loss in losses])       # (P N, D)
         variance[rung] = ((p @ gradients ** 2).sum() - ((p @ gradients) ** 2).sum()).item()
     assert variance["a2c"] < variance["gae"] < variance["baseline"] < variance["reward_to_go"]
-    assert variance["baseline"] < variance["total_return"] and variance["a2c"] < variance["plain_value"]
+    assert variance["baseline"] < variance["total_return"]
+    assert variance["a2c"] < variance["plain_value"]
 
 
 def test_the_fisher_product_is_the_mean_outer_product_of_the_gradients_of_log_pi():
-    gpt, (inputs, _, mask) = small_gpt(), data.collate(PROMPTS[:2], RESPONSES[:2])
+    gpt = small_gpt()
+    inputs, _, mask = data.collate(PROMPTS[:2], RESPONSES[:2])
     parameters = [gpt.transformer.h[1].attn.c_attn.weight, gpt.transformer.ln_f.weight]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        log_pi = policy_gradient.token_distributions(gpt, inputs, mask)                      # (N, V)
-        product = policy_gradient.fisher_product(policy_gradient.mean_kl(log_pi.detach(), log_pi), parameters, 0.3)
+        log_pi = policy_gradient.token_distributions(gpt, inputs, mask)        # (N, V)
+        kl = policy_gradient.mean_kl(log_pi.detach(), log_pi)
+        product = policy_gradient.fisher_product(kl, parameters, damping=0.3)
     v = torch.randn(sum(p.numel() for p in parameters), generator=seeded())
     wanted = 0.3 * v
     for n, a in itertools.product(range(len(log_pi)), range(log_pi.shape[1])):
-        g = torch.cat([x.flatten() for x in torch.autograd.grad(log_pi[n, a], parameters, retain_graph=True)])
+        gradients = torch.autograd.grad(log_pi[n, a], parameters, retain_graph=True)
+        g = torch.cat([x.flatten() for x in gradients])
         wanted = wanted + log_pi[n, a].exp().item() * (g @ v) * g / len(log_pi)
     torch.testing.assert_close(product(v), wanted, atol=1e-4 * wanted.norm().item(), rtol=0)
 
@@ -4956,130 +5371,168 @@ def test_the_fisher_product_is_the_mean_outer_product_of_the_gradients_of_log_pi
 def test_a_trpo_step_gains_within_its_bound_and_is_not_taken_where_nothing_is_gained(max_kl):
     gpt = small_gpt()
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
-    psi, old = torch.randn(mask.shape, generator=seeded()), token_logprobs(gpt, inputs, targets, mask).detach()
+    psi = torch.randn(mask.shape, generator=seeded())
+    old = token_logprobs(gpt, inputs, targets, mask).detach()
     old_log_pi = policy_gradient.token_distributions(gpt, inputs, mask).detach()
+    start = [p.detach().clone() for p in gpt.parameters()]
 
     def measure():
-        loss = policy_gradient.importance_loss(token_logprobs(gpt, inputs, targets, mask), old, psi, mask)
-        return -loss, policy_gradient.mean_kl(old_log_pi, policy_gradient.token_distributions(gpt, inputs, mask))
+        logprobs = token_logprobs(gpt, inputs, targets, mask)
+        log_pi = policy_gradient.token_distributions(gpt, inputs, mask)
+        objective = -policy_gradient.importance_loss(logprobs, old, psi, mask)
+        return objective, policy_gradient.mean_kl(old_log_pi, log_pi)
 
-    before, start = measure()[0].item(), [p.detach().clone() for p in gpt.parameters()]
-    taken = policy_gradient.trpo_step(gpt.parameters(), measure, lambda: measure()[1], max_kl, damping=1e-3)
+    def fisher_kl():
+        return measure()[1]
+
+    before = measure()[0].item()
+    taken = policy_gradient.trpo_step(gpt.parameters(), measure, fisher_kl, max_kl, damping=1e-3)
     objective, kl = (x.item() for x in measure())
-    assert kl == pytest.approx(taken["kl"], rel=1e-3) and max_kl / 20 < kl <= max_kl
-    assert objective == pytest.approx(before + taken["gain"], abs=1e-6) and objective > before
-    if max_kl == 1e-4:                                                         # a short step keeps to second order
-        assert taken["halvings"] == (kl < 5e-5) and kl > 2e-5
+    assert kl == pytest.approx(taken["kl"], rel=1e-3)
+    assert max_kl / 20 < kl <= max_kl
+    assert objective == pytest.approx(before + taken["gain"], abs=1e-6)
+    assert objective > before
+    if max_kl == 1e-4:                           # second order is exact enough for a short step
+        assert kl > 2e-5
+        assert taken["halvings"] == (kl < 5e-5)
 
     for p, value in zip(gpt.parameters(), start):
         p.data.copy_(value)
     calls = []
 
-    def worse():                                                               # whatever is tried afterwards is worse
-        calls.append(1)
-        return measure()[0] - float(len(calls) > 1), measure()[1]
-    taken = policy_gradient.trpo_step(gpt.parameters(), worse, lambda: measure()[1], max_kl)
-    assert taken.pop("grad_norm") > 0 and taken == {"kl": 0.0, "gain": 0.0, "halvings": 10}
+    def measure_worse():                         # after the first call, everything looks worse
+        objective, kl = measure()
+        calls.append(objective)
+        return objective - float(len(calls) > 1), kl
+
+    taken = policy_gradient.trpo_step(gpt.parameters(), measure_worse, fisher_kl, max_kl)
+    assert taken.pop("grad_norm") > 0
+    assert taken == {"kl": 0.0, "gain": 0.0, "halvings": 10}
     assert all(torch.equal(p, value) for p, value in zip(gpt.parameters(), start))
 
 
 # ---- A decision process without language: two states, two actions, discount 0.9
 
 GAMMA = 0.9
-NEXT = torch.tensor([[[1.0, 0.0], [0.2, 0.8]], [[0.8, 0.2], [0.1, 0.9]]], dtype=torch.float64)     # P(s' | s, a)
-PAY = torch.tensor([[1.0, 0.0], [1.5, 2.0]], dtype=torch.float64)                                  # R(s, a)
+NEXT_STATE = torch.tensor([[[1.0, 0.0], [0.2, 0.8]],
+                           [[0.8, 0.2], [0.1, 0.9]]], dtype=torch.float64)     # P(s' | s, a)
+REWARD = torch.tensor([[1.0, 0.0], [1.5, 2.0]], dtype=torch.float64)           # R(s, a)
+START = torch.tensor([0.5, 0.5], dtype=torch.float64)
 
 
-def solved(policy):
-    """V and Q of a policy (S, A), from the Bellman equations as a linear system"""
-    V = torch.linalg.solve(torch.eye(2) - GAMMA * torch.einsum("sa,sat->st", policy, NEXT), (policy * PAY).sum(1))
-    return V, PAY + GAMMA * NEXT @ V
+def bellman_matrix(policy):
+    """I - gamma P_pi"""
+    return torch.eye(2) - GAMMA * torch.einsum("sa,sat->st", policy, NEXT_STATE)
+
+
+def exact_values(policy):
+    """V (S,) and Q (S, A) of a policy, from the Bellman equations as a linear system"""
+    V = torch.linalg.solve(bellman_matrix(policy), (policy * REWARD).sum(1))
+    return V, REWARD + GAMMA * NEXT_STATE @ V
 
 
 def optimal_values():
     V = torch.zeros(2, dtype=torch.float64)
     for _ in range(1000):
-        V = (PAY + GAMMA * NEXT @ V).max(1).values
+        V = (REWARD + GAMMA * NEXT_STATE @ V).max(1).values
     return V
 
 
-def visited(policy, start=torch.tensor([0.5, 0.5], dtype=torch.float64)):
-    """Discounted visits, sum_t gamma^t P(s_t = s) -> (S,)"""
-    return torch.linalg.solve(torch.eye(2) - GAMMA * torch.einsum("sa,sat->st", policy, NEXT).T, start)
+def discounted_visits(policy):
+    """sum_t gamma^t P(s_t = s) -> (S,)"""
+    return torch.linalg.solve(bellman_matrix(policy).T, START)
+
+
+def greedy(Q):
+    return torch.nn.functional.one_hot(Q.argmax(1), 2).double()
 
 
 def test_ppo_drives_a_two_state_decision_process_to_its_optimal_policy():
-    logits, values, generator = torch.zeros(2, 2, requires_grad=True), torch.zeros(2, requires_grad=True), seeded()
+    logits = torch.zeros(2, 2, requires_grad=True)
+    values = torch.zeros(2, requires_grad=True)
+    generator = seeded()
     optimizer = torch.optim.Adam([logits, values], lr=0.1)
-    B, T = 32, 80                                              # 0.9^80 is 2e-4: the end of a row hardly counts
+    B, T = 32, 80                                # 0.9^80 is 2e-4: the cut end hardly counts
+    mask = torch.ones(B, T)
     for update in range(80):
+        states = torch.zeros(B, T, dtype=torch.long)
+        actions = torch.zeros(B, T, dtype=torch.long)
         with torch.no_grad():
-            states, actions = torch.zeros(2, B, T, dtype=torch.long)
             state = torch.randint(2, (B,), generator=generator)
             for t in range(T):
-                action = torch.multinomial(logits[state].softmax(-1), 1, generator=generator).squeeze(1)
-                states[:, t], actions[:, t] = state, action
-                state = torch.multinomial(NEXT[state, action], 1, generator=generator).squeeze(1)
-            mask, rewards = torch.ones(B, T), PAY[states, actions].float()
-            old_logprobs, old_values = logits.log_softmax(-1)[states, actions], values[states]
+                p = logits[state].softmax(-1)
+                action = torch.multinomial(p, 1, generator=generator).squeeze(1)
+                states[:, t] = state
+                actions[:, t] = action
+                p = NEXT_STATE[state, action]
+                state = torch.multinomial(p, 1, generator=generator).squeeze(1)
+            rewards = REWARD[states, actions].float()
+            old_logprobs = logits.log_softmax(-1)[states, actions]
+            old_values = values[states]
             advantages, returns = ppo.gae(rewards, old_values, mask, GAMMA, 0.95)
             advantages = ppo.whiten(advantages, mask)
         for _ in range(4):
             logprobs = logits.log_softmax(-1)[states, actions]
-            loss = (ppo.policy_loss(logprobs, old_logprobs, advantages, mask)[0]
-                    + ppo.value_loss(values[states], old_values, returns, mask, clip_eps=0)[0])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            loss, _ = ppo.policy_loss(logprobs, old_logprobs, advantages, mask)
+            critic_loss, _ = ppo.value_loss(values[states], old_values, returns, mask, clip_eps=0)
+            take_step(optimizer, loss + critic_loss)
     policy = logits.detach().double().softmax(1)
-    greedy = torch.nn.functional.one_hot(PAY.argmax(1), 2).double()            # what one would do at gamma 0
-    assert solved(greedy)[0][0] < 0.75 * optimal_values()[0]                   # looking ahead pays
-    assert (solved(policy)[0] > 0.98 * optimal_values()).all()
-    assert policy.argmax(1).tolist() == (PAY + GAMMA * NEXT @ optimal_values()).argmax(1).tolist()
-
-
-def one_step(policy, V):
-    """Every (s, a, s') as a row of two columns, the second for V(s'), with its probability given s -> our tensors"""
-    s, a, t = torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(2)).T
-    mask = torch.ones(8, 2, dtype=torch.float64)
-    rewards = torch.stack([PAY[s, a], torch.zeros(8)], 1)
-    return s, a, rewards, torch.stack([V[s], V[t]], 1), mask, policy[s, a] * NEXT[s, a, t]
+    best = optimal_values()
+    assert exact_values(greedy(REWARD))[0][0] < 0.75 * best[0]                 # gamma matters
+    assert (exact_values(policy)[0] > 0.98 * best).all()
+    assert policy.argmax(1).tolist() == (REWARD + GAMMA * NEXT_STATE @ best).argmax(1).tolist()
 
 
 def test_bellman_identities_of_gae_and_of_the_critics_targets():
+    """Every (s, a, s') is a row of two columns. The second column is there for V(s')."""
     policy = torch.tensor([[0.3, 0.7], [0.6, 0.4]], dtype=torch.float64)
-    V, Q = solved(policy)
-    s, a, rewards, values, mask, p = one_step(policy, V)
+    V, Q = exact_values(policy)
+    s, a, t = torch.cartesian_prod(*[torch.arange(2)] * 3).T                   # (8,)
+    p = policy[s, a] * NEXT_STATE[s, a, t]                                     # given s
+    mask = torch.ones(8, 2, dtype=torch.float64)
+    rewards = torch.stack([REWARD[s, a], torch.zeros(8)], 1)
+    values = torch.stack([V[s], V[t]], 1)
     advantages = ppo.gae(rewards, values, mask, GAMMA, 0.0)[0][:, 0]
     targets = ppo.critic_targets(rewards, values, values[:, 0], mask, "td", GAMMA)[:, 0]
+
+    def mean(x, rows):
+        return ((p * x)[rows].sum() / p[rows].sum()).item()
+
     for state in (0, 1):
-        assert (p * advantages)[s == state].sum().item() == pytest.approx(0, abs=1e-12)       # E_a A = 0
-        assert (p * targets)[s == state].sum().item() == pytest.approx(V[state].item())       # V = T V
+        assert mean(advantages, s == state) == pytest.approx(0, abs=1e-12)     # E_a A = 0
+        assert mean(targets, s == state) == pytest.approx(V[state].item())     # V = T V
         for action in (0, 1):
-            at = (s == state) & (a == action)
-            assert (p * advantages)[at].sum() / p[at].sum() == pytest.approx((Q - V[:, None])[state, action].item())
-            assert (p * targets)[at].sum() / p[at].sum() == pytest.approx(Q[state, action].item())
+            rows = (s == state) & (a == action)
+            q = Q[state, action].item()
+            assert mean(advantages, rows) == pytest.approx(q - V[state].item())
+            assert mean(targets, rows) == pytest.approx(q)
 
 
 def test_conservative_policy_iteration_bound():
-    """eta(mixture) >= L(mixture) - 2 eps gamma alpha^2 / (1 - gamma)^2  (Kakade and Langford 2002, as in TRPO)"""
-    start, margins = torch.tensor([0.5, 0.5], dtype=torch.float64), []
+    """
+    eta(mixture) >= L(mixture) - 2 eps gamma alpha^2 / (1 - gamma)^2    (Kakade and Langford 2002,
+    as in TRPO), and the performance difference lemma for the same mixtures
+    """
+    overestimates = []                           # by the surrogate L without the bound's last term
     for seed in range(20):
-        old, towards = torch.rand(2, 2, 2, generator=seeded(seed), dtype=torch.float64).softmax(-1)
+        draws = torch.rand(2, 2, 2, generator=seeded(seed), dtype=torch.float64)
+        old, towards = draws.softmax(-1)
+        V, Q = exact_values(old)
+        A = Q - V[:, None]
         if seed % 2:
-            towards = torch.nn.functional.one_hot(solved(old)[1].argmax(1), 2).double()        # greedy
-        V, Q = solved(old)
-        gains = (towards * (Q - V[:, None])).sum(1)                                            # E_{a ~ pi'} A
+            towards = greedy(Q)
+        eps = (towards * A).sum(1).abs().max()                                 # max_s |E_a A|
         for alpha in (0.0, 0.05, 0.2, 0.5, 1.0):
             mixture = (1 - alpha) * old + alpha * towards
-            surrogate = (start @ V) + visited(old) @ (mixture * (Q - V[:, None])).sum(1)
-            bound = surrogate - 2 * gains.abs().max() * GAMMA * alpha ** 2 / (1 - GAMMA) ** 2
-            reached = start @ solved(mixture)[0]
+            gains = (mixture * A).sum(1)                                       # (S,)
+            surrogate = START @ V + discounted_visits(old) @ gains
+            bound = surrogate - 2 * eps * GAMMA * alpha ** 2 / (1 - GAMMA) ** 2
+            reached = START @ exact_values(mixture)[0]
             assert reached >= bound - 1e-9
-            margins.append((surrogate - reached).item())
-            lemma = visited(mixture) @ (mixture * (Q - V[:, None])).sum(1)                     # performance difference
-            assert (reached - start @ V).item() == pytest.approx(lemma.item(), abs=1e-9)
-    assert max(margins) > 1e-3                                 # the surrogate alone would be no bound
+            overestimates.append((surrogate - reached).item())
+            lemma = discounted_visits(mixture) @ gains
+            assert (reached - START @ V).item() == pytest.approx(lemma.item(), abs=1e-9)
+    assert max(overestimates) > 1e-3             # so the surrogate alone is not a bound
 
 
 # --------------------------------------------------------------------------------------------------
