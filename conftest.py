@@ -1,11 +1,37 @@
-"""python -m pytest --slow test_all.py also runs the tests that take minutes each."""
+"""
+What both test files use: runs to look at, settings for them, small models.
 
+python -m pytest --slow also runs the tests that take minutes each.
+"""
+
+import contextlib
+import dataclasses
+import json
 import os
+import re
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")    # for small models a second thread only waits
 os.environ.setdefault("HF_HUB_OFFLINE", "1")     # no test asks the network for anything
 
 import pytest
+import torch
+
+import data
+import dpo
+import grpo
+import policy_gradient
+import ppo
+import reviews
+import reward as reward_py
+import reward_model
+import sft
+from lab import config as settings
+from lab import corpus, files, forms
+from lab import report as reports
+from lab import run as runs
+from lab import tokenizer as tokenizers
+from model import GPT, GPTConfig, ScalarGPT
 
 
 def pytest_addoption(parser):
@@ -21,3 +47,262 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes, run with --slow")
+
+
+def seeded(n=0):
+    return torch.Generator().manual_seed(n)
+
+
+def small_gpt(vocab_size=11, block_size=16, seed=0, std=0.3):
+    """A GPT whose random weights are large enough that its distributions are far from uniform."""
+    torch.manual_seed(seed)
+    gpt = GPT(GPTConfig(vocab_size, block_size, n_layer=2, n_head=2, n_embd=16)).eval()
+    for p in gpt.parameters():
+        p.data.normal_(std=std)
+    return gpt
+
+
+def small_scalar(seed=0):
+    torch.manual_seed(seed)
+    scalar = ScalarGPT(GPTConfig(11, 16, n_layer=2, n_head=2, n_embd=16)).eval()
+    for p in scalar.parameters():
+        p.data.normal_(std=0.3)
+    return scalar
+
+
+def held_out_prompts(tokenizer, n, seed=5):
+    """Held-out prompts of the built-in task, as token lists"""
+    return data.prompts(tiny_config(ppo, seed=seed), tokenizer, 72, n)[1]
+
+
+AWKWARD = [
+    "", " ", "  two  spaces ", "\n\n \n\t  run   of\r\n whitespace   ", "tabs\tand\nlines\n\n",
+    "family 👨‍👩‍👧 🏳️‍🌈", "emoji 🎬🙂", "naïve café", "漢字", "\x00\x7f", "12345 67", "a" * 50,
+    "don't we'll", "a<|endoftext|>b <|pad|>", "<|endoftext|>",
+    "The acting is good.<|endoftext|> More."]
+
+
+def review_texts(n, seed):
+    return [prompt + response for prompt, response in zip(*reviews.sample(n, seed=seed))]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tokenizers.train_tokenizer(review_texts(400, seed=3))
+
+
+HUMAN, TURN = "\n\nHuman: ", forms.TURN
+
+
+def comparison(i, words=3):
+    """A row in HH-RLHF's form, with prompts and responses that differ from row to row"""
+    prompt = f"{HUMAN}Tell me about number {i}" + " and so on" * (i % words) + f".{TURN}"
+    return {"chosen": f"{prompt} Number {i} is good" + "!" * (i % 4), "rejected": f"{prompt} I do not like {i}."}
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    corpus.opened.cache_clear()
+    return tmp_path
+
+
+def texts_cfg(path, **changes):
+    return dataclasses.replace(ppo.Config(), data=str(path), **{**dict(max_prompt_tokens=60, max_new_tokens=20), **changes})
+
+
+def in_a_child(work):
+    """What became of a forked process that does some work: the signal that ended it, or its exit code"""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def killed_at(monkeypatch, owner, name, call, after=False):
+    """From here on this process is killed at some call of a function, before it or after it"""
+    original, calls = getattr(owner, name), []
+
+    def deadly(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    monkeypatch.setattr(owner, name, deadly)
+
+
+class Malicious:
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return (os.mkdir, (self.folder,))
+
+
+# ---- a reward function of the user's
+
+def load_own(tokenizer, spec, **changes):
+    """The reward that --reward names, not normalised"""
+    cfg = dataclasses.replace(grpo.Config(), reward=spec, normalise_reward=False, **changes)
+    return reward_py.load_reward(cfg, None, tokenizer, [], "cpu")
+
+
+def tiny_config(script, **changes):
+    return script.Config(**{"config": "tiny", **changes})
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """python ppo.py --config tiny, which makes all three stages, then the others; -> folder, results of ppo"""
+    home = tmp_path_factory.mktemp("whole_run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        results = ppo.main(tiny_config(ppo))
+        dpo.main(tiny_config(dpo))
+        grpo.main(tiny_config(grpo))
+        policy_gradient.main(tiny_config(policy_gradient, out="ladder", base="tiny"))
+    return home / "out" / "tiny", results
+
+
+@pytest.fixture
+def finished_run(whole_run, monkeypatch):
+    """Work where the whole run stands, so that --base tiny finds its stages -> out/"""
+    monkeypatch.chdir(whole_run[0].parent.parent)
+    return whole_run[0].parent
+
+
+@contextlib.contextmanager
+def crash_at(step, monkeypatch):
+    """The power goes right after an update was logged"""
+    original = runs.Run.log
+
+    def crash(run, now, *args, **kwargs):
+        original(run, now, *args, **kwargs)
+        if now == step:
+            raise RuntimeError("the power went")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the power went"):
+        patch.setattr(runs.Run, "log", crash)
+        yield
+
+
+def assert_same_run(folder, other):
+    """Checkpoints and results bit for bit, logs but for times; each update once"""
+    ours, theirs = map(files.load_checkpoint, (folder, other))
+    for saved in (ours, theirs):
+        saved["config"] = {name: value for name, value in saved["config"].items() if name not in (*settings.MAY_CHANGE_ON_RESUME, "base")}
+    assert_same_bits(ours, theirs)
+    timed = re.compile("_seconds$|_per_second$")
+    logs = [[{k: v for k, v in line.items() if not timed.search(k)} for line in log_of(run)] for run in (folder, other)]
+    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(len(logs[0])))
+    assert (folder / "results.json").read_text() == (other / "results.json").read_text()
+
+
+def assert_same_bits(a, b):
+    assert type(a) is type(b)
+    if torch.is_tensor(a):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for k in a:
+            assert_same_bits(a[k], b[k])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same_bits(x, y)
+    else:
+        assert a == b
+
+
+def short_config(script, **changes):
+    """A run of a second, with several checkpoints"""
+    return tiny_config(script, **{**dict(steps=5, save_every=2, n_texts=100, n_eval=8, batch_size=4, eval_every=3), **changes})
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing takes longer than all else in a run of two updates."""
+    monkeypatch.setattr(reports, "curves", lambda folder, panels: folder / "curves.png")
+
+
+# ---- Models, data and rewards of one's own, end to end
+
+@pytest.fixture(scope="session")
+def user_run(tmp_path_factory):
+    """
+    A folder with what a user brings: gpt2, a model and its tokenizer as transformers saves them, pairs.jsonl,
+    story.txt; and a run `own` of every stage on them, LoRA at rank 2 in all -> folder, what ppo said of itself
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+    home = tmp_path_factory.mktemp("own")
+    rows = [comparison(i) for i in range(160)]
+    tokenizer = tokenizers.train_tokenizer([row["chosen"] for row in rows], 400)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=tokenizer.n_vocab, n_positions=96, n_layer=1, n_head=2, n_embd=32,
+                               bos_token_id=tokenizer.eot_token, eos_token_id=tokenizer.eot_token)).save_pretrained(home / "gpt2")
+    tokenizers.export_tokenizer(tokenizer, home / "gpt2")
+    write_rows(home / "pairs.jsonl", rows)
+    (home / "story.txt").write_text("".join(f"Number {i} is good, says the story.\n" for i in range(400)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setattr(reports, "curves", lambda folder, panels: folder / "curves.png")
+        sft.main(user_config(sft, init="gpt2", steps=30, n_texts=None, n_eval=10, batch_size=8, lora_rank=0))
+        reward_model.main(user_config(reward_model, n_prompts=None, n_held_out=15))
+        results = ppo.main(user_config(ppo, ptx_coef=0.5, ptx_data="story.txt", ema=0.8, n_eval=4, n_samples=4, steps=4))
+        dpo.main(user_config(dpo, n_pairs=100, n_eval=4, n_samples=4))
+        grpo.main(user_config(grpo, n_eval=4, n_samples=4, steps=3))
+    return home, results
+
+
+def user_config(script, **changes):
+    return tiny_config(script, **{**dict(out="own", data="pairs.jsonl", max_prompt_tokens=40, max_new_tokens=12, lora_rank=2), **changes})
+
+
+@pytest.fixture
+def user_folder(user_run, monkeypatch, no_pictures):
+    """Work in that folder -> out/"""
+    monkeypatch.chdir(user_run[0])
+    return user_run[0] / "out"
+
+
+# ---- rewards of one's own
+
+@pytest.fixture(scope="session")
+def classifiers(tmp_path_factory):
+    """Folders with small classifiers of one, two and three labels, with tokenizers of their own"""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+    home, words = tmp_path_factory.mktemp("classifiers"), ["[PAD]", "[UNK]", *"the a is not good superb plot acting . ! see it".split()]
+    bare = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    bare.pre_tokenizer = pre_tokenizers.Whitespace()
+    for labels in (1, 2, 3):
+        torch.manual_seed(labels)
+        bert = BertForSequenceClassification(BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                                        intermediate_size=32, max_position_embeddings=12, num_labels=labels, pad_token_id=0))
+        for p in bert.parameters():
+            p.data.normal_(std=0.3)
+        bert.save_pretrained(home / str(labels))
+        PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="[PAD]", unk_token="[UNK]", model_max_length=12).save_pretrained(home / str(labels))
+    return home
+
+
+def preset_of(name, script, **changes):
+    return script.Config(config=name, **changes)

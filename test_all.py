@@ -1,28 +1,23 @@
 """
 Every formula against an independent oracle, every script end to end. Offline, on a CPU.
 
-    python -m pytest -q test_all.py             all of it
-    python -m pytest -q test_all.py --slow      also the runs at full size
-    python -m pytest -q test_all.py -k gae      one subject
-    python test_all.py                          rewrite the line numbers in the README
-    python test_all.py flips                    draw docs/flips.png as well
+    python -m pytest -q                 all of it, and lab/test_lab.py
+    python -m pytest -q test_all.py     all of it
+    python -m pytest -q --slow          also the runs at full size
+    python -m pytest -q -k gae          one subject
+    python test_all.py                  rewrite the line numbers below and in the documentation
+    python test_all.py flips            draw docs/flips.png as well
 
-In reading order: reviews, data, corpus, files, model, options, experiment, the stages' maths, the proof, the scripts, the README.
 A test's name is the claim it checks.
 """
 
 import ast
-import codecs
 import contextlib
 import copy
 import dataclasses
 import doctest
-import errno
 import functools
-import gzip
-import hashlib
 import inspect
-import io
 import itertools
 import json
 import math
@@ -30,19 +25,12 @@ import os
 import pickle
 import random
 import re
-import resource
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import sysconfig
-import threading
 import time
-import tracemalloc
 import types
-import typing
-import zipfile
 from pathlib import Path
 
 import hypothesis
@@ -51,63 +39,40 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import corpus
+import compare
 import data
 import dpo
 import evaluate
-import experiment
-import files
 import frontier
 import grpo
-import guest
 import model
-import options
 import policy_gradient
 import ppo
-import pretrained
+import presets
 import reviews
+import reward as reward_py
 import reward_model
 import sample
-import scoring
 import sft
-from files import Stopped
+from conftest import (AWKWARD, Malicious, held_out_prompts, assert_same_bits, comparison, load_own, log_of,
+                      user_config, preset_of, review_texts, seeded, small_gpt,
+                      small_scalar, tiny_config, write_rows)
+from lab import config as settings
+from lab import corpus, files, forms, guest, pretrained, process
+from lab import report as reports
+from lab import run as runs
+from lab import tokenizer as tokenizers
+from lab.files import Stopped
 from model import GPT, GPTConfig, ScalarGPT, generate, masked_mean, sequence_scores, token_logprobs
 
 HERE = Path(__file__).parent
 SCRIPTS = (sft, reward_model, ppo, dpo, grpo, policy_gradient, evaluate)
-MODULES = (reviews, files, pretrained, options, data, corpus, model, experiment, guest, scoring, frontier,
-           *SCRIPTS, sample)
-
-
-def seeded(n=0):
-    return torch.Generator().manual_seed(n)
-
-
-def small_gpt(vocab_size=11, block_size=16, seed=0, std=0.3):
-    """A GPT whose random weights are large enough that its distributions are far from uniform."""
-    torch.manual_seed(seed)
-    gpt = GPT(GPTConfig(vocab_size, block_size, n_layer=2, n_head=2, n_embd=16)).eval()
-    for p in gpt.parameters():
-        p.data.normal_(std=std)
-    return gpt
-
-
-def small_scalar(seed=0):
-    torch.manual_seed(seed)
-    scalar = ScalarGPT(GPTConfig(11, 16, n_layer=2, n_head=2, n_embd=16)).eval()
-    for p in scalar.parameters():
-        p.data.normal_(std=0.3)
-    return scalar
+MODULES = (reviews, presets, data, model, reward_py, frontier, compare, *SCRIPTS, sample)
 
 
 def reward_of(scalar, cfg, **changes):
     """The reward that a reward model of ours gives"""
-    return scoring.Reward(functools.partial(sequence_scores, scalar), "", dataclasses.replace(cfg, **changes))
-
-
-def asked(tokenizer, n, seed=5):
-    """Held-out prompts of the built-in task, as token lists"""
-    return corpus.prompts(tiny(ppo, seed=seed), tokenizer, 72, n)[1]
+    return reward_py.Reward(functools.partial(sequence_scores, scalar), "", dataclasses.replace(cfg, **changes))
 
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 1]]
@@ -213,9 +178,9 @@ def test_the_mood_shows_most_in_the_aspect_that_was_asked_for():
         return sum(p * reviews.GRADES[word[1:]] for word, p in options.items())
 
     for mood in (-2, -1, 1, 2):
-        asked, other = mean_grade(mood, " acting"), mean_grade(mood, " plot")
-        assert asked * mood > other * mood > 0
-        assert 0.5 < asked / (reviews.LEAN * mood) < 1.3
+        held_out_prompts, other = mean_grade(mood, " acting"), mean_grade(mood, " plot")
+        assert held_out_prompts * mood > other * mood > 0
+        assert 0.5 < held_out_prompts / (reviews.LEAN * mood) < 1.3
 
 
 def test_every_review_of_the_grammar_has_no_fault_and_parses_back():
@@ -314,37 +279,6 @@ def test_agreement_is_the_expected_accuracy_and_gold_reaches_the_bayes_accuracy(
     assert best > accuracy
 
 
-# --------------------------------------------------------------------------------------------------
-# data.py
-
-AWKWARD = [
-    "", " ", "  two  spaces ", "\n\n \n\t  run   of\r\n whitespace   ", "tabs\tand\nlines\n\n",
-    "family 👨‍👩‍👧 🏳️‍🌈", "emoji 🎬🙂", "naïve café", "漢字", "\x00\x7f", "12345 67", "a" * 50,
-    "don't we'll", "a<|endoftext|>b <|pad|>", "<|endoftext|>",
-    "The acting is good.<|endoftext|> More."]
-
-
-def review_texts(n, seed):
-    return [prompt + response for prompt, response in zip(*reviews.sample(n, seed=seed))]
-
-
-def huggingface_bpe(texts, vocab_size, special_tokens=()):
-    """A byte-level BPE that the tokenizers library has trained"""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(special_tokens), initial_alphabet=alphabet,
-        show_progress=False))
-    return bpe
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return data.train_tokenizer(review_texts(400, seed=3))
-
-
 def test_supervised_targets_of_the_drawn_example():
     inputs, targets, mask = data.collate([[1, 2, 3]], [[4, 5, 10]])
     assert inputs.tolist() == [[1, 2, 3, 4, 5]] and targets.tolist() == [[2, 3, 4, 5, 10]]
@@ -391,1228 +325,10 @@ def test_batches_are_a_fresh_permutation_each_epoch_and_a_function_of_the_step()
         data.batch_rows(10, 11, 0, seed=1)
 
 
-def test_tokenizer_gives_the_ids_of_the_bpe_it_was_made_from():
-    texts = review_texts(400, seed=3)
-    theirs = huggingface_bpe(texts, 699)
-    ours = data.train_tokenizer(texts, 700)              # with EOS
-    for text in texts[:50] + AWKWARD:
-        assert ours.encode_ordinary(text) == theirs.encode(text).ids, text
-
-
-def test_any_text_survives_the_tokenizer_and_special_lookalikes_are_plain_text(tokenizer):
-    for text in AWKWARD:
-        ids = tokenizer.encode_ordinary(text)
-        assert tokenizer.eot_token not in ids and tokenizer.decode(ids) == text
-    assert tokenizer.eot_token == tokenizer.n_vocab - 1
-    assert data.encode_prompt(tokenizer, "") == [tokenizer.eot_token]
-    _, responses = data.encode_texts(tokenizer, ["On the plot:"], [" Skip it."])
-    ids = responses[0]
-    assert ids[-1] == tokenizer.eot_token and ids.count(tokenizer.eot_token) == 1
-    assert data.decode_response(tokenizer, ids) == (" Skip it.", True)
-    assert data.decode_response(tokenizer, ids[:-1]) == (" Skip it.", False)
-    assert data.decode_response(tokenizer, []) == ("", False)
-
-
-def test_tokenizer_is_stored_whole_and_its_fingerprint_tells_it_from_others(tokenizer, tmp_path):
-    data.save_tokenizer(tokenizer, tmp_path)
-    loaded = data.load_tokenizer(tmp_path)
-    assert data.fingerprint(loaded) == data.fingerprint(tokenizer)
-    for text in AWKWARD:
-        assert loaded.encode_ordinary(text) == tokenizer.encode_ordinary(text)
-    other = data.train_tokenizer(review_texts(400, seed=3), 500)
-    with pytest.raises(Stopped, match="another vocabulary"):
-        data.check_vocabulary(data.fingerprint(other), tokenizer, "out/x")
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(Stopped, match="cannot be read as a tokenizer"):
-        data.load_tokenizer(tmp_path)
-
-
-def test_gpt2_tokenizer_from_local_files_equals_transformers(tmp_path):
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import GPT2TokenizerFast
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(review_texts(300, seed=1), vocab_size=600, special_tokens=[],
-                            show_progress=False)
-    bpe.save_model(str(tmp_path))
-    vocab = json.loads((tmp_path / "vocab.json").read_text())
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {data.EOS: len(vocab)}))
-    theirs = GPT2TokenizerFast.from_pretrained(tmp_path)
-    ours = data.gpt2_tokenizer(tmp_path)
-    assert ours.eot_token == theirs.eos_token_id
-    for text in AWKWARD:
-        wanted = theirs(text, split_special_tokens=True)["input_ids"]
-        assert ours.encode_ordinary(text) == wanted, text
-    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
-    with pytest.raises(ValueError, match="does not number the merges"):
-        data.gpt2_tokenizer(tmp_path)
-    (tmp_path / "merges.txt").unlink()
-    with pytest.raises(ValueError, match="merges.txt is not there"):
-        data.gpt2_tokenizer(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def bpe():
-    """A tokenizer.json: three special tokens first, as trainers number them; a gap in the ids"""
-    texts = review_texts(300, seed=3) + AWKWARD
-    trained = huggingface_bpe(texts, 600, [data.EOS, "<|start|>", "<|end|>"])
-    content = json.loads(trained.to_str())
-    for token, i in content["model"]["vocab"].items():
-        if i >= 100:
-            content["model"]["vocab"][token] = i + 7
-    return content
-
-
-def bpe_folder(folder, content, **beside):
-    """A folder of tokenizer.json and of other files, by their names without .json"""
-    folder.mkdir(exist_ok=True)
-    for name, x in {"tokenizer": content, **beside}.items():
-        (folder / f"{name}.json").write_text(json.dumps(x))
-    return folder
-
-
-def changed(content, *path, to):
-    """A copy of nested dicts and lists with one value changed; -1 appends to a list"""
-    copied = inner = copy.deepcopy(content)
-    for key in path[:-1]:
-        inner = inner[key]
-    if path[-1] == -1:
-        inner.append(to)
-    else:
-        inner[path[-1]] = to
-    return copied
-
-
-CHARACTERS = [(32, 127), (32, 127), (160, 0x2000), (0x2000, 0x2070), (0x3000, 0xd7ff),
-              (0x1f300, 0x1faff)]
-PIECES = [" ", "\n", "\t", "\r\n", "  ", "'s", "'LL", "1999", " the", *AWKWARD,
-          "<|start|>", "<|end|>"]
-
-
-def random_text(rng):
-    """Characters of all kinds, special tokens, and pieces that GPT-2's pattern looks for"""
-    text = ""
-    for _ in range(rng.randrange(12)):
-        if rng.random() < 0.7:
-            text += chr(rng.randrange(*rng.choice(CHARACTERS)))
-        else:
-            text += rng.choice(PIECES)
-    return text
-
-
-def test_ids_are_as_in_the_files_and_text_never_becomes_a_special_token(bpe, tmp_path):
-    """Special tokens first, a gap in the ids, one more special token after a second gap"""
-    from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
-    late = dict(bpe["added_tokens"][0], id=620, content="<|pad|>")
-    content = changed(bpe, "added_tokens", -1, to=late)
-    content["model"]["vocab"]["<|pad|>"] = 620
-    ours = data.gpt2_tokenizer(bpe_folder(tmp_path / "x", content))
-    theirs = Tokenizer.from_file(str(tmp_path / "x" / "tokenizer.json"))
-    theirs.encode_special_tokens = True                  # as text
-    rng = random.Random(0)
-    for text in AWKWARD + [random_text(rng) for _ in range(3000)]:
-        ids = ours.encode_ordinary(text)
-        assert ids == theirs.encode(text).ids and ours.decode(ids) == text, text
-        assert not {0, 1, 2, 620} & set(ids)
-    assert ours.eot_token == 0 and ours.n_vocab == 621
-    assert ours.decode([0, 1, 2, 620]) == data.EOS + "<|start|><|end|><|pad|>"
-    ours.decode(list(range(ours.n_vocab)))               # gaps too: a model may sample such an id
-
-    data.export_tokenizer(ours, tmp_path / "exported", pad=True)
-    back = AutoTokenizer.from_pretrained(tmp_path / "exported")
-    assert back.convert_tokens_to_ids([data.EOS, "<|end|>", "<|pad|>"]) == [0, 2, 620]
-    assert back.pad_token_id == 621                      # a new token, by a name that was free
-    assert back("good", add_special_tokens=True)["input_ids"] == ours.encode_ordinary("good")
-
-
-END = {"eos_token": "<|end|>"}
-END_AS_DICT = {"eos_token": {"content": "<|end|>"}}
-
-
-@pytest.mark.parametrize("eos, said, beside", [
-    (0, "", {}),
-    (2, "", dict(tokenizer_config=END)),
-    (2, "", dict(special_tokens_map=END_AS_DICT, config={"eos_token_id": [1, 2]})),
-    (2, "", dict(tokenizer_config=END_AS_DICT, special_tokens_map={"eos_token": "<|start|>"})),
-    (2, "", dict(config={"eos_token_id": 2})),
-    (1, "", dict(config={"eos_token_id": [599, 1]})),
-    (0, "config.json has eos_token_id [50256]", dict(config={"eos_token_id": 50256})),
-    (2, "ends a text with <|end|> (id 2), config.json has eos_token_id [0] and "
-        "generation_config.json has",
-     dict(tokenizer_config=END, config={"eos_token_id": 0},
-          generation_config={"eos_token_id": [0, 1]}))])
-def test_the_eos_is_the_one_that_the_files_name(eos, said, beside, bpe, tmp_path, capsys):
-    """The tokenizer's files go before the model's, and a note says where they differ."""
-    from transformers import AutoTokenizer
-    ours = data.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe, **beside))
-    assert ours.eot_token == eos and data.encode_prompt(ours, "") == [eos]
-    note = capsys.readouterr().out
-    if said:
-        assert note.startswith("note: ") and said in note and note.count("\n") == 1
-    else:
-        assert note == ""
-
-    data.save_tokenizer(ours, tmp_path)
-    data.export_tokenizer(ours, tmp_path / "exported")
-    for again in (data.load_tokenizer(tmp_path), data.gpt2_tokenizer(tmp_path / "exported")):
-        assert again.eot_token == eos and data.fingerprint(again) == data.fingerprint(ours)
-        assert again.decode(list(range(607))) == ours.decode(list(range(607)))
-    assert AutoTokenizer.from_pretrained(tmp_path / "exported").eos_token_id == eos
-    renamed_token = json.loads(json.dumps(bpe).replace("<|start|>", "<|begin|>"))
-    other = data.gpt2_tokenizer(bpe_folder(tmp_path / "y", renamed_token))
-    assert data.fingerprint(other) != data.fingerprint(ours)
-
-
-ADDED = dict(id=600, content="<x>", single_word=False, lstrip=False, rstrip=False,
-             normalized=False, special=True)
-BOS = dict(type="TemplateProcessing", single=[
-    {"SpecialToken": {"id": "<|start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}])
-NFC = {"type": "NFC"}
-DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]}
-
-
-@pytest.mark.parametrize("path, to, message", [
-    (["normalizer"], NFC, "normalizer NFC"),
-    (["normalizer"], {"type": "Sequence", "normalizers": [NFC]}, "normalizer NFC"),
-    (["pre_tokenizer", "add_prefix_space"], True, "add_prefix_space"),
-    (["pre_tokenizer", "use_regex"], False, "use_regex false"),
-    (["pre_tokenizer"], None, "pre-tokenizer null"),
-    (["pre_tokenizer"], {"type": "Whitespace"}, "pre-tokenizer Whitespace"),
-    (["pre_tokenizer"], DIGITS, r"pre-tokenizer Digits \+ ByteLevel"),
-    (["post_processor"], BOS, "TemplateProcessing, which adds tokens"),
-    (["post_processor"], {"type": "Sequence", "processors": [BOS]},
-     "TemplateProcessing, which adds tokens"),
-    (["post_processor"], {"type": "RobertaProcessing"}, "RobertaProcessing"),
-    (["model", "unk_token"], "<|end|>", r"unk_token '<\|end\|>'"),
-    (["model", "byte_fallback"], True, "byte_fallback True"),
-    (["model", "dropout"], 0.1, "dropout 0.1"),
-    (["model", "ignore_merges"], True, "ignore_merges True"),
-    (["model", "end_of_word_suffix"], "</w>", "end_of_word_suffix"),
-    (["model", "type"], "Unigram", "byte-level BPE"),
-    (["added_tokens", -1], ADDED | {"special": False}, "'<x>' .not special"),
-    (["added_tokens", -1], ADDED | {"lstrip": True, "single_word": True},
-     "'<x>' .lstrip, single_word"),
-    (["added_tokens", -1], ADDED | {"rstrip": True}, "'<x>' .rstrip"),
-    (["added_tokens", -1], ADDED | {"content": "!", "id": 3},
-     "special token '!' .* piece of ordinary text"),
-    (["added_tokens", -1], ADDED | {"id": 50}, "two tokens with one id"),
-    (["added_tokens", 1, "id"], 50, r"special token '<\|start\|>' has a second id"),
-    (["added_tokens", -1], ADDED | {"id": 10 ** 9},
-     "token with the id 1000000000; wanted ids below"),
-    (["model", "merges"], [["t", "h"]], "number the merges in their order"),
-    (["model", "vocab", "a▁"], 610, "number the merges in their order")])
-def test_tokenizer_features_beyond_gpt2s_are_refused_by_name(path, to, message, bpe, tmp_path):
-    folder = bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))
-    with pytest.raises(Stopped, match=f"^error: no tokenizer in .*{message}"):
-        sft.tokenizer_of(str(folder))
-
-
-@pytest.mark.parametrize("beside, message", [
-    (dict(tokenizer_config={"add_prefix_space": True}), "add_prefix_space"),
-    (dict(tokenizer_config={"add_bos_token": True}), "add_bos_token"),
-    (dict(tokenizer_config={"eos_token": "</s>"}),
-     "which of its special tokens ends a text.* got </s>"),
-    (dict(tokenizer_config={"eos_token": "a"}), "which of its special tokens ends a text.* got a"),
-    (dict(tokenizer=[1]), "holds a list"),
-    (dict(config=[1]), "config.json holds a list")])
-def test_impossible_settings_beside_a_tokenizer_are_refused(beside, message, bpe, tmp_path):
-    with pytest.raises(Stopped, match=f"^error: no tokenizer in .*{message}"):
-        sft.tokenizer_of(str(bpe_folder(tmp_path / "x", bpe, **beside)))
-
-
-@pytest.mark.parametrize("merges", [
-    pytest.param([("~^", "`")], id="a part that is not a token"),
-    pytest.param([("^", "`"), ("~", "^"), ("~^", "`")], id="parts that first merge otherwise")])
-def test_merges_that_tiktoken_would_make_in_a_different_way_are_refused(merges, bpe, tmp_path):
-    content = copy.deepcopy(bpe)
-    for i, (left, right) in enumerate(merges):
-        content["model"]["vocab"][left + right] = 700 + i
-        content["model"]["merges"].append([left, right])
-    with pytest.raises(ValueError, match="number the merges in their order"):
-        data.gpt2_tokenizer(bpe_folder(tmp_path / "x", content))
-
-
-def test_harmless_words_in_a_tokenizer_json_change_nothing(bpe, tmp_path):
-    wanted = data.fingerprint(data.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe)))
-    plain = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
-    merges = [" ".join(pair) for pair in bpe["model"]["merges"]]
-    untyped = {key: x for key, x in bpe["model"].items() if key != "type"}
-    for path, to in (
-            (["post_processor"], {"type": "ByteLevel"}),
-            (["post_processor"], plain),
-            (["normalizer"], {"type": "Sequence", "normalizers": []}),
-            (["pre_tokenizer"], {"type": "Sequence", "pretokenizers": [bpe["pre_tokenizer"]]}),
-            (["model", "merges"], merges),
-            (["model", "end_of_word_suffix"], ""),
-            (["model", "dropout"], 0.0),
-            (["model"], untyped)):
-        folder = bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))
-        ours = data.gpt2_tokenizer(folder / "tokenizer.json")
-        assert data.fingerprint(ours) == wanted, path
-
-
-def test_vocab_and_merges_files_know_their_special_tokens_too(bpe, tmp_path):
-    """First in the vocabulary, or listed by the slow tokenizers of transformers, old and new"""
-    folder = bpe_folder(tmp_path / "x", bpe)
-    whole = data.gpt2_tokenizer(folder)
-    (folder / "tokenizer.json").unlink()
-    (folder / "vocab.json").write_text(json.dumps(bpe["model"]["vocab"]))
-    merges = "\n".join(" ".join(pair) for pair in bpe["model"]["merges"])
-    (folder / "merges.txt").write_text("#version: 0.2\n" + merges + "\n")
-    assert data.fingerprint(data.gpt2_tokenizer(folder)) == data.fingerprint(whole)
-    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 607}))
-    assert data.gpt2_tokenizer(folder).decode([607, 2]) == "<pad><|end|>"
-
-    def with_added_token(**flags):
-        decoder = {"added_tokens_decoder": {"608": ADDED | flags}, "eos_token": "<x>"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(decoder))
-        return data.gpt2_tokenizer(folder)
-
-    assert with_added_token(special=True).eot_token == 608
-    with pytest.raises(ValueError, match="'<x>' .not special"):
-        with_added_token(special=False)
-    (folder / "tokenizer_config.json").unlink()
-    nameless = {token.replace(data.EOS, "<s>"): i for token, i in bpe["model"]["vocab"].items()}
-    (folder / "vocab.json").write_text(json.dumps(nameless))
-    with pytest.raises(ValueError, match=r"wanted one of .*<s>, .*<\|end\|> as eos_token"):
-        data.gpt2_tokenizer(folder)
-
-
-def test_a_tokenizer_that_an_earlier_version_wrote_is_the_same_tokenizer(tokenizer, tmp_path):
-    """Its fingerprint too, which is stored in the checkpoints of that time"""
-    data.save_tokenizer(tokenizer, tmp_path)
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
-    described = repr((data.PATTERN, ranks, tokenizer.eot_token))
-    before = hashlib.sha256(described.encode()).hexdigest()[:16]
-    assert data.fingerprint(tokenizer) == before
-    del content["special"]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    loaded = data.load_tokenizer(tmp_path)
-    assert data.fingerprint(loaded) == before and loaded.eot_token == tokenizer.eot_token
-    for eos in (3, None):                                # an ordinary token, nothing
-        broken = content | {"special": {"<x>": 900}, "eos": eos}
-        (tmp_path / "tokenizer.json").write_text(json.dumps(broken))
-        with pytest.raises(Stopped, match="cannot be read as a tokenizer"):
-            data.load_tokenizer(tmp_path)
-
-
 def test_no_prompt_is_both_trained_on_and_held_out():
-    train, held_out = corpus.built_in_prompts()
+    train, held_out = data.built_in_prompts()
     assert len(train) + len(held_out) == 1536 and not set(train) & set(held_out)
     assert 0.08 < len(held_out) / 1536 < 0.17
-
-
-# --------------------------------------------------------------------------------------------------
-# corpus.py
-
-HUMAN, TURN = "\n\nHuman: ", corpus.TURN
-
-
-def by(role):
-    """A function that makes a message by a role from a text"""
-    return lambda text: {"role": role, "content": text}
-
-
-USER, ASSISTANT, SYSTEM = map(by, ("user", "assistant", "system"))
-
-
-@pytest.mark.parametrize("record, prompt, responses", [
-    ({"chosen": f"{HUMAN}hi{TURN} hello", "rejected": f"{HUMAN}hi{TURN} go away"}, f"{HUMAN}hi{TURN}", [" hello", " go away"]),
-    ({"chosen": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} d", "rejected": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} e"},
-     f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d", " e"]),
-    ({"chosen": f"{HUMAN}a{TURN} same", "rejected": f"{HUMAN}a{TURN} same"}, f"{HUMAN}a{TURN}", [" same", " same"]),
-    ({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}, "2 + 2 =", [" 4", " 5"]),
-    ({"prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 =", [" 4"]),
-    ({"prompt": "", "completion": " 4"}, "", [" 4"]),
-    ({"text": "Once upon a time", "label": 1}, "", ["Once upon a time"]),
-    ({"text": "2 + 2 = 4", "prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 =", [" 4"]),
-    ({"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
-     f"\n\nSystem: Be kind.{HUMAN}hi{TURN}", [" hello"]),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
-                   {"role": "assistant", "content": "d"}]}, f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d"]),
-    ({"prompt": [{"role": "user", "content": "hi"}], "chosen": [{"role": "assistant", "content": "yes"}],
-      "rejected": [{"role": "assistant", "content": "no"}]}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "yes"}]}, f"{HUMAN}hi{TURN}", [" yes"]),
-    ({"prompt": "hi", "chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
-      "rejected": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}]}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
-      "rejected": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}]}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"prompt": [{"role": "user", "content": "hi"}], "completion": " as text"}, f"{HUMAN}hi{TURN}", [" as text"]),
-    ({"prompt": [{"role": "user", "content": "hi"}], "chosen": "yes", "rejected": " no"}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"info": {"id": "t3", "post": "I did it.", "title": "TIFU", "subreddit": "tifu"}, "choice": 1, "worker": "w", "split": "train",
-      "summaries": [{"text": " worse", "policy": "a", "note": None}, {"text": " better", "policy": "b", "note": None}]},
-     "SUBREDDIT: r/tifu\n\nTITLE: TIFU\n\nPOST: I did it.\n\nTL;DR:", [" better", " worse"]),
-    ({"conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "hi"},
-                        {"from": "gpt", "value": "hello"}]},
-     f"\n\nSystem: Be kind.{HUMAN}hi{TURN}", [" hello"]),
-    ({"conversations": [{"from": "human", "value": "hi"}],
-      "chosen": {"from": "gpt", "value": "yes"}, "rejected": {"from": "gpt", "value": "no"}},
-     f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"messages": [USER("hi")], "chosen": ASSISTANT("yes"), "rejected": "no"},
-     f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"prompt": "hi", "messages": [USER("x")], "chosen": ASSISTANT("yes"), "rejected": "no"},
-     f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"messages": [USER("hi"), ASSISTANT("yes")], "chosen": [USER("hi"), ASSISTANT("yes")],
-      "rejected": [USER("hi"), ASSISTANT("no")]}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"instruction": "Add.", "input": "2, 2", "output": "4"}, f"{HUMAN}Add.\n\n2, 2{TURN}", [" 4"]),
-    ({"instruction": "hi", "input": "", "chosen": "yes", "rejected": "no"},
-     f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"prompt": "2 + 2 =", "answer": "4"}, "2 + 2 =", []),
-    ({"prompt": [{"role": "user", "content": "hi"}]}, f"{HUMAN}hi{TURN}", []),
-    ({"messages": [{"role": "user", "content": "hi"}]}, f"{HUMAN}hi{TURN}", []),
-    ({"prompt": "p", "chosen": None, "rejected": None, "completion": " c"}, "p", [" c"]),
-    ({"prompt": "p", "chosen": " a", "rejected": " b", "completion": None}, "p", [" a", " b"]),
-    ({"messages": [{"role": "developer", "content": "Be kind."}, {"role": "User", "content": "hi"},
-                   {"role": "model", "content": [{"type": "text", "text": "hel"}, "lo"]}]},
-     f"\n\nSystem: Be kind.{HUMAN}hi{TURN}", [" hello"])])
-def test_every_form_of_a_record_is_read_as_prompt_and_responses_better_first(record, prompt, responses):
-    assert corpus.read_record(json.loads(json.dumps(record))) == (prompt, responses)
-
-
-@pytest.mark.parametrize("record, message", [
-    ([1], "not a JSON object"), ({"question": "?", "answer": "!"}, "none of the known forms: keys answer, question"),
-    ({"chosen": "a", "rejected": "b"}, "share no assistant turn"), ({"prompt": "a", "completion": " "}, "an empty response"),
-    ({"chosen": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} d", "rejected": f"{HUMAN}a{TURN} x"}, "part before their last turn"),
-    ({"prompt": "a", "completion": 3}, "a text is not a string"),
-    ({"text": None}, "none of the known forms"),
-    ({"prompt": 1, "completion": "a"}, "not a string"),
-    ({"messages": [by("robot")("x")]}, "user, assistant or system, not robot"),
-    ({"messages": ["hi"]}, "want a role and content"),
-    ({"messages": [by("tool")("x"), ASSISTANT("y")]}, "user, assistant or system, not tool"),
-    ({"messages": [ASSISTANT(None)]}, "content, a text; one by assistant has none"),
-    ({"messages": [USER([{"type": "image_url"}])]}, "content, a text; one by user has none"),
-    ({"chosen": [USER("a")], "rejected": [USER("a")]}, "does not end in an assistant turn"),
-    ({"prompt": "", "answer": "4"}, "an empty prompt and no response"),
-    ({"prompt": []}, "an empty prompt and no response"),
-    ({"prompt": "a", "chosen": "b"}, "only one of chosen and rejected"),
-    ({"info": {"post": "p"}, "summaries": [], "choice": 0}, "comparison of summaries without")])
-def test_records_that_cannot_be_read_say_why(record, message):
-    with pytest.raises(ValueError, match=message):
-        corpus.read_record(record)
-
-
-SURE = [USER("hi"), ASSISTANT("Sure,")]
-
-
-@pytest.mark.parametrize("record, prompt, responses", [
-    ({"messages": [USER(f"a{TURN} b"), ASSISTANT(f"c{HUMAN}d{TURN} e")]},
-     f"{HUMAN}a{TURN} b{TURN}", [f" c{HUMAN}d{TURN} e"]),
-    ({"chosen": [USER("a"), ASSISTANT(f"b{HUMAN}x")],
-      "rejected": [USER("a"), ASSISTANT(f"b{TURN} y")]},
-     f"{HUMAN}a{TURN}", [f" b{HUMAN}x", f" b{TURN} y"]),
-    ({"messages": [USER("a"), ASSISTANT("b"), ASSISTANT("c")]}, f"{HUMAN}a{TURN} b{TURN}", [" c"]),
-    ({"messages": [USER("a"), ASSISTANT("b"), USER("c")]}, f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", []),
-    ({"prompt": [SYSTEM("S")], "chosen": [USER("hi"), ASSISTANT("yes")],
-      "rejected": [USER("hi"), ASSISTANT("no")]}, f"\n\nSystem: S{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"prompt": [SYSTEM("S"), USER("hi")], "chosen": [USER("hi"), ASSISTANT("yes")],
-      "rejected": "no"}, f"\n\nSystem: S{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"prompt": [USER("a"), ASSISTANT("b")], "completion": [USER("c"), ASSISTANT("d")]},
-     f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d"]),
-    ({"prompt": [USER("a"), ASSISTANT("b"), USER("a")], "completion": [USER("a"), ASSISTANT("d")]},
-     f"{HUMAN}a{TURN} b{HUMAN}a{TURN}", [" d"]),
-    ({"prompt": "hi ", "messages": [SYSTEM("S"), USER("hi"), ASSISTANT("yes")]},
-     f"\n\nSystem: S{HUMAN}hi{TURN}", [" yes"]),
-    ({"prompt": "Be kind.", "messages": [USER("hi"), ASSISTANT("yes")]},
-     f"{HUMAN}Be kind.{HUMAN}hi{TURN}", [" yes"]),
-    ({"prompt": SURE, "chosen": " yes", "rejected": "no"},
-     f"{HUMAN}hi{TURN} Sure,", [" yes", "no"]),
-    ({"prompt": SURE, "completion": [ASSISTANT(" yes")]}, f"{HUMAN}hi{TURN} Sure,", [" yes"]),
-    ({"prompt": SURE, "completion": [*SURE, ASSISTANT(" yes")]},
-     f"{HUMAN}hi{TURN} Sure,", [" yes"]),
-    ({"prompt": SURE, "completion": [USER("hi"), ASSISTANT("Sure, yes")]},
-     f"{HUMAN}hi{TURN} Sure,", [" yes"]),
-    ({"prompt": SURE}, f"{HUMAN}hi{TURN} Sure,", []),
-    ({"prompt": [USER("hi"), ASSISTANT("")], "completion": "yes"}, f"{HUMAN}hi{TURN}", [" yes"]),
-    ({"system": "S", "prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"},
-     "S\n\n2 + 2 =", [" 4", " 5"]),
-    ({"system": "S", "chosen": f"{HUMAN}a{TURN} b", "rejected": f"{HUMAN}a{TURN} c"},
-     f"\n\nSystem: S{HUMAN}a{TURN}", [" b", " c"]),
-    ({"system": "S", "prompt": [USER("a")], "chosen": [USER("a"), ASSISTANT("b")], "rejected": "c"},
-     f"\n\nSystem: S{HUMAN}a{TURN}", [" b", " c"]),
-    ({"system": "S", "messages": [SYSTEM("S"), USER("a"), ASSISTANT("b")]},
-     f"\n\nSystem: S{HUMAN}a{TURN}", [" b"]),
-    ({"system": "", "prompt": "p", "completion": " c"}, "p", [" c"])])
-def test_messages_keep_their_turns_and_nothing_of_a_prompt_is_dropped(record, prompt, responses):
-    assert corpus.read_record(record) == (prompt, responses)
-
-
-def test_dialogues_that_differ_before_their_last_message_are_refused():
-    for chosen, rejected in (
-            ([USER("a"), ASSISTANT("b")], [USER("x"), ASSISTANT("b")]),
-            ([SYSTEM("S"), USER("a"), ASSISTANT("b")], [USER("a"), ASSISTANT("c")])):
-        with pytest.raises(ValueError, match="part before their last turn"):
-            corpus.read_record({"chosen": chosen, "rejected": rejected})
-
-
-@pytest.mark.parametrize("label, good", [
-    (True, True), (False, False), (1, True), (0, False), (1.0, True), (0.0, False), (-1, False),
-    ("true", True), ("False", False), ("desirable", True), (" Undesirable ", False), ("0", False),
-    (None, True), ("math", True), (7, True), ([0], True)])
-def test_a_label_leaves_an_undesirable_response_out_in_every_form(label, good):
-    answered = [USER("p"), ASSISTANT("c")]
-    spoken = [{"from": "human", "value": "p"}, {"from": "gpt", "value": "c"}]
-    for form in ({"prompt": "p", "completion": " c"}, {"prompt": [USER("p")], "completion": "c"},
-                 {"messages": answered}, {"conversations": spoken},
-                 {"instruction": "p", "output": "c"}):
-        for name in ("label", "kto_tag"):
-            remarks = []
-            prompt, responses = corpus.read_record({**form, name: label}, remarks)
-            assert prompt in ("p", f"{HUMAN}p{TURN}") and responses == ([" c"] if good else [])
-            known = label is None or label not in ("math", 7, [0])
-            said = [] if good else [(corpus.LEFT_OUT, "labelled undesirable")]
-            assert remarks == (said if known else [(corpus.UNUSED, name)])
-
-
-def comparison(i, words=3):
-    """A row in HH-RLHF's form, with prompts and responses that differ from row to row"""
-    prompt = f"{HUMAN}Tell me about number {i}" + " and so on" * (i % words) + f".{TURN}"
-    return {"chosen": f"{prompt} Number {i} is good" + "!" * (i % 4), "rejected": f"{prompt} I do not like {i}."}
-
-
-def write_rows(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    corpus.opened.cache_clear()
-    return tmp_path
-
-
-def texts_cfg(path, **changes):
-    return dataclasses.replace(ppo.Config(), data=str(path), **{**dict(max_prompt_tokens=60, max_new_tokens=20), **changes})
-
-
-def test_rows_are_cut_counted_held_out_by_their_prompt_and_mapped_from_disk(here, tokenizer, capsys, monkeypatch):
-    rows = [comparison(i % 100, words=12) for i in range(130)]                 # thirty prompts come twice
-    rows[4:4] = ["{broken", "", {"prompt": "p", "completion": "\n"}, {"other": 1}, {"prompt": "x", "completion": " " + "long " * 200}]
-    cfg = texts_cfg(write_rows(here / "rows.jsonl", rows))
-    ours = corpus.rows_of(cfg, tokenizer, 90)
-    said = capsys.readouterr().out
-    prompts = [row[0] for row in ours]
-    assert len(ours) == 131 and all(1 <= len(p) <= 60 and len(p) + max(len(y), len(z)) <= 90 for p, y, z in ours)
-    whole = [data.encode_prompt(tokenizer, corpus.read_record(row)[0]) for row in rows if isinstance(row, dict) and "chosen" in row]
-    assert [p for p, (_, _, worse) in zip(prompts, ours) if worse] == [p[-60:] for p in whole]         # the end is kept
-    cut = sum(len(p) > 60 for p in whole)
-    assert cut > 20 and f"131 rows, {sum(ours.held_out)} of them held out; {cut} prompts cut to their last 60" in said
-    assert "1 rows with a response cut to fit into 90" in said
-    for reason in ("1 more left out, not JSON: line 5", "1 more left out, an empty response: line 7",
-                   "1 more left out, none of the known forms: keys other: line 8"):
-        assert reason in said, reason
-    train, held = corpus.prompts(cfg, tokenizer, 90)
-    assert len(train) + len(held) == len(set(map(tuple, prompts))) == sum(ours.first) and len(held) > 4
-    assert not set(map(tuple, train)) & set(map(tuple, held)) and len(train) > 3 * len(held)
-    assert all(ours.held_out[i] == ours.held_out[prompts.index(p)] for i, p in enumerate(prompts))       # both times alike
-    other = corpus.rows_of(dataclasses.replace(cfg, max_prompt_tokens=50), tokenizer, 80)
-    uncut = [i for i, prompt in enumerate(prompts) if len(prompt) < 50]
-    assert len(uncut) > 60 and other.held_out[uncut].tolist() == ours.held_out[uncut].tolist()         # for ever
-    better, worse = corpus.comparisons(cfg, tokenizer, 90, None, 1000)[0][0]["response_ids"]
-    assert better[-1] == worse[-1] == tokenizer.eot_token and tokenizer.decode(better).startswith(" Number")
-    assert len(corpus.comparisons(cfg, tokenizer, 90, 7, 2)[0]) == 7
-    assert corpus.demonstrations(cfg, tokenizer, 90, None, 5)[1][0][1][-1] == tokenizer.eot_token
-    assert isinstance(ours.tokens, np.memmap)
-
-    corpus.opened.cache_clear()
-    monkeypatch.setattr(corpus, "tokenise", None)                              # a second start tokenises nothing
-    capsys.readouterr()
-    assert list(corpus.rows_of(cfg, tokenizer, 90)) == list(ours) and said == capsys.readouterr().out
-    monkeypatch.undo()
-    monkeypatch.chdir(here)
-    for changed in (texts_cfg(cfg.data, max_prompt_tokens=40), texts_cfg(write_rows(here / "rows.jsonl", rows[:100]))):
-        assert len(corpus.rows_of(changed, tokenizer, 90)) != 131 or changed.max_prompt_tokens == 40
-    assert len(list((here / "out" / "tokens").iterdir())) == 4
-
-
-def test_a_prompt_is_held_out_by_its_whole_text_wherever_it_is_cut(here, tokenizer):
-    path = write_rows(here / "rows.jsonl", [{"prompt": "and so on " * 20 + f"number {i}", "completion": " yes"} for i in range(90)])
-    sides = [corpus.rows_of(texts_cfg(path, max_prompt_tokens=n), tokenizer, 90).held_out.tolist() for n in (12, 30, 60)]
-    assert sides[0] == sides[1] == sides[2] and any(sides[0])
-    assert sides[0] == [corpus.held_out(("and so on " * 20 + f"number {i}").encode()) for i in range(90)]
-
-
-def test_the_order_of_rows_is_not_that_of_the_file_and_is_the_same_for_every_seed(here, tokenizer):
-    path = write_rows(here / "sorted.jsonl", [{"prompt": f"{i} is", "completion": " good" if i < 100 else " bad"} for i in range(200)])
-    taken = [[y for _, y in corpus.demonstrations(texts_cfg(path, seed=seed), tokenizer, 90, 40, 10)[0]] for seed in (1, 2)]
-    assert taken[0] == taken[1] and len({tuple(y) for y in taken[0][:20]}) == 2             # both kinds among the first
-
-
-def test_pairs_of_equal_responses_compare_nothing_and_are_counted(here, tokenizer):
-    rows = [comparison(i) for i in range(80)] + [{"prompt": f"x {i}", "chosen": " same", "rejected": " same"} for i in range(40)]
-    cfg = texts_cfg(write_rows(here / "rows.jsonl", rows))
-    assert "40 with two responses alike, which compare nothing" in corpus.rows_of(cfg, tokenizer, 90).report
-    assert sum(map(len, corpus.comparisons(cfg, tokenizer, 90, None, None))) == 80
-    assert sum(map(len, corpus.demonstrations(cfg, tokenizer, 90, None, None))) == 120
-
-
-def test_prompts_that_a_cut_makes_equal_are_on_one_side(here, tokenizer):
-    rows = [{"prompt": f"number {i} " + "and so on " * 20, "completion": " yes"} for i in range(60)]
-    rows += [{"prompt": f"number {i}", "completion": " yes"} for i in range(60)]
-    ours = corpus.rows_of(texts_cfg(write_rows(here / "rows.jsonl", rows), max_prompt_tokens=10), tokenizer, 40)
-    assert len({tuple(p) for p, _, _ in [ours[i] for i in range(60)]}) == 1 and not ours.held_out[:60].any()
-    assert ours.first.sum() == 61 and ours.held_out[60:].any()
-
-
-def test_files_compressed_files_folders_and_plain_texts_are_read(here, tokenizer):
-    rows = [comparison(i) for i in range(60)]
-    write_rows(here / "a" / "one.jsonl", rows[:30])
-    with gzip.open(here / "a" / "two.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows[30:])
-    (here / "a" / "readme.md").write_text("not a row")
-    assert len(corpus.rows_of(texts_cfg(here / "a"), tokenizer, 90)) == 60
-    (here / "plain.txt").write_text("".join(f"line {i} of a long story\n" for i in range(2000)))
-    pieces = list(corpus.pieces(here / "plain.txt"))
-    assert "".join(pieces) == (here / "plain.txt").read_text() and all(len(piece) <= 1000 for piece in pieces) and len(pieces) > 40
-    (here / "one-line.txt").write_text("word " * 1000 + "\nend")
-    assert [len(piece) for piece in corpus.pieces(here / "one-line.txt")] == [1000] * 5 + [4]
-    (here / "cut.jsonl.gz").write_bytes((here / "a" / "two.jsonl.gz").read_bytes()[:-20])
-    with pytest.raises(Stopped, match=r"cut.jsonl.gz cannot be read past line \d+ \(EOFError"):
-        list(corpus.examples(str(here / "cut.jsonl.gz"), {}))
-    prompt, response, worse = corpus.rows_of(texts_cfg(here / "plain.txt"), tokenizer, 90)[0]
-    assert prompt == [tokenizer.eot_token] and tokenizer.decode(response).startswith("line 0 of a long story\n") and worse == []
-    with pytest.raises(Stopped, match="has no comparisons, but rows of one response"):
-        corpus.comparisons(texts_cfg(here / "plain.txt"), tokenizer, 90, None, 10)
-    split = texts_cfg(here / "plain.txt", text_prompt=5)
-    whole = tokenizer.encode_ordinary(pieces[0])
-    assert corpus.rows_of(split, tokenizer, 90)[0] == (whole[:5], whole[5:90], [])
-    write_rows(here / "short.jsonl", [{"text": "abc"}] + [{"text": f"number {i} and more words"} for i in range(40)])
-    assert "no response left: line 1" in corpus.rows_of(texts_cfg(here / "short.jsonl", text_prompt=4), tokenizer, 90).report
-
-
-def test_undesirable_rows_are_not_learned_and_their_prompts_serve_rl(here, tokenizer):
-    rows = [{"prompt": f"Number {i} is", "completion": f" {i}", "label": i % 4 > 0}
-            for i in range(160)]
-    rows.append({"prompt": "", "completion": " bad", "label": False})          # no use at all
-    cfg = texts_cfg(write_rows(here / "kto.jsonl", rows))
-    report = corpus.rows_of(cfg, tokenizer, 90).report
-    assert "kto.jsonl: 120 rows and 40 prompts without a response, " in report
-    assert "\n41 more left out, labelled undesirable: line 1, line 5, line 9, line 13," in report
-    assert "not used" not in report
-    parts = corpus.demonstrations(cfg, tokenizer, 90, None, None)
-    learned = [tokenizer.decode(response[:-1]) for part in parts for _, response in part]
-    assert sorted(learned) == sorted(f" {i}" for i in range(160) if i % 4)
-    assert sum(map(len, corpus.prompts(cfg, tokenizer, 90))) == 160
-    assert not any(" 4" == text[-2:] for text in corpus.some_texts(cfg, 10, 1))
-    with pytest.raises(Stopped, match="has no comparisons, but rows of one response or none"):
-        corpus.check_comparisons(cfg)
-
-
-def test_a_label_beside_a_text_is_a_class_so_imdb_is_read_whole(here, tokenizer, monkeypatch):
-    class Loaded(list):
-        _fingerprint = "imdb"
-    rows = Loaded({"text": f"{i} is a film of many", "label": i % 2} for i in range(100))
-    fake = types.SimpleNamespace(load_dataset=lambda name, split: rows)
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    corpus.hub_data_set.cache_clear()
-    cfg = preset_of("imdb", sft, max_prompt_tokens=8)
-    assert cfg.data == "hf:stanfordnlp/imdb"
-    report = corpus.rows_of(cfg, tokenizer, 60).report
-    assert "imdb: 100 rows, " in report and report.endswith("fields not used: label (100 rows)")
-    assert sum(map(len, corpus.demonstrations(cfg, tokenizer, 60, None, None))) == 100
-
-
-def test_fields_that_are_not_used_are_named_with_how_many_rows_have_them(here, tokenizer):
-    rows = [{**comparison(i), "score": i, "id": None if i % 2 else "x", "messages": [USER("a")]}
-            for i in range(60)]
-    report = corpus.rows_of(texts_cfg(write_rows(here / "rows.jsonl", rows)), tokenizer, 90).report
-    assert report.endswith("\nfields not used: id (30 rows), messages (60), score (60)")
-    rows = [{"prompt": "p", "completion": " c", **{f"field{n}": 1 for n in range(30)}}] * 2 + rows
-    report = corpus.rows_of(texts_cfg(write_rows(here / "rows.jsonl", rows)), tokenizer, 90).report
-    assert "\nfields not used: field0 (2 rows), field1 (2), " in report and report.endswith(", ..")
-
-
-def test_special_tokens_written_out_in_responses_are_counted(here, tokenizer):
-    ends = ["<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>", "<｜end▁of▁sentence｜>"]
-    rows = [{"prompt": f"{i} <|im_start|>", "completion": f" yes{ends[i % 5]}"} for i in range(60)]
-    rows += [{"prompt": f"{i} is", "chosen": " <b>a</b>", "rejected": " b</s></s>"}
-             for i in range(60)]
-    read = corpus.rows_of(texts_cfg(write_rows(here / "rows.jsonl", rows)), tokenizer, 90)
-    for end in ends:
-        n = 72 if end == "</s>" else 12
-        assert f"\n{n} of them kept as they stand, with {end} written out in a " in read.report
-    assert len(read.report.splitlines()) == 6
-    assert tokenizer.decode(read[0][1]) == " yes<|endoftext|><|endoftext|>"
-
-
-def test_a_prompt_that_every_response_repeats_is_taken_off_and_counted(here, tokenizer):
-    rows = [{"prompt": f"Is {i} so?", "chosen": f"Is {i} so? Yes.", "rejected": f"Is {i} so? No."}
-            for i in range(60)]
-    rows += [{"prompt": "Is it?", "chosen": "Is it? Yes.", "rejected": " No."},
-             {"prompt": "He", "completion": "Hello"},
-             {"prompt": "copy me", "completion": "copy me"},
-             {"prompt": " ", "completion": " a"}, {"prompt": "1 +", "text": "1 + 1 = 2"}]
-    path = write_rows(here / "rows.jsonl", rows)
-    report = corpus.rows_of(texts_cfg(path), tokenizer, 90).report
-    taken, kept = report.splitlines()[1:]
-    assert taken.startswith("61 of them began each response with the prompt, which was taken off: ")
-    assert kept == ("1 of them kept as they stand, with one response that repeats the prompt: "
-                    "line 61")
-    read = [responses for _, _, responses in corpus.examples(path, {})]
-    assert read[0] == [" Yes.", " No."] and read[60:] == [
-        ["Is it? Yes.", " No."], ["Hello"], ["copy me"], [" a"], [" 1 = 2"]]
-
-
-def test_a_folder_names_its_files_without_hidden_ones_and_counts_rows_in_two(here, tokenizer):
-    rows = [json.dumps(comparison(i)) for i in range(60)]
-    write_rows(here / "a" / "x.jsonl", [*rows, rows[0]])                       # twice in one file
-    for name in (".x.jsonl", ".cache/x.jsonl", "b/._x.json", "notes.txt"):
-        write_rows(here / "a" / name, rows)
-    with gzip.open(here / "a" / "x.jsonl.gz", "wt") as file:
-        file.write("\n".join(rows[30:]))
-    write_rows(here / "a" / "b" / "x.jsonl", [json.dumps(comparison(60)), "{"])
-    report = corpus.rows_of(texts_cfg(here / "a"), tokenizer, 90).report.splitlines()
-    assert "a: 92 rows, " in report[0] and report[1:] == [
-        "files read: b/x.jsonl, x.jsonl, x.jsonl.gz", "1 more left out, not JSON: b/x.jsonl line 2",
-        "30 of them kept as they stand, repeating a row of an earlier file: x.jsonl.gz line 1, "
-        "x.jsonl.gz line 2, x.jsonl.gz line 3, x.jsonl.gz line 4, x.jsonl.gz line 5, .."]
-
-
-ROWS = [{"prompt": f"Größe {i}: 漢", "completion": f" 🦊 {i}"} for i in range(3)]
-TEXT = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
-
-
-@pytest.mark.parametrize("content", [
-    TEXT.encode("utf-8-sig"), TEXT.replace("\n", "\r\n").encode("utf-8-sig"), TEXT.encode("utf-16"),
-    codecs.BOM_UTF16_BE + TEXT.encode("utf-16-be"), TEXT.encode("utf-32"),
-    codecs.BOM_UTF32_BE + TEXT.encode("utf-32-be"), json.dumps(ROWS).encode(),
-    json.dumps(ROWS, indent=2).encode("utf-8-sig"),
-    ("\n [" + ",\n".join(TEXT.splitlines()) + "]").encode(),
-    json.dumps(ROWS, ensure_ascii=False).encode("utf-16"),
-    "".join(TEXT.splitlines(keepends=True)[:2]).encode("utf-8-sig")        # two files in one
-    + TEXT.splitlines()[2].encode("utf-8-sig")],
-    ids="bom crlf utf16 utf16be utf32 utf32be array pretty rows utf16array joined".split())
-def test_json_lines_and_arrays_are_read_in_every_encoding_gzipped_or_not(content, here):
-    wanted = [(row["prompt"], [row["completion"]]) for row in ROWS]
-    for name, written in (("a.jsonl", content), ("a.json", content),
-                          ("a.json.gz", gzip.compress(content))):
-        (here / name).write_bytes(written)
-        notes = {}
-        found = list(corpus.examples(name, notes))
-        assert [tuple(row[1:]) for row in found] == wanted and not notes
-        assert found[2][0] in ("line 3", "item 3")
-
-
-def test_texts_lose_their_byte_order_mark_and_bad_bytes_are_named(here):
-    for encoding in ("utf-8-sig", "utf-16", "utf-32"):
-        (here / "a.txt").write_text("Once upon a time\n", encoding=encoding)
-        (here / "b.txt.gz").write_bytes(gzip.compress((here / "a.txt").read_bytes()))
-        for name in ("a.txt", "b.txt.gz"):
-            assert [row[2] for row in corpus.examples(name, {})] == [["Once upon a time\n"]]
-    for content, what in ((b'{"prompt": "p", "completion": " caf\xe9"}\n', "not JSON"),
-                          (b"[1, 2]\n", "not a JSON object"),
-                          (b'[{"prompt": "p"},\n', "not JSON, nor is the file as one array")):
-        (here / "c.json").write_bytes(content)
-        notes = {}
-        assert not list(corpus.examples("c.json", notes))
-        assert [reason.startswith(what) for _, reason in notes] == [True]
-    (here / "c.json").write_text("[1, 2]\n" + TEXT)                            # lines, all the same
-    assert len(list(corpus.examples("c.json", {}))) == 3
-
-
-def test_csv_and_parquet_are_named_with_a_command_that_converts_them(here):
-    (here / "a b.csv").write_text('prompt,completion\n"2, 3","it\'s ""5"""\n', encoding="utf-8-sig")
-    with pytest.raises(Stopped, match="--data got a b.csv; it takes JSON. To convert") as said:
-        corpus.check_source("a b.csv")
-    command = str(said.value).split("To convert it: python", 1)[1]
-    subprocess.run(sys.executable + command, shell=True, check=True)
-    assert [row[1:] for row in corpus.examples("a b.csv.jsonl", {})] == [("2, 3", ['it\'s "5"'])]
-    (here / "folder").mkdir()
-    (here / "folder" / "x.parquet").touch()
-    message = "without any .jsonl.*x.parquet. .*pandas.read_parquet.*x.parquet.jsonl"
-    with pytest.raises(Stopped, match=message):
-        corpus.check_source("folder")
-    with pytest.raises(Stopped, match="--ptx_data got folder/x.parquet; it takes JSON"):
-        corpus.check_source("folder/x.parquet", "--ptx_data")
-
-
-def test_prompts_alone_serve_rl_and_sft_takes_the_rows_with_a_response(here, tokenizer):
-    prompts = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(80)]
-    cfg = texts_cfg(write_rows(here / "prompts.jsonl", prompts))
-    read = corpus.rows_of(cfg, tokenizer, 90)
-    assert "prompts.jsonl: 80 prompts without a response, " in read.report
-    assert read.report.endswith("fields not used: answer (80 rows)") and read[3][1:] == ([], [])
-    assert sum(map(len, corpus.prompts(cfg, tokenizer, 90))) == 80
-    with pytest.raises(Stopped, match="prompts but no responses: there is nothing for SFT"):
-        corpus.demonstrations(cfg, tokenizer, 90, None, None)
-    with pytest.raises(Stopped, match="there is nothing for a reward model or DPO to learn"):
-        corpus.comparisons(cfg, tokenizer, 90, None, None)
-    both = prompts + [comparison(i) for i in range(60)]
-    cfg = texts_cfg(write_rows(here / "both.jsonl", both))
-    assert "both.jsonl: 60 rows and 80 prompts" in corpus.rows_of(cfg, tokenizer, 90).report
-    assert sum(map(len, corpus.prompts(cfg, tokenizer, 90))) == 140
-    for taken in (corpus.demonstrations, corpus.comparisons):
-        assert sum(map(len, taken(cfg, tokenizer, 90, None, None))) == 60
-    corpus.check_comparisons(cfg)                            # the first comparison is far down
-    texts = corpus.some_texts(cfg, 81, 1)
-    assert texts[79:] == ["What is 79?", comparison(0)["chosen"]]
-
-
-def test_rows_that_share_one_prompt_are_held_out_by_the_whole_row(here, tokenizer):
-    rows = [{"prompt": "Praise it:", "chosen": f" good {i}", "rejected": f" bad {i}"}
-            for i in range(80)]
-    cfg = texts_cfg(write_rows(here / "rows.jsonl", rows + rows))
-    read = corpus.rows_of(cfg, tokenizer, 90)
-    assert "\ntoo few prompts to hold some of them out: rows are held out by a hash " in read.report
-    assert f" {read.held_out.sum()} of these share their prompt with training rows" in read.report
-    assert read.held_out[:80].tolist() == read.held_out[80:].tolist()      # equal rows, one side
-    assert read.held_out[:80].tolist() == [
-        corpus.held_out(f"Praise it:\0 good {i}\0 bad {i}".encode()) for i in range(80)]
-    train, held = corpus.comparisons(cfg, tokenizer, 90, None, None)
-    assert len(train) > 100 and len(held) > 5 and len(train) + len(held) == 160
-    assert [len(part) for part in corpus.prompts(cfg, tokenizer, 90)] == [1, 1]
-    others = [{"prompt": f"Praise {i}:", "completion": f" good {i}"} for i in range(40)]
-    read = corpus.rows_of(texts_cfg(write_rows(here / "rows.jsonl", rows + others)), tokenizer, 90)
-    assert "too few" not in read.report and len(set(read.held_out[:80])) == 1
-    alone = texts_cfg(write_rows(here / "rows.jsonl", rows[:1]))
-    assert "too few" not in corpus.rows_of(alone, tokenizer, 90).report        # nor is that any help
-
-
-@pytest.mark.parametrize("name, content, message", [
-    ("nowhere.jsonl", None, "--data got .*nowhere.jsonl; it takes reviews, hh, tldr, hf:OWNER/NAME, or a file or folder"),
-    ("empty.jsonl", "", "has no row that could be read. The first lines of corpus.py"),
-    ("broken.jsonl", "{\n", r"has no row that could be read: not JSON \(line 1\)"),
-    ("one.jsonl", '{"prompt": "a", "completion": " b"}\n', "1 rows to train on and 0 held out; there must be some of both"),
-    ("binary.jsonl", b"\xff\x00\x00\xfe", r"not JSON \(line 1\)")])
-def test_data_that_cannot_be_used_ends_with_one_clear_message(name, content, message, here, tokenizer):
-    if content is not None:
-        (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(Stopped, match=message):
-        corpus.prompts(texts_cfg(here / name), tokenizer, 90)
-
-
-LINES = [                       # what a line of a file may hold, and what is said of it
-    ('{"prompt": "p", "completion": " c"', "not JSON"), ("[" * 100_000, "not JSON"), ("not json at all", "not JSON"), ("\x00\x01", "not JSON"),
-    ('{"prompt": "p", "completion": " \x01"}', "not JSON"), ("1" * 5000, "not JSON"), ("[1, 2]", "not a JSON object"), ("null", "not a JSON object"),
-    ('"text"', "not a JSON object"), ("{}", "none of the known forms: keys "), ('{"Prompt": "p"}', "none of the known forms: keys Prompt"),
-    ('{"prompt": "p", "completion": 3}', "a text is not a string"), ('{"prompt": 3, "completion": " c"}', "a text is not a string"),
-    ('{"prompt": "p", "chosen": " a", "rejected": null}', "only one of chosen and rejected"),
-    ('{"text": ["a"]}', "messages want a role"),
-    ('{"prompt": "p", "completion": ""}', "an empty response"), ('{"prompt": "p", "completion": " \\n\\t"}', "an empty response"),
-    ('{"prompt": "p", "chosen": " a", "rejected": ""}', "an empty response"),
-    ('{"prompt": "p \\ud800", "completion": " c"}', "a lone surrogate, which is no text"),
-    ('{"prompt": "p", "completion": " \\udfff"}', "a lone surrogate, which is no text"),
-    ('{"messages": [{"role": "assistant", "content": null}]}', "messages want content, a text"),
-    ('{"messages": "hello"}', "no prompt, and the texts share no"),
-    ('{"messages": [{"role": "robot", "content": "x"}]}', "messages want a role"), ('{"messages": [7]}', "messages want a role"),
-    ('{"messages": [{"role": ["user"], "content": "x"}]}', "messages want a role"),
-    ('{"messages": []}', "messages want at least one turn"),
-    ('{"chosen": [{"role": "assistant", "content": "a"}], "rejected": null}', "only one of chosen"),
-    ('{"messages": [{"role": "user", "content": "a"}], "prompt": 5}', "a text is not a string"),
-    ('{"\\ud800": 1, "\\u001b[2J": 2}', "none of the known forms: keys \\x1b[2J, \\ud800"),
-    ('{"info": {"post": null, "title": "t", "subreddit": "s"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}',
-     "a comparison of summaries without its texts"),
-    ('{"info": [], "summaries": [], "choice": "x"}', "a comparison of summaries without its texts"),
-    ('{"chosen": "a", "rejected": "b"}', "no prompt, and the texts share no assistant turn")]
-
-
-@pytest.mark.parametrize("line, reason", LINES, ids=range(len(LINES)))
-def test_a_line_that_cannot_be_used_is_left_out_counted_and_named(line, reason, here, tokenizer):
-    rows = [json.dumps(comparison(i)) for i in range(60)]
-    (here / "rows.jsonl").write_bytes("\n".join([*rows[:7], line, *rows[7:], line]).encode())        # the last one without a newline
-    read = corpus.rows_of(texts_cfg(here / "rows.jsonl"), tokenizer, 90)
-    assert len(read) == 60 and len(read.report.splitlines()) == 2
-    assert read.report.splitlines()[1].startswith(f"2 more left out, {reason}") and read.report.endswith(": line 8, line 62")
-
-
-def test_control_characters_are_kept_counted_and_shown_as_codes(here, tokenizer, capsys):
-    rows = [comparison(i) for i in range(60)] + [{"prompt": "a\x00b", "completion": " \x1b[2J\x9b"}, {"prompt": "tab\t", "completion": " line\r\n"}]
-    read = corpus.rows_of(texts_cfg(write_rows(here / "rows.jsonl", rows)), tokenizer, 90)
-    assert len(read) == 62 and read.report.endswith("\n1 of them kept as they stand, with control characters: line 61")
-    prompt, response, _ = read[60]
-    assert tokenizer.decode(prompt) == "a\x00b" and files.visible(tokenizer.decode(response)) == " \\x1b[2J\\x9b<|endoftext|>"
-    assert files.visible("a\tb\r\nc \u00e9\u6f22") == "a\tb\r\nc \u00e9\u6f22"
-
-
-@pytest.mark.parametrize("text", ["word " * 2_000_000, " " * 10_000_000, "a" * 10_000_000, "\\n" * 5_000_000, "\\u0000" * 1_700_000],
-                         ids=["words", "spaces", "a", "newlines", "zeros"])
-def test_a_line_of_ten_megabytes_is_cut_like_any_other_row(text, here, tokenizer):
-    rows = [json.dumps(comparison(i)) for i in range(60)]
-    lines = [f'{{"prompt": "p", "completion": " x{text}"}}', f'{{"prompt": "{text} end", "completion": " x"}}']
-    (here / "rows.jsonl").write_text("\n".join([*rows, *lines]))
-    begun = time.time()
-    read = corpus.rows_of(texts_cfg(here / "rows.jsonl"), tokenizer, 90)
-    assert len(read) == 62 and time.time() - begun < 20
-    (prompt, response, _), (long_prompt, _, _) = read[60], read[61]
-    assert len(prompt) + len(response) <= 90 and tokenizer.decode(response).startswith(" x")
-    assert len(long_prompt) <= 60 and tokenizer.decode(long_prompt).endswith(" end") and "1 prompts cut" in read.report
-    if text[0] == "w":                                   # a word of 100,000 letters takes seconds to learn from
-        assert data.train_tokenizer(corpus.some_texts(texts_cfg(here / "rows.jsonl"), 100, 10), 300).n_vocab <= 300
-
-
-def test_folders_unreadable_files_and_bytes_that_are_no_text_are_refused_or_counted(here, tokenizer, monkeypatch):
-    rows = [json.dumps(comparison(i)) for i in range(60)]
-    (here / "a").mkdir()
-    (here / "a" / "rows.jsonl").write_text("\n".join(rows))
-    (here / "a" / "folder.jsonl").mkdir()                                      # named like a file
-    assert len(corpus.rows_of(texts_cfg(here / "a"), tokenizer, 90)) == 60
-    (here / "latin.txt").write_bytes(b"caf\xe9 and so on, a longer line\n" * 2000)
-    read = corpus.rows_of(texts_cfg(here / "latin.txt"), tokenizer, 90)
-    assert f"\n{len(read)} of them kept as they stand, with bytes that are no UTF-8, read as \ufffd: piece 1, piece 2" in read.report
-    os.mkfifo(here / "pipe")
-    with pytest.raises(Stopped, match="^error: --data got .*pipe; it takes reviews"):
-        corpus.prompts(texts_cfg(here / "pipe"), tokenizer, 90)
-    denied = PermissionError(errno.EACCES, "Permission denied")                # tests may run as root, who may read all
-    monkeypatch.setitem(vars(files), "open", lambda *args: (_ for _ in ()).throw(denied))
-    corpus.digest.cache_clear()
-    with pytest.raises(Stopped, match="^error: .*rows.jsonl cannot be read .PermissionError"):
-        corpus.prompts(texts_cfg(here / "a"), tokenizer, 90)
-    monkeypatch.undo()
-    monkeypatch.chdir(here)
-    monkeypatch.setitem(vars(corpus), "open", lambda *args, **kwargs: (_ for _ in ()).throw(denied))
-    for name, place in (("a/rows.jsonl", "line 0"), ("latin.txt", "piece 0")):
-        with pytest.raises(Stopped, match=f"^error: .*{name} cannot be read past {place} .PermissionError"):
-            list(corpus.examples(str(here / name), {}))
-
-
-def test_tokens_that_were_damaged_on_the_disk_are_made_again(here, tokenizer, capsys):
-    cfg = texts_cfg(write_rows(here / "rows.jsonl", [comparison(i) for i in range(60)]))
-    rows = list(corpus.rows_of(cfg, tokenizer, 90))
-    folder = next((here / "out" / "tokens").iterdir())
-    for name in ("tokens.npy", "bounds.npy", "held_out.npy", "first.npy", "rows.txt"):
-        for content in (None, b"", (folder / name).read_bytes()[:-9] if name != "rows.txt" else b"\xff"):
-            corpus.opened.cache_clear()
-            (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
-            assert list(corpus.rows_of(cfg, tokenizer, 90)) == rows or content == b"" and name == "rows.txt"
-            assert "is damaged" in capsys.readouterr().out or content == b"" and name == "rows.txt"
-    assert [folder] == list((here / "out" / "tokens").iterdir())
-
-
-def test_settings_that_leave_no_room_and_folders_without_rows_are_refused(here, tokenizer):
-    (here / "void").mkdir()
-    with pytest.raises(Stopped, match="is a folder without any .jsonl"):
-        corpus.prompts(texts_cfg(here / "void"), tokenizer, 90)
-    path = write_rows(here / "rows.jsonl", [comparison(i) for i in range(80)])
-    with pytest.raises(Stopped, match="--max_prompt_tokens 90 leaves no room for a response in the model's block_size 90"):
-        corpus.prompts(texts_cfg(path, max_prompt_tokens=90), tokenizer, 90)
-    with pytest.raises(Stopped, match="prompts of up to 60 tokens and --max_new_tokens 31 exceed .* 90; lower --max_new_tokens to 30"):
-        corpus.prompts(texts_cfg(path, max_new_tokens=31), tokenizer, 90)
-    with pytest.raises(Stopped, match="5000 held-out prompts are asked for .*, there are"):
-        corpus.prompts(texts_cfg(path), tokenizer, 90, 5000)
-
-
-def test_the_hub_is_asked_for_the_published_files(here, tokenizer, monkeypatch):
-    import huggingface_hub
-    path = write_rows(here / "stored.jsonl", [comparison(i) for i in range(40)])
-    asked_for = []
-
-    def fetch(repository, name, repo_type):
-        asked_for.append((repository, name, repo_type))
-        return path
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    assert len(list(corpus.examples("hh", {}))) == 80
-    assert asked_for == [("Anthropic/hh-rlhf", f"{part}/train.jsonl.gz", "dataset") for part in ("harmless-base", "helpful-base")]
-
-    def no_network(*args, **kwargs):
-        raise OSError("no route to host")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
-    with pytest.raises(Stopped, match="--data hh could not be fetched from the hub .OSError.*--data FOLDER reads them"):
-        list(corpus.examples("hh", {}))
-    record = {"info": {"post": "p", "title": "t", "subreddit": "s"}, "summaries": [{"text": " a"}, {"text": " b"}], "choice": 0}
-    monkeypatch.setattr(corpus.urllib.request, "urlretrieve", lambda url, to: write_rows(to, [record]))
-    assert [responses for _, _, responses in corpus.examples("tldr", {})] == [[" a", " b"]] * 8
-    monkeypatch.setattr(corpus.urllib.request, "urlretrieve", no_network)
-    assert len(list(corpus.examples("tldr", {}))) == 8                         # they are here by now
-    shutil.rmtree(here / "out" / "downloads")
-    with pytest.raises(Stopped, match="batch3.json could not be fetched .no route to host"):
-        list(corpus.examples("tldr", {}))
-
-
-def test_data_sets_of_the_hub_go_through_the_datasets_package_and_say_so_where_it_is_missing(here, tokenizer, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)                         # as if not installed
-    with pytest.raises(Stopped, match="--data hf:a/b takes the datasets package: pip install datasets"):
-        list(corpus.examples("hf:a/b", {}))
-
-    class Loaded(list):
-        _fingerprint = "0123"
-    stand_in = types.SimpleNamespace(load_dataset=lambda name, split: Loaded(comparison(i) for i in range(50))
-                                     if (name, split) == ("a/b", "train") else 1 / 0)
-    monkeypatch.setitem(sys.modules, "datasets", stand_in)
-    assert len(corpus.rows_of(texts_cfg("hf:a/b"), tokenizer, 90)) == 50
-    with pytest.raises(Stopped, match="--data hf:a/c could not be loaded .ZeroDivisionError"):
-        list(corpus.examples("hf:a/c", {}))
-
-
-def test_configurations_and_splits_of_the_hub_are_chosen_and_named(here, tokenizer, monkeypatch):
-    class Loaded(list):
-        _fingerprint = "0123"
-    there = {"main": ["train", "test"], "extra": ["train"]}
-
-    def load_dataset(path, name=None, split=None):
-        if path != "maths/sums" or split not in there[name]:
-            raise ValueError("not\nthere")
-        return Loaded({"prompt": name, "completion": f" {split} {i}"} for i in range(3))
-
-    def get_dataset_config_names(path):
-        return [*there] if path == "maths/sums" else ["main"]
-    fake = types.SimpleNamespace(
-        load_dataset=load_dataset, get_dataset_config_names=get_dataset_config_names,
-        get_dataset_split_names=lambda path, name="main": there[name])
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    corpus.hub_data_set.cache_clear()
-    for source, prompt, found in (("hf:maths/sums/main:test", "main", " test 2"),
-                                  ("hf:maths/sums/extra", "extra", " train 2")):
-        assert list(corpus.examples(source, {}))[2] == ("row 2", prompt, [found])
-        response = corpus.rows_of(texts_cfg(source), tokenizer, 90)[2][1]      # stored for each
-        assert tokenizer.decode(response[:-1]) == found
-    for source, choices in (
-            ("maths/sums", "give hf:maths/sums/CONFIGURATION, which is one of main, extra"),
-            ("maths/sums/man", "give hf:maths/sums/CONFIGURATION, which is one of main, extra"),
-            ("maths/sums/extra:test", "give hf:maths/sums/extra:SPLIT, which is one of train"),
-            ("maths/one:dev", "give hf:maths/one:SPLIT, which is one of train, test")):
-        with pytest.raises(Stopped, match=f"hf:{source} could not .*{re.escape(choices)}$"):
-            list(corpus.examples(f"hf:{source}", {}))
-    monkeypatch.setattr(fake, "get_dataset_config_names", lambda path: 1 / 0)
-    with pytest.raises(Stopped, match="ValueError: not.; check the name and the network"):
-        list(corpus.examples("hf:maths/sums/main:dev", {}))
-
-
-# --------------------------------------------------------------------------------------------------
-# files.py
-
-def in_a_child(work):
-    """What became of a forked process that does some work: the signal that ended it, or its exit code"""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    status = os.waitpid(child, 0)[1]
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-
-
-def killed_at(monkeypatch, owner, name, call, after=False):
-    """From here on this process is killed at some call of a function, before it or after it"""
-    original, calls = getattr(owner, name), []
-
-    def deadly(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*args, **kwargs)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    monkeypatch.setattr(owner, name, deadly)
-
-
-@pytest.mark.parametrize("name", ["fsync", "replace"])
-@pytest.mark.parametrize("after", [False, True])
-def test_a_process_killed_while_it_writes_leaves_the_old_file_or_the_new_one(name, after, tmp_path, monkeypatch):
-    path = tmp_path / "x.json"
-    files.write(path, "old")
-
-    def work():
-        killed_at(monkeypatch, os, name, 1, after)
-        files.write(path, "new")
-    assert in_a_child(work) == -signal.SIGKILL
-    assert path.read_text() == ("new" if name == "replace" and after else "old")
-    files.write(path, "newer")                                                 # over what was left beside it
-    assert path.read_text() == "newer" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path):
-    """/dev/full is a disk without any space, as far as a program can tell"""
-    path = tmp_path / "checkpoint.pt"
-    files.write(path, "old")
-    for write in (lambda file: file.write(b"x"), lambda file: torch.save({"w": torch.ones(100_000)}, file)):
-        (tmp_path / "checkpoint.pt.tmp").symlink_to("/dev/full")
-        with pytest.raises(Stopped, match="^error: .*checkpoint.pt could not be written .No space left on device.. what stood "
-                                             "there before is as it was. Make room, .* with --resume if an update had been saved"):
-            with files.replacing(path, "wb") as file:
-                write(file)
-        assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    (tmp_path / "log.jsonl").symlink_to("/dev/full")
-    with pytest.raises(Stopped, match="log.jsonl could not be written .No space left on device"):
-        files.append(tmp_path / "log.jsonl", "{}\n")
-
-
-def test_everything_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
-    done = []
-    for name in ("fsync", "replace"):
-        monkeypatch.setattr(os, name, lambda *args, name=name, original=getattr(os, name): (done.append((name, args)), original(*args))[1])
-    files.write(tmp_path / "a", "text")
-    assert [name for name, _ in done] == ["fsync", "replace"]
-    done.clear()
-    with files.new_folder(tmp_path / "b") as beside:
-        (beside / "one").write_text("1")
-        (beside / "deeper").mkdir()
-        (beside / "deeper" / "two").write_text("2")
-    assert [name for name, _ in done] == ["fsync", "fsync", "replace"]         # two files, then the folder's name
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b", "deeper", "one", "two"]
-
-
-def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path):
-    with pytest.raises(ZeroDivisionError):
-        with files.new_folder(tmp_path / "x") as beside:
-            (beside / "half").write_text("1")
-            1 / 0
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "x").mkdir()
-    for text in ("first", "second"):
-        with files.new_folder(tmp_path / "x", unless_there=True) as beside:    # an empty one is as good as none
-            (beside / "file").write_text(text)
-    assert (tmp_path / "x" / "file").read_text() == "first"
-    with pytest.raises(Stopped, match="x could not be written"):
-        with files.new_folder(tmp_path / "x") as beside:
-            pass
-    assert (tmp_path / "x" / "file").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_rows_are_read_where_files_cannot_be_mapped(tmp_path, monkeypatch):
-    np.save(tmp_path / "a.npy", np.arange(3))
-    assert isinstance(corpus.mapped(tmp_path / "a.npy"), np.memmap)
-    original = np.load
-    def load(path, mmap_mode=None):
-        if mmap_mode:
-            raise OSError(errno.ENODEV, "No such device")
-        return original(path)
-    monkeypatch.setattr(np, "load", load)
-    assert corpus.mapped(tmp_path / "a.npy").tolist() == [0, 1, 2]
-
-
-def test_a_digest_is_of_the_whole_file_and_read_in_blocks(tmp_path):
-    (tmp_path / "large").write_bytes(bytes(range(256)) * 2 ** 16)              # 16 MB
-    tracemalloc.start()
-    try:
-        digest = files.digest(tmp_path / "large")
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert digest == hashlib.sha256(bytes(range(256)) * 2 ** 16).hexdigest() and peak < 2 ** 21
-
-
-def test_a_lock_is_one_processs_and_free_again_when_that_is_killed(tmp_path):
-    code = f"import files, time; lock = files.one_process('{tmp_path}/lock', lambda: 'taken'); print('held', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout.readline() == "held\n"
-        with pytest.raises(Stopped, match="error: taken by another"):
-            files.one_process(tmp_path / "lock", lambda: "taken by another")
-        first.kill()
-    lock = files.one_process(tmp_path / "lock", lambda: "taken by another")
-    assert files.one_process(tmp_path / "lock", lambda: "taken by another") is lock     # this process has it
-    lock.release(force=True)
-
-
-def a_checkpoint(folder, **more):
-    folder.mkdir(exist_ok=True)
-    torch.manual_seed(0)
-    torch.save({"step": 3, "config": {}, "policy": {"w": torch.randn(2000)}, **more}, folder / "checkpoint.pt")
-    return folder / "checkpoint.pt"
-
-
-def test_a_checkpoint_with_any_bit_turned_or_cut_short_is_refused_by_name(tmp_path):
-    path = a_checkpoint(tmp_path / "stage")
-    whole, chance = path.read_bytes(), random.Random(0)
-    files.load_checkpoint(path.parent)
-    weights = whole.index(files.load_checkpoint(path.parent)["policy"]["w"].numpy().tobytes())
-    for at in [weights, weights + 7999, *(chance.randrange(weights, weights + 8000) for _ in range(20))]:
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1:])
-        with pytest.raises(Stopped, match=r"stage/checkpoint.pt cannot be read as a checkpoint \("):
-            files.load_checkpoint(path.parent)
-    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(Stopped, match="stage/checkpoint.pt cannot be read as a checkpoint"):
-            files.load_checkpoint(path.parent)
-
-
-def test_a_checkpoint_that_memory_is_too_short_for_is_not_called_damaged(tmp_path, monkeypatch):
-    path = a_checkpoint(tmp_path / "stage")
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError()))
-    with pytest.raises(MemoryError):
-        files.load_checkpoint(path.parent)
-
-
-class Malicious:
-    def __init__(self, folder):
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        return (os.mkdir, (self.folder,))
-
-
-def test_foreign_and_malicious_checkpoints_are_refused_and_run_nothing(tmp_path):
-    path, owned = a_checkpoint(tmp_path / "stage"), tmp_path / "owned"
-
-    def refused(message):
-        with pytest.raises(Stopped, match="^error: .*stage/checkpoint.pt " + message):
-            files.load_checkpoint(path.parent, "policy", "gpt")
-    refused("holds no gpt but step, config, policy: it belongs to another stage or program")
-    for saved, message in (({"model": {}}, "holds no step but model"), ([1, 2], "holds no step but a list"),
-                           (torch.zeros(3), "holds no step but a Tensor"), ({}, "holds no step but "),
-                           ({"step": "x", "config": {}, "policy": 1, "gpt": 1}, "is no checkpoint of this project: its step is 'x'"),
-                           ({"step": 1, "config": [], "policy": 1, "gpt": 1}, "is no checkpoint of this project")):
-        torch.save(saved, path)
-        refused(message)
-    torch.save({"step": 1, "config": {}, "policy": Malicious(owned), "gpt": {}}, path)
-    refused("cannot be read as a checkpoint .UnpicklingError")
-    torch.save({"step": Malicious(owned)}, path, _use_new_zipfile_serialization=False)
-    refused("cannot be read as a checkpoint .BadZipFile")
-    path.write_bytes(pickle.dumps(Malicious(owned)))
-    refused("cannot be read as a checkpoint .BadZipFile")
-    torch.save({"step": 1}, path)
-    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "other", "w") as empty:
-        for name in whole.namelist():                    # checksums right, nothing in it
-            empty.writestr(name, b"" if name.endswith("data.pkl") else whole.read(name))
-    shutil.copy(tmp_path / "other", path)
-    refused("cannot be read as a checkpoint .EOFError")
-    path.unlink()
-    refused("cannot be read as a checkpoint .FileNotFoundError")
-    path.mkdir()
-    refused("cannot be read as a checkpoint .IsADirectoryError")
-    assert not owned.exists()
-
-
-@pytest.mark.parametrize("state, message", [
-    ({}, "Missing key.s. in state_dict: .weight., .bias."),
-    ({"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, r"size mismatch for weight: .*\[3, 2\].*\[2, 3\]"),
-    ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "more": torch.zeros(1)}, "Unexpected key.s. in state_dict: .more"),
-    ({"weight": 1.0, "bias": 2.0}, "weight"), (None, "Expected state_dict to be dict-like"), ([1], "Expected state_dict to be dict-like")])
-def test_weights_that_do_not_fit_are_refused_with_what_differs(state, message):
-    with pytest.raises(Stopped, match="^error: out/here/sft/checkpoint.pt: policy does not fit the Linear it is read for: .*" + message + ".*; bring it back from a copy, run sft.py with --overwrite for the run here, or"):
-        files.fill(torch.nn.Linear(3, 2), state, "out/here/sft", "policy")
-
-
-def test_optimizer_states_and_controllers_that_do_not_fit_are_refused_too():
-    for thing, state in ((torch.optim.AdamW([torch.zeros(2, requires_grad=True)]), {"state": {}, "param_groups": []}),
-                         (torch.optim.AdamW([torch.zeros(2, requires_grad=True)]), {}), (ppo.ProportionalKL(1, 2, 3), {"coef": 1.0}),
-                         (ppo.ProportionalKL(1, 2, 3), 7)):
-        with pytest.raises(Stopped, match="^error: x/checkpoint.pt: y does not fit the (AdamW|ProportionalKL)"):
-            files.fill(thing, state, "x", "y")
-
-
-def test_json_that_cannot_be_read_is_refused_and_a_torn_last_line_of_a_log_left_out(tmp_path):
-    path = tmp_path / "config.json"
-    for content in (b"", b"{", b"[" * 100_000, b"\xff\xfe"):
-        path.write_bytes(content)
-        with pytest.raises(Stopped, match="^error: .*config.json cannot be read .(JSONDecodeError|RecursionError|UnicodeDecodeError)"):
-            files.read_json(path)
-    path.write_text('{"step": 0}\n{"step": 1}\n{"ste')
-    assert files.read_lines(path) == [{"step": 0}, {"step": 1}] and files.read_lines(tmp_path / "none") == []
-
-
-def test_no_file_of_the_project_can_run_what_it_reads():
-    """
-    No exec, eval or pickle; torch.load with weights_only, numpy.load without pickles; the user's
-    own code in guest alone
-    """
-    for module in MODULES:
-        for node in ast.walk(ast.parse(inspect.getsource(module))):
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-                assert not {"pickle", "marshal", "shelve", "dill", "joblib"} & set(names), module
-            if isinstance(node, ast.Call):
-                called = ast.unparse(node.func)
-                assert called not in ("eval", "exec", "__import__", "compile"), module
-                assert called.split(".")[-1] != "exec_module" or module is guest
-                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                assert called != "torch.load" or keywords["weights_only"] == "True", module
-                assert called != "np.load" or "allow_pickle" not in keywords, module
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1775,10 +491,10 @@ def test_folders_without_one_whole_gpt2_are_refused_by_what_they_hold(gpt2_folde
     (folder / "adapter_config.json").write_text("{}")
     assert_refused(folder, "holds an adapter .LoRA.*; merge it into them first")
 
-    for settings, message in (("{", "config.json cannot be read"),
-                              ("[]", "config.json holds a list")):
+    for content, message in (("{", "config.json cannot be read"),
+                             ("[]", "config.json holds a list")):
         folder = gpt2_variant(gpt2_folder)
-        (folder / "config.json").write_text(settings)
+        (folder / "config.json").write_text(content)
         assert_refused(folder, message)
     (folder / "config.json").unlink()
     assert_refused(folder, "has no config.json, which says what its weights are")
@@ -1977,15 +693,15 @@ def test_an_exported_reward_model_gives_the_same_scores_in_transformers(tmp_path
         p.data.normal_(std=0.3)
     ours.normalise(gain=0.7, bias=-1.9)
     ours.save_pretrained(tmp_path, tokenizer.eot_token)
-    data.export_tokenizer(tokenizer, tmp_path, pad=True)
+    tokenizers.export_tokenizer(tokenizer, tmp_path, pad=True)
     prompts = ["A fable about an old map. On the plot:", "x", ""]
     responses = [" Skip it.", " The plot is wonderful. See it twice.", " The"]
-    batch = data.collate(*data.encode_texts(tokenizer, prompts, responses))
+    batch = data.collate(*tokenizers.encode_texts(tokenizer, prompts, responses))
     scores = sequence_scores(ours, *batch)
 
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     their_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    texts = [p + r + data.EOS for p, r in zip(prompts, responses)]
+    texts = [p + r + tokenizers.EOS for p, r in zip(prompts, responses)]
     batch = their_tokenizer(texts, padding=True, return_tensors="pt")
     ids, attention_mask = batch["input_ids"], batch["attention_mask"]
     assert theirs.config.num_labels == 1
@@ -1998,14 +714,14 @@ def test_an_exported_reward_model_gives_the_same_scores_in_transformers(tmp_path
 
 def test_an_exported_tokenizer_is_the_same_in_transformers_and_comes_back(tmp_path, tokenizer):
     from transformers import AutoTokenizer
-    data.export_tokenizer(tokenizer, tmp_path)
+    tokenizers.export_tokenizer(tokenizer, tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.eos_token_id == tokenizer.eot_token and len(theirs) == tokenizer.n_vocab
     for text in AWKWARD + review_texts(100, seed=8):
         ids = tokenizer.encode_ordinary(text)
         assert theirs(text, split_special_tokens=True)["input_ids"] == ids, text
         assert theirs.decode(ids) == text
-    assert data.fingerprint(data.gpt2_tokenizer(tmp_path)) == data.fingerprint(tokenizer)
+    assert tokenizers.tokenizer_id(tokenizers.gpt2_tokenizer(tmp_path)) == tokenizers.tokenizer_id(tokenizer)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -2395,300 +1111,6 @@ def test_bfloat16_rounds_products_but_not_weights_or_log_probabilities():
 
 
 # --------------------------------------------------------------------------------------------------
-# options.py, experiment.py
-
-@pytest.mark.parametrize("argv, message", [
-    ("--stesp 5", "unknown option --stesp (did you mean --steps?)"),
-    ("--steps five", "--steps got five; it takes a whole number"),
-    ("--steps 1.5", "--steps got 1.5; it takes a whole number"),
-    ("--steps", "--steps needs a value"),
-    ("--steps --resume", "--steps needs a value"),
-    ("--lr nan", "--lr got nan; it takes a number"),
-    ("--lr fast", "--lr got fast; it takes a number"),
-    ("--surrogate clap", "--surrogate got 'clap' (did you mean clip?); it takes one of: clip, kl_penalty"),
-    ("--config smal", "unknown --config smal (did you mean small?); there are: small, tiny"),
-    ("--resume maybe", "--resume got maybe; it takes 1 or 0"),
-    ("steps 5", "unknown option steps"),
-    ("--missing_eos_score low", "--missing_eos_score got low; it takes a number"),
-    ("--score_clip", "--score_clip needs a value; --help says which"),
-    ("--batch_size 0", "--batch_size got 0; it takes a whole number from 1"),
-    ("--ema 1.0", "--ema got 1.0; it takes a number from 0 to 1, but not 1"),
-    ("--save_every -1", "--save_every got -1; it takes a whole number from 1"),
-    ("--beta -0.1", "--beta got -0.1; it takes a number from 0"),
-    ("--temperature 0", "--temperature got 0.0; it takes a number above 0"),
-    ("--kl_target 0", "--kl_target got 0.0; it takes a number above 0")])
-def test_bad_command_lines_end_with_what_was_got_and_what_was_wanted(argv, message):
-    with pytest.raises(Stopped) as stopped:
-        options.parse(ppo.Config, "", argv.split())
-    assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
-
-
-@pytest.mark.parametrize("script", [*SCRIPTS, sample], ids=lambda s: s.__name__)
-def test_every_field_is_typed_and_range_checked_before_any_work(script, here):
-    """Also where a Config is made in Python, or a preset was edited"""
-    kinds, refused = typing.get_type_hints(script.Config), {}
-    for name, kind in kinds.items():
-        optional = type(None) in typing.get_args(kind)
-        base = typing.get_args(kind)[0] if optional else kind
-        wrong = {bool: [1, "yes", None], int: [2.0, True, "3", -1, 2 ** 32], float: ["0.1", True, math.nan, math.inf, -math.inf],
-                 str: [3, None, True]}.get(base, ["no such option", None, 0])
-        wrong += [0] * (base is int and name not in options.FROM_0) + [-0.5] * (base is float and name not in options.NEGATIVE_TOO)
-        wrong += [0.0] * (name in options.ABOVE_0 and name not in script.Config.may_be_zero) + [1.5] * (
-            name in (*options.UP_TO_1, *options.BELOW_1)) + [1.0] * (name in options.BELOW_1)
-        if name in ("out", "base"):
-            wrong += ["..", "a/..", "/", "a\\b", "tokens", "out/tokens", "x\0y", "x" * 101, "\udcff"]
-        for value in wrong:
-            if value is None and optional:
-                continue
-            with pytest.raises(Stopped, match=rf"^error: --{name} got {re.escape(repr(value))}.*; it takes ."):
-                options.check_fields(dataclasses.replace(tiny(script), **{name: value}))
-            refused[name] = value
-        options.check_fields(dataclasses.replace(tiny(script), **{name: 1} if base is float and name not in options.BELOW_1 else {}))
-    assert refused.keys() == kinds.keys()
-    if script is not sample:                             # which has no folder of its own
-        with pytest.raises(Stopped, match="^error: --seed got -1; it takes a whole number from 0"):
-            script.main(tiny(script, seed=-1))
-    for preset in script.PRESETS:
-        options.check_fields(script.Config(config=preset))
-    assert not list(here.iterdir())
-
-
-@pytest.mark.parametrize("script, changes, message", [
-    (ppo, dict(minibatch_size=24), "--minibatch_size 24 does not divide --batch_size 32: .*; 16 does"),
-    (ppo, dict(n_eval=100_000), r"100000 held-out prompts are asked for .*, there are \d+; lower it"),
-    (ppo, dict(reward="nowhere.py:f"), "--reward got nowhere.py:f, but nowhere.py is not there"),
-    (ppo, dict(reward="broken.py:f"), "but broken.py cannot be read .SyntaxError"), (ppo, dict(reward="fine.py:g"), "but fine.py has no function g"),
-    (ppo, dict(reward="fine.py:"), "has no function after a colon"),
-    (ppo, dict(reward="nowhere/c2:toxic"), "--reward got nowhere/c2; it takes reward_model, path"),
-    (ppo, dict(data="review"), r"--data got review .did you mean reviews\?.; it takes reviews, hh"),
-    (ppo, dict(data="fine.jsnl"), r"--data got fine.jsnl .did you mean fine.jsonl\?.; it takes"),
-    (ppo, dict(ptx_coef=1.0, ptx_data="none.txt"), "--ptx_data got none.txt.*; it takes"),
-    (ppo, dict(base="tinny"), r"--base tinny has no finished out/tinny/sft .did you mean tiny\?."),
-    (grpo, dict(minibatch_size=12), "does not divide"), (policy_gradient, dict(minibatch_size=5), "does not divide"),
-    (ppo, dict(reward="reward_modle"), r"--reward got reward_modle .did you mean reward_model\\?."),
-    (ppo, dict(reward="fine.py"), "--reward got fine.py; name the function in it, too: fine.py:FUNCTION"),
-    (ppo, dict(data="stories.txt"), "--data stories.txt has no comparisons, but rows of one response"),
-    (ppo, dict(config="imdb", reward="reward_model"), "--config imdb has no reward model; give a --reward"),
-    (ppo, dict(kl_horizon=5.0), "--kl_horizon 5.0 is so short that beta could fall below 0"), (ppo, dict(device="meta"), "these scripts know cpu, cuda and mps"),
-    (evaluate, dict(runs="tinny"), "--runs names tinny, but out/tinny has no finished stage"),
-    (evaluate, dict(overoptimise=True, weak_rankings=2), "--weak_rankings 2 is less than one batch of 4"),
-    (reward_model, dict(n_prompts=2), "there are 2 rankings to train on, less than one batch"),
-    (reward_model, dict(n_responses=1), "a comparison takes at least 2"), (dpo, dict(data="nowhere"), "--data got nowhere"),
-    (sft, dict(n_head=3), "--n_embd 32 is no multiple of --n_head 3"), (sft, dict(vocab_size=256), "--vocab_size got 256; it takes 257 or more"),
-    (evaluate, dict(data="nowhere"), "--data got nowhere"), (evaluate, dict(n_eval=100_000), "held-out prompts are asked for")],
-    ids=lambda x: getattr(x, "__name__", None) or (" ".join(x) if isinstance(x, dict) else ""))
-def test_settings_that_cannot_be_are_refused_before_any_work(script, changes, message, here):
-    (here / "broken.py").write_text("def f(:")
-    (here / "fine.py").write_text("def f(prompts, responses):\n    return [0.0] * len(prompts)\n")
-    (here / "fine.jsonl").write_text("{}")
-    (here / "stories.txt").write_text("a story")
-    (here / "out" / "tiny" / "sft").mkdir(parents=True)
-    (here / "out" / "tiny" / "sft" / "report.txt").write_text("")
-    with pytest.raises(Stopped, match="^error: .*" + message):
-        script.main(tiny(script, out="new", **changes))
-    assert not (here / "out" / "new").exists()
-
-
-def test_command_lines_set_typed_fields_over_a_preset():
-    cfg = options.parse(ppo.Config, "", (
-        "--config tiny --lr=1e-5 --missing_eos_score none --kl-control fixed --whiten_rewards --seed 3 "
-        "--score_clip 2 --warmup 0").split())
-    assert (cfg.config, cfg.lr, cfg.missing_eos_score, cfg.kl_control) == ("tiny", 1e-5, None, "fixed")
-    assert (cfg.whiten_rewards, cfg.seed, cfg.score_clip) == (True, 3, 2.0)
-    assert cfg.batch_size == ppo.PRESETS["tiny"]["batch_size"]
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
-def test_every_config_field_is_read_and_has_a_comment_that_help_prints(script, capsys):
-    sources = inspect.getsource(script) + inspect.getsource(experiment) + inspect.getsource(options)
-    for helper in (scoring.load_reward, scoring.Reward, frontier.compare, ppo.roll_out, ppo.score_rollout, corpus.prompts):
-        if helper.__name__ in sources:                                         # they are given the whole cfg
-            sources += inspect.getsource(inspect.getmodule(helper) if helper is corpus.prompts else helper)
-    read = {node.attr for node in ast.walk(ast.parse(sources)) if isinstance(node, ast.Attribute)
-            and isinstance(node.value, (ast.Name, ast.Attribute))
-            and "cfg" in (getattr(node.value, "id", ""), getattr(node.value, "attr", ""))}
-    read |= {"dtype", "checkpointing"} if "cfg.how()" in sources else set()
-    fields = {f.name for f in dataclasses.fields(script.Config)}
-    assert fields <= read, f"never read: {fields - read}"
-    with pytest.raises(SystemExit):
-        options.parse(script.Config, script.__doc__, ["--help"])
-    printed = capsys.readouterr().out
-    for name in fields:
-        assert re.search(rf"^  --{name} .*\S.*", printed, re.M), name
-    assert len(script.Config.__annotations__) <= 35
-
-
-def test_a_config_takes_its_presets_values_and_then_those_given():
-    cfg = ppo.Config(config="tiny", steps=3)
-    assert (cfg.steps, cfg.batch_size, cfg.max_new_tokens) == (3, 32, 24)
-    assert ppo.Config() == ppo.Config(config="small") and ppo.Config().save_every == 20
-    assert dataclasses.replace(cfg, lr=1.0).batch_size == 32
-    with pytest.raises(Stopped, match=r"unknown --config tine .did you mean tiny\?.; there are: small, tiny"):
-        ppo.Config(config="tine")
-
-    class Mine(ppo.Config):                              # as in a notebook, whose module has no presets
-        pass
-    assert Mine(config="tiny", steps=3) == cfg or dataclasses.asdict(Mine(config="tiny", steps=3)) == dataclasses.asdict(cfg)
-    assert options.command(Mine(config="tiny", steps=3), "ppo") == "python ppo.py --config tiny --steps 3"
-
-
-@pytest.mark.parametrize("words, value", [
-    (["--prompt", "-- list all"], "-- list all"), (["--prompt=--n"], "--n"), (["--prompt=--seed=3"], "--seed=3"),
-    (["--prompt="], ""), (["--prompt", "a=b"], "a=b"), (["--prompt", "-1"], "-1"), (["--prompt", "--two\n\nlines"], "--two\n\nlines")])
-def test_a_value_may_be_anything_with_an_equals_sign_and_most_things_without(words, value):
-    cfg = options.parse(sample.Config, "", ["--config", "tiny", *words, "--n", "2"])
-    assert (cfg.prompt, cfg.n) == (value, 2)
-    again = shlex.split(options.command(cfg, "sample"))[2:]
-    assert options.parse(sample.Config, "", again) == cfg
-    with pytest.raises(Stopped, match="--prompt needs a value; .* given as --prompt=VALUE"):
-        options.parse(sample.Config, "", ["--prompt", "--n", "2"])
-
-
-def test_columns_of_the_log_never_touch():
-    for value in (0, 0.5, -0.5, 12.3456, 99.9996, -99.9996, 123.456, -999.99, 2993.75, 9999.96, -99999.9, 1e6, -1e6, 1e100, -1e-100, 3e-3):
-        text = experiment.short(value)
-        assert len(text) <= 7 and float(text) == pytest.approx(value, rel=0.05, abs=1e-3), value
-    assert [experiment.short(x) for x in (0.1234, -1.5, 0.0, 4e-4, math.nan, None)] == ["0.123", "-1.500", "0.000", "4e-04", "nan", "nan"]
-
-
-def test_json_files_hold_no_nan(tmp_path):
-    files.write_lines(tmp_path / "log", [{"a": math.nan, "b": [math.inf, 1.5], "c": {"d": -math.inf, "e": "NaN"}}])
-    text = (tmp_path / "log").read_text()
-    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == {"a": None, "b": [None, 1.5], "c": {"d": None, "e": "NaN"}}
-
-
-def written_to(encoding):
-    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
-    return stream, lambda: stream.buffer.getvalue().decode(encoding)
-
-
-@pytest.mark.parametrize("encoding, shown", [("cp1252", "± \\U0001f98a"), ("ascii", "\\xb1 \\U0001f98a"), ("utf-8", "± 🦊")])
-def test_what_the_outputs_encoding_lacks_is_escaped(encoding, shown, monkeypatch):
-    stream, written = written_to(encoding)
-    monkeypatch.setattr(sys, "stdout", stream)
-    experiment.self_contained(lambda cfg: print("± 🦊"))(None)
-    assert written() == shown + "\n" and sys.stdout is stream
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "gone"), ValueError("I/O operation on closed file"), None])
-def test_output_that_cannot_be_written_is_dropped(error, monkeypatch):
-    def fails(*args):
-        raise error
-    stream = error and types.SimpleNamespace(write=fails, flush=fails, isatty=lambda: True, closed=False)
-    monkeypatch.setattr(sys, "stdout", stream)
-    def main(cfg):
-        print("a line", flush=True)
-        list(experiment.progress([1], "working"))
-        return "done"
-    assert experiment.self_contained(main)(None) == "done" and sys.stdout is stream
-
-
-def test_a_main_leaves_the_process_as_it_found_it(monkeypatch):
-    def numbers():
-        return random.random(), np.random.rand(), torch.rand(1).item()
-    def main(cfg):
-        experiment.seed_all(0)
-        experiment.pick_device(tiny(sft, deterministic=True))
-        signal.signal(signal.SIGTERM, lambda *args: None)
-        numbers()
-        if cfg:
-            files.stop("as asked")
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    handler = signal.getsignal(signal.SIGTERM)
-    experiment.seed_all(5)
-    expected = numbers(), numbers()
-    experiment.seed_all(5)
-    first = numbers()
-    experiment.self_contained(main)(False)
-    with pytest.raises(Stopped, match="error: as asked"):
-        experiment.self_contained(main)(True)
-    assert (first, numbers()) == expected
-    assert not torch.are_deterministic_algorithms_enabled() and signal.getsignal(signal.SIGTERM) is handler
-    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ and not experiment.OPENED.mains
-
-
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
-    getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"),
-    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
-    ids=lambda error: str(error)[:12])
-def test_out_of_memory_is_recognised_on_every_device(error):
-    assert experiment.out_of_memory(error)
-    assert not experiment.out_of_memory(RuntimeError("shapes differ")) and not experiment.out_of_memory(ValueError("out of memory"))
-
-
-def test_the_random_state_of_mps_is_kept_and_its_clock_waits(monkeypatch):
-    kept, waited = [], []
-    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: torch.tensor([7]))
-    monkeypatch.setattr(torch.mps, "set_rng_state", kept.append)
-    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append(1))
-    mps = torch.device("mps")
-    experiment.set_random_states(experiment.random_states(mps), mps)
-    experiment.Clock(mps).lap("rollout")
-    assert kept == [torch.tensor([7])] and waited == [1]
-
-
-def test_the_sampler_uses_no_attention_that_plans_for_each_length(monkeypatch):
-    seen, original = [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(model.F, "scaled_dot_product_attention",
-                        lambda *args, **kwargs: (seen.append(torch.backends.cuda.cudnn_sdp_enabled()), original(*args, **kwargs))[1])
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    for _ in range(2):
-        generate(small_gpt(), [[1, 2]], 3, 10)
-    assert len(seen) > 4 and not any(seen) and torch.backends.cuda.cudnn_sdp_enabled() == before
-
-
-def test_a_package_without_metadata_and_a_clone_without_git_are_unknown(monkeypatch, tmp_path):
-    monkeypatch.setattr(experiment, "PACKAGES", ("torch", "no-such-package"))
-    assert experiment.circumstances(torch.device("cpu"))["no-such-package"] == "unknown"
-    subprocess.run("git init -q . && git -c user.name=a -c user.email=a@b commit -q --allow-empty -m outer && mkdir vendored", shell=True,
-                   cwd=tmp_path, check=True)
-    monkeypatch.setattr(experiment, "__file__", str(tmp_path / "vendored" / "experiment.py"))
-    assert experiment.circumstances(torch.device("cpu"))["commit"] == "unknown"
-    monkeypatch.setattr(experiment, "__file__", str(tmp_path / "experiment.py"))
-    assert re.fullmatch("[0-9a-f]{12}", experiment.circumstances(torch.device("cpu"))["commit"])
-
-
-@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_file_system_without_fsync_is_written_to_all_the_same(code, tmp_path, monkeypatch):
-    def unsupported(handle):
-        raise OSError(code, os.strerror(code))
-    monkeypatch.setattr(os, "fsync", unsupported)
-    files.write(tmp_path / "a", "text")
-    with files.new_folder(tmp_path / "b") as beside:
-        (beside / "one").write_text("1")
-    assert (tmp_path / "a").read_text() == "text" and (tmp_path / "b" / "one").read_text() == "1"
-
-
-@pytest.mark.filterwarnings("ignore:flock not supported")
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_file_system_without_locks_still_keeps_a_second_process_out(code, tmp_path, monkeypatch):
-    def unsupported(handle, how):
-        raise OSError(code, os.strerror(code))
-    monkeypatch.setattr("fcntl.flock", unsupported)
-    lock = files.one_process(tmp_path / ".lock", lambda: "taken")
-    other = in_a_child(lambda: files.one_process(tmp_path / ".lock", lambda: os._exit(7)))
-    assert other == 7
-    lock.release()
-    files.one_process(tmp_path / ".lock", lambda: "taken").release()
-
-
-def test_learning_rate_warms_up_and_decays_linearly_to_its_floor():
-    rates = [experiment.learning_rate(s, 100, 2.0, 10, 0.1) for s in range(101)]
-    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
-    assert rates[100] == pytest.approx(0.2) and rates[55] == pytest.approx((2.0 + 0.2) / 2)
-
-
-def test_importing_any_file_does_nothing(tmp_path):
-    names = ", ".join(m.__name__ for m in MODULES)
-    code = f"import socket; socket.socket.connect = None; import {names}, sys; print('transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(HERE)})
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "False", "")
-    assert not list(tmp_path.iterdir())
-
-
-# --------------------------------------------------------------------------------------------------
 # sft.py
 
 def test_nats_per_response_is_minus_the_mean_log_probability_of_whole_responses():
@@ -3065,7 +1487,7 @@ def test_old_logprobs_in_bfloat16_come_from_batches_of_the_updates_shape(monkeyp
         return token_logprobs(policy, inputs, *args, **kwargs)
 
     monkeypatch.setattr(ppo, "token_logprobs", counted)
-    cfg = tiny(ppo, minibatch_size=8, accumulation=2)
+    cfg = tiny_config(ppo, minibatch_size=8, accumulation=2)
     whole = ppo.score_rollout(gpt, inputs, targets, mask, cfg)
     cfg = dataclasses.replace(cfg, dtype="bfloat16")
     parts = ppo.score_rollout(gpt, inputs, targets, mask, cfg)
@@ -3280,7 +1702,7 @@ def test_pair_logprobs_equal_each_response_alone():
     chosen, rejected = RESPONSES, RESPONSES[::-1]
     pairs = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r}
              for p, c, r in zip(PROMPTS, chosen, rejected)]
-    logprobs, lengths, nll = dpo.pair_logprobs(gpt, pairs, tiny(dpo))
+    logprobs, lengths, nll = dpo.pair_logprobs(gpt, pairs, tiny_config(dpo))
     for k, responses in enumerate((chosen, rejected)):
         for i, (prompt, response) in enumerate(zip(PROMPTS, responses)):
             alone = token_logprobs(gpt, *data.collate([prompt], [response])).sum().item()
@@ -3309,12 +1731,12 @@ def test_sampled_pairs_are_labelled_with_the_probability_of_a_win(labels, tokeni
 
     def score(response):
         if labels == "annotators":
-            text = data.decode_response(tokenizer, response)
+            text = tokenizers.decode_response(tokenizer, response)
             return reviews.gold(TINY_PROMPT, *text) / 0.1
         return len(response) / 2 + (response[-1] == tokenizer.eot_token)
 
-    cfg = tiny(dpo, labels=labels, max_new_tokens=6)
-    prompts = [data.encode_prompt(tokenizer, TINY_PROMPT)] * 1500
+    cfg = tiny_config(dpo, labels=labels, max_new_tokens=6)
+    prompts = [tokenizers.encode_prompt(tokenizer, TINY_PROMPT)] * 1500
     pairs = dpo.sample_pairs(gpt, reward, tokenizer, prompts, cfg, 0.1, seeded())
     assert len(pairs) == 1500
     wins, expected, variance = 0, 0.0, 0.0                     # how often the better one won
@@ -3503,22 +1925,14 @@ def test_the_request_is_three_sentences_about_the_aspect_alone(response, kept):
 def test_rows_give_back_the_texts_they_were_made_of(tokenizer):
     prompts = ["A fable about an old map. On the plot:", "", "x"]
     responses = [" Skip it.", " Worth a look.", " The"]
-    ids = data.encode_texts(tokenizer, prompts, responses)
+    ids = tokenizers.encode_texts(tokenizer, prompts, responses)
     ids[1][2].pop()                                            # the last one has no EOS
     assert data.texts_of(tokenizer, *data.collate(*ids)) == (prompts, responses)
 
 
-# ---- a reward function of the user's
-
-def load_own(tokenizer, spec, **changes):
-    """The reward that --reward names, not normalised"""
-    cfg = dataclasses.replace(grpo.Config(), reward=spec, normalise_reward=False, **changes)
-    return scoring.load_reward(cfg, None, tokenizer, [], "cpu")
-
-
 def three_rows(tokenizer):
     """The inputs, targets and mask of three responses of 4, 9 and 2 characters"""
-    ids = data.encode_texts(tokenizer, ["a", "b", "c"], [" The", " Skip it.", " A"])
+    ids = tokenizers.encode_texts(tokenizer, ["a", "b", "c"], [" The", " Skip it.", " A"])
     return data.collate(*ids)
 
 
@@ -3555,8 +1969,8 @@ def test_a_users_reward_is_called_with_the_texts_of_rows(tokenizer, tmp_path):
     ("mine.py", "it takes reward_model, path/to/file.py:"),
     ("none.py:short", "none.py is not there"),
     ("rm", "it takes reward_model, path/to/")])
-def test_a_spec_that_names_no_reward_is_refused(spec, message, tokenizer, here):
-    (here / "mine.py").write_text(REWARDS)
+def test_a_spec_that_names_no_reward_is_refused(spec, message, tokenizer, empty_folder):
+    (empty_folder / "mine.py").write_text(REWARDS)
     with pytest.raises(Stopped, match=message):
         load_own(tokenizer, spec)
 
@@ -3687,8 +2101,8 @@ def test_a_reward_is_given_what_its_parameters_are_named(name, three_rewards):
     ("wrapped", "asks for answer;"),
     ("Needs", "cannot be imported: it ended in the TypeError above"),
     ("NoCall", "has no function NoCall")])
-def test_a_reward_that_asks_for_more_is_refused_when_loaded(name, message, tokenizer, here):
-    (here / "mine.py").write_text(CALLABLES)
+def test_a_reward_that_asks_for_more_is_refused_when_loaded(name, message, tokenizer, empty_folder):
+    (empty_folder / "mine.py").write_text(CALLABLES)
     with pytest.raises(Stopped, match="^error: .*" + message):
         load_own(tokenizer, f"mine.py:{name}")
 
@@ -3856,7 +2270,7 @@ def test_a_keyboard_interrupt_passes_through_a_reward(three_rewards):
                  "raise KeyboardInterrupt\nf = len\n"):
         with pytest.raises(KeyboardInterrupt):
             three_rewards(code)
-    assert not experiment.Run.in_users_code
+    assert not runs.Run.in_users_code
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3989,7 +2403,7 @@ def drawn_samples(listing, policies, counts, seed=0):
     scores = listing.scores.double().gather(1, drawn)
     one = torch.ones(drawn.shape)
     texts = [[" Skip it."] * drawn.shape[1]] * 2
-    return frontier.Samples(
+    return compare.Samples(
         [[1]] * 2, ["SFT", "A", "B"][:len(counts)], counts, [TINY_PROMPT] * 2, texts, scores,
         logprobs=torch.stack([p.log().double().gather(1, drawn) for p in policies]),
         entropy=one, lengths=one, finished=one, gold=scores, grammatical=one)
@@ -4016,23 +2430,23 @@ def test_pi_star_has_the_whole_share_and_the_reference_none(listing):
     worse = (listing.ref + 0.5 * scores / BETA + noise).softmax(1)
     policies = [listing.ref.exp(), listing.best, worse]        # SFT, A, B
     samples = drawn_samples(listing, policies, [3000, 3000, 3000])
-    limit = frontier.share_of_frontier(samples, "A")
+    limit = compare.share_of_frontier(samples, "A")
     assert limit["share"] == pytest.approx(1, abs=0.03) and limit["trusted"]
-    assert frontier.share_of_frontier(samples, "SFT")["share"] is None
+    assert compare.share_of_frontier(samples, "SFT")["share"] is None
 
-    reached = frontier.fraction_of_optimum(samples, "A", BETA)
+    reached = compare.fraction_of_optimum(samples, "A", BETA)
     assert reached["fraction"] == pytest.approx(1, abs=0.03)
     assert reached["objective"] == pytest.approx(listing.objective(listing.best), abs=0.02)
     exact = listing.fraction(worse)
-    reached = frontier.fraction_of_optimum(samples, "B", BETA)
+    reached = compare.fraction_of_optimum(samples, "B", BETA)
     assert abs(reached["fraction"] - exact) < 5 * reached["standard_error"] + 0.02 and exact < 0.9
 
-    misfit = frontier.misfit(samples, "A", "SFT", BETA)        # pi* fits everywhere
+    misfit = compare.misfit(samples, "A", "SFT", BETA)        # pi* fits everywhere
     assert misfit == pytest.approx(0, abs=1e-5)
     deviation = scores - BETA * (worse.log() - listing.ref)
     centred = deviation - (worse * deviation).sum(1, keepdim=True)
     spread = (worse * centred ** 2).sum(1).mean().sqrt().item()
-    assert frontier.misfit(samples, "B", "B", BETA) == pytest.approx(spread, rel=0.05)
+    assert compare.misfit(samples, "B", "B", BETA) == pytest.approx(spread, rel=0.05)
     assert spread > 0.2
 
     quarter, weights = samples.every_fourth()
@@ -4046,7 +2460,7 @@ def test_nothing_to_gain_and_too_much_kl_have_an_answer_too(listing):
     best, _ = frontier.best_reward(samples.scores, samples.log_weights(), 500.0)
     assert best == samples.scores.amax(1).mean()
     flat = dataclasses.replace(samples, scores=torch.full_like(samples.scores, 0.7))
-    assert frontier.fraction_of_optimum(flat, "A", 0.3)["fraction"] is None
+    assert compare.fraction_of_optimum(flat, "A", 0.3)["fraction"] is None
 
 
 def objective_of(samples, script, **changes):
@@ -4590,8 +3004,8 @@ def adam(policy, lr=4e-3):
 
 
 def schedule(optimizer, step, steps, peak=4e-3, warmup=5, floor=0.005):
-    lr = experiment.learning_rate(step, steps, peak, warmup, floor)
-    experiment.set_learning_rate(optimizer, lr)
+    lr = runs.learning_rate(step, steps, peak, warmup, floor)
+    runs.set_learning_rate(optimizer, lr)
 
 
 def take_step(optimizer, loss):
@@ -4773,7 +3187,7 @@ def dpo_optimum(listing, flips=0.0, normalise=False, reference_free=False, kind=
     if kind == "hinge":                  # it has corners: many small steps instead
         optimizer = torch.optim.Adam([table], lr=0.05)
         for step in range(3000):
-            experiment.set_learning_rate(optimizer, 0.05 * (1 - step / 3000) + 1e-5)
+            runs.set_learning_rate(optimizer, 0.05 * (1 - step / 3000) + 1e-5)
             take_step(optimizer, objective())
     else:
         optimizer = torch.optim.LBFGS(
@@ -4855,11 +3269,11 @@ def draw_flips(path, n=20000, seeds=3):
     percent = [100 * rate for rate in rates]
     rows = [["loss", "flipped", "fraction of the optimum", "its own optimum's",
              "distance to that, TV"]]
-    figure, axes = experiment.subplots(1, 2, figsize=(9.5, 3.8))
+    figure, axes = reports.subplots(1, 2, figsize=(9.5, 3.8))
     for (name, options_at), style in zip(FLIPPED.items(), ("o-", "s--", "^-.", "D:")):
         fractions, distances = [], []
         for rate in rates:
-            own, _ = dpo_optimum(listing, flips=rate, **options_at(rate))
+            user_run, _ = dpo_optimum(listing, flips=rate, **options_at(rate))
             _, _, wins = labelled_pairs(listing, rate)
             p = wins.flatten()
             runs = []
@@ -4869,8 +3283,8 @@ def draw_flips(path, n=20000, seeds=3):
                 policy, _ = train_by_dpo(listing, counts=counts, **options_at(rate))
                 runs.append(policy)
             fractions.append(torch.tensor([listing.fraction(p) for p in runs]))
-            distances.append(torch.tensor([listing.distance(p, own) for p in runs]))
-            rows.append([name, f"{rate:.0%}", fractions[-1].mean().item(), listing.fraction(own),
+            distances.append(torch.tensor([listing.distance(p, user_run) for p in runs]))
+            rows.append([name, f"{rate:.0%}", fractions[-1].mean().item(), listing.fraction(user_run),
                          distances[-1].mean().item()])
         for axis, values in zip(axes, (fractions, distances)):
             means, deviations = [v.mean() for v in values], [v.std() for v in values]
@@ -4883,7 +3297,7 @@ def draw_flips(path, n=20000, seeds=3):
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    return experiment.table(rows, markdown=True)
+    return reports.table(rows, markdown=True)
 
 
 # ---- GRPO and its relatives: every group of two, weighted by how often it is sampled
@@ -4891,9 +3305,9 @@ def draw_flips(path, n=20000, seeds=3):
 def expected_advantages(rewards, p, kind):
     """A response's mean advantage over its partner in a group of two: (P, N), (P, N) -> (P, N)"""
     P, N = rewards.shape
-    own = rewards[:, :, None].expand(P, N, N)
+    user_run = rewards[:, :, None].expand(P, N, N)
     partner = rewards[:, None, :].expand(P, N, N)
-    groups = torch.stack([own, partner], dim=-1)                               # (P, N, N, 2)
+    groups = torch.stack([user_run, partner], dim=-1)                               # (P, N, N, 2)
     advantages = grpo.group_advantages(groups.flatten(), 2, kind).view(P, N, N, 2)[..., 0]
     return (advantages * p[:, None, :]).sum(2)
 
@@ -5086,7 +3500,7 @@ def train_by_rung(listing, rung, updates=200, lr=4e-3):
         rows, weights = ladder_rows(listing, policy)
         if rung == "trpo":
             psi = policy_gradient.gae(rows["rewards"], rows["values"], listing.mask, 1.0, 0.9)
-            factor = experiment.learning_rate(update, updates, 1.0, 5, 0.005)
+            factor = runs.learning_rate(update, updates, 1.0, 5, 0.005)
             take_trpo_step(listing, policy, rows, weights, psi, 0.02 * factor ** 2)
             continue
         schedule(optimizer, update, updates, lr)
@@ -5535,37 +3949,6 @@ def test_conservative_policy_iteration_bound():
     assert max(overestimates) > 1e-3             # so the surrogate alone is not a bound
 
 
-# --------------------------------------------------------------------------------------------------
-# The scripts, end to end at --config tiny
-
-def tiny(script, **changes):
-    return script.Config(**{"config": "tiny", **changes})
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """python ppo.py --config tiny, which makes all three stages, then the others; -> folder, results of ppo"""
-    home = tmp_path_factory.mktemp("whole_run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(home)
-        results = ppo.main(tiny(ppo))
-        dpo.main(tiny(dpo))
-        grpo.main(tiny(grpo))
-        policy_gradient.main(tiny(policy_gradient, out="ladder", base="tiny"))
-    return home / "out" / "tiny", results
-
-
-@pytest.fixture
-def beside(whole_run, monkeypatch):
-    """Work where the whole run stands, so that --base tiny finds its stages -> out/"""
-    monkeypatch.chdir(whole_run[0].parent.parent)
-    return whole_run[0].parent
-
-
 def test_one_command_makes_every_stage_with_all_its_files(whole_run):
     folder, _ = whole_run
     for stage in ("sft", "reward_model", "ppo", "dpo", "grpo", "../ladder/policy_gradient"):
@@ -5585,10 +3968,10 @@ def test_sft_learns(whole_run):
     assert 14 < results["entropy"] < 18
 
 
-def test_reward_model_agrees_with_annotators_and_is_normalised(whole_run, beside):
+def test_reward_model_agrees_with_annotators_and_is_normalised(whole_run, finished_run):
     results = files.read_json(whole_run[0] / "reward_model" / "results.json")
     assert 0.6 < results["accuracy"] < results["bayes_accuracy"] < 1
-    tokenizer = data.load_tokenizer(whole_run[0] / "sft")
+    tokenizer = tokenizers.load_tokenizer(whole_run[0] / "sft")
     policy, _ = sft.load_policy(whole_run[0] / "sft", "cpu")
     scorer = reward_model.load_reward_model(whole_run[0] / "reward_model", policy, tokenizer, "cpu")
     held_out = files.read_json(whole_run[0] / "reward_model" / "comparisons.json")[1]
@@ -5597,15 +3980,15 @@ def test_reward_model_agrees_with_annotators_and_is_normalised(whole_run, beside
 
 
 def test_comparisons_hold_the_ids_that_were_sampled_best_first(whole_run):
-    tokenizer = data.load_tokenizer(whole_run[0] / "sft")
+    tokenizer = tokenizers.load_tokenizer(whole_run[0] / "sft")
     comparisons, held_out = files.read_json(whole_run[0] / "reward_model" / "comparisons.json")
     assert len(comparisons) == 160 and len(held_out) == 40
     firsts, lasts = [], []
     for c in comparisons + held_out:
         assert tokenizer.encode_ordinary(c["prompt"]) == c["prompt_ids"]
         for text, ids, gold in zip(c["responses"], c["response_ids"], c["gold"]):
-            assert data.decode_response(tokenizer, ids)[0] == text
-            assert gold == pytest.approx(reviews.gold(c["prompt"], *data.decode_response(tokenizer, ids)), abs=1e-5)
+            assert tokenizers.decode_response(tokenizer, ids)[0] == text
+            assert gold == pytest.approx(reviews.gold(c["prompt"], *tokenizers.decode_response(tokenizer, ids)), abs=1e-5)
         firsts.append(c["gold"][0])
         lasts.append(c["gold"][-1])
     assert sum(firsts) > sum(lasts) + 100
@@ -5623,18 +4006,18 @@ def test_ppo_raises_the_score_and_starts_where_it_should(whole_run):
     assert log[1]["beta"] == pytest.approx(log[0]["beta"] * (1 - 0.2 * 32 / 640))
 
 
-def test_the_reported_comparison_is_that_of_the_two_checkpoints_so_the_reference_did_not_move(whole_run):
+def test_the_reported_comparison_matches_the_two_checkpoints_so_the_reference_did_not_move(whole_run):
     folder, results = whole_run
     reference, tokenizer = sft.load_policy(folder / "sft", "cpu")
     scorer = reward_model.load_reward_model(folder / "reward_model", reference, tokenizer, "cpu")
     for script, name in ((ppo, "PPO"), (dpo, "DPO"), (grpo, "GRPO")):
         policy, _ = sft.load_policy(folder / script.__name__, "cpu")
-        _, again = frontier.compare({"SFT": reference, name: policy}, reward_of(scorer, tiny(script)), tokenizer,
-                                    asked(tokenizer, tiny(script).n_eval, 1337), tiny(script))
+        _, again = compare.compare({"SFT": reference, name: policy}, reward_of(scorer, tiny_config(script)), tokenizer,
+                                    held_out_prompts(tokenizer, tiny_config(script).n_eval, 1337), tiny_config(script))
         assert again == files.read_json(folder / script.__name__ / "results.json")
 
 
-def test_an_update_wires_rollout_rewards_advantages_and_losses_together(beside, monkeypatch):
+def test_an_update_wires_rollout_rewards_advantages_and_losses_together(finished_run, monkeypatch):
     """One run of two updates, every call of the maths recorded and compared with the definitions."""
     calls = {}
 
@@ -5649,7 +4032,7 @@ def test_an_update_wires_rollout_rewards_advantages_and_losses_together(beside, 
 
     for name in ("ScalarGPT", "roll_out", "gae", "policy_loss", "value_loss", "shape_rewards"):
         spy(name)
-    spy("__call__", scoring.Reward)
+    spy("__call__", reward_py.Reward)
     spied, critic_values = ppo.gae, []
 
     def gae(rewards, values, mask, gamma, lam):              # before the critic moves on
@@ -5658,7 +4041,7 @@ def test_an_update_wires_rollout_rewards_advantages_and_losses_together(beside, 
         return spied(rewards, values, mask, gamma, lam)
 
     monkeypatch.setattr(ppo, "gae", gae)
-    ppo.main(tiny(ppo, out="wired", base="tiny", steps=2, batch_size=16, minibatch_size=16, n_eval=8, lam=0.9,
+    ppo.main(tiny_config(ppo, out="wired", base="tiny", steps=2, batch_size=16, minibatch_size=16, n_eval=8, lam=0.9,
                   gamma=0.98, beta=0.3, kl_control="fixed"))
     for update in range(2):
         inputs, targets, mask, finished = calls["roll_out"][update][1]
@@ -5676,935 +4059,71 @@ def test_an_update_wires_rollout_rewards_advantages_and_losses_together(beside, 
         (new_values, old_values, targets_of_critic, _, eps), _ = calls["value_loss"][update]
         torch.testing.assert_close(targets_of_critic, returns[rows])
         assert torch.equal(old_values, values[rows]) and new_values.requires_grad and eps == 0.2
-        reference, _ = sft.load_policy(beside / "tiny" / "sft", "cpu")
+        reference, _ = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
         torch.testing.assert_close(ref_logprobs, token_logprobs(reference, inputs, targets, mask).detach())
-    critic = files.load_checkpoint(beside / "wired" / "ppo")["critic"]
+    critic = files.load_checkpoint(finished_run / "wired" / "ppo")["critic"]
     assert critic["head.weight"].abs().max() > 0
 
 
-def test_a_finished_stage_is_shown_again_and_not_run_again(whole_run, beside, capsys):
-    before = (beside / "tiny" / "ppo" / "checkpoint.pt").stat().st_mtime_ns
-    assert ppo.main(tiny(ppo)) == whole_run[1]
-    assert "already finished" in capsys.readouterr().out
-    assert (beside / "tiny" / "ppo" / "checkpoint.pt").stat().st_mtime_ns == before
-
-
-def test_settings_that_differ_from_those_in_the_folder_are_an_error_that_names_the_field(beside):
-    with pytest.raises(Stopped, match=r"ppo holds a run with lr 0.002, this one has lr 0.001; --out NAME"):
-        ppo.main(tiny(ppo, lr=0.001))
-    with pytest.raises(Stopped, match=r"ppo holds a run with seed 1337, lr 0.002, this one has seed 2, lr 0.001; --out NAME"):
-        ppo.main(tiny(ppo, lr=0.001, seed=2))
-    with pytest.raises(Stopped, match="made with --config tiny, this is --config small"):
-        reward_model.main(reward_model.Config(config="small", out="other", base="tiny"))
-    with pytest.raises(Stopped, match="--base nowhere has no finished"):
-        ppo.main(tiny(ppo, out="other", base="nowhere"))
-
-
-def test_a_missing_device_is_an_error_that_says_what_works(beside):
-    with pytest.raises(Stopped, match="--device cuda:99 cannot be used here .*--device cpu always can"):
-        sft.main(tiny(sft, out="device", device="cuda:99"))
-
-
-def test_no_room_for_a_response_ends_at_once_with_both_numbers(beside):
+def test_no_room_for_a_response_ends_at_once_with_both_numbers(finished_run):
     for script in (reward_model, ppo):
         with pytest.raises(Stopped, match="--max_new_tokens 70 exceed the model's block_size 72; lower --max_new_tokens to 5"):
-            script.main(tiny(script, out="room", base="tiny", max_new_tokens=70))
+            script.main(tiny_config(script, out="room", base="tiny", max_new_tokens=70))
     with pytest.raises(Stopped, match="--max_new_tokens 60 exceed the model's block_size 60; lower --max_new_tokens to"):
-        sft.main(tiny(sft, out="room", block_size=60, max_new_tokens=60))
+        sft.main(tiny_config(sft, out="room", block_size=60, max_new_tokens=60))
     with pytest.raises(Stopped, match="exceed --block_size 40; raise that"):
-        sft.main(tiny(sft, out="room", block_size=40, max_new_tokens=1))
+        sft.main(tiny_config(sft, out="room", block_size=40, max_new_tokens=1))
 
 
-def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(beside, tmp_path):
-    for stage in ("sft", "reward_model"):
-        shutil.copytree(beside / "tiny" / stage, tmp_path / "out" / "tiny" / stage)
-    os.chdir(tmp_path)                                                         # monkeypatch in `beside` goes back
-    other = data.train_tokenizer(["another vocabulary"], 300)
-    data.save_tokenizer(other, Path("out/tiny/sft"))
-    with pytest.raises(Stopped, match="out/tiny/sft/checkpoint.pt was trained with another vocabulary"):
-        ppo.main(tiny(ppo))
-    Path("out/tiny/sft/checkpoint.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(Stopped, match="out/tiny/sft/checkpoint.pt cannot be read as a checkpoint"):
-        ppo.main(tiny(ppo))
-
-
-@contextlib.contextmanager
-def crash_at(step, monkeypatch):
-    """The power goes right after an update was logged"""
-    original = experiment.Run.log
-
-    def crash(run, now, *args, **kwargs):
-        original(run, now, *args, **kwargs)
-        if now == step:
-            raise RuntimeError("the power went")
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the power went"):
-        patch.setattr(experiment.Run, "log", crash)
-        yield
-
-
-@pytest.mark.parametrize("script, at", [(sft, 33), (reward_model, 17), (ppo, 4), (dpo, 9), (grpo, 4),
-                                        (policy_gradient, 16)], ids=lambda x: getattr(x, "__name__", ""))
-def test_an_interrupted_and_resumed_stage_ends_with_the_same_bits(script, at, beside, monkeypatch):
-    """Stopped between two checkpoints, as a crash would: the steps since the last one come again."""
-    name, base = f"resumed_{script.__name__}", "" if script is sft else "tiny"
-    with crash_at(at, monkeypatch):
-        script.main(tiny(script, out=name, base=base))
-    with pytest.raises(Stopped, match="unfinished stage; --resume goes on with it, --overwrite begins again"):
-        script.main(tiny(script, out=name, base=base))
-    script.main(tiny(script, out=name, base=base, resume=True))
-
-    stage, whole = script.__name__, "ladder" if script is policy_gradient else "tiny"
-    assert_same_run(beside / name / stage, beside / whole / stage)
-
-
-def assert_same_run(folder, other):
-    """Checkpoints and results bit for bit, logs but for times; each update once"""
-    ours, theirs = map(files.load_checkpoint, (folder, other))
-    for saved in (ours, theirs):
-        saved["config"] = {name: value for name, value in saved["config"].items() if name not in (*options.FREE, "base")}
-    assert_same_bits(ours, theirs)
-    timed = re.compile("_seconds$|_per_second$")
-    logs = [[{k: v for k, v in line.items() if not timed.search(k)} for line in log_of(run)] for run in (folder, other)]
-    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(len(logs[0])))
-    assert (folder / "results.json").read_text() == (other / "results.json").read_text()
-
-
-def assert_same_bits(a, b):
-    assert type(a) is type(b)
-    if torch.is_tensor(a):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for k in a:
-            assert_same_bits(a[k], b[k])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same_bits(x, y)
-    else:
-        assert a == b
-
-
-def test_overwrite_that_ends_in_an_error_leaves_the_finished_stage_where_it_is(beside):
-    first = sft.main(tiny(sft, out="kept", steps=12))
-    with pytest.raises(Stopped, match="exceed --block_size 20"):
-        sft.main(tiny(sft, out="kept", steps=12, block_size=20, overwrite=True))
-    assert sft.main(tiny(sft, out="kept", steps=12)) == first
-
-
-def test_a_folder_of_ones_own_is_not_emptied(beside):
-    (beside / "mine" / "sft").mkdir(parents=True)
-    (beside / "mine" / "sft" / "notes.txt").write_text("precious")
-    sft.main(tiny(sft, out="mine", steps=2))
-    assert (beside / "mine" / "sft" / "notes.txt").read_text() == "precious"
-
-
-def test_resume_goes_on_even_where_the_command_says_overwrite(beside, monkeypatch, capsys):
-    cfg = tiny(sft, out="both", steps=12, save_every=5, overwrite=True)
-    with crash_at(7, monkeypatch):
-        sft.main(cfg)
-    sft.main(dataclasses.replace(cfg, resume=True))
-    assert "going on from update 5" in capsys.readouterr().out
-
-
-def test_stages_that_do_not_belong_together_are_noticed(beside, capsys):
-    sft.main(tiny(sft, out="mixed", steps=5))
-    ppo.main(tiny(ppo, out="mixed", base="tiny", steps=2, n_eval=8))             # its own SFT, tiny's reward model
-    assert "reward_model was made from another SFT policy than the one here" in capsys.readouterr().out
-    ppo_folder = beside / "mixed" / "ppo"
-    (ppo_folder / "report.txt").unlink()                                         # as if it had not finished
-    sft.main(tiny(sft, out="mixed", steps=6, overwrite=True))
-    with pytest.raises(Stopped, match="was begun with another sft: the stages before it have changed"):
-        ppo.main(tiny(ppo, out="mixed", base="tiny", steps=2, n_eval=8, resume=True))
-
-
-@pytest.mark.parametrize("script, broken, call, tensor, step, taken", [
-    (sft, "sft_loss", 25, "loss", 25, 0), (reward_model, "preference_loss", 12, "loss", 12, 0), (dpo, "dpo_loss", 10, "loss", 10, 0),
-    (ppo, "value_loss", 10, "value_loss", 5, 0), (ppo, "policy_loss", 11, "policy_loss", 5, 1), (ppo, "kl_estimate", 15, "kl_ref", 5, 0),
-    (ppo, "kl_estimate", 16, "kl_old", 5, 2),
-    (grpo, "grpo_loss", 6, "loss", 3, 0), (grpo, "grpo_loss", 11, "loss", 5, 1), (policy_gradient, "rung_loss", 9, "loss", 9, 0)],
-    ids=lambda x: getattr(x, "__name__", str(x)))
-def test_numbers_that_are_none_stop_the_run_after_saving_and_mended_it_goes_on(
-        script, broken, call, tensor, step, taken, beside, monkeypatch):
-    original, calls, stage = getattr(script, broken), [], script.__name__
-
-    def breaks(*args, **kwargs):
-        calls.append(1)
-        result = original(*args, **kwargs)
-        if len(calls) == call + 1:
-            nan = (result[0] if isinstance(result, tuple) else result) * math.nan
-            return (nan, {k: nan.detach() if k in (broken, "loss") else v for k, v in result[1].items()}) if isinstance(
-                result, tuple) else nan
-        return result
-    shutil.rmtree(beside / "nan", ignore_errors=True)
-    changes = dict(base="" if script is sft else "tiny", save_every=4)
-    with monkeypatch.context() as patch:
-        patch.setattr(script, broken, breaks)
-        with pytest.raises(Stopped, match=f"^error: {tensor} in update {step}: nan.*"
-                           f"from {'before that' if taken else 'the start of that'} update.*README.md, 'When a number is not finite'"):
-            script.main(tiny(script, out="nan", **changes))
-    saved = files.load_checkpoint(beside / "nan" / stage)
-    assert saved["step"] == (step // 4 * 4 if taken else step)
-    assert all(torch.isfinite(w).all() for key, weights in saved.items() if key in ("policy", "actor", "critic", "reward_model")
-               for w in weights.values())
-    script.main(tiny(script, out="nan", resume=True, **changes))               # mended, it ends as if nothing had been
-    whole = "ladder" if script is policy_gradient else "tiny"
-    assert_same_run(beside / "nan" / stage, beside / whole / stage)
-
-
-def test_overwrite_keeps_the_old_stage_until_the_new_one_is_complete(beside, monkeypatch):
-    cfg = tiny(sft, out="twice", steps=12)
-    first = sft.main(cfg)
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment.Run, "finish", lambda *_: (_ for _ in ()).throw(RuntimeError("crash")))
-        with pytest.raises(RuntimeError):
-            sft.main(dataclasses.replace(cfg, overwrite=True, lr=0.001))
-    assert files.read_json(beside / "twice" / "sft.old" / "results.json") == first
-    with monkeypatch.context() as patch:                 # once more, over what is unfinished: the finished one stays
-        patch.setattr(experiment.Run, "finish", lambda *_: (_ for _ in ()).throw(RuntimeError("crash")))
-        with pytest.raises(RuntimeError):
-            sft.main(dataclasses.replace(cfg, overwrite=True, lr=0.002))
-    assert files.read_json(beside / "twice" / "sft.old" / "results.json") == first
-    second = sft.main(dataclasses.replace(cfg, overwrite=True, lr=0.001))
-    assert second["held_out"] != first["held_out"] and not (beside / "twice" / "sft.old").exists()
-    for lr in (0.001, 0.002):                            # with nothing finished, the unfinished one is kept
-        shutil.rmtree(beside / "twice") if lr == 0.001 else None
-        with monkeypatch.context() as patch:
-            patch.setattr(experiment.Run, "finish", lambda *_: (_ for _ in ()).throw(RuntimeError("crash")))
-            with pytest.raises(RuntimeError):
-                sft.main(dataclasses.replace(cfg, overwrite=True, lr=lr))
-    assert files.load_checkpoint(beside / "twice" / "sft.old")["config"]["lr"] == 0.001
-
-
-def stage_command(script, *options):
-    return [sys.executable, "-u", str(HERE / f"{script.__name__}.py"), "--config", "tiny", *options]
-
-
-def kill_at_random(command, home, log, n_lines, chance):
-    """kill -9 of a command when its log has some number of lines, and a little later -> whether it was still there"""
-    lines, delay = chance.randrange(n_lines + 1), chance.random() * 0.3
-    process = subprocess.Popen(command, cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= lines):
-        time.sleep(0.002)
-    time.sleep(delay)
-    process.kill()                                                             # SIGKILL
-    return process.wait() == -signal.SIGKILL
-
-
-STAGES = [sft, reward_model, ppo, dpo, grpo, policy_gradient]
-
-
-@pytest.mark.parametrize("script", STAGES, ids=lambda s: s.__name__)
-def test_a_stage_that_is_killed_and_resumed_ends_with_the_same_bits(script, whole_run, beside):
-    """A real process and a real kill -9, at a moment that differs from run to run"""
-    stage, whole = script.__name__, beside / ("ladder" if script is policy_gradient else "tiny") / script.__name__
-    base = [] if script is sft else ["--base", "tiny"]
-    log, seed = beside / "killed" / stage / "log.jsonl", time.time_ns()
-    command = stage_command(script, "--out", "killed", *base)
-    kill_at_random(command, beside.parent, log, len(log_of(whole)), random.Random(seed))
-    script.main(tiny(script, out="killed", base="" if script is sft else "tiny", resume=True))
-    assert_same_run(log.parent, whole)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", STAGES, ids=lambda s: s.__name__)
-def test_fifty_kills_of_a_stage_leave_the_same_bits(script, whole_run, beside):
-    """Each start goes on from where the last one was killed; runs that get through are compared and begun again"""
-    stage, whole = script.__name__, beside / ("ladder" if script is policy_gradient else "tiny") / script.__name__
-    command = stage_command(script, "--out", "fifty", "--resume", *([] if script is sft else ["--base", "tiny"]))
-    folder, chance, kills, finished = beside / "fifty" / stage, random.Random(time.time_ns()), 0, 0
-    times = []                                           # of what comes before any work, and of a whole run
-    for options in (["--help"], []):
-        begun = time.time()
-        subprocess.run(command + options, cwd=beside.parent, check=True, capture_output=True)
-        times.append(time.time() - begun)
-    while kills < 50:
-        if (folder / "report.txt").exists():
-            assert_same_run(folder, whole)
-            shutil.rmtree(folder)
-            finished += 1
-        process = subprocess.Popen(command, cwd=beside.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(chance.uniform(times[0], max(times)))
-        process.kill()
-        killed = process.wait() == -signal.SIGKILL
-        kills, times[1] = kills + killed, times[1] * (1.03 if killed else 0.85)      # the machine may be faster by now
-    subprocess.run(command, cwd=beside.parent, check=True, capture_output=True)
-    assert_same_run(folder, whole)
-    print(f"{stage}: {kills} kills, {finished + 1} runs that ended with the same bits, {len(files.read_lines(folder / 'started.jsonl'))} starts of the last")
-
-
-def test_ctrl_c_saves_and_says_how_to_go_on_and_that_works(tmp_path):
-    command = [sys.executable, "-u", str(HERE / "sft.py"), "--config", "tiny", "--steps", "3000", "--save_every", "9999"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("   100"):
-            process.send_signal(signal.SIGINT)
-            break
-    out, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and "Traceback" not in err
-    assert re.search(r"saved after \d+ of 3000 updates in out/tiny/sft; the same command with --resume", err)
-    done = files.load_checkpoint(tmp_path / "out/tiny/sft")["step"]
-    assert done >= 101 and len(log_of(tmp_path / "out/tiny/sft")) == done
-    with subprocess.Popen(command + ["--resume"], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
-        assert any(line == f"going on from update {done}\n" for line in process.stdout)
-        process.kill()
-
-
-@contextlib.contextmanager
-def started(command, home, **options):
-    """A process that does not outlive the test"""
-    process = subprocess.Popen(command, cwd=home, text=True, **options)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def test_a_plain_kill_is_taken_as_ctrl_c_and_a_second_ctrl_c_leaves_at_once(beside):
-    folder = beside / "signals" / "ppo"
-    slow = stage_command(ppo, "--out", "signals", "--base", "tiny", "--steps", "400", "--batch_size", "512", "--save_every", "2", "--resume")
-    for first, second, said in ((signal.SIGTERM, None, r"saved after \d+ of 400 updates in out/signals/ppo; the same command with --resume"),
-                                (signal.SIGINT, signal.SIGINT, "stopped; what was saved is intact, --resume continues an unfinished stage")):
-        with started(slow, beside.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            before = 0
-            for line in process.stdout:
-                if re.match(" +[0-9]+ ", line) and not before:                 # an update is done, the next one begun
-                    before = len(log_of(folder))
-                    process.send_signal(first)
-                if line.startswith("finishing this update") and second:
-                    process.send_signal(second)
-            err = process.stderr.read()
-            assert process.wait() == 1 and re.search(said, err) and "Traceback" not in err, err
-        saved = files.load_checkpoint(folder)["step"]
-        assert saved >= before if second is None else saved >= before - 2
-        assert not list(folder.glob("*.tmp"))
-
-
-def test_a_second_run_in_the_same_folder_is_refused_and_told_of_the_first(beside):
-    command = stage_command(sft, "--out", "both_at_once", "--steps", "3000", "--save_every", "10")
-    folder = beside / "both_at_once" / "sft"
-    with started(command, beside.parent, stdout=subprocess.DEVNULL) as first:
-        while not (folder / "checkpoint.pt").exists():
-            time.sleep(0.01)
-        for changes in ({}, dict(resume=True), dict(overwrite=True)):
-            with pytest.raises(Stopped, match=rf"both_at_once/sft is being written by process {first.pid} on .* .python sft.py --config "
-                               r"tiny --out both_at_once --save_every 10 --steps 3000., started 20\d\d-.*; wait until it has ended, or"):
-                sft.main(tiny(sft, out="both_at_once", steps=3000, save_every=10, **changes))
-        with pytest.raises(Stopped, match=f"both_at_once/sft is being written by process {first.pid}"):
-            ppo.main(tiny(ppo, out="both_at_once"))                            # nor does another stage make it
-    with pytest.raises(Stopped, match="holds an unfinished stage; --resume"):
-        sft.main(tiny(sft, out="both_at_once", steps=3000, save_every=10))     # free again, and still whole
-    assert files.load_checkpoint(folder)["step"] >= 10
-    run = experiment.Run(tiny(sft, out="late"), "sft")                         # looked before the other had finished
-    sft.main(tiny(sft, out="late", steps=2))
-    with pytest.raises(Stopped, match="late/sft has changed while this run was starting; see what is there"):
-        run.begin()
-
-
-@pytest.mark.parametrize("script, changes", [
-    (sft, dict(dropout=0.3)), (ppo, dict(reward="luck.py:luck", base="tiny", n_eval=2, n_samples=2, epochs=2)),
-    (grpo, dict(reward="luck.py:luck", base="tiny", n_eval=2, n_samples=2, normalise_reward=False))], ids=lambda x: getattr(x, "__name__", ""))
-def test_random_numbers_of_torch_python_and_numpy_go_on_where_they_were(script, changes, beside, monkeypatch, no_pictures):
-    """Dropout draws torch's own; a reward function of the user's may draw any"""
-    (beside.parent / "luck.py").write_text("import random\nimport numpy as np\nimport torch\ndef luck(prompts, responses):\n"
-        "    return [random.random() + random.gauss(0, 1) + np.random.randn() + torch.rand(()).item() + len(r) / 9 for r in responses]\n")
-    cfg = tiny(script, **{**dict(out="lucky", steps=6, save_every=2), **changes})
-    folders = [beside / name / script.__name__ for name in ("lucky", "lucky_again", "lucky_resumed")]
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-    script.main(cfg)
-    random.random(), np.random.rand(), torch.rand(1)                           # whatever was drawn before
-    script.main(dataclasses.replace(cfg, out="lucky_again"))
-    with crash_at(3, monkeypatch):
-        script.main(dataclasses.replace(cfg, out="lucky_resumed"))
-    random.random(), np.random.rand(), torch.rand(1)
-    script.main(dataclasses.replace(cfg, out="lucky_resumed", resume=True))
-    for other in folders[1:]:
-        assert_same_run(folders[0], other)
-
-
-def test_a_stage_killed_before_its_first_checkpoint_is_begun_again_with_its_own_settings(beside, monkeypatch, no_pictures):
-    with crash_at(1, monkeypatch):
-        sft.main(short(sft, out="early", lr=0.005))
-    assert not (beside / "early" / "sft" / "checkpoint.pt").exists()
-    reward_model.main(tiny(reward_model, out="early", n_prompts=8, n_held_out=4))
-    assert files.read_json(beside / "early" / "sft" / "config.json")["lr"] == 0.005 and len(log_of(beside / "early" / "sft")) == 5
-
-
-def test_the_log_is_on_the_disk_before_the_checkpoint_that_comes_after_it(beside, monkeypatch, no_pictures):
-    flushed, original = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: (flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name), original(handle)))
-    sft.main(short(sft, out="flushed"))
-    checkpoints = [i for i, name in enumerate(flushed) if name == "checkpoint.pt.tmp"]
-    assert len(checkpoints) == 3 and all(flushed[i - 1] == "log.jsonl" for i in checkpoints)
-
-
-def test_ctrl_c_in_the_last_step_leaves_before_the_report_which_comes_with_resume(beside, monkeypatch, no_pictures):
-    original = experiment.Run.log
-
-    def interrupted(run, step, *args, **kwargs):
-        original(run, step, *args, **kwargs)
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment.Run, "log", interrupted)
-        with pytest.raises(Stopped, match="saved after 5 of 5 updates in out/last/sft; the same command with --resume"):
-            sft.main(short(sft, out="last"))
-    assert not (beside / "last" / "sft" / "report.txt").exists()
-    sft.main(short(sft, out="last", resume=True))
-    assert (beside / "last" / "sft" / "report.txt").exists()
-
-
-@pytest.mark.parametrize("calls, message", [
-    (0, "the reward of a response of the SFT policy is inf"), (8, "the reward of a sampled response is inf; it has to be finite"),
-    (9, "score in update 0: inf; the reward returned it"), (10, "score in update 5: inf"), (12, "the reward of a sampled response is inf")])
-def test_rewards_that_are_no_numbers_are_noticed_wherever_they_come(calls, message, beside, no_pictures):
-    """Normalisation has 8 calls, labels 1, the samples of updates 0, 5 and 9 one each, then comes the comparison"""
-    shutil.rmtree(beside / "infinite", ignore_errors=True)
-    (beside.parent / f"after_{calls}.py").write_text(
-        f"calls = []\ndef score(prompts, responses):\n    calls.append(1)\n    bad = len(calls) > {calls}\n"
-        "    return [float('inf') if bad else float(len(r)) for r in responses]\n")
-    with pytest.raises(Stopped, match=message):
-        dpo.main(tiny(dpo, out="infinite", base="tiny", reward=f"after_{calls}.py:score", labels="reward_model", n_eval=4, n_samples=4,
-                      missing_eos_score=None, eval_every=5, n_pairs=160))
-
-
-@pytest.mark.parametrize("script", [grpo, policy_gradient], ids=lambda s: s.__name__)
-def test_scores_that_are_no_numbers_stop_every_loop_at_the_start_of_the_update(script, beside, no_pictures):
-    (beside.parent / "late_inf.py").write_text("calls = []\ndef f(prompts, responses):\n    calls.append(1)\n"
-                                               "    return [float('-inf') if len(calls) > 11 else float(len(r)) for r in responses]\n")
-    with pytest.raises(Stopped, match=r"^error: scores in update 3: -inf in \d+ of \d+ places, first at .*the reward returned it"):
-        script.main(tiny(script, out="late_inf", base="tiny", reward="late_inf.py:f", missing_eos_score=None))
-    assert files.load_checkpoint(beside / "late_inf" / script.__name__)["step"] == 3
-
-
-@pytest.mark.parametrize("owner, name, rung, tensor, step", [(ppo, "value_loss", "gae", "critic_grad_norm", 2), (policy_gradient, "trpo_step", "trpo", "grad_norm", 2)],
-                         ids=lambda x: x if isinstance(x, str) else "")
-def test_the_ladders_critic_and_trpo_stop_at_gradients_that_are_no_numbers(owner, name, rung, tensor, step, beside, monkeypatch, no_pictures):
-    original, calls = getattr(owner, name), []
-
-    def breaks(*args, **kwargs):
-        calls.append(1)
-        result = original(*args, **kwargs)
-        if len(calls) < 3 + 2 * (name == "value_loss"):
-            return result
-        return (result[0] * math.nan, result[1]) if name == "value_loss" else result | {"grad_norm": torch.tensor(math.nan)}
-    monkeypatch.setattr(owner, name, breaks)
-    with pytest.raises(Stopped, match=f"^error: {tensor} in update {step}: nan"):
-        policy_gradient.main(tiny(policy_gradient, out=f"nan_{rung}", base="tiny", rung=rung))
-    assert files.load_checkpoint(beside / f"nan_{rung}" / "policy_gradient")["step"] == 2
-
-
-def test_a_last_update_that_ruins_the_weights_is_noticed_before_the_report(beside, no_pictures):
-    for script, changes, message in (
-            (sft, dict(steps=1, warmup=0, lr=1e30), "the held-out loss is nan"), (reward_model, dict(n_prompts=4, lr=1e30, warmup=0, lora_rank=0), "the score of a held-out response is nan"),
-            (dpo, dict(n_pairs=16, lr=1e30, warmup=0), "a log-probability of DPO is nan"), (grpo, dict(steps=1, lr=1e30, warmup=0), "(loss|kl_old) in update 0: (nan|inf)")):
-        with pytest.raises(Stopped, match=f"^error: {message}"):
-            script.main(tiny(script, out=f"ruined_{script.__name__}", base="" if script is sft else "tiny", **changes))
-        assert not (beside / f"ruined_{script.__name__}" / script.__name__ / "report.txt").exists()
-    with pytest.raises(Stopped, match="weight of the policy after 3 updates is inf"):
-        run = experiment.Run(short(sft, out="infinite_weight"), "sft")
-        run.begin()
-        gpt = small_gpt()
-        run.restore(policy=gpt)
-        gpt.transformer.wte.weight.data[1, 1] = math.inf
-        run.save(3)
-    assert not (beside / "infinite_weight" / "sft" / "checkpoint.pt").exists()
-
-
-def test_files_beside_a_checkpoint_are_those_it_was_written_with(beside, monkeypatch, no_pictures):
-    for script, name, changes in ((reward_model, "comparisons.json", dict(n_prompts=16, save_every=2)), (dpo, "pairs_0.json", dict(n_pairs=160, save_every=2))):
-        run = f"companion_{script.__name__}"
-        cfg, folder = tiny(script, out=run, base="tiny", **changes), beside / run / script.__name__
-        shutil.rmtree(folder, ignore_errors=True)
-        with crash_at(3, monkeypatch):
-            script.main(cfg)
-        kept = (folder / name).read_bytes()
-        for content in (kept.replace(b"1", b"2", 1), None):
-            (folder / name).write_bytes(content) if content else (folder / name).unlink()
-            with pytest.raises(Stopped, match=f"{name} (is not the file that .*checkpoint.pt goes with; bring it back|cannot be read .FileNotFoundError)"):
-                script.main(dataclasses.replace(cfg, resume=True))
-            (folder / name).write_bytes(kept)
-        script.main(dataclasses.replace(cfg, resume=True))
-    (beside / "companion_reward_model" / "reward_model" / "comparisons.json").write_text("{}")
-    with pytest.raises(Stopped, match="comparisons.json is not what reward_model.py writes"):
-        dpo.main(tiny(dpo, out="companion_reward_model", base="tiny"))
-
-
-def test_a_finished_stage_set_aside_by_a_process_that_was_killed_comes_back(beside, monkeypatch, no_pictures):
-    first = sft.main(short(sft, out="aside"))
-    written = (beside / "aside" / "sft" / "report.txt").stat().st_mtime_ns
-    for name, call, after in (("replace", 1, True), ("fsync", 1, False)):      # between its two renamings, and before its config is there
-        def work():
-            sys.stdout = open(os.devnull, "w")
-            killed_at(monkeypatch, os, name, call, after)
-            sft.main(short(sft, out="aside", lr=0.001, overwrite=True))
-        assert in_a_child(work) == -signal.SIGKILL
-        assert not (beside / "aside" / "sft").exists() and (beside / "aside" / "sft.old" / "report.txt").exists()
-        assert sft.main(short(sft, out="aside")) == first and not (beside / "aside" / "sft.old").exists()
-        assert (beside / "aside" / "sft" / "report.txt").stat().st_mtime_ns == written     # the very same, not made again
-    assert list((beside / "aside").glob("*.tmp"))
-    sft.main(short(sft, out="aside", lr=0.001, overwrite=True))
-    assert not list((beside / "aside").glob("*.tmp"))
-
-
-def test_a_run_whose_data_have_changed_is_told_so_and_keeps_its_tokenizer(here, monkeypatch, no_pictures):
-    rows = [comparison(i) for i in range(120)]
-    cfg = tiny(sft, data=write_rows(here / "rows.jsonl", rows), max_prompt_tokens=40, steps=6, save_every=2, n_eval=5, out="changing")
-    with crash_at(3, monkeypatch):
-        sft.main(cfg)
-    kept = (here / "out" / "changing" / "sft" / "tokenizer.json").read_bytes()
-    write_rows(here / "rows.jsonl", [{"prompt": f"an entirely other file {i}", "completion": f" with other words {i}"} for i in range(120)])
-    with pytest.raises(Stopped, match="changing/sft was begun with another data: the contents of --data have changed since"):
-        sft.main(dataclasses.replace(cfg, resume=True))
-    assert (here / "out" / "changing" / "sft" / "tokenizer.json").read_bytes() == kept
-    write_rows(here / "rows.jsonl", rows)
-    sft.main(dataclasses.replace(cfg, resume=True))
-    assert len(log_of(here / "out" / "changing" / "sft")) == 6
-
-
-def test_accumulation_and_checkpointing_may_change_when_a_run_goes_on(beside, monkeypatch, no_pictures):
-    cfg = tiny(ppo, out="changed", base="tiny", steps=4, save_every=2, n_eval=2, n_samples=2)
-    with crash_at(2, monkeypatch):
-        ppo.main(cfg)
-    ppo.main(dataclasses.replace(cfg, resume=True, checkpointing=True, accumulation=2))
-    assert len(log_of(beside / "changed" / "ppo")) == 4
-
-
-def test_copies_and_exports_in_out_do_not_confuse_the_readers(beside, capsys, no_pictures):
-    shutil.copytree(beside / "tiny" / "sft", beside / "tiny" / "sft-backup")
-    (beside / "tiny" / "exported").mkdir()
-    (beside / "tiny" / "exported" / "config.json").write_text('{"model_type": "gpt2"}')
-    try:
-        evaluate.main(tiny(evaluate, runs="tiny", n_eval=2, n_reference=4, n_samples=2, out="copies", base="tiny"))
-        sample.main(tiny(sample, out="tiny", stage="sft", n=1))
-    finally:
-        shutil.rmtree(beside / "tiny" / "sft-backup")
-        shutil.rmtree(beside / "tiny" / "exported")
-    assert "evaluating SFT, tiny/dpo, tiny/grpo, tiny/ppo" in capsys.readouterr().out
-    with pytest.raises(Stopped, match="--stage got ','; it takes names of stages"):
-        sample.main(tiny(sample, out="tiny", stage=","))
-
-
-def test_truncated_weights_and_broken_tokenizers_of_ones_own_are_refused(own, among, tmp_path):
-    for name, message in (("model.safetensors", "--init .* cannot be read as weights"),
-                          ("tokenizer.json", "no tokenizer in .* cannot be read"),
-                          ("config.json", "--init .*/config.json cannot be read")):
-        folder = tmp_path / name.split(".")[0]
-        shutil.copytree(own[0] / "gpt2", folder)
-        content = (folder / name).read_bytes()
-        for cut in (0, len(content) // 2, len(content) - 10):
-            (folder / name).write_bytes(content[:cut])
-            with pytest.raises(Stopped, match="^error: " + message):
-                sft.main(mine(sft, out="cut", init=str(folder), lora_rank=0))
-    (tmp_path / "adapter").mkdir()                       # without a tokenizer, as peft saves it
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    (tmp_path / "bare").mkdir()
-    shutil.copy(own[0] / "gpt2" / "model.safetensors", tmp_path / "bare")
-    for init, message in (("adapter", "merge it into them first"), ("bare", "bare has no config.json"),
-                          (among / "own" / "sft", "A stage of this project writes them with --export"),
-                          (among / "own" / "sft" / "checkpoint.pt", "is not a checkpoint of nanoGPT")):
-        for script in (sft, reward_model):
-            with pytest.raises(Stopped, match=f"^error: --init .*{message}"):
-                script.main(mine(script, out="cut", base="own", init=str(tmp_path / init), lora_rank=0))
-    tokenizer = json.loads((own[0] / "gpt2" / "tokenizer.json").read_text())
-    byte, other = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)[7:9]
-    for change, message in (({byte: tokenizer["model"]["vocab"][other]}, "two tokens with one id"), ({"A": None}, "number the merges in their order")):
-        vocab = {k: v for k, v in (tokenizer["model"]["vocab"] | change).items() if v is not None}
-        (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer | {"model": tokenizer["model"] | {"vocab": vocab}}))
-        with pytest.raises(Stopped, match=f"^error: no tokenizer in .*{message}"):
-            sft.main(mine(sft, out="cut", init=str(tmp_path / "tokenizer"), lora_rank=0))
-    saved = json.loads((among / "own" / "sft" / "tokenizer.json").read_text())
-    one, other = list(saved["ranks"])[7:9]
-    for content in (saved | {"ranks": saved["ranks"] | {one: saved["ranks"][other]}}, [], {"ranks": 3}, saved | {"ranks": {}}):
-        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-        with pytest.raises(Stopped, match="tokenizer.json cannot be read as a tokenizer"):
-            data.load_tokenizer(tmp_path)
-
-
-def short(script, **changes):
-    """A run of a second, with several checkpoints"""
-    return tiny(script, **{**dict(steps=5, save_every=2, n_texts=100, n_eval=8, batch_size=4, eval_every=3), **changes})
-
-
-def test_killed_at_every_moment_of_writing_a_run_goes_on_to_the_same_bits(beside, monkeypatch, no_pictures):
-    """SIGKILL before and after each flush to the disk and each renaming of a whole run, each in a process of its own"""
-    moments = []
-    with monkeypatch.context() as patch:
-        for name in ("fsync", "replace"):
-            patch.setattr(os, name, lambda *args, name=name, original=getattr(os, name): (moments.append(name), original(*args))[1])
-        sft.main(short(sft, out="unkilled"))
-    assert moments.count("replace") >= 7 and moments.count("fsync") > moments.count("replace")
-    for name in ("fsync", "replace"):
-        for call in range(1, moments.count(name) + 1):
-            for after in (False, True)[:1 if name == "fsync" else 2]:
-                shutil.rmtree(beside / "killed_writing", ignore_errors=True)
-
-                def work():
-                    sys.stdout = open(os.devnull, "w")
-                    killed_at(monkeypatch, os, name, call, after)
-                    sft.main(short(sft, out="killed_writing"))
-                assert in_a_child(work) == -signal.SIGKILL, (name, call)
-                sft.main(short(sft, out="killed_writing", resume=True))
-                assert_same_run(beside / "killed_writing" / "sft", beside / "unkilled" / "sft")
-                assert not list((beside / "killed_writing" / "sft").glob("*.tmp"))
-
-
-def test_a_run_on_a_full_disk_stops_with_its_last_checkpoint_and_goes_on_when_there_is_room(beside, monkeypatch, no_pictures):
-    """By the kernel's limit on the size of a file: the second checkpoint, then the log, cannot be written"""
-    sft.main(short(sft, out="room"))
-    size = (beside / "room" / "sft" / "checkpoint.pt").stat().st_size
-    options = [f"--{k}={v}" for k, v in dict(steps=5, save_every=2, n_texts=100, n_eval=8, batch_size=4, eval_every=3).items()]
-    shutil.rmtree(beside / "no_room", ignore_errors=True)
-    stage = beside / "no_room" / "sft"
-    for room in (size - 1000, size // 2):                # at its end; in the middle, where torch stumbles over its own end
-        done = subprocess.run(stage_command(sft, "--out", "no_room", *options), cwd=beside.parent, capture_output=True, text=True,
-                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
-        assert done.returncode == 1 and "Traceback" not in done.stderr
-        assert "no_room/sft/checkpoint.pt could not be written (File too large); what stood there before is as it was" in done.stderr
-        assert not (stage / "checkpoint.pt").exists() and not list(stage.glob("*.tmp")) and len(log_of(stage)) == 2
-    original = os.fsync
-
-    def full(handle):
-        if (stage / "checkpoint.pt").exists():
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(handle)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(Stopped, match="could not be written .No space left on device"):
-            sft.main(short(sft, out="no_room", resume=True))
-    assert files.load_checkpoint(stage)["step"] == 2
-    sft.main(short(sft, out="no_room", resume=True))
-    assert_same_run(stage, beside / "room" / "sft")
-
-
-def test_a_checkpoint_or_log_that_is_another_runs_is_refused_when_a_run_goes_on(beside, monkeypatch, no_pictures):
-    cfg, stage = short(sft, out="swapped"), beside / "swapped" / "sft"
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment.Run, "finish", lambda *_: None)
-        sft.main(cfg)
-    sft.main(short(sft, out="other_lr", lr=1e-3, overwrite=True))
-    kept = {name: (stage / name).read_bytes() for name in ("checkpoint.pt", "log.jsonl", "config.json")}
-    going_on = dataclasses.replace(cfg, resume=True)
-
-    def refused(message):
-        with pytest.raises(Stopped, match=message):
-            sft.main(going_on)
-        for name, content in kept.items():
-            (stage / name).write_bytes(content)
-    shutil.copy(beside / "other_lr" / "sft" / "checkpoint.pt", stage)
-    refused("swapped/sft holds a run with lr 0.001, this one has lr 0.01")
-    shutil.copy(beside / "tiny" / "ppo" / "checkpoint.pt", stage)
-    refused("swapped/sft/checkpoint.pt holds no optimizer but step, config, random, policy, critic")
-    saved = files.load_checkpoint(stage)
-    for change, message in ((dict(policy=saved["policy"] | {"transformer.wte.weight": torch.zeros(5, 32)}),
-                             r"sft/checkpoint.pt: policy does not fit the GPT it is read for: size mismatch for transformer.wte.weight"),
-                            (dict(tokenizer="0123"), "swapped/sft was begun with another tokenizer: the stages before it have changed"),
-                            (dict(data="rows"), "swapped/sft was begun with another data: the contents of --data have changed")):
-        torch.save(saved | change, stage / "checkpoint.pt")
-        refused(message)
-    for content in (b'{"step": 0}\n{"step": 2}\n', b"5\n{}\n", b"\xff\n", b""):
-        (stage / "log.jsonl").write_bytes(content)
-        (stage / "started.jsonl").write_bytes(content)
-        refused("swapped/sft/log.jsonl has not the updates 0 to 4 that .*checkpoint.pt comes after: it was changed since")
-    for change, message in ((dict(random={}), "holds random states that cannot be set .'run'"), (dict(random=saved["random"] | {"torch": torch.zeros(3)}),
-                             "holds random states that cannot be set")):
-        torch.save(saved | change, stage / "checkpoint.pt")
-        refused(message)
-    (stage / "config.json").write_text("{")
-    refused("swapped/sft/config.json cannot be read .JSONDecodeError: .*; bring it back from a copy")
-    (stage / "config.json").write_text("[]")
-    refused("swapped/sft/config.json is not what a stage writes")
-    sft.main(going_on)
-    assert len(log_of(stage)) == 5
-    # an earlier stage that another version of the code began
-    (stage / "report.txt").unlink()
-    (stage / "config.json").write_text(json.dumps(json.loads(kept["config.json"]) | {"old_option": 1}))
-    with pytest.raises(Stopped, match="swapped/sft/config.json has the settings old_option, which sft.py does not know"):
-        reward_model.main(tiny(reward_model, out="swapped"))
-    for change in ({"gpt": saved["gpt"] | {"rotary": True}}, {"gpt": saved["gpt"] | {"n_head": 0}}, {"gpt": saved["gpt"] | {"n_embd": "x"}},
-                   {"gpt": 5}, {"policy": 5}, {"policy": {"a.lora_a": torch.zeros(1, 1)}}, {"gpt": saved["gpt"] | {"n_embd": -8}}):
-        torch.save(saved | change, stage / "checkpoint.pt")
-        with pytest.raises(Stopped, match="sft/checkpoint.pt describes a model that model.py does not know"):
-            sft.load_policy(stage, "cpu")
-
-
-def test_a_report_says_by_what_it_was_made_and_its_command_makes_it_again(beside, whole_run):
-    for stage in ("sft", "reward_model", "ppo", "dpo", "grpo"):
-        report, start = (beside / "tiny" / stage / "report.txt").read_text(), files.read_lines(beside / "tiny" / stage / "started.jsonl")[0]
-        assert f"\ncommand     python {stage}.py --config tiny\nmade with   commit {start['commit']}, python 3." in report
-        for name in ("torch", "transformers", "tokenizers", "tiktoken", "numpy"):
-            assert f"{name} {sys.modules[name].__version__ if name in sys.modules else start[name]}" in report
-    assert "python policy_gradient.py --config tiny --out ladder --base tiny" in (beside / "ladder" / "policy_gradient" / "report.txt").read_text()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
-    assert experiment.circumstances("cpu")["commit"].split()[0] == (commit[:12] or "unknown")
-    cfg = tiny(ppo, seed=7, missing_eos_score=None, out="a", whiten_rewards=True, reward="some where/my file.py:f")
-    words = shlex.split(options.command(cfg, "ppo"))
-    assert words[:2] == ["python", "ppo.py"] and options.parse(ppo.Config, "", words[2:]) == cfg
-
-
-def test_without_git_the_commit_is_unknown(monkeypatch):
-    def no_git(*args, **kwargs):
-        raise FileNotFoundError("git")
-    monkeypatch.setattr(subprocess, "run", no_git)
-    assert experiment.circumstances("cpu")["commit"] == "unknown"
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: types.SimpleNamespace(stdout="0123456789ab-dirty\n"))
-    assert experiment.circumstances("cpu")["commit"] == "0123456789ab with changes"
-
-
-def test_the_same_seed_gives_the_same_bits_whatever_the_hash_seed_and_the_threads_that_tokenise(tmp_path):
-    path = write_rows(tmp_path / "pairs.jsonl", [comparison(i) for i in range(150)])
-    homes, processes = [], []
-    for hash_seed, threads in (("1", "1"), ("2", "4")):
-        homes.append(tmp_path / hash_seed)
-        homes[-1].mkdir()
-        processes.append(subprocess.Popen(
-            stage_command(sft, "--data", path, "--max_prompt_tokens", "40", "--steps", "4", "--n_eval", "5", "--eval_every", "2"),
-            cwd=homes[-1], stdout=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONHASHSEED": hash_seed, "RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true"}))
-    assert [process.wait() for process in processes] == [0, 0]
-    assert_same_run(*(home / "out" / "tiny" / "sft" for home in homes))
-    cached = [sorted(path for path in (home / "out" / "tokens").rglob("*") if path.is_file()) for home in homes]
-    assert len(cached[0]) == 5 and [p.relative_to(homes[0]) for p in cached[0]] == [p.relative_to(homes[1]) for p in cached[1]]
-    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*cached))
-
-
-@pytest.mark.parametrize("error, phase, flags", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "generate", "--max_new_tokens, --dtype bfloat16, --batch_size"),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "policy_loss",
-     "--accumulation 4, --checkpointing 1, --lora_rank 8, --dtype bfloat16, --batch_size"),
-    (MemoryError(), "sft_loss", "--accumulation 4, --checkpointing 1, --lora_rank 8, --dtype bfloat16, --batch_size")],
-    ids=lambda x: type(x).__name__)
-def test_out_of_memory_says_where_and_what_needs_less(error, phase, flags, beside, monkeypatch):
-    def fails(*args, **kwargs):
-        raise error
-    script = sft if phase == "sft_loss" else ppo
-    monkeypatch.setattr(script, phase, fails)
-    monkeypatch.setattr(sys, "argv", ["ppo.py", "--config", "tiny", "--out", f"memory_{phase}"] + ["--base", "tiny"] * (script is ppo))
-    banner = {"generate": "ppo.py in its phase '1. roll out'", "policy_loss": "ppo.py in its phase '6. update'",
-              "sft_loss": "sft.py in its phase '3. train'"}[phase]         # the stage that was being made, not the one asked for
-    with pytest.raises(SystemExit) as stopped:
-        experiment.launch(ppo.main, ppo.Config, "")
-    assert str(stopped.value).startswith(f"error: out of memory: {banner} ({str(error)[:20]}")
-    assert f"What needs less there: {flags}" in str(stopped.value)
-    advice = f". --accumulation and --checkpointing may be changed when {script.__name__}.py itself is run with --resume"
-    assert (advice in str(stopped.value)) == (phase != "generate")
-    if script is sft:                                    # it is the flags of the stage that was being made
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--config", "tiny", "--out", "memory_evaluate"])
-        with pytest.raises(SystemExit, match="sft.py in its phase '3. train' .*--lora_rank 8, --dtype bfloat16, --batch_size"):
-            experiment.launch(evaluate.main, evaluate.Config, "")
-        monkeypatch.setattr(sys, "argv", ["ppo.py", "--config", "tiny", "--out", "memory_bug"])
-    monkeypatch.setattr(script, phase, lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(ZeroDivisionError):                                     # and what is a bug keeps its traceback
-        experiment.launch(ppo.main, ppo.Config, "")
-
-
-def test_closing_the_output_ends_with_one_line():
-    done = subprocess.run(f"{sys.executable} {HERE}/sft.py --help | head -1", shell=True, capture_output=True, text=True)
-    assert done.stdout == "Stage 1: supervised fine-tuning.\n" and done.stderr in ("", "stopped: the output was closed; what was saved is intact\n")
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Drawing takes longer than all else in a run of two updates."""
-    monkeypatch.setattr(experiment, "curves", lambda folder, title, panels: folder / "curves.png")
-
-
-def test_a_stage_called_from_python_can_be_refused_and_called_again(beside, no_pictures):
-    cfg = short(sft, out="from_python")
-    state = torch.get_rng_state()
-    with pytest.raises(Stopped, match="--vocab_size got 5"):
-        sft.main(dataclasses.replace(cfg, vocab_size=5))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment.Run, "checkpoint", lambda run, done: files.stop("in the middle"))
-        with pytest.raises(Stopped, match="in the middle") as stopped:         # its traceback keeps the Run alive
-            sft.main(cfg)
-    results = sft.main(cfg)
-    assert results == sft.main(cfg) and torch.equal(torch.get_rng_state(), state)
-    assert stopped.value and "matplotlib.pyplot" not in sys.modules
-
-
-def test_a_main_runs_in_a_thread(beside, no_pictures):
-    found = []
-    thread = threading.Thread(target=lambda: found.append(sft.main(short(sft, out="in_a_thread"))))
-    thread.start()
-    thread.join()
-    assert found[0].keys() >= {"held_out"} and (beside / "in_a_thread" / "sft" / "report.txt").exists()
-
-
-def test_copies_links_and_profilers_run_and_export_under_their_own_name(beside, tmp_path):
-    shutil.copytree(HERE, tmp_path / "clone", ignore=shutil.ignore_patterns("out", ".*", "*.md", "docs", "__pycache__"))
-    shutil.copy(HERE / "ppo.py", tmp_path / "clone" / "my_ppo.py")
-    (tmp_path / "clone" / "linked.py").symlink_to("ppo.py")
-    few = ["--config", "tiny", "--base", "tiny", "--steps", "1", "--n_eval", "2", "--n_samples", "2"]
-    running = {}
-    for name, command in (("my_ppo", [tmp_path / "clone" / "my_ppo.py"]), ("linked", [tmp_path / "clone" / "linked.py"]),
-                          ("profiled", ["-m", "cProfile", "-o", tmp_path / "profile", HERE / "ppo.py"])):
-        running[name] = subprocess.Popen([sys.executable, *map(str, command), *few, "--out", name, "--export", str(tmp_path / name)],
-                                         cwd=beside.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for name, process in running.items():
-        out, _ = process.communicate()
-        script = "ppo" if name == "profiled" else name
-        assert process.returncode == 0 and f"\ncommand     python {script}.py --config tiny --out {name}" in out, out
-        assert f"python {script}.py --config tiny --base tiny --out {name}-hacked" in out
-        assert (tmp_path / name / "model.safetensors").exists() and (beside / name / "ppo" / "report.txt").exists()
-
-
-def test_a_closed_terminal_or_reader_saves_and_a_closed_or_full_output_changes_nothing(beside, tmp_path):
-    slow = stage_command(sft, "--steps", "100000", "--save_every", "100000", "--n_eval", "8", "--n_texts", "100")
-    with started([*slow, "--out", "hangup"], beside.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        for line in process.stdout:
-            if re.match(" +[0-9]+ ", line):
-                process.send_signal(signal.SIGHUP)
-        assert process.wait() == 1 and "saved after" in process.stderr.read()
-    with started([*slow, "--out", "reader"], beside.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        for line in process.stdout:
-            if re.match(" +[0-9]+ ", line):
-                break
-        process.stdout.close()                           # as  | head  or a killed tee
-        assert process.wait() == 1
-        assert re.search("saved after .*--resume continues from there", process.stderr.read())
-    for run in ("hangup", "reader"):
-        saved = files.load_checkpoint(beside / run / "sft")
-        assert 0 < saved["step"] == len(log_of(beside / run / "sft"))
-    quick = " ".join(stage_command(sft, "--steps", "3", "--n_eval", "8", "--n_texts", "100", "--batch_size", "4"))
-    running = {name: subprocess.Popen(f"{quick} --out {name} {where}", shell=True, cwd=beside.parent, stderr=subprocess.PIPE, text=True)
-               for name, where in (("closed", ">&-"), ("full", "> /dev/full"), ("mute", ">&- 2>&-"))}
-    for name, process in running.items():
-        assert (process.communicate()[1], process.returncode) == ("", 0) and (beside / name / "sft" / "report.txt").exists()
-        assert [line["step"] for line in log_of(beside / name / "sft")] == [0, 1, 2]
-
-
-def test_a_hangup_that_nohup_ignores_stays_ignored(beside, no_pictures, monkeypatch):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    seen, original = [], experiment.Run.log
-    monkeypatch.setattr(experiment.Run, "log", lambda *args, **kwargs: (seen.append(signal.getsignal(signal.SIGHUP)), original(*args, **kwargs)))
-    try:
-        sft.main(short(sft, out="nohup"))
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    assert len(seen) == 5 and set(seen) == {signal.SIG_IGN}
-
-
-def test_a_run_may_be_a_path_beside_which_others_are_found(beside, tmp_path, capsys, no_pictures):
-    disk = str(tmp_path / "disk" / "cost$_$")            # and its name is no formula
-    ppo.main(tiny(ppo, out=disk + "/", base="tiny", steps=1, n_eval=2, n_samples=2))
-    assert (tmp_path / "disk" / "cost$_$" / "ppo" / "report.txt").exists()
-    assert f"--out '{disk}-hacked'" in capsys.readouterr().out
-    found = evaluate.main(tiny(evaluate, out=disk, base="tiny", n_eval=2, n_reference=4, n_samples=2))
-    assert "cost$_$/ppo" in found and (tmp_path / "disk" / "cost$_$" / "evaluate" / "frontier.png").exists()
-    sample.main(tiny(sample, out=disk, stage="ppo", n=1))
-    ppo.main(tiny(ppo, out=str(tmp_path / "disk" / "next"), base=str(beside / "tiny"), steps=1, n_eval=2, n_samples=2))
-    with pytest.raises(Stopped, match="has no finished .*/disk/tin/sft"):
-        ppo.main(tiny(ppo, out="from_disk", base=str(tmp_path / "disk" / "tin")))
-
-
-def test_a_run_name_with_dollars_is_drawn_as_it_is(beside, tmp_path, capsys):
-    files.write_lines(tmp_path / "log.jsonl", [{"step": 0, "loss": 1.0}, {"step": 1, "loss": None}])
-    assert experiment.curves(tmp_path, "SFT, out/cost$_$", [("loss", "", ["loss"])]) == tmp_path / "curves.png"
-    assert capsys.readouterr().out == ""
-
-
-def test_without_matplotlib_a_stage_finishes_without_pictures(beside, monkeypatch, capsys):
-    for name in list(sys.modules):
-        if name.startswith("matplotlib"):
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    sft.main(short(sft, out="undrawn"))
-    out = capsys.readouterr().out
-    assert "warning: a picture was not drawn (ModuleNotFoundError" in out and "curves      not drawn (ModuleNotFoundError" in out
-    assert (beside / "undrawn" / "sft" / "report.txt").exists()
-    found = evaluate.main(tiny(evaluate, out="undrawn_too", base="tiny", runs="tiny", n_eval=2, n_reference=4, n_samples=2))
-    assert "tiny/ppo" in found
-
-
-def test_one_bad_stage_among_many_is_left_out_by_name(beside, capsys, monkeypatch):
+def test_one_bad_stage_among_many_is_left_out_by_name(finished_run, capsys, monkeypatch):
     for run in ("damaged", "foreign", "older", "unfinished"):
-        shutil.copytree(beside / "tiny" / "ppo", beside / run / "ppo", dirs_exist_ok=True)
-    (beside / "damaged" / "ppo" / "checkpoint.pt").write_bytes((beside / "tiny" / "ppo" / "checkpoint.pt").read_bytes()[:5000])
-    torch.save({"weights": torch.zeros(3)}, beside / "foreign" / "ppo" / "checkpoint.pt")
-    config = files.read_json(beside / "older" / "ppo" / "config.json")
+        shutil.copytree(finished_run / "tiny" / "ppo", finished_run / run / "ppo", dirs_exist_ok=True)
+    (finished_run / "damaged" / "ppo" / "checkpoint.pt").write_bytes((finished_run / "tiny" / "ppo" / "checkpoint.pt").read_bytes()[:5000])
+    torch.save({"weights": torch.zeros(3)}, finished_run / "foreign" / "ppo" / "checkpoint.pt")
+    config = files.read_json(finished_run / "older" / "ppo" / "config.json")
     for name in ("score_clip", "ptx_coef", "ema", "text_prompt", "whiten_rewards"):
         del config[name]
-    files.write(beside / "older" / "ppo" / "config.json", json.dumps(config))
-    (beside / "unfinished" / "ppo" / "report.txt").unlink()
+    files.write(finished_run / "older" / "ppo" / "config.json", json.dumps(config))
+    (finished_run / "unfinished" / "ppo" / "report.txt").unlink()
     small = dict(out="among_bad", base="tiny", n_eval=2, n_reference=4, n_samples=2)
-    found = evaluate.main(tiny(evaluate, **small))
+    found = evaluate.main(tiny_config(evaluate, **small))
     out = capsys.readouterr().out
     assert "older/ppo" in found and not {"damaged/ppo", "foreign/ppo", "unfinished/ppo"} & set(found)
     for said in ("leaving out damaged/ppo: error: out/damaged/ppo/checkpoint.pt cannot be read", "leaving out foreign/ppo: error: ",
                  "leaving out unfinished/ppo: it is not finished"):
         assert said in out
     with pytest.raises(Stopped, match="damaged/ppo/checkpoint.pt cannot be read"):         # one that was asked for
-        evaluate.main(tiny(evaluate, runs="tiny, damaged/ppo", **small))
+        evaluate.main(tiny_config(evaluate, runs="tiny, damaged/ppo", **small))
     for run in ("damaged", "foreign", "older", "unfinished", "among_bad"):
-        shutil.rmtree(beside / run)
+        shutil.rmtree(finished_run / run)
 
 
-def test_a_full_disk_leaves_the_last_evaluation_where_it_was(beside, monkeypatch):
-    small = dict(out="evaluated_full", base="tiny", runs="tiny", n_eval=2, n_reference=4, n_samples=2)
-    evaluate.main(tiny(evaluate, **small))
-    folder = beside / "evaluated_full" / "evaluate"
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    def full(handle):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    original = frontier.collect
-    def fill_the_disk(*args):
-        monkeypatch.setattr(os, "fsync", full)
-        return original(*args)
-    monkeypatch.setattr(frontier, "collect", fill_the_disk)
-    with pytest.raises(Stopped, match="could not be written .No space left on device"):
-        evaluate.main(tiny(evaluate, **small))
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert not folder.with_name("evaluate.old").exists()
-
-
-def test_an_export_that_cannot_be_made_is_refused_before_any_work(beside, tmp_path, monkeypatch):
-    (tmp_path / "a_file").write_text("")
-    with pytest.raises(Stopped, match="--export .*/a_file/there cannot be made: .*a_file is not a folder"):
-        sft.main(short(sft, out="unexported", export=str(tmp_path / "a_file" / "there")))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(Stopped, match="pip install transformers"):
-        sft.main(short(sft, out="unexported", export=str(tmp_path / "there")))
-    assert not (beside / "unexported").exists()
-
-
-def test_a_damaged_stage_does_not_keep_others_from_being_sampled(beside, capsys):
+def test_a_damaged_stage_does_not_keep_others_from_being_sampled(finished_run, capsys):
     for stage in ("sft", "ppo", "dpo"):
-        shutil.copytree(beside / "tiny" / stage, beside / "half_damaged" / stage)
-    (beside / "half_damaged" / "dpo" / "config.json").write_text("{")
-    sample.main(tiny(sample, out="half_damaged", stage="ppo", n=1))
+        shutil.copytree(finished_run / "tiny" / stage, finished_run / "half_damaged" / stage)
+    (finished_run / "half_damaged" / "dpo" / "config.json").write_text("{")
+    sample.main(tiny_config(sample, out="half_damaged", stage="ppo", n=1))
     assert "    ppo " in capsys.readouterr().out
-    shutil.rmtree(beside / "half_damaged")
+    shutil.rmtree(finished_run / "half_damaged")
 
 
-def test_one_sample_has_no_standard_deviation_to_speak_of(beside, capsys, no_pictures):
-    results = ppo.main(tiny(ppo, out="single", base="tiny", steps=1, n_eval=1, n_samples=1))
+def test_one_sample_has_no_standard_deviation_to_speak_of(finished_run, capsys, no_pictures):
+    results = ppo.main(tiny_config(ppo, out="single", base="tiny", steps=1, n_eval=1, n_samples=1))
     assert "standard deviations" not in capsys.readouterr().out and "gold_gain" not in results
-    json.loads((beside / "single" / "ppo" / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    json.loads((finished_run / "single" / "ppo" / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
-@pytest.mark.parametrize("changes, said", [
-    (dict(beta=1e38, kl_control="fixed"), "in update [01]: .*; try .*a smaller --beta"),
-    (dict(critic_lr=1e30), "in update [01]: .*; try a (smaller --beta, --score_clip or|lower) --critic_lr"),
-    (dict(lr=1e30), "; try a lower --lr or a smaller --grad_clip")], ids=lambda x: " ".join(x) if isinstance(x, dict) else "")
-def test_a_number_that_is_not_finite_blames_the_option_behind_it(changes, said, beside, no_pictures):
-    with pytest.raises(Stopped, match=said):
-        ppo.main(tiny(ppo, out="blamed", base="tiny", overwrite=True, **changes))
-
-
-def test_without_a_bonus_the_update_builds_no_graph_for_the_entropy(beside, monkeypatch, no_pictures):
-    asked, original = [], ppo.token_logprobs
+def test_without_a_bonus_the_update_builds_no_graph_for_the_entropy(finished_run, monkeypatch, no_pictures):
+    held_out_prompts, original = [], ppo.token_logprobs
     def recorded(*args, return_entropy=False, **kwargs):
         if torch.is_grad_enabled():
-            asked.append(return_entropy)
+            held_out_prompts.append(return_entropy)
         return original(*args, return_entropy=return_entropy, **kwargs)
     monkeypatch.setattr(ppo, "token_logprobs", recorded)
     for coef in (0.0, 0.1):
-        ppo.main(tiny(ppo, out=f"bonus_{coef}", base="tiny", steps=1, n_eval=2, n_samples=2, entropy_coef=coef))
-    assert asked == [False] * 2 + [True] * 2
-    assert log_of(beside / "bonus_0.0" / "ppo")[0]["entropy"] > 0
+        ppo.main(tiny_config(ppo, out=f"bonus_{coef}", base="tiny", steps=1, n_eval=2, n_samples=2, entropy_coef=coef))
+    assert held_out_prompts == [False] * 2 + [True] * 2
+    assert log_of(finished_run / "bonus_0.0" / "ppo")[0]["entropy"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -6612,7 +4131,7 @@ def two_updates(whole_run):
     """The log of two updates by default settings, to compare options with."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(whole_run[0].parent.parent)
-        ppo.main(tiny(ppo, out="default", base="tiny", steps=2, n_eval=8))
+        ppo.main(tiny_config(ppo, out="default", base="tiny", steps=2, n_eval=8))
     return log_of(whole_run[0].parent / "default" / "ppo")
 
 
@@ -6627,18 +4146,18 @@ def two_updates(whole_run):
     (dict(clip_eps=0.01), 0, "clip_fraction"), (dict(grad_clip=0.01), 1, "score"), (dict(critic_lr=1e-2), 1, "value_loss"),
     (dict(batch_size=1, minibatch_size=1), 0, "score"), (dict(batch_size=6, minibatch_size=3, max_new_tokens=1), 0, "score")],
     ids=lambda c: "-".join(c) if isinstance(c, dict) else "")
-def test_every_option_of_ppo_acts_on_the_quantity_it_names(changes, update, metric, beside, two_updates, no_pictures):
+def test_every_option_of_ppo_acts_on_the_quantity_it_names(changes, update, metric, finished_run, two_updates, no_pictures):
     name = "option_" + "_".join(f"{k}-{v}" for k, v in changes.items())
-    results = ppo.main(tiny(ppo, out=name, base="tiny", steps=2, n_eval=8, **changes))
+    results = ppo.main(tiny_config(ppo, out=name, base="tiny", steps=2, n_eval=8, **changes))
     assert math.isfinite(results["score"]) and math.isfinite(results["kl_ref"])
-    log = log_of(beside / name / "ppo")
+    log = log_of(finished_run / name / "ppo")
     assert log[0]["kl_ref"] == 0
     assert log[update][metric] != pytest.approx(two_updates[update][metric], rel=1e-4)
 
 
-def test_beta_follows_kl_ref_of_each_update(beside):
-    ppo.main(tiny(ppo, out="followed", base="tiny", kl_target=0.5, kl_horizon=100.0, n_eval=8))
-    log = log_of(beside / "followed" / "ppo")
+def test_beta_follows_kl_ref_of_each_update(finished_run):
+    ppo.main(tiny_config(ppo, out="followed", base="tiny", kl_target=0.5, kl_horizon=100.0, n_eval=8))
+    log = log_of(finished_run / "followed" / "ppo")
     for before, after in zip(log, log[1:]):
         error = min(max(before["kl_ref"] / 0.5 - 1, -0.2), 0.2)
         assert after["beta"] == pytest.approx(before["beta"] * (1 + error * 32 / 100))
@@ -6652,39 +4171,39 @@ def test_an_eos_in_the_prompt_does_not_finish_the_response():
     assert finished.any() and not finished.all()
 
 
-def test_kl_penalty_coefficient_follows_kl_old(beside):
-    ppo.main(tiny(ppo, out="penalised", base="tiny", surrogate="kl_penalty", kl_old_target=0.01, steps=8, n_eval=8))
-    log = log_of(beside / "penalised" / "ppo")
+def test_kl_penalty_coefficient_follows_kl_old(finished_run):
+    ppo.main(tiny_config(ppo, out="penalised", base="tiny", surrogate="kl_penalty", kl_old_target=0.01, steps=8, n_eval=8))
+    log = log_of(finished_run / "penalised" / "ppo")
     for before, after in zip(log, log[1:]):
         factor = 2 if before["kl_old"] > 0.015 else 0.5 if before["kl_old"] < 0.01 / 1.5 else 1
         assert after["kl_penalty_coef"] == before["kl_penalty_coef"] * factor
     assert len({line["kl_penalty_coef"] for line in log}) > 1
 
 
-def test_an_entropy_bonus_raises_the_entropy(beside, no_pictures):
-    entropies = [ppo.main(tiny(ppo, out=f"bonus{c}", base="tiny", entropy_coef=c, n_eval=32))["entropy"] for c in (0.0, 3.0)]
+def test_an_entropy_bonus_raises_the_entropy(finished_run, no_pictures):
+    entropies = [ppo.main(tiny_config(ppo, out=f"bonus{c}", base="tiny", entropy_coef=c, n_eval=32))["entropy"] for c in (0.0, 3.0)]
     assert entropies[1] > entropies[0] + 0.1
 
 
-def test_with_a_learning_rate_of_zero_nothing_moves_over_all_epochs(beside):
-    ppo.main(tiny(ppo, out="still", base="tiny", steps=2, epochs=3, lr=0.0, n_eval=8))
-    for line in log_of(beside / "still" / "ppo"):
+def test_with_a_learning_rate_of_zero_nothing_moves_over_all_epochs(finished_run):
+    ppo.main(tiny_config(ppo, out="still", base="tiny", steps=2, epochs=3, lr=0.0, n_eval=8))
+    for line in log_of(finished_run / "still" / "ppo"):
         assert line["ratio"] == pytest.approx(1, abs=1e-6) and line["clip_fraction"] == 0
         assert line["kl_ref"] == line["kl_old"] == 0
 
 
 @pytest.mark.parametrize("changes", [dict(loss="fidelity"), dict(token_wise=True), dict(n_responses=2, margin=0.5),
                                      dict(batch_size=1, epochs=2)], ids=lambda c: "-".join(c))
-def test_every_option_of_the_reward_model_runs(changes, beside, no_pictures):
+def test_every_option_of_the_reward_model_runs(changes, finished_run, no_pictures):
     name = "rm_" + "-".join(changes)
-    results = reward_model.main(tiny(reward_model, out=name, base="tiny", **{"n_prompts": 40, **changes}))
+    results = reward_model.main(tiny_config(reward_model, out=name, base="tiny", **{"n_prompts": 40, **changes}))
     assert 0.4 < results["accuracy"] < results["bayes_accuracy"]
     pairs = 40 * (1 if "n_responses" in changes else 6)
-    assert f"on {pairs} held-out comparisons" in (beside / name / "reward_model" / "report.txt").read_text()
+    assert f"on {pairs} held-out comparisons" in (finished_run / name / "reward_model" / "report.txt").read_text()
 
 
-def test_a_beta_raised_a_hundredfold_keeps_the_policy_at_the_reference(beside, no_pictures):
-    kls = [ppo.main(tiny(ppo, out=f"beta{beta}", base="tiny", kl_control="fixed", beta=beta))["kl_ref"]
+def test_a_beta_raised_a_hundredfold_keeps_the_policy_at_the_reference(finished_run, no_pictures):
+    kls = [ppo.main(tiny_config(ppo, out=f"beta{beta}", base="tiny", kl_control="fixed", beta=beta))["kl_ref"]
            for beta in (0.02, 2.0)]
     assert kls[1] < 0.5 * kls[0]
 
@@ -6715,25 +4234,25 @@ DPO_OPTIONS = [dict(loss="robust", label_smoothing=0.1), dict(label_smoothing=0.
 
 
 @pytest.mark.parametrize("changes", DPO_OPTIONS, ids=lambda c: "-".join(map(str, itertools.chain(*c.items()))))
-def test_every_option_of_dpo_acts(changes, beside, whole_run, capsys, no_pictures):
+def test_every_option_of_dpo_acts(changes, finished_run, whole_run, capsys, no_pictures):
     name = "dpo_" + "_".join(f"{k}-{v}" for k, v in changes.items())
     n = 16 * changes.get("batch_size", 16) // 16 * 3 * changes.get("rounds", 1)
-    results = dpo.main(tiny(dpo, out=name, base="tiny", **{"n_pairs": n, "n_eval": 4, "n_samples": 4, **changes}))
-    log, plain = log_of(beside / name / "dpo"), log_of(whole_run[0] / "dpo")
+    results = dpo.main(tiny_config(dpo, out=name, base="tiny", **{"n_pairs": n, "n_eval": 4, "n_samples": 4, **changes}))
+    log, plain = log_of(finished_run / name / "dpo"), log_of(whole_run[0] / "dpo")
     assert len(log) == 3 * changes.get("rounds", 1) * changes.get("epochs", 1)
     assert math.isfinite(results["score"]) and log[0]["kl_ref"] == 0
-    assert len(list((beside / name / "dpo").glob("pairs_*.json"))) == changes.get("rounds", 1)
+    assert len(list((finished_run / name / "dpo").glob("pairs_*.json"))) == changes.get("rounds", 1)
     moved = {key for key in ("loss", "margin", "grad_norm", "chosen_logprobs", "nll") for step in (0, 2)
              if log[step][key] != pytest.approx(plain[step][key], rel=1e-3, abs=1e-6)}
     assert moved, "changed nothing"
 
 
-def test_masking_the_shared_prefix_alone_changes_nothing_and_says_so(beside, capsys):
+def test_masking_the_shared_prefix_alone_changes_nothing_and_says_so(finished_run, capsys):
     small = dict(base="tiny", n_pairs=48, n_eval=4, n_samples=4)
-    dpo.main(tiny(dpo, out="prefix", mask_shared_prefix=True, **small))
+    dpo.main(tiny_config(dpo, out="prefix", mask_shared_prefix=True, **small))
     assert "--mask_shared_prefix changes nothing without --length_normalise" in capsys.readouterr().out
-    dpo.main(tiny(dpo, out="no_prefix", **small))
-    margins = [[line["margin"] for line in log_of(beside / run / "dpo")] for run in ("prefix", "no_prefix")]
+    dpo.main(tiny_config(dpo, out="no_prefix", **small))
+    margins = [[line["margin"] for line in log_of(finished_run / run / "dpo")] for run in ("prefix", "no_prefix")]
     assert margins[0] == pytest.approx(margins[1], abs=1e-4)
 
 
@@ -6743,26 +4262,26 @@ def test_masking_the_shared_prefix_alone_changes_nothing_and_says_so(beside, cap
     (dict(n_pairs=20, rounds=2), "less than one batch of 16 pairs"),
     (dict(n_pairs=5000), "asks for 5000 of the annotators' comparisons, .*reward_model has 960"),
     (dict(n_eval=500), "500 held-out prompts are asked for .*, there are 197")])
-def test_dpo_refuses_what_cannot_be(changes, message, beside):
+def test_dpo_refuses_what_cannot_be(changes, message, finished_run):
     with pytest.raises(Stopped, match=message):
-        dpo.main(tiny(dpo, out="refused", base="tiny", **changes))
-    assert not (beside / "refused").exists()
+        dpo.main(tiny_config(dpo, out="refused", base="tiny", **changes))
+    assert not (finished_run / "refused").exists()
 
 
-def test_pairs_of_identical_responses_are_left_out_and_counted(beside, monkeypatch, capsys):
+def test_pairs_of_identical_responses_are_left_out_and_counted(finished_run, monkeypatch, capsys):
     original = dpo.pairs_of_rankings
 
     def doubled(*args):
         return [{**pair, "rejected_ids": pair["chosen_ids"]} if i % 3 == 0 else pair for i, pair in enumerate(original(*args))]
     monkeypatch.setattr(dpo, "pairs_of_rankings", doubled)
-    dpo.main(tiny(dpo, out="identical", base="tiny", n_pairs=48, n_eval=4, n_samples=4))
+    dpo.main(tiny_config(dpo, out="identical", base="tiny", n_pairs=48, n_eval=4, n_samples=4))
     assert "round 0: 32 pairs, 16 more were of identical responses" in capsys.readouterr().out
-    assert len(files.read_json(beside / "identical" / "dpo" / "pairs_0.json")) == 32
+    assert len(files.read_json(finished_run / "identical" / "dpo" / "pairs_0.json")) == 32
 
 
-def test_nll_keeps_the_chosen_responses_likely(beside):
-    chosen = [log_of(beside / name / "dpo")[-1]["nll"] for name in ("nll0.0", "nll3.0") if dpo.main(
-        tiny(dpo, out=name, base="tiny", nll_coef=float(name[3:]), n_eval=4, n_samples=4))]
+def test_nll_keeps_the_chosen_responses_likely(finished_run):
+    chosen = [log_of(finished_run / name / "dpo")[-1]["nll"] for name in ("nll0.0", "nll3.0") if dpo.main(
+        tiny_config(dpo, out=name, base="tiny", nll_coef=float(name[3:]), n_eval=4, n_samples=4))]
     assert chosen[1] < chosen[0]
 
 
@@ -6770,8 +4289,8 @@ def test_nll_keeps_the_chosen_responses_likely(beside):
 def evaluated(whole_run):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(whole_run[0].parent.parent)
-        ppo.main(tiny(ppo, out="fixed", base="tiny", kl_control="fixed", beta=0.5, n_eval=4, n_samples=4))
-        return evaluate.main(tiny(evaluate, runs="tiny,fixed", overoptimise=True)), whole_run[0] / "evaluate"
+        ppo.main(tiny_config(ppo, out="fixed", base="tiny", kl_control="fixed", beta=0.5, n_eval=4, n_samples=4))
+        return evaluate.main(tiny_config(evaluate, runs="tiny,fixed", overoptimise=True)), whole_run[0] / "evaluate"
 
 
 def test_evaluate_finds_every_policy_and_reports_where_it_landed(evaluated):
@@ -6797,13 +4316,13 @@ def test_evaluate_finds_every_policy_and_reports_where_it_landed(evaluated):
     json.dumps(results, allow_nan=False)
 
 
-def test_samples_carry_the_densities_scores_and_texts_of_the_policies_that_wrote_them(whole_run, beside):
-    reference, tokenizer = sft.load_policy(beside / "tiny" / "sft", "cpu")
-    actor, _ = sft.load_policy(beside / "tiny" / "ppo", "cpu")
-    scorer = reward_model.load_reward_model(beside / "tiny" / "reward_model", reference, tokenizer, "cpu")
-    reward, prompts = reward_of(scorer, tiny(ppo)), asked(tokenizer, 3)
-    samples = frontier.collect({"SFT": reference, "PPO": actor}, reward, tokenizer, prompts, [4, 2],
-                               tiny(ppo, temperature=0.8, seed=9))
+def test_samples_carry_the_densities_scores_and_texts_of_the_policies_that_wrote_them(whole_run, finished_run):
+    reference, tokenizer = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
+    actor, _ = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
+    scorer = reward_model.load_reward_model(finished_run / "tiny" / "reward_model", reference, tokenizer, "cpu")
+    reward, prompts = reward_of(scorer, tiny_config(ppo)), held_out_prompts(tokenizer, 3)
+    samples = compare.collect({"SFT": reference, "PPO": actor}, reward, tokenizer, prompts, [4, 2],
+                               tiny_config(ppo, temperature=0.8, seed=9))
     assert samples.columns("SFT") == slice(0, 4) and samples.columns("PPO") == slice(4, 6)
     for k, policy in enumerate((reference, actor)):                            # sampled again, one policy at a time
         n, at = samples.counts[k], samples.columns(samples.names[k])
@@ -6820,43 +4339,43 @@ def test_samples_carry_the_densities_scores_and_texts_of_the_policies_that_wrote
         close(samples.lengths, mask.sum(1))
         close(samples.finished, finished)
         asking = [tokenizer.decode(p) for p in ids]
-        texts = [data.decode_response(tokenizer, y) for y in data.responses_of(tokens, mask)]
+        texts = [tokenizers.decode_response(tokenizer, y) for y in data.responses_of(tokens, mask)]
         close(samples.gold, torch.tensor([reviews.gold(p, *t) for p, t in zip(asking, texts)]))
         close(samples.grammatical, torch.tensor([reviews.grammatical(p, *t) for p, t in zip(asking, texts)]))
         assert [t for row in samples.texts for t in row[at]] == [t for t, _ in texts]
         assert samples.asked == asking[::n]
 
 
-def test_no_batch_of_samples_repeats_another(whole_run, beside):
-    reference, tokenizer = sft.load_policy(beside / "tiny" / "sft", "cpu")
-    samples = frontier.collect({"SFT": reference}, lambda inputs, targets, mask, finished: mask.sum(1), tokenizer,
-                               asked(tokenizer, 1), [1100], tiny(ppo, max_new_tokens=4, seed=9))
+def test_no_batch_of_samples_repeats_another(whole_run, finished_run):
+    reference, tokenizer = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
+    samples = compare.collect({"SFT": reference}, lambda inputs, targets, mask, finished: mask.sum(1), tokenizer,
+                               held_out_prompts(tokenizer, 1), [1100], tiny_config(ppo, max_new_tokens=4, seed=9))
     assert samples.texts[0][1024:] != samples.texts[0][:76]    # they are sampled 1024 at a time
 
 
-def test_evaluate_leaves_out_what_started_elsewhere_and_refuses_runs_that_are_not_there(beside, capsys):
-    sft.main(tiny(sft, out="elsewhere", steps=5))
-    ppo.main(tiny(ppo, out="elsewhere", base="tiny", steps=1, n_eval=4, n_samples=4))
+def test_evaluate_leaves_out_what_started_elsewhere_and_refuses_runs_that_are_not_there(finished_run, capsys):
+    sft.main(tiny_config(sft, out="elsewhere", steps=5))
+    ppo.main(tiny_config(ppo, out="elsewhere", base="tiny", steps=1, n_eval=4, n_samples=4))
     small = dict(n_eval=2, n_reference=8, n_samples=4)
-    results = evaluate.main(tiny(evaluate, out="tiny", runs="tiny,elsewhere", **small))
+    results = evaluate.main(tiny_config(evaluate, out="tiny", runs="tiny,elsewhere", **small))
     assert "leaving out elsewhere/ppo: it started from a different SFT policy" in capsys.readouterr().out
     assert list(results) == ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
     assert "overoptimisation" not in results                   # and a second time replaced the first
-    shutil.copytree(beside / "tiny" / "ppo", beside / "tiny" / "ppo.old")      # an interrupted --overwrite's
-    shutil.copytree(beside / "tiny" / "sft", beside / "tiny" / "sft.old")
-    assert list(evaluate.main(tiny(evaluate, runs="tiny", **small))) == ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
+    shutil.copytree(finished_run / "tiny" / "ppo", finished_run / "tiny" / "ppo.old")      # an interrupted --overwrite's
+    shutil.copytree(finished_run / "tiny" / "sft", finished_run / "tiny" / "sft.old")
+    assert list(evaluate.main(tiny_config(evaluate, runs="tiny", **small))) == ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
     for changes, message in ((dict(n_reference=1), "--n_reference got 1"), (dict(max_new_tokens=70), "lower --max_new_tokens to")):
         with pytest.raises(Stopped, match=message):
-            evaluate.main(tiny(evaluate, runs="tiny", **{**small, **changes}))
+            evaluate.main(tiny_config(evaluate, runs="tiny", **{**small, **changes}))
     with pytest.raises(Stopped, match="--runs names nowhere, but out/nowhere has no finished stage"):
-        evaluate.main(tiny(evaluate, runs="nowhere"))
+        evaluate.main(tiny_config(evaluate, runs="nowhere"))
 
 
-def test_evaluate_without_any_policy_shows_the_limit_alone(beside, tmp_path, monkeypatch):
+def test_evaluate_without_any_policy_shows_the_limit_alone(finished_run, tmp_path, monkeypatch):
     for stage in ("sft", "reward_model"):
-        shutil.copytree(beside / "tiny" / stage, tmp_path / "out" / "tiny" / stage)
+        shutil.copytree(finished_run / "tiny" / stage, tmp_path / "out" / "tiny" / stage)
     monkeypatch.chdir(tmp_path)
-    assert list(evaluate.main(tiny(evaluate, n_eval=2, n_reference=8))) == ["SFT"]
+    assert list(evaluate.main(tiny_config(evaluate, n_eval=2, n_reference=8))) == ["SFT"]
 
 
 # ---- grpo.py and policy_gradient.py, end to end
@@ -6869,23 +4388,23 @@ def test_grpo_raises_the_score_and_starts_where_it_should(whole_run):
 
 
 @pytest.mark.parametrize("kl_in", ["reward", "loss"])
-def test_a_grpo_update_wires_groups_rewards_and_weights_together(kl_in, beside, monkeypatch):
+def test_a_grpo_update_wires_groups_rewards_and_weights_together(kl_in, finished_run, monkeypatch):
     """One run of two updates, the calls of the maths compared with the definitions."""
     calls, recorded_losses = {}, []
-    for owner, name in ((ppo, "roll_out"), (scoring.Reward, "__call__"), (ppo, "score_rollout"), (grpo, "token_logprobs"),
+    for owner, name in ((ppo, "roll_out"), (reward_py.Reward, "__call__"), (ppo, "score_rollout"), (grpo, "token_logprobs"),
                         (grpo, "group_advantages"), (grpo, "token_weights"), (grpo, "grpo_loss"), (ppo, "kl_estimate"),
-                        (experiment.Run, "must_be_finite")):
+                        (runs.Run, "must_be_finite")):
         def recorded(*args, original=getattr(owner, name), name=name, **kwargs):
             if name == "must_be_finite":
                 recorded_losses.append(kwargs.get("loss"))
             calls.setdefault(name, []).append((args, original(*args, **kwargs)))
             return calls[name][-1][1]
         monkeypatch.setattr(owner, name, recorded)
-    grpo.main(tiny(grpo, out=f"wired_{kl_in}", base="tiny", steps=4, batch_size=12, minibatch_size=12, group_size=3,
+    grpo.main(tiny_config(grpo, out=f"wired_{kl_in}", base="tiny", steps=4, batch_size=12, minibatch_size=12, group_size=3,
                    n_eval=4, n_samples=4, kl_in=kl_in, beta=0.4, advantage="rloo", normalise="fixed", clip_eps=0.1,
                    clip_eps_high=0.3))
     losses = [loss for loss in recorded_losses if loss is not None]
-    reference, tokenizer = sft.load_policy(beside / "tiny" / "sft", "cpu")
+    reference, tokenizer = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
     for update in range(2):
         inputs, targets, mask, _ = calls["roll_out"][update][1]
         prompts, _ = data.texts_of(tokenizer, inputs, targets, mask)
@@ -6914,10 +4433,10 @@ def test_a_grpo_update_wires_groups_rewards_and_weights_together(kl_in, beside, 
         kl_old = [args for args, _ in calls["kl_estimate"] if len(args) == 3 and args[0] is not logprobs
                   and torch.equal(args[0], old_logprobs[rows])]
         assert len(kl_old) == 1 and not torch.equal(kl_old[0][1], kl_old[0][0])        # KL(old, new), not the reverse
-        line = log_of(beside / f"wired_{kl_in}" / "grpo")[update]
+        line = log_of(finished_run / f"wired_{kl_in}" / "grpo")[update]
         assert line["group_std"] == pytest.approx(rewards.view(-1, 3).std(dim=1).mean().item(), rel=1e-5)
         assert line["equal_groups"] == sum(len(set(group.tolist())) == 1 for group in scores.view(-1, 3)) / 4
-    saved, line = files.load_checkpoint(beside / f"wired_{kl_in}" / "grpo"), log_of(beside / f"wired_{kl_in}" / "grpo")[-1]
+    saved, line = files.load_checkpoint(finished_run / f"wired_{kl_in}" / "grpo"), log_of(finished_run / f"wired_{kl_in}" / "grpo")[-1]
     assert saved["optimizer"]["param_groups"][0]["lr"] == pytest.approx(line["lr"]) and line["lr"] < 1.5e-3
 
 
@@ -6925,7 +4444,7 @@ def test_a_grpo_update_wires_groups_rewards_and_weights_together(kl_in, beside, 
 def two_grpo_updates(whole_run):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(whole_run[0].parent.parent)
-        grpo.main(tiny(grpo, out="default", base="tiny", steps=2, n_eval=4, n_samples=4))
+        grpo.main(tiny_config(grpo, out="default", base="tiny", steps=2, n_eval=4, n_samples=4))
     return log_of(whole_run[0].parent / "default" / "grpo")
 
 
@@ -6939,17 +4458,17 @@ def two_grpo_updates(whole_run):
     (dict(batch_size=1, minibatch_size=1, group_size=1, advantage="reinforce"), 0, "score"),
     (dict(batch_size=6, minibatch_size=2, group_size=3, max_new_tokens=1), 0, "score")],
     ids=lambda c: "-".join(c) if isinstance(c, dict) else "")
-def test_every_option_of_grpo_acts_on_the_quantity_it_names(changes, update, metric, beside, two_grpo_updates, no_pictures):
+def test_every_option_of_grpo_acts_on_the_quantity_it_names(changes, update, metric, finished_run, two_grpo_updates, no_pictures):
     name = "grpo_" + "_".join(f"{k}-{v}" for k, v in changes.items())
-    results = grpo.main(tiny(grpo, out=name, base="tiny", steps=2, n_eval=4, n_samples=4, **changes))
+    results = grpo.main(tiny_config(grpo, out=name, base="tiny", steps=2, n_eval=4, n_samples=4, **changes))
     assert math.isfinite(results["score"]) and math.isfinite(results["kl_ref"])
-    log = log_of(beside / name / "grpo")
+    log = log_of(finished_run / name / "grpo")
     assert log[0]["kl_ref"] == 0
     assert log[update][metric] != pytest.approx(two_grpo_updates[update][metric], rel=1e-4)
 
 
-def test_a_beta_in_the_loss_keeps_the_policy_at_the_reference(beside, no_pictures):
-    kls = [grpo.main(tiny(grpo, out=f"loss{beta}", base="tiny", kl_in="loss", advantage="rloo", beta=beta, n_eval=8,
+def test_a_beta_in_the_loss_keeps_the_policy_at_the_reference(finished_run, no_pictures):
+    kls = [grpo.main(tiny_config(grpo, out=f"loss{beta}", base="tiny", kl_in="loss", advantage="rloo", beta=beta, n_eval=8,
                           n_samples=8))["kl_ref"] for beta in (0.02, 5.0)]
     assert kls[1] < 0.5 * kls[0]
 
@@ -6959,27 +4478,27 @@ def test_a_beta_in_the_loss_keeps_the_policy_at_the_reference(beside, no_picture
     (dict(minibatch_size=64), "--minibatch_size 64 does not divide --batch_size 32: .*; 32 does"),
     (dict(group_size=1), "--group_size 1 has nobody to compare a response with, as --advantage grpo does"),
     (dict(reward="nowhere.py:f"), "but nowhere.py is not there"), (dict(max_new_tokens=70), "lower --max_new_tokens to")])
-def test_grpo_refuses_what_cannot_be(changes, message, beside):
+def test_grpo_refuses_what_cannot_be(changes, message, finished_run):
     with pytest.raises(Stopped, match=message):
-        grpo.main(tiny(grpo, out="refused", base="tiny", **changes))
-    assert not (beside / "refused").exists()
+        grpo.main(tiny_config(grpo, out="refused", base="tiny", **changes))
+    assert not (finished_run / "refused").exists()
 
 
-def test_a_verifiable_reward_is_learned_and_equal_groups_are_counted(beside, capsys):
+def test_a_verifiable_reward_is_learned_and_equal_groups_are_counted(finished_run, capsys):
     """Few of the tiny policy's reviews keep the request, so that most groups are equal; a simpler rule goes up at once"""
-    (beside.parent / "rule.py").write_text(
+    (finished_run.parent / "rule.py").write_text(
         "def short(prompts, responses):\n    return [float(len(r.split()) < 12) for r in responses]\n")
-    results = grpo.main(tiny(grpo, out="rule", base="tiny", reward="rule.py:short", missing_eos_score=0.0,
+    results = grpo.main(tiny_config(grpo, out="rule", base="tiny", reward="rule.py:short", missing_eos_score=0.0,
                              normalise_reward=False))
-    log = log_of(beside / "rule" / "grpo")
+    log = log_of(finished_run / "rule" / "grpo")
     assert results["score"] > results["sft"]["score"] + 0.15
     assert all((line["equal_groups"] * 8) % 1 == 0 and (line["score"] * 32) % 1 == 0 for line in log)
     assert 0 < log[0]["equal_groups"] < 1
     assert any(line["equal_groups"] > 0 < line["kl_ref"] for line in log[1:])  # of scores: the KLs differ all the same
-    results = grpo.main(tiny(grpo, out="request", base="tiny", reward=f"{HERE}/reviews.py:request_kept",
+    results = grpo.main(tiny_config(grpo, out="request", base="tiny", reward=f"{HERE}/reviews.py:request_kept",
                              missing_eos_score=0.0, steps=2, n_eval=4, n_samples=4, normalise_reward=False))
     assert 0 <= results["score"] < 0.3
-    evaluate.main(tiny(evaluate, out="tiny", runs="tiny,rule", n_eval=2, n_reference=8, n_samples=4))
+    evaluate.main(tiny_config(evaluate, out="tiny", runs="tiny,rule", n_eval=2, n_reference=8, n_samples=4))
     assert "leaving out rule/grpo: it was trained for a different reward" in capsys.readouterr().out
 
 
@@ -7017,25 +4536,25 @@ def test_the_ladder_starts_every_rung_from_the_same_place(whole_run):
         assert r["objective"] == pytest.approx(r["score"] - 0.25 * r["kl_ref"])
 
 
-def test_a_rung_alone_is_the_rung_in_the_ladder(beside):
+def test_a_rung_alone_is_the_rung_in_the_ladder(finished_run):
     """So nothing of the rungs before it is left: weights, critic, optimizers, coefficient, random numbers."""
-    policy_gradient.main(tiny(policy_gradient, out="alone", base="tiny", rung="kl_penalty"))
+    policy_gradient.main(tiny_config(policy_gradient, out="alone", base="tiny", rung="kl_penalty"))
     timed = re.compile("_seconds$|_per_second$|^step$")
     alone, ladder = ([{k: v for k, v in line.items() if not timed.search(k)} for line in log_of(
-        beside / run / "policy_gradient") if line["rung"] == "kl_penalty"] for run in ("alone", "ladder"))
+        finished_run / run / "policy_gradient") if line["rung"] == "kl_penalty"] for run in ("alone", "ladder"))
     assert alone == ladder
 
 
 @pytest.mark.parametrize("rung", policy_gradient.LADDER)
-def test_every_rung_climbs_on_the_samples_it_is_given(rung, beside, whole_run):
+def test_every_rung_climbs_on_the_samples_it_is_given(rung, finished_run, whole_run):
     """At a temperature that is not 1: the loss falls by so many gradient steps, or by one within its KL"""
-    reference, tokenizer = sft.load_policy(beside / "tiny" / "sft", "cpu")
-    scorer = reward_model.load_reward_model(beside / "tiny" / "reward_model", reference, tokenizer, "cpu")
-    cfg = tiny(policy_gradient, temperature=0.7, batch_size=32, minibatch_size=8)
+    reference, tokenizer = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
+    scorer = reward_model.load_reward_model(finished_run / "tiny" / "reward_model", reference, tokenizer, "cpu")
+    cfg = tiny_config(policy_gradient, temperature=0.7, batch_size=32, minibatch_size=8)
     reward = reward_of(scorer, cfg)
     critic = ScalarGPT(scorer.config, init_from=scorer).eval()                 # one with something to say
-    actor, _ = sft.load_policy(beside / "tiny" / "sft", "cpu")
-    roll = policy_gradient.roll_out(actor, critic, reference, reward, tokenizer, asked(tokenizer, 32, 1), cfg, seeded())
+    actor, _ = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
+    roll = policy_gradient.roll_out(actor, critic, reference, reward, tokenizer, held_out_prompts(tokenizer, 32, 1), cfg, seeded())
     torch.testing.assert_close(policy_gradient.logprobs_of(actor, roll, cfg).detach(), roll["old_logprobs"])
     loss_of = lambda: policy_gradient.rung_loss(rung, policy_gradient.logprobs_of(actor, roll, cfg), roll, cfg, 0.1).item()
     before, order, start = loss_of(), torch.arange(32), copy.deepcopy(actor)
@@ -7057,13 +4576,13 @@ def test_every_rung_climbs_on_the_samples_it_is_given(rung, beside, whole_run):
                                      dict(rung="trpo", max_kl=1e-4), dict(rung="gae", lam=0.0, batch_size=1, minibatch_size=1,
                                                                           fisher_rows=1), dict(rung="gae", beta=0.0)],
                          ids=lambda c: "-".join(map(str, c.values())))
-def test_one_rung_runs_by_itself_and_its_options_act(changes, beside, whole_run, monkeypatch):
+def test_one_rung_runs_by_itself_and_its_options_act(changes, finished_run, whole_run, monkeypatch):
     bounds, step = [], policy_gradient.trpo_step
     monkeypatch.setattr(policy_gradient, "trpo_step", lambda *args: bounds.append(args[3]) or step(*args))
     name, rung = "rung_" + "_".join(f"{k}-{v}" for k, v in changes.items()), changes["rung"]
-    results = policy_gradient.main(tiny(policy_gradient, out=name, base="tiny", **changes))
-    log = log_of(beside / name / "policy_gradient")
-    plain = [line for line in log_of(beside / "ladder" / "policy_gradient") if line["rung"] == rung]
+    results = policy_gradient.main(tiny_config(policy_gradient, out=name, base="tiny", **changes))
+    log = log_of(finished_run / name / "policy_gradient")
+    plain = [line for line in log_of(finished_run / "ladder" / "policy_gradient") if line["rung"] == rung]
     assert list(results) == ["SFT", rung] and math.isfinite(results[rung]["score"])
     assert log[2]["score"] != plain[2]["score"] or log[2]["objective"] != plain[2]["objective"]
     if rung == "trpo":
@@ -7073,69 +4592,29 @@ def test_one_rung_runs_by_itself_and_its_options_act(changes, beside, whole_run,
         assert [line["kl_penalty_coef"] for line in log] == [1, 0.5, 0.25, 0.125]
 
 
-def test_every_rung_of_a_ladder_is_evaluated(beside):
+def test_every_rung_of_a_ladder_is_evaluated(finished_run):
     small = dict(out="rungs", base="tiny", n_eval=2, n_reference=8, n_samples=4)
-    assert list(evaluate.main(tiny(evaluate, runs="ladder,tiny/dpo", **small))) == ["SFT", "tiny/dpo"]
-    results = evaluate.main(tiny(evaluate, runs="ladder/policy_gradient", **small))
+    assert list(evaluate.main(tiny_config(evaluate, runs="ladder,tiny/dpo", **small))) == ["SFT", "tiny/dpo"]
+    results = evaluate.main(tiny_config(evaluate, runs="ladder/policy_gradient", **small))
     assert list(results) == ["SFT", *(f"ladder/policy_gradient/{rung}" for rung in policy_gradient.LADDER)]
-    weights = files.load_checkpoint(beside / "ladder" / "policy_gradient")["policy_kl_penalty"]
-    policy, _ = sft.load_policy(beside / "ladder" / "policy_gradient", "cpu", "policy_kl_penalty")
+    weights = files.load_checkpoint(finished_run / "ladder" / "policy_gradient")["policy_kl_penalty"]
+    policy, _ = sft.load_policy(finished_run / "ladder" / "policy_gradient", "cpu", "policy_kl_penalty")
     assert torch.equal(policy.transformer.wte.weight, weights["transformer.wte.weight"])
     with pytest.raises(Stopped, match="holds no policy but"):
-        sft.load_policy(beside / "ladder" / "policy_gradient", "cpu")
+        sft.load_policy(finished_run / "ladder" / "policy_gradient", "cpu")
 
 
 @pytest.mark.parametrize("changes, message", [
     (dict(minibatch_size=12), "--minibatch_size 12 does not divide --batch_size 16: .*; 8 does"),
     (dict(fisher_rows=17), "--fisher_rows 17 is more than --batch_size 16"),
     (dict(variance_rows=8), "--batch_size 16 is not a multiple of 4 times --variance_rows 8")])
-def test_the_ladder_refuses_what_cannot_be(changes, message, beside):
+def test_the_ladder_refuses_what_cannot_be(changes, message, finished_run):
     with pytest.raises(Stopped, match=message):
-        policy_gradient.main(tiny(policy_gradient, out="refused", base="tiny", **changes))
+        policy_gradient.main(tiny_config(policy_gradient, out="refused", base="tiny", **changes))
 
 
-# ---- Models, data and rewards of one's own, end to end
-
-@pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    """
-    A folder with what a user brings: gpt2, a model and its tokenizer as transformers saves them, pairs.jsonl,
-    story.txt; and a run `own` of every stage on them, LoRA at rank 2 in all -> folder, what ppo said of itself
-    """
-    from transformers import GPT2Config, GPT2LMHeadModel
-    home = tmp_path_factory.mktemp("own")
-    rows = [comparison(i) for i in range(160)]
-    tokenizer = data.train_tokenizer([row["chosen"] for row in rows], 400)
-    torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(vocab_size=tokenizer.n_vocab, n_positions=96, n_layer=1, n_head=2, n_embd=32,
-                               bos_token_id=tokenizer.eot_token, eos_token_id=tokenizer.eot_token)).save_pretrained(home / "gpt2")
-    data.export_tokenizer(tokenizer, home / "gpt2")
-    write_rows(home / "pairs.jsonl", rows)
-    (home / "story.txt").write_text("".join(f"Number {i} is good, says the story.\n" for i in range(400)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(home)
-        patch.setattr(experiment, "curves", lambda folder, title, panels: folder / "curves.png")
-        sft.main(mine(sft, init="gpt2", steps=30, n_texts=None, n_eval=10, batch_size=8, lora_rank=0))
-        reward_model.main(mine(reward_model, n_prompts=None, n_held_out=15))
-        results = ppo.main(mine(ppo, ptx_coef=0.5, ptx_data="story.txt", ema=0.8, n_eval=4, n_samples=4, steps=4))
-        dpo.main(mine(dpo, n_pairs=100, n_eval=4, n_samples=4))
-        grpo.main(mine(grpo, n_eval=4, n_samples=4, steps=3))
-    return home, results
-
-
-def mine(script, **changes):
-    return tiny(script, **{**dict(out="own", data="pairs.jsonl", max_prompt_tokens=40, max_new_tokens=12, lora_rank=2), **changes})
-
-
-@pytest.fixture
-def among(own, monkeypatch, no_pictures):
-    """Work in that folder -> out/"""
-    monkeypatch.chdir(own[0])
-    return own[0] / "out"
-
-
-def test_every_stage_runs_on_weights_and_data_of_ones_own_with_lora(own):
-    home, results = own
+def test_every_stage_runs_on_weights_and_data_of_ones_own_with_lora(user_run):
+    home, results = user_run
     log = log_of(home / "out" / "own" / "ppo")
     assert log[0]["kl_ref"] == 0 == log[0]["kl_ref_k3"] and log[-1]["kl_ref"] != 0      # the shared reference: exactly 0
     assert all("gold" not in line for stage in ("ppo", "dpo", "grpo") for line in log_of(home / "out" / "own" / stage))
@@ -7147,96 +4626,60 @@ def test_every_stage_runs_on_weights_and_data_of_ones_own_with_lora(own):
     assert untrained < 0.8 * math.log(400)
 
 
-def test_lora_trains_the_change_alone_and_the_next_stage_gets_it_merged(own, among):
-    saved, start = (files.load_checkpoint(among / "own" / stage) for stage in ("ppo", "sft"))
+def test_lora_trains_the_change_alone_and_the_next_stage_gets_it_merged(user_run, user_folder):
+    saved, start = (files.load_checkpoint(user_folder / "own" / stage) for stage in ("ppo", "sft"))
     for name, weight in start["policy"].items():                               # the base has not moved,
         assert torch.equal(saved["policy"][name], weight), name
     assert all(w.any() for name, w in saved["policy"].items() if name.endswith("lora_b"))   # the change has
     assert not any("lora" in name for name in start["policy"]) and saved["critic"]["head.weight"].any()
-    merged, _ = sft.load_policy(among / "own" / "ppo", "cpu")
+    merged, _ = sft.load_policy(user_folder / "own" / "ppo", "cpu")
     unmerged = model.add_lora(GPT(merged.config), 2).eval()
     unmerged.load_state_dict(saved["policy"])
     ids = torch.randint(300, (4, 50), generator=seeded())
     torch.testing.assert_close(merged(ids), unmerged(ids), atol=1e-5, rtol=1e-5)
-    assert (merged(ids) - sft.load_policy(among / "own" / "sft", "cpu")[0](ids)).abs().max() > 1e-4
-    tokenizer = data.load_tokenizer(among / "own" / "sft")
-    rm_saved = files.load_checkpoint(among / "own" / "reward_model")
-    scorer = reward_model.load_reward_model(among / "own" / "reward_model", sft.load_policy(among / "own" / "sft", "cpu")[0], tokenizer, "cpu")
+    assert (merged(ids) - sft.load_policy(user_folder / "own" / "sft", "cpu")[0](ids)).abs().max() > 1e-4
+    tokenizer = tokenizers.load_tokenizer(user_folder / "own" / "sft")
+    rm_saved = files.load_checkpoint(user_folder / "own" / "reward_model")
+    scorer = reward_model.load_reward_model(user_folder / "own" / "reward_model", sft.load_policy(user_folder / "own" / "sft", "cpu")[0], tokenizer, "cpu")
     assert any("lora" in name for name in rm_saved["reward_model"]) and not any("lora" in name for name in scorer.state_dict())
     # a policy that LoRA made is the SFT policy of another run: merged, and the reference of what comes next
-    shutil.copytree(among / "own" / "ppo", among / "again" / "sft", dirs_exist_ok=True)
-    config = files.read_json(among / "own" / "sft" / "config.json") | {"out": "again"}
-    (among / "again" / "sft" / "config.json").write_text(json.dumps(config))
-    ppo.main(mine(ppo, out="again", reward="word.py:exclaims" if (among.parent / "word.py").write_text(
+    shutil.copytree(user_folder / "own" / "ppo", user_folder / "again" / "sft", dirs_exist_ok=True)
+    config = files.read_json(user_folder / "own" / "sft" / "config.json") | {"out": "again"}
+    (user_folder / "again" / "sft" / "config.json").write_text(json.dumps(config))
+    ppo.main(user_config(ppo, out="again", reward="word.py:exclaims" if (user_folder.parent / "word.py").write_text(
         "def exclaims(prompts, responses):\n    return [r.count('!') + len(r) / 9 for r in responses]\n") else "", steps=1, n_eval=4, n_samples=4))
-    assert log_of(among / "again" / "ppo")[0]["kl_ref"] == 0
+    assert log_of(user_folder / "again" / "ppo")[0]["kl_ref"] == 0
 
 
-@pytest.mark.parametrize("script, changes, at", [
-    (sft, dict(init="gpt2", steps=30, n_texts=None, n_eval=10, batch_size=8, lora_rank=0), 23),
-    (reward_model, dict(n_prompts=None, n_held_out=15), 14), (dpo, dict(n_pairs=100, n_eval=4, n_samples=4), 4),
-    (ppo, dict(ptx_coef=0.5, ptx_data="story.txt", ema=0.8, n_eval=4, n_samples=4, steps=4), 2),
-    (ppo, dict(reward="exact.py:exact", accumulation=2, dtype="bfloat16", n_eval=4, n_samples=4, steps=4), 2)],
-    ids=lambda x: getattr(x, "__name__", ""))
-def test_a_stage_on_data_of_ones_own_resumes_to_the_same_bits(script, changes, at, among, monkeypatch):
-    """With LoRA, texts beside, an average, a normalised reward; as a crash between two checkpoints leaves it"""
-    (among.parent / "exact.py").write_text("def exact(prompts, responses):\n    return [len(r) % 7 for r in responses]\n")
-    stage, base = script.__name__, "" if script is sft else "own"
-    whole, name = f"whole_{stage}", f"again_{stage}"
-    for run in (whole, name):
-        shutil.rmtree(among / run, ignore_errors=True)
-    script.main(mine(script, out=whole, base=base, save_every=2, **changes))
-    with crash_at(at, monkeypatch):
-        script.main(mine(script, out=name, base=base, save_every=2, **changes))
-    script.main(mine(script, out=name, base=base, save_every=2, resume=True, **changes))
-    ours, theirs = (files.load_checkpoint(among / run / stage) for run in (name, whole))
-    assert ours.pop("config")["out"] == name and theirs.pop("config")["out"] == whole
-    assert_same_bits(ours, theirs)
-    assert [line.get("loss", line.get("score")) for line in log_of(among / name / stage)] == [
-        line.get("loss", line.get("score")) for line in log_of(among / whole / stage)]
-
-
-def test_lora_on_fresh_weights_and_on_the_ladder_is_refused(among):
+def test_lora_on_fresh_weights_and_on_the_ladder_is_refused(user_folder):
     with pytest.raises(Stopped, match="fresh ones need all of themselves. Give --init"):
-        sft.main(tiny(sft, out="fresh", lora_rank=2))
+        sft.main(tiny_config(sft, out="fresh", lora_rank=2))
     with pytest.raises(Stopped, match="the ladder compares gradients of all weights"):
-        policy_gradient.main(mine(policy_gradient))
+        policy_gradient.main(user_config(policy_gradient))
 
 
 @pytest.mark.parametrize("stage, kind", [("sft", "AutoModelForCausalLM"), ("ppo", "AutoModelForCausalLM"), ("dpo", "AutoModelForCausalLM"),
                                          ("grpo", "AutoModelForCausalLM"), ("reward_model", "AutoModelForSequenceClassification")])
-def test_every_stage_is_exported_for_transformers_with_its_tokenizer(stage, kind, among, tmp_path):
+def test_every_stage_is_exported_for_transformers_with_its_tokenizer(stage, kind, user_folder, tmp_path):
     import transformers
-    (reward_model if stage == "reward_model" else sft).export(among / "own" / stage, str(tmp_path / "exported"))
+    (reward_model if stage == "reward_model" else sft).export(user_folder / "own" / stage, str(tmp_path / "exported"))
     theirs = getattr(transformers, kind).from_pretrained(tmp_path / "exported").eval()
     its = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
-    policy, tokenizer = sft.load_policy(among / "own" / ("sft" if stage == "reward_model" else stage), "cpu")
-    prompt, response = corpus.read_record(comparison(7))[0], " Number 7 is good!"
-    ids = its(prompt + response + data.EOS, return_tensors="pt")["input_ids"]
+    policy, tokenizer = sft.load_policy(user_folder / "own" / ("sft" if stage == "reward_model" else stage), "cpu")
+    prompt, response = forms.read_record(comparison(7))[0], " Number 7 is good!"
+    ids = its(prompt + response + tokenizers.EOS, return_tensors="pt")["input_ids"]
     assert ids[0].tolist() == tokenizer.encode_ordinary(prompt + response) + [tokenizer.eot_token]
     if stage == "reward_model":
-        ours = reward_model.load_reward_model(among / "own" / stage, policy, tokenizer, "cpu")
+        ours = reward_model.load_reward_model(user_folder / "own" / stage, policy, tokenizer, "cpu")
         batch = data.collate([tokenizer.encode_ordinary(prompt)], [tokenizer.encode_ordinary(response) + [tokenizer.eot_token]])
         torch.testing.assert_close(theirs(ids).logits[0], sequence_scores(ours, *batch), atol=1e-4, rtol=0)
     else:
         torch.testing.assert_close(theirs(ids).logits, policy(ids), atol=1e-4, rtol=1e-4)
         assert GPT.from_pretrained(tmp_path / "exported").config.vocab_size == tokenizer.n_vocab       # and back again
     if stage == "ppo":
-        averaged, _ = sft.load_policy(among / "own" / stage, "cpu", "policy_ema")
+        averaged, _ = sft.load_policy(user_folder / "own" / stage, "cpu", "policy_ema")
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported-ema").eval()
         torch.testing.assert_close(theirs(ids).logits, averaged(ids), atol=1e-4, rtol=1e-4)
-
-
-def test_export_is_a_flag_that_works_on_a_finished_stage_and_never_overwrites(own):
-    command = [sys.executable, str(HERE / "sft.py"), "--config", "tiny", "--out", "own", "--data", "pairs.jsonl", "--init", "gpt2",
-               "--steps", "30", "--n_texts", "none", "--n_eval", "10", "--batch_size", "8", "--max_prompt_tokens", "40",
-               "--max_new_tokens", "12", "--export", "there"]
-    first, second = (subprocess.run(command, cwd=own[0], capture_output=True, text=True) for _ in range(2))
-    assert first.returncode == 0 and "exported    there" in first.stdout, first.stderr
-    assert (own[0] / "there" / "model.safetensors").is_file()
-    assert second.returncode != 0 and "--export there already exists and is not empty; give a new folder" in second.stderr
-    done = subprocess.run([sys.executable, str(HERE / "evaluate.py"), "--lora_rank", "2"], cwd=own[0], capture_output=True, text=True)
-    assert "this one trains nothing" in done.stderr
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -7248,184 +4691,121 @@ def test_export_is_a_flag_that_works_on_a_finished_stage_and_never_overwrites(ow
     (dict(batch_size=500, n_texts=None), "there are .* texts to train on, less than one batch; lower --batch_size 500"),
     (dict(block_size=45), "prompts of up to 40 tokens and --max_new_tokens 12 exceed the model's block_size 45"),
     (dict(init="gpt2", max_prompt_tokens=90), "block_size 102 is longer than the 96 positions")])
-def test_weights_and_tokenizers_that_do_not_fit_are_refused(changes, message, among, monkeypatch):
+def test_weights_and_tokenizers_that_do_not_fit_are_refused(changes, message, user_folder, monkeypatch):
     import huggingface_hub
 
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
-    if not (among.parent / "other").exists():
-        data.export_tokenizer(data.train_tokenizer([p + r for p, r in zip(*reviews.sample(200))], 600), among.parent / "other")
+    if not (user_folder.parent / "other").exists():
+        tokenizers.export_tokenizer(tokenizers.train_tokenizer([p + r for p, r in zip(*reviews.sample(200))], 600), user_folder.parent / "other")
     with pytest.raises(Stopped, match=message):
-        sft.main(mine(sft, **{**dict(out="refused", lora_rank=0), **changes}))
-    assert not (among / "refused").exists()
+        sft.main(user_config(sft, **{**dict(out="refused", lora_rank=0), **changes}))
+    assert not (user_folder / "refused").exists()
 
 
-def test_weights_and_tokenizers_come_from_the_hub_by_name(among, monkeypatch):
+def test_weights_and_tokenizers_come_from_the_hub_by_name(user_folder, monkeypatch):
     import huggingface_hub
-    fetched, here = [], ["gpt2", "as_bin"]
+    fetched, copies = [], ["gpt2", "as_bin"]
 
     def fetch(name, allow_patterns):
         fetched.append((name, allow_patterns))
-        return here[0]
+        return copies[0]
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    theirs = data.gpt2_tokenizer("someone/gpt")
-    assert data.fingerprint(theirs) == data.fingerprint(data.load_tokenizer(among / "own" / "sft"))
+    theirs = tokenizers.gpt2_tokenizer("someone/gpt")
+    assert tokenizers.tokenizer_id(theirs) == tokenizers.tokenizer_id(tokenizers.load_tokenizer(user_folder / "own" / "sft"))
     GPT.from_pretrained("someone/gpt")
     assert fetched == [("someone/gpt", ["*.json", "merges.txt"]),
                        ("someone/gpt", ["*.json", "model*.safetensors"])]
     shutil.copytree("gpt2", "as_bin", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(load_file("gpt2/model.safetensors"), "as_bin/pytorch_model.bin")
-    here.pop(0)
+    copies.pop(0)
     GPT.from_pretrained("someone/older")                 # which has no safetensors
     assert fetched[-1] == ("someone/older", ["*.json", "pytorch_model*.bin"])
 
 
-def test_stages_start_from_a_checkpoint_of_nanogpt_and_a_tokenizer_of_ones_own(among, monkeypatch):
+def test_stages_start_from_a_checkpoint_of_nanogpt_and_a_tokenizer_of_ones_own(user_folder, monkeypatch):
     """GPT-2's by default; characters are refused, since nanoGPT lists them in a pickle"""
-    (among.parent / "nano").mkdir(exist_ok=True)
+    (user_folder.parent / "nano").mkdir(exist_ok=True)
     weights = nanogpt_weights(True, V=410, T=96, C=32)
-    ckpt = str(save_nanogpt(among.parent / "nano" / "ckpt.pt", weights, n_embd=32, block_size=96))
+    ckpt = str(save_nanogpt(user_folder.parent / "nano" / "ckpt.pt", weights, n_embd=32, block_size=96))
     small = dict(out="nano", init="nano/ckpt.pt", lora_rank=0, batch_size=8)
-    sft.main(mine(sft, tokenizer="gpt2", steps=1, lr=1e-9, n_texts=None, n_eval=6, **small))       # that folder
-    policy, tokenizer = sft.load_policy(among / "nano" / "sft", "cpu")
+    sft.main(user_config(sft, tokenizer="gpt2", steps=1, lr=1e-9, n_texts=None, n_eval=6, **small))       # that folder
+    policy, tokenizer = sft.load_policy(user_folder / "nano" / "sft", "cpu")
     assert (policy.config.vocab_size, policy.config.activation) == (400, "gelu") and tokenizer.n_vocab == 400
     torch.testing.assert_close(policy.transformer.h[1].mlp.c_fc.weight, weights["h.1.mlp.c_fc.weight"])
     torch.testing.assert_close(policy.transformer.wte.weight, weights["wte.weight"][:400])
-    reward_model.main(mine(reward_model, n_prompts=40, n_held_out=10, **small))
-    assert files.load_checkpoint(among / "nano" / "reward_model")["gpt"]["activation"] == "gelu"
+    reward_model.main(user_config(reward_model, n_prompts=40, n_held_out=10, **small))
+    assert files.load_checkpoint(user_folder / "nano" / "reward_model")["gpt"]["activation"] == "gelu"
 
     gpt2s = types.SimpleNamespace(n_vocab=50257)
-    monkeypatch.setattr(data.tiktoken, "get_encoding", {"gpt2": gpt2s}.get)
+    monkeypatch.setattr(tokenizers.tiktoken, "get_encoding", {"gpt2": gpt2s}.get)
     with pytest.raises(Stopped, match="nano/ckpt.pt has 410 token ids, fewer than GPT-2's 50257"):
         sft.tokenizer_of("nano/ckpt.pt")
     save_nanogpt(ckpt, weights, vocab_size=50304)
     assert sft.tokenizer_of("nano/ckpt.pt") is gpt2s is sft.tokenizer_of("nano")
-    data.export_tokenizer(tokenizer, among.parent / "nano")                    # files beside it count
-    assert data.fingerprint(sft.tokenizer_of("nano/ckpt.pt")) == data.fingerprint(tokenizer)
-    (among.parent / "characters").mkdir(exist_ok=True)
-    (among.parent / "characters" / "meta.pkl").write_bytes(pickle.dumps(Malicious(among / "owned")))
+    tokenizers.export_tokenizer(tokenizer, user_folder.parent / "nano")                    # files beside it count
+    assert tokenizers.tokenizer_id(sft.tokenizer_of("nano/ckpt.pt")) == tokenizers.tokenizer_id(tokenizer)
+    (user_folder.parent / "characters").mkdir(exist_ok=True)
+    (user_folder.parent / "characters" / "meta.pkl").write_bytes(pickle.dumps(Malicious(user_folder / "owned")))
     for source in ("characters", "characters/meta.pkl"):
         with pytest.raises(Stopped, match="meta.pkl lists characters .* is not read, since a pickle can run code"):
-            sft.main(mine(sft, out="refused", init=ckpt, tokenizer=source, lora_rank=0))
-    assert not (among / "owned").exists() and not (among / "refused").exists()
+            sft.main(user_config(sft, out="refused", init=ckpt, tokenizer=source, lora_rank=0))
+    assert not (user_folder / "owned").exists() and not (user_folder / "refused").exists()
 
 
-def test_a_reward_model_of_another_size_gives_the_critic_its_size(among):
+def test_a_reward_model_of_another_size_gives_the_critic_its_size(user_folder):
     from transformers import GPT2Config, GPT2LMHeadModel
-    tokenizer = data.load_tokenizer(among / "own" / "sft")
+    tokenizer = tokenizers.load_tokenizer(user_folder / "own" / "sft")
     GPT2LMHeadModel(GPT2Config(vocab_size=tokenizer.n_vocab + 3, n_positions=96, n_layer=2, n_head=2, n_embd=16, bos_token_id=0,
-                               eos_token_id=0)).save_pretrained(among.parent / "wider")
-    if not (among.parent / "wider" / "tokenizer.json").exists():
-        data.export_tokenizer(tokenizer, among.parent / "wider")
-    reward_model.main(mine(reward_model, out="sized", base="own", init="wider", n_prompts=40, n_held_out=10, lora_rank=0))
-    ppo.main(mine(ppo, out="sized", base="own", steps=1, n_eval=4, n_samples=4, lora_rank=0))
-    saved = files.load_checkpoint(among / "sized" / "ppo")
+                               eos_token_id=0)).save_pretrained(user_folder.parent / "wider")
+    if not (user_folder.parent / "wider" / "tokenizer.json").exists():
+        tokenizers.export_tokenizer(tokenizer, user_folder.parent / "wider")
+    reward_model.main(user_config(reward_model, out="sized", base="own", init="wider", n_prompts=40, n_held_out=10, lora_rank=0))
+    ppo.main(user_config(ppo, out="sized", base="own", steps=1, n_eval=4, n_samples=4, lora_rank=0))
+    saved = files.load_checkpoint(user_folder / "sized" / "ppo")
     assert (saved["critic_gpt"]["n_layer"], saved["critic_gpt"]["n_embd"]) == (2, 16) and saved["gpt"]["n_embd"] == 32
     assert saved["critic"]["transformer.wte.weight"].shape == (tokenizer.n_vocab, 16)
-    foreign = data.train_tokenizer([p + r for p, r in zip(*reviews.sample(300))], tokenizer.n_vocab)
-    data.export_tokenizer(foreign, among.parent / "wider")
+    foreign = tokenizers.train_tokenizer([p + r for p, r in zip(*reviews.sample(300))], tokenizer.n_vocab)
+    tokenizers.export_tokenizer(foreign, user_folder.parent / "wider")
     with pytest.raises(Stopped, match="wider has another tokenizer than the SFT policy"):
-        reward_model.main(mine(reward_model, out="sized-too", base="own", init="wider", n_prompts=40))
+        reward_model.main(user_config(reward_model, out="sized-too", base="own", init="wider", n_prompts=40))
 
 
-def test_everything_is_evaluated_that_was_trained_for_the_reward_even_with_tokens_in_out(among, capsys):
-    assert (among / "tokens").is_dir()
-    found = evaluate.main(mine(evaluate, lora_rank=0, n_eval=2, n_reference=4, n_samples=2))
+def test_everything_is_evaluated_that_was_trained_for_the_reward_even_with_tokens_in_out(user_folder, capsys):
+    assert (user_folder / "tokens").is_dir()
+    found = evaluate.main(user_config(evaluate, lora_rank=0, n_eval=2, n_reference=4, n_samples=2))
     assert {"SFT", "own/ppo", "own/ppo/ema", "own/dpo", "own/grpo"} <= set(found)
-    assert "fraction" not in found["own/dpo"] and "gold" not in (among / "own" / "evaluate" / "report.md").read_text()
-    shutil.copytree(among / "own" / "grpo", among / "old" / "grpo", dirs_exist_ok=True)
-    saved = files.load_checkpoint(among / "old" / "grpo") | {"reward": "0123456789abcdef"}       # as it was before
-    torch.save(saved, among / "old" / "grpo" / "checkpoint.pt")
-    evaluate.main(mine(evaluate, lora_rank=0, runs="own,old", n_eval=2, n_reference=4, n_samples=2))
+    assert "fraction" not in found["own/dpo"] and "gold" not in (user_folder / "own" / "evaluate" / "report.md").read_text()
+    shutil.copytree(user_folder / "own" / "grpo", user_folder / "old" / "grpo", dirs_exist_ok=True)
+    saved = files.load_checkpoint(user_folder / "old" / "grpo") | {"reward": "0123456789abcdef"}       # as it was before
+    torch.save(saved, user_folder / "old" / "grpo" / "checkpoint.pt")
+    evaluate.main(user_config(evaluate, lora_rank=0, runs="own,old", n_eval=2, n_reference=4, n_samples=2))
     assert "leaving out old/grpo: it was trained for a different reward" in capsys.readouterr().out
 
 
-def test_too_few_rows_for_a_batch_are_said_before_anything_is_written(among):
+def test_too_few_rows_for_a_batch_are_said_before_anything_is_written(user_folder):
     for script, changes, what in ((reward_model, dict(n_prompts=None, batch_size=400), "comparisons"), (dpo, dict(batch_size=300, n_pairs=400), "pairs")):
         with pytest.raises(Stopped, match=f"there are 1.. {what} to train on, less than one batch; lower --batch_size"):
-            script.main(mine(script, out="few", base="own", **changes))
-    assert not (among / "few").exists()
+            script.main(user_config(script, out="few", base="own", **changes))
+    assert not (user_folder / "few").exists()
 
 
-def test_a_run_may_go_on_in_parts_and_one_of_an_earlier_version_is_still_known(among, monkeypatch, capsys):
-    cfg = mine(ppo, out="parts", base="own", steps=3, n_eval=2, n_samples=2, save_every=2)
-    save, stopped = experiment.Run.save, []
-
-    def out_of_memory(self, done, **state):
-        save(self, done, **state)
-        if not stopped:
-            stopped.append(done)
-            raise MemoryError
-    monkeypatch.setattr(experiment.Run, "save", out_of_memory)
-    with pytest.raises(MemoryError):
-        ppo.main(cfg)
-    ppo.main(dataclasses.replace(cfg, accumulation=4, resume=True))
-    assert "going on from update 2" in capsys.readouterr().out
-    config = files.read_json(among / "parts" / "ppo" / "config.json")
-    (among / "parts" / "ppo" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in ("ema", "text_prompt", "dtype")}))
-    ppo.main(cfg)                                                              # as if these had not been there yet
-    saved = files.load_checkpoint(among / "parts" / "ppo")
-    del saved["gpt"]["activation"], saved["critic_gpt"]["activation"]          # nor these
-    torch.save(saved, among / "parts" / "ppo" / "checkpoint.pt")
-    (among / "parts" / "ppo" / "report.txt").unlink()        # the same rows in a newer file are the same data
-    os.utime(among.parent / "pairs.jsonl")
-    ppo.main(dataclasses.replace(cfg, resume=True))
-    (among / "parts" / "ppo" / "report.txt").unlink()
-    write_rows(among.parent / "pairs.jsonl", [comparison(i) for i in range(150)])
-    try:
-        with pytest.raises(Stopped, match="was begun with another data: the contents of --data have changed"):
-            ppo.main(dataclasses.replace(cfg, resume=True))
-    finally:
-        write_rows(among.parent / "pairs.jsonl", [comparison(i) for i in range(160)])
-
-
-def test_the_next_command_says_all_that_the_next_stage_has_to_know(among):
-    cfg = mine(ppo, reward="word.py:exclaims", missing_eos_score=None, base="other", seed=3)
-    assert options.next_command(cfg, "evaluate") == (
-        "python evaluate.py --config tiny --base other --out own --seed 3 --data pairs.jsonl --max_prompt_tokens 40 "
-        "--max_new_tokens 12 --reward word.py:exclaims --missing_eos_score None")
-    again = options.parse(evaluate.Config, "", options.next_command(cfg, "evaluate").split()[2:])
-    assert (again.reward, again.missing_eos_score, again.data, again.max_new_tokens) == ("word.py:exclaims", None, "pairs.jsonl", 12)
-    assert options.next_command(tiny(ppo), "evaluate") == "python evaluate.py --config tiny"
-    report = (among / "own" / "ppo" / "report.txt").read_text()
-    assert "python ppo.py --config tiny --base own --out own-hacked --data pairs.jsonl --max_prompt_tokens 40" in report
-
-
-def test_stages_that_are_made_first_get_data_lengths_and_dtype_handed_down(among):
-    shared = dict(data="pairs.jsonl", max_prompt_tokens=40, max_new_tokens=12, dtype="bfloat16", checkpointing=True)
-    ppo.main(tiny(ppo, out="handed", steps=1, n_eval=2, n_samples=2, **shared))
-    for stage in ("sft", "reward_model", "ppo"):
-        config = files.read_json(among / "handed" / stage / "config.json")
-        assert {name: config[name] for name in shared} == shared, stage
-
-
-def test_data_of_another_kind_than_that_of_the_earlier_stages_is_noticed(among):
-    with pytest.raises(Stopped, match="was made with --data pairs.jsonl, this is --data reviews; give another --out, and --base own"):
-        policy_gradient.main(tiny(policy_gradient, out="own"))
-    shutil.copytree(among / "own" / "sft", among / "begun" / "sft", dirs_exist_ok=True)
-    (among / "begun" / "sft" / "report.txt").unlink()                          # unfinished, and on other data
-    with pytest.raises(Stopped, match="begun/sft was made with --data pairs.jsonl, this is --data reviews"):
-        ppo.main(tiny(ppo, out="begun"))
-    with pytest.raises(Stopped, match="nobody is there to annotate them"):
-        dpo.main(mine(dpo, out="rounds", base="own", rounds=2))
-
-
-def test_rl_takes_prompts_alone_from_a_base_and_sft_refuses_them_at_once(among):
+def test_rl_takes_prompts_alone_from_a_base_and_sft_refuses_them_at_once(user_folder):
     rows = [{"prompt": f"Is {i} good?", "id": i} for i in range(90)]
-    write_rows(among.parent / "prompts.jsonl", rows)
+    write_rows(user_folder.parent / "prompts.jsonl", rows)
     judge = "def score(prompts, responses): return [len(x) for x in responses]"
-    (among.parent / "judge.py").write_text(judge)
-    asked = dict(out="asked", data="prompts.jsonl")
+    (user_folder.parent / "judge.py").write_text(judge)
+    held_out_prompts = dict(out="asked", data="prompts.jsonl")
     with pytest.raises(Stopped, match="nothing for SFT to learn"):
-        sft.main(mine(sft, init="gpt2", lora_rank=0, **asked))
+        sft.main(user_config(sft, init="gpt2", lora_rank=0, **held_out_prompts))
     for script, changes in ((reward_model, {}), (ppo, {}), (dpo, dict(reward="judge.py:score"))):
         with pytest.raises(Stopped, match="nothing for a reward model or DPO"):
-            script.main(mine(script, **asked, **changes))    # without making an SFT policy first
-    assert not (among / "asked").exists()
-    judged = dict(base="own", reward="judge.py:score", n_eval=2, n_samples=2, **asked)
-    ppo.main(mine(ppo, steps=1, **judged))
-    assert "asked/ppo" in evaluate.main(mine(evaluate, lora_rank=0, n_reference=4, **judged))
+            script.main(user_config(script, **held_out_prompts, **changes))    # without making an SFT policy first
+    assert not (user_folder / "asked").exists()
+    judged = dict(base="own", reward="judge.py:score", n_eval=2, n_samples=2, **held_out_prompts)
+    ppo.main(user_config(ppo, steps=1, **judged))
+    assert "asked/ppo" in evaluate.main(user_config(evaluate, lora_rank=0, n_reference=4, **judged))
 
 
 # ---- parts of a batch
@@ -7435,15 +4815,15 @@ def test_rl_takes_prompts_alone_from_a_base_and_sft_refuses_them_at_once(among):
     (ppo, dict(steps=2, entropy_coef=0.1)), (ppo, dict(steps=2, surrogate="kl_penalty", batch_size=30, minibatch_size=15)), (dpo, dict(n_pairs=32, nll_coef=3.0)),
     (grpo, dict(steps=2, kl_in="loss", normalise="sequence")), (policy_gradient, dict(steps=2, rung="clip")), (policy_gradient, dict(steps=2, rung="gae"))],
     ids=lambda x: getattr(x, "__name__", None) or "-".join(x))
-def test_a_batch_in_parts_has_the_gradient_and_the_metrics_of_the_whole(script, changes, beside, monkeypatch, no_pictures):
+def test_a_batch_in_parts_has_the_gradient_and_the_metrics_of_the_whole(script, changes, finished_run, monkeypatch, no_pictures):
     """Rows are ragged, so that a mean of the parts' means would be another. By SGD: AdamW makes much of little."""
     monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, **kwargs: torch.optim.SGD(parameters, lr=lr))
     ended, small = [], {} if script in (sft, reward_model) else dict(n_eval=2, n_samples=2)
     for parts in (1, 4):
         name = f"{script.__name__}_in_{parts}"
-        shutil.rmtree(beside / name, ignore_errors=True)
-        script.main(tiny(script, out=name, base="" if script is sft else "tiny", accumulation=parts, **{**small, **changes}))
-        folder = beside / name / script.__name__
+        shutil.rmtree(finished_run / name, ignore_errors=True)
+        script.main(tiny_config(script, out=name, base="" if script is sft else "tiny", accumulation=parts, **{**small, **changes}))
+        folder = finished_run / name / script.__name__
         ended.append((log_of(folder), files.load_checkpoint(folder)))
     (log, saved), (log_in_parts, saved_in_parts) = ended
     for line, other in zip(log, log_in_parts, strict=True):
@@ -7452,7 +4832,7 @@ def test_a_batch_in_parts_has_the_gradient_and_the_metrics_of_the_whole(script, 
                 at_the_edge = metric == "value_clip_fraction"                  # equal but for rounding, in the first minibatch
                 assert other[metric] == pytest.approx(line[metric], rel=2e-4, abs=1e-2 if at_the_edge else 1e-5), metric
     key = {reward_model: "reward_model", policy_gradient: "actor"}.get(script, "policy")
-    start = files.load_checkpoint(beside / "tiny" / "sft")["policy"]
+    start = files.load_checkpoint(finished_run / "tiny" / "sft")["policy"]
     moved = 0.0
     for weight, weights in saved[key].items():
         torch.testing.assert_close(saved_in_parts[key][weight], weights, atol=2e-6, rtol=1e-4)
@@ -7469,7 +4849,7 @@ def test_parts_are_of_about_one_size_and_hold_every_row_once():
 
 # ---- what PPO can do besides
 
-def test_the_average_follows_its_formula_and_is_evaluated_beside_the_actor(beside, monkeypatch, no_pictures):
+def test_the_average_follows_its_formula_and_is_evaluated_beside_the_actor(finished_run, monkeypatch, no_pictures):
     average, policy = small_gpt(seed=1), small_gpt(seed=2)
     before = copy.deepcopy(average.state_dict())
     ppo.move_average(average, policy, 0.9)
@@ -7481,19 +4861,19 @@ def test_the_average_follows_its_formula_and_is_evaluated_beside_the_actor(besid
         passed.append(copy.deepcopy(actor.state_dict()))
         move(mean, actor, share)
     monkeypatch.setattr(ppo, "move_average", spied)
-    results = ppo.main(tiny(ppo, out="averaged", base="tiny", steps=3, n_eval=4, n_samples=4, ema=0.6))
-    saved, start = files.load_checkpoint(beside / "averaged" / "ppo"), files.load_checkpoint(beside / "tiny" / "sft")["policy"]
+    results = ppo.main(tiny_config(ppo, out="averaged", base="tiny", steps=3, n_eval=4, n_samples=4, ema=0.6))
+    saved, start = files.load_checkpoint(finished_run / "averaged" / "ppo"), files.load_checkpoint(finished_run / "tiny" / "sft")["policy"]
     for name in start:                       # once an update, whatever else is switched on
         expected = start[name]
         for weights in passed:
             expected = 0.6 * expected + 0.4 * weights[name]
         torch.testing.assert_close(saved["policy_ema"][name], expected)
     assert len(passed) == 3 and results["PPO, averaged"]["kl_ref"] != results["kl_ref"]
-    found = evaluate.main(tiny(evaluate, out="tiny", runs="averaged", n_eval=2, n_reference=8, n_samples=4))
+    found = evaluate.main(tiny_config(evaluate, out="tiny", runs="averaged", n_eval=2, n_reference=8, n_samples=4))
     assert list(found) == ["SFT", "averaged/ppo", "averaged/ppo/ema"]
 
 
-def test_the_gradient_with_ptx_is_the_sum_of_the_two(beside, monkeypatch, no_pictures):
+def test_the_gradient_with_ptx_is_the_sum_of_the_two(finished_run, monkeypatch, no_pictures):
     """The first gradient of the actor, without clipping, is that of the policy loss plus coef times that of the texts"""
     gradients, drawn, clip = {}, [], torch.nn.utils.clip_grad_norm_
     draw = data.draw
@@ -7511,58 +4891,37 @@ def test_the_gradient_with_ptx_is_the_sum_of_the_two(beside, monkeypatch, no_pic
     monkeypatch.setattr(data, "draw", spied)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
     for name, coef in (("plain", 0.0), ("ptx", 0.7)):
-        ppo.main(tiny(ppo, out=f"gradient_{name}", base="tiny", steps=1, n_eval=4, n_samples=4, ptx_coef=coef, minibatch_size=32))
-    policy, _ = sft.load_policy(beside / "tiny" / "sft", "cpu")
+        ppo.main(tiny_config(ppo, out=f"gradient_{name}", base="tiny", steps=1, n_eval=4, n_samples=4, ptx_coef=coef, minibatch_size=32))
+    policy, _ = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
     inputs, targets, mask = data.collate(*zip(*drawn[0]))
     loss = -masked_mean(token_logprobs(policy, inputs, targets, mask), mask)
     loss.backward()
     texts = torch.cat([p.grad.flatten() for p in policy.parameters()])
     torch.testing.assert_close(gradients["ptx"], gradients["plain"] + 0.7 * texts, atol=1e-6, rtol=1e-4)
-    assert len(drawn[0]) == 32 and log_of(beside / "gradient_ptx" / "ppo")[0]["ptx_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert len(drawn[0]) == 32 and log_of(finished_run / "gradient_ptx" / "ppo")[0]["ptx_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_during_warm_up_the_critic_alone_learns(beside, no_pictures):
-    ppo.main(tiny(ppo, out="warmed", base="tiny", steps=3, n_eval=4, n_samples=4, critic_warmup=3))
-    saved, start = (files.load_checkpoint(beside / run) for run in ("warmed/ppo", "tiny/sft"))
+def test_during_warm_up_the_critic_alone_learns(finished_run, no_pictures):
+    ppo.main(tiny_config(ppo, out="warmed", base="tiny", steps=3, n_eval=4, n_samples=4, critic_warmup=3))
+    saved, start = (files.load_checkpoint(finished_run / run) for run in ("warmed/ppo", "tiny/sft"))
     assert all(torch.equal(saved["policy"][name], weight) for name, weight in start["policy"].items())
-    assert saved["critic"]["head.weight"].any() and all(line["kl_ref"] == 0 for line in log_of(beside / "warmed" / "ppo"))
-    ppo.main(tiny(ppo, out="warmed-2", base="tiny", steps=3, n_eval=4, n_samples=4, critic_warmup=1))
-    log = log_of(beside / "warmed-2" / "ppo")
+    assert saved["critic"]["head.weight"].any() and all(line["kl_ref"] == 0 for line in log_of(finished_run / "warmed" / "ppo"))
+    ppo.main(tiny_config(ppo, out="warmed-2", base="tiny", steps=3, n_eval=4, n_samples=4, critic_warmup=1))
+    log = log_of(finished_run / "warmed-2" / "ppo")
     assert log[1]["kl_ref"] == 0 != log[2]["kl_ref"] and log[0]["kl_old"] == 0 < log[1]["kl_old"]
 
 
 @pytest.mark.parametrize("script", [sft, reward_model, ppo, dpo, grpo], ids=lambda s: s.__name__)
-def test_every_stage_runs_in_bfloat16_with_checkpointing(script, among):
+def test_every_stage_runs_in_bfloat16_with_checkpointing(script, user_folder):
     changes = {sft: dict(init="gpt2", steps=2, n_texts=None, n_eval=10, batch_size=8, lora_rank=0), reward_model: dict(n_prompts=16, n_held_out=8)}
     changes = changes.get(script, dict(n_eval=2, n_samples=2) | (dict(n_pairs=32) if script is dpo else dict(steps=2)))
-    script.main(mine(script, out=f"half_{script.__name__}", base="" if script is sft else "own", dtype="bfloat16", checkpointing=True, **changes))
-    folder = among / f"half_{script.__name__}" / script.__name__
+    script.main(user_config(script, out=f"half_{script.__name__}", base="" if script is sft else "own", dtype="bfloat16", checkpointing=True, **changes))
+    folder = user_folder / f"half_{script.__name__}" / script.__name__
     saved = files.load_checkpoint(folder)
     weights = saved.get("policy") or saved["reward_model"]
     assert all(w.dtype == torch.float32 for w in weights.values()) and saved["gpt"]["dtype"] == "bfloat16"
     if script in (ppo, grpo):
         assert log_of(folder)[0]["kl_ref"] == 0                                # also in bfloat16: the same products
-
-
-# ---- rewards of one's own
-
-@pytest.fixture(scope="module")
-def classifiers(tmp_path_factory):
-    """Folders with small classifiers of one, two and three labels, with tokenizers of their own"""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
-    home, words = tmp_path_factory.mktemp("classifiers"), ["[PAD]", "[UNK]", *"the a is not good superb plot acting . ! see it".split()]
-    bare = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    bare.pre_tokenizer = pre_tokenizers.Whitespace()
-    for labels in (1, 2, 3):
-        torch.manual_seed(labels)
-        bert = BertForSequenceClassification(BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                                        intermediate_size=32, max_position_embeddings=12, num_labels=labels, pad_token_id=0))
-        for p in bert.parameters():
-            p.data.normal_(std=0.3)
-        bert.save_pretrained(home / str(labels))
-        PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="[PAD]", unk_token="[UNK]", model_max_length=12).save_pretrained(home / str(labels))
-    return home
 
 
 @pytest.mark.parametrize("labels", [1, 2])
@@ -7571,7 +4930,7 @@ def test_a_classifier_of_transformers_scores_by_its_logit_or_the_difference_of_t
     reward = load_own(tokenizer, str(classifiers / str(labels)), missing_eos_score=None)
     prompts = ["the plot", "a good acting . the plot is not good", "", "see it . " * 9]
     responses = [" is good .", " is superb !", " superb", " the end is not good and far away ."]
-    batch = data.collate(*data.encode_texts(tokenizer, prompts, responses))
+    batch = data.collate(*tokenizers.encode_texts(tokenizer, prompts, responses))
     scores = reward(*batch, torch.tensor([True] * 4))
     its = AutoTokenizer.from_pretrained(classifiers / str(labels))
     theirs = AutoModelForSequenceClassification.from_pretrained(classifiers / str(labels)).eval()
@@ -7595,7 +4954,7 @@ def test_a_classifier_rewards_the_label_that_is_named(labels, problem, classifie
     names = ["mild", "not mild", "5 stars"][:labels]
     config |= {"id2label": dict(enumerate(names)), "label2id": {}, "problem_type": problem}
     (folder / "config.json").write_text(json.dumps(config))
-    texts = data.encode_texts(tokenizer, ["the plot", "a good"], [" is good .", " acting !"])
+    texts = tokenizers.encode_texts(tokenizer, ["the plot", "a good"], [" is good .", " acting !"])
     batch = (*data.collate(*texts), torch.tensor([True] * 2))
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     its = AutoTokenizer.from_pretrained(folder)
@@ -7624,12 +4983,12 @@ def test_a_classifier_rewards_the_label_that_is_named(labels, problem, classifie
         assert re.fullmatch(re.escape(str(folder)) + " [0-9a-f]{16}", plain.made_for)
 
 
-def test_only_a_colon_before_a_label_or_a_function_parts_a_reward(here):
+def test_only_a_colon_before_a_label_or_a_function_parts_a_reward(empty_folder):
     for whole in (r"C:\models\c2", "owner/c2", "judge.py", r"C:\judge.py"):
-        assert scoring.split(whole) == (whole, "")
-        assert scoring.split(whole + ":a b") == (whole, "a b")
-    (here / "run:2").mkdir()
-    assert scoring.split("run:2") == ("run:2", "") and scoring.split("run:2:x") == ("run:2", "x")
+        assert reward_py.split(whole) == (whole, "")
+        assert reward_py.split(whole + ":a b") == (whole, "a b")
+    (empty_folder / "run:2").mkdir()
+    assert reward_py.split("run:2") == ("run:2", "") and reward_py.split("run:2:x") == ("run:2", "x")
 
 
 def test_a_roberta_reads_two_positions_less_than_it_has(tokenizer, classifiers, tmp_path):
@@ -7641,7 +5000,7 @@ def test_a_roberta_reads_two_positions_less_than_it_has(tokenizer, classifiers, 
     its = AutoTokenizer.from_pretrained(classifiers / "1")
     its.model_max_length = int(1e30)                                           # as when nobody said
     its.save_pretrained(tmp_path)
-    batch = data.collate(*data.encode_texts(tokenizer, ["see it . " * 9], [" is good ."]))
+    batch = data.collate(*tokenizers.encode_texts(tokenizer, ["see it . " * 9], [" is good ."]))
     assert torch.isfinite(load_own(tokenizer, str(tmp_path))(*batch, torch.tensor([True]))).all()
 
 
@@ -7650,7 +5009,7 @@ def test_classifiers_of_more_labels_are_refused_and_other_weights_are_another_re
                        "the label to reward: .*/3:LABEL, with one of LABEL_0, "):
         load_own(tokenizer, str(classifiers / "3"))
     GPT(GPTConfig(20, 16, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path / "no-head", eos_id=0)
-    data.export_tokenizer(tokenizer, tmp_path / "no-head")
+    tokenizers.export_tokenizer(tokenizer, tmp_path / "no-head")
     with pytest.raises(Stopped, match="has no weights for score.weight: it was not trained to classify"):
         load_own(tokenizer, str(tmp_path / "no-head"))
     shutil.copytree(classifiers / "1", tmp_path / "copy")
@@ -7672,7 +5031,7 @@ def test_classifiers_of_more_labels_are_refused_and_other_weights_are_another_re
     (lambda x: {name: w for name, w in x.items() if "query.weight" not in name}, "has no weights for .*query"),
     ("adapter_config.json", "holds an adapter .LoRA.*; merge it into them first")])
 def test_a_classifiers_weights_all_load_or_are_refused_by_name(weights, message, classifiers, tokenizer, tmp_path):
-    batch = data.collate(*data.encode_texts(tokenizer, ["the plot"], [" is good"]))
+    batch = data.collate(*tokenizers.encode_texts(tokenizer, ["the plot"], [" is good"]))
     whole = load_own(tokenizer, str(classifiers / "1"))(*batch, torch.tensor([True]))
     shutil.copytree(classifiers / "1", tmp_path / "x")
     if isinstance(weights, str):
@@ -7687,27 +5046,27 @@ def test_a_classifiers_weights_all_load_or_are_refused_by_name(weights, message,
         assert torch.equal(load_own(tokenizer, str(tmp_path / "x"))(*batch, torch.tensor([True])), whole)
 
 
-def test_an_exported_reward_model_is_the_same_reward_as_before(beside, tmp_path):
-    policy, tokenizer = sft.load_policy(beside / "tiny" / "sft", "cpu")
-    reward_model.export(beside / "tiny" / "reward_model", str(tmp_path / "exported"))
-    scorer = reward_model.load_reward_model(beside / "tiny" / "reward_model", policy, tokenizer, "cpu")
-    tokens, mask = generate(policy, asked(tokenizer, 20), 24, tokenizer.eot_token, generator=seeded())
+def test_an_exported_reward_model_is_the_same_reward_as_before(finished_run, tmp_path):
+    policy, tokenizer = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
+    reward_model.export(finished_run / "tiny" / "reward_model", str(tmp_path / "exported"))
+    scorer = reward_model.load_reward_model(finished_run / "tiny" / "reward_model", policy, tokenizer, "cpu")
+    tokens, mask = generate(policy, held_out_prompts(tokenizer, 20), 24, tokenizer.eot_token, generator=seeded())
     inputs, targets = data.shift(tokens)
     finished = data.met_eos(targets, mask, tokenizer.eot_token)
     theirs = load_own(tokenizer, str(tmp_path / "exported"), missing_eos_score=-3.0)(inputs, targets, mask, finished)
-    ours = reward_of(scorer, tiny(ppo))(inputs, targets, mask, finished)
+    ours = reward_of(scorer, tiny_config(ppo))(inputs, targets, mask, finished)
     again = [tokenizer.encode_ordinary(tokenizer.decode(ids)) == ids for ids in (row[m > 0][:-1].tolist() for row, m in zip(targets, mask))]
     same = torch.tensor(again) & finished                                      # text that gives its ids again
     assert same.sum() > 4
     torch.testing.assert_close(theirs[same], ours[same], atol=1e-4, rtol=0)
 
 
-def test_any_reward_is_normalised_on_samples_of_the_sft_policy(beside, capsys, no_pictures):
-    (beside.parent / "length.py").write_text("def length(prompts, responses):\n    return [1000 + 7 * len(r) for r in responses]\n")
-    policy, tokenizer = sft.load_policy(beside / "tiny" / "sft", "cpu")
-    cfg = tiny(ppo, out="length", base="tiny", reward="length.py:length", steps=2, n_eval=8, n_samples=8)
-    train, _ = corpus.prompts(cfg, tokenizer, 72)
-    reward = scoring.load_reward(dataclasses.replace(cfg, missing_eos_score=None), policy, tokenizer, train, "cpu")
+def test_any_reward_is_normalised_on_samples_of_the_sft_policy(finished_run, capsys, no_pictures):
+    (finished_run.parent / "length.py").write_text("def length(prompts, responses):\n    return [1000 + 7 * len(r) for r in responses]\n")
+    policy, tokenizer = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
+    cfg = tiny_config(ppo, out="length", base="tiny", reward="length.py:length", steps=2, n_eval=8, n_samples=8)
+    train, _ = data.prompts(cfg, tokenizer, 72)
+    reward = reward_py.load_reward(dataclasses.replace(cfg, missing_eos_score=None), policy, tokenizer, train, "cpu")
     tokens, mask = generate(policy, data.draw(train, 2000, seeded(5)), 24, tokenizer.eot_token, generator=seeded(6))
     inputs, targets = data.shift(tokens)
     scores = reward(inputs, targets, mask, data.met_eos(targets, mask, tokenizer.eot_token))
@@ -7717,244 +5076,76 @@ def test_any_reward_is_normalised_on_samples_of_the_sft_policy(beside, capsys, n
     ppo.main(cfg)
     said = capsys.readouterr().out
     assert "length.py:length has mean 1" in said and "the critic starts from the SFT policy" in said      # --critic_init rm
-    saved = files.load_checkpoint(beside / "length" / "ppo")["reward"]
+    saved = files.load_checkpoint(finished_run / "length" / "ppo")["reward"]
     assert (saved["gain"], saved["bias"]) == (reward.gain, reward.bias)        # whatever the seed: see evaluate
-    assert dataclasses.replace(cfg, seed=3).seed == 3 and scoring.load_reward(
+    assert dataclasses.replace(cfg, seed=3).seed == 3 and reward_py.load_reward(
         dataclasses.replace(cfg, seed=3), policy, tokenizer, train, "cpu").state_dict() == saved
-    found = evaluate.main(tiny(evaluate, out="tiny", runs="length", reward="length.py:length", n_eval=2, n_reference=8, n_samples=4))
+    found = evaluate.main(tiny_config(evaluate, out="tiny", runs="length", reward="length.py:length", n_eval=2, n_reference=8, n_samples=4))
     assert list(found) == ["SFT", "length/ppo"]
-    plain = scoring.load_reward(dataclasses.replace(cfg, normalise_reward=False), policy, tokenizer, train, "cpu")
+    plain = reward_py.load_reward(dataclasses.replace(cfg, normalise_reward=False), policy, tokenizer, train, "cpu")
     assert (plain.gain, plain.bias) == (1.0, 0.0)
-    assert reward.is_that_of(saved) and reward.is_that_of(saved | {"gain": 1.05 * saved["gain"]}) and not plain.is_that_of(saved)
+    assert reward.matches(saved) and reward.matches(saved | {"gain": 1.05 * saved["gain"]}) and not plain.matches(saved)
 
 
 @pytest.mark.parametrize("script, changes", [(ppo, dict(steps=2)), (grpo, dict(steps=2)), (policy_gradient, dict(steps=2, rung="clip")),
                                              (dpo, dict(n_pairs=32, labels="soft"))], ids=lambda x: getattr(x, "__name__", ""))
-def test_every_stage_follows_a_reward_of_ones_own(script, changes, beside, no_pictures):
-    (beside.parent / "length.py").write_text("def length(prompts, responses):\n    return [1000 + 7 * len(r) for r in responses]\n")
-    script.main(tiny(script, out="by_length", base="tiny", reward="length.py:length", n_eval=4, n_samples=4, **changes))
-    assert files.load_checkpoint(beside / "by_length" / script.__name__)["reward"]["made_for"].startswith("length.py:length ")
-    assert abs(log_of(beside / "by_length" / script.__name__)[0]["score"]) < 3  # raw ones are above 1000
-    (beside.parent / "length.py").write_text("def length(prompts, responses):\n    return [-len(r) for r in responses]\n")
-    cfg = tiny(script, out="by_length", base="tiny", reward="length.py:length", n_eval=4, n_samples=4, **changes)
-    (beside / "by_length" / script.__name__ / "report.txt").unlink()           # as if it had been interrupted
+def test_every_stage_follows_a_reward_of_ones_own(script, changes, finished_run, no_pictures):
+    (finished_run.parent / "length.py").write_text("def length(prompts, responses):\n    return [1000 + 7 * len(r) for r in responses]\n")
+    script.main(tiny_config(script, out="by_length", base="tiny", reward="length.py:length", n_eval=4, n_samples=4, **changes))
+    assert files.load_checkpoint(finished_run / "by_length" / script.__name__)["reward"]["made_for"].startswith("length.py:length ")
+    assert abs(log_of(finished_run / "by_length" / script.__name__)[0]["score"]) < 3  # raw ones are above 1000
+    (finished_run.parent / "length.py").write_text("def length(prompts, responses):\n    return [-len(r) for r in responses]\n")
+    cfg = tiny_config(script, out="by_length", base="tiny", reward="length.py:length", n_eval=4, n_samples=4, **changes)
+    (finished_run / "by_length" / script.__name__ / "report.txt").unlink()           # as if it had been interrupted
     with pytest.raises(Stopped, match="begun with a different reward .length.py:length"):
         script.main(dataclasses.replace(cfg, resume=True))
 
 
-def test_an_edit_of_a_file_that_the_reward_imports_is_noticed(here, tokenizer, monkeypatch):
-    """Modules, a package, a folder without __init__, one in sys.path; what is installed is not"""
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(here / "python"))
-    for path in ("bonus", "pack/__init__", "pack/inner", "folder/leaf", "lib/deep", "unused",
-                 "env/site-packages/theirs", "python/of_python"):
-        (here / path).parent.mkdir(parents=True, exist_ok=True)
-        (here / f"{path}.py").write_text("BONUS = 1\n")
-    (here / "judge.py").write_text(
-        "import os, sys\n"
-        "sys.path += map(os.path.abspath, ['lib', 'env/site-packages', 'python'])\n"
-        "import bonus, deep, of_python, pack.inner, reviews, sample, theirs\n"
-        "from folder import leaf\n"
-        "def f(prompts, responses):\n    return [leaf.BONUS] * len(responses)\n")
-    (here / "alone.py").write_text("def f(prompts, responses):\n    return [1.0]\n")
-    digest = files.digest(here / "alone.py")[:16]
-    assert load_own(tokenizer, "alone.py:f").made_for == f"alone.py:f {digest}"
-    first = load_own(tokenizer, "judge.py:f").made_for
-    assert first.startswith(f"judge.py:f {files.digest(here / 'judge.py')[:16]} bonus.py ")
-    assert first.split()[2::2] == ["bonus.py", "folder/leaf.py", "lib/deep.py", "pack/__init__.py",
-                                   "pack/inner.py"]
-    for path in ("bonus", "pack/inner", "folder/leaf", "lib/deep"):
-        before = load_own(tokenizer, "judge.py:f").made_for
-        (here / f"{path}.py").write_text("BONUS = 12345\n")
-        assert load_own(tokenizer, "judge.py:f").made_for != before
-    last = load_own(tokenizer, "judge.py:f")
-    assert last.raw.args[0]([], [1]) == [12345]                                # it runs the new one
-    state = {"made_for": first, "gain": 1.0, "bias": 0.0}
-    with pytest.raises(Stopped, match="begun with a different reward .judge.py:f .* bonus.py"):
-        last.load_state_dict(state)
-
-
-def test_a_reward_beside_our_scripts_may_import_them(here, tokenizer, monkeypatch):
-    """They are not its files, or it would be a different reward for each script that uses it"""
-    monkeypatch.setattr(guest, "HERE", here)
-    (here / "train.py").write_text("PRESETS = {}\n")
-    (here / "bonus.py").write_text("BONUS = 1\n")
-    (here / "judge.py").write_text("import bonus, train\ndef f(p, r):\n    return [1.0]\n")
-    assert load_own(tokenizer, "judge.py:f").made_for.split()[2::2] == ["bonus.py"]
-
-
-ROUNDS = dict(n_pairs=32, rounds=2, labels="soft", eval_every=1)
-
-
-@pytest.mark.parametrize("script, call, changes", [
-    (ppo, 2, dict(steps=2)), (grpo, 2, dict(steps=2)),
-    (policy_gradient, 2, dict(steps=2, rung="clip")), (dpo, 2, ROUNDS), (dpo, 3, ROUNDS)],
-    ids=lambda x: getattr(x, "__name__", str(x) if isinstance(x, int) else ""))
-def test_ctrl_c_in_a_reward_drops_the_update_which_resume_repeats(script, call, changes, beside,
-                                                                  no_pictures):
-    """Also where the function answers it with scores; dpo's calls are pairs, samples, pairs, .."""
-    (beside.parent / "stopped.py").write_text(
-        "import os, pathlib, random, signal\ncalls = []\n"
-        "def f(prompts, responses):\n    calls.append(1)\n"
-        "    scores = [random.random() + len(r) for r in responses]\n    try:\n"
-        f"        if len(calls) == {call} and pathlib.Path('stop').exists():\n"
-        "            os.kill(os.getpid(), signal.SIGINT)\n    except KeyboardInterrupt:\n"
-        "        return [0.0] * len(responses)\n    return scores\n")
-    cfg = tiny(script, base="tiny", reward="stopped.py:f", normalise_reward=False, n_eval=2,
-               n_samples=2, **changes)
-    for out in ("unstopped", "stopped"):
-        shutil.rmtree(beside / out / script.__name__, ignore_errors=True)
-    script.main(dataclasses.replace(cfg, out="unstopped"))
-    stop = beside.parent / "stop"
-    stop.touch()
-    try:
-        with pytest.raises(Stopped, match="saved after [01] of 2 updates in out/stopped/.*; the "
-                           "same command with --resume"):
-            script.main(dataclasses.replace(cfg, out="stopped"))
-    finally:
-        stop.unlink()
-    assert not any(run.looping for run in experiment.OPENED.runs)
-    script.main(dataclasses.replace(cfg, out="stopped", resume=True))
-    assert_same_run(beside / "stopped" / script.__name__, beside / "unstopped" / script.__name__)
-
-
-def test_after_ctrl_c_a_reward_is_not_called_any_more(beside, monkeypatch, no_pictures):
-    """It may have workers, and they have got Ctrl-C as well"""
-    (beside.parent / "counted.py").write_text(
-        "calls = open('calls', 'w', buffering=1)\n"
-        "def f(prompts, responses):\n    print(len(responses), file=calls)\n"
-        "    return [len(r) for r in responses]\n")
-    roll_out = ppo.roll_out
-    updates = []
-
-    def interrupted(*args):
-        updates.append(1)
-        for _ in range(presses if len(updates) == 2 else 0):
-            os.kill(os.getpid(), signal.SIGINT)
-        return roll_out(*args)
-    monkeypatch.setattr(ppo, "roll_out", interrupted)
-    cfg = tiny(ppo, base="tiny", steps=2, reward="counted.py:f", n_eval=2, n_samples=2)
-    presses = 1
-    with pytest.raises(Stopped, match="saved after 1 of 2 updates in out/counted/ppo; the same"):
-        ppo.main(dataclasses.replace(cfg, out="counted", normalise_reward=False))
-    assert (beside.parent / "calls").read_text() == "32\n"
-    presses = 2
-    updates.clear()
-    with pytest.raises(KeyboardInterrupt):                                     # leaves at once
-        ppo.main(dataclasses.replace(cfg, out="twice_pressed", normalise_reward=False))
-    assert ppo.main(dataclasses.replace(cfg, out="counted_again"))             # has its own rewards
-
-
-def test_ctrl_c_that_reaches_a_rewards_child_processes_spoils_nothing(beside, no_pictures):
-    """From a terminal all get it: workers, forked while the run catches it, and their children"""
-    (beside.parent / "tested.py").write_text("""
-import multiprocessing, pathlib, subprocess
-calls = []
-
-def returncode(seconds):
-    return subprocess.run(["sleep", seconds]).returncode
-
-def f(prompts, responses):
-    calls.append(1)
-    seconds = "0"
-    if len(calls) == 2 and pathlib.Path("slow").exists():
-        seconds = "30"
-        pathlib.Path("slow").unlink()
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        failed = any(pool.map(returncode, [seconds] * 2))
-    return [0.0 if failed else len(response) for response in responses]
-""")
-    changes = dict(steps=2, reward="tested.py:f", normalise_reward=False, n_eval=2, n_samples=2)
-    ppo.main(tiny(ppo, out="untouched", base="tiny", **changes))
-    slow = beside.parent / "slow"
-    slow.touch()
-    command = stage_command(ppo, "--out", "touched", "--base", "tiny")
-    for name, value in changes.items():
-        command += [f"--{name}", str(value)]
-    with started(command, beside.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                 start_new_session=True) as process:
-        deadline = time.time() + 60
-        while slow.exists() and process.poll() is None and time.time() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.2)                                                        # they begin
-        os.killpg(process.pid, signal.SIGINT)
-        try:
-            out, err = process.communicate(timeout=20)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 1 and "saved after 1 of 2 updates in out/touched/ppo; the " in err
-    assert out.count("this update, then saving") == 1                          # not by workers, too
-    ppo.main(tiny(ppo, out="touched", base="tiny", resume=True, **changes))
-    assert_same_run(beside / "touched" / "ppo", beside / "untouched" / "ppo")
-
-
-def test_a_reward_that_cannot_be_used_stops_the_run_with_what_was_saved_in_place(beside, tmp_path, no_pictures):
-    good = "    return [float(len(r)) for r in responses]\n"
-    for name, body, message in (
-            ("flat", "    return [2.0] * len(responses)\n", "the reward gave 2 to each of 512 responses of the SFT policy"),
-            ("nan", "    return [float('nan')] * len(responses)\n", "the reward of a response of the SFT policy is nan; it has to be finite"),
-            ("few", "    return [1.0]\n", "gave back 1 numbers; it should give one for each"),
-            ("broken", "    raise ValueError('no judge today')\n", "the reward function broken ended in the ValueError above")):
-        (tmp_path / f"{name}.py").write_text(f"def {name}(prompts, responses):\n{body}")
-        with pytest.raises(Stopped, match=message):
-            ppo.main(tiny(ppo, out=f"reward_{name}", base="tiny", reward=f"{tmp_path}/{name}.py:{name}"))
-        assert not (beside / f"reward_{name}").exists()                        # before anything was written
-    (tmp_path / "late.py").write_text(
-        "calls = []\ndef late(prompts, responses):\n    calls.append(1)\n"
-        "    if len(calls) > 11:\n        return [float('inf')] * len(responses)\n" + good)
-    with pytest.raises(Stopped, match=r"scores in update 3: inf in \d+ of 32 places, first at .\d+.; the reward returned it"):
-        ppo.main(tiny(ppo, out="late", base="tiny", reward=f"{tmp_path}/late.py:late", save_every=1))
-    assert files.load_checkpoint(beside / "late" / "ppo")["step"] == 3
-    (tmp_path / "slow.py").write_text(f"import time\ndef slow(prompts, responses):\n    time.sleep(0.2)\n{good}")
-    ppo.main(tiny(ppo, out="slow", base="tiny", reward=f"{tmp_path}/slow.py:slow", steps=1, n_eval=2, n_samples=2, normalise_reward=False))
-    assert log_of(beside / "slow" / "ppo")[0]["score_seconds"] > 0.2
-
-
 # ---- sample.py
 
-def test_samples_are_shown_side_by_side_with_scores(beside, capsys):
-    sample.main(tiny(sample, stage="sft,ppo,ladder/policy_gradient/clip", score=True, n=3))
+def test_samples_are_shown_side_by_side_with_scores(finished_run, capsys):
+    sample.main(tiny_config(sample, stage="sft,ppo,ladder/policy_gradient/clip", score=True, n=3))
     said = capsys.readouterr().out
-    policy, tokenizer = sft.load_policy(beside / "tiny" / "ppo", "cpu")
-    prompts = asked(tokenizer, 3, 1337)
+    policy, tokenizer = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
+    prompts = held_out_prompts(tokenizer, 3, 1337)
     tokens, mask = generate(policy, prompts, 24, tokenizer.eot_token, generator=seeded(1337))
-    scorer = reward_model.load_reward_model(beside / "tiny" / "reward_model", sft.load_policy(beside / "tiny" / "sft", "cpu")[0], tokenizer, "cpu")
+    scorer = reward_model.load_reward_model(finished_run / "tiny" / "reward_model", sft.load_policy(finished_run / "tiny" / "sft", "cpu")[0], tokenizer, "cpu")
     inputs, targets = data.shift(tokens)
-    scores = reward_of(scorer, tiny(ppo))(inputs, targets, mask, data.met_eos(targets, mask, tokenizer.eot_token))
+    scores = reward_of(scorer, tiny_config(ppo))(inputs, targets, mask, data.met_eos(targets, mask, tokenizer.eot_token))
     for prompt, ids, score in zip(prompts, data.responses_of(tokens, mask), scores):
-        text, finished = data.decode_response(tokenizer, ids)
+        text, finished = tokenizers.decode_response(tokenizer, ids)
         assert f"    ppo  score {score:.2f} {text}{'' if finished else ' ..'}\n" in said and tokenizer.decode(prompt) in said
     assert said.count("\n    sft  score") == said.count("ladder/policy_gradient/clip  score") == 3
 
 
-def test_a_prompt_of_ones_own_is_answered_greedily_the_same_way_each_time(beside, capsys):
-    sample.main(tiny(sample, stage="ppo", prompt=TINY_PROMPT, temperature=0.0, n=2))
+def test_a_prompt_of_ones_own_is_answered_greedily_the_same_way_each_time(finished_run, capsys):
+    sample.main(tiny_config(sample, stage="ppo", prompt=TINY_PROMPT, temperature=0.0, n=2))
     prompt, *answers = capsys.readouterr().out.strip("\n").split("\n")
     assert prompt == TINY_PROMPT and len(answers) == 2 and answers[0] == answers[1] and answers[0].startswith("    ppo ")
-    policy, tokenizer = sft.load_policy(beside / "tiny" / "ppo", "cpu")
-    tokens, mask = generate(policy, [data.encode_prompt(tokenizer, TINY_PROMPT)], 24, tokenizer.eot_token, temperature=0)
-    assert data.decode_response(tokenizer, data.responses_of(tokens, mask)[0])[0] in answers[0]
-    cfg = options.parse(sample.Config, "", ["--temperature", "0"])
+    policy, tokenizer = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
+    tokens, mask = generate(policy, [tokenizers.encode_prompt(tokenizer, TINY_PROMPT)], 24, tokenizer.eot_token, temperature=0)
+    assert tokenizers.decode_response(tokenizer, data.responses_of(tokens, mask)[0])[0] in answers[0]
+    cfg = settings.parse(sample.Config, "", ["--temperature", "0"])
     assert cfg.temperature == 0
     with pytest.raises(Stopped, match="--temperature got 0.0; it takes a number above 0"):
-        options.parse(ppo.Config, "", ["--temperature", "0"])
+        settings.parse(ppo.Config, "", ["--temperature", "0"])
 
 
 @pytest.mark.parametrize("what", ["kl", "value", "advantage"])
-def test_tokens_are_shown_with_what_ppo_computed_of_them(what, beside, capsys):
-    sample.main(tiny(sample, stage="sft,ppo", tokens=what, n=2))
+def test_tokens_are_shown_with_what_ppo_computed_of_them(what, finished_run, capsys):
+    sample.main(tiny_config(sample, stage="sft,ppo", tokens=what, n=2))
     said = capsys.readouterr().out
-    reference, tokenizer = sft.load_policy(beside / "tiny" / "sft", "cpu")
-    policy, _ = sft.load_policy(beside / "tiny" / "ppo", "cpu")
-    saved = files.load_checkpoint(beside / "tiny" / "ppo")
-    tokens, mask = generate(policy, asked(tokenizer, 2, 1337), 24, tokenizer.eot_token, generator=seeded(1337))
+    reference, tokenizer = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
+    policy, _ = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
+    saved = files.load_checkpoint(finished_run / "tiny" / "ppo")
+    tokens, mask = generate(policy, held_out_prompts(tokenizer, 2, 1337), 24, tokenizer.eot_token, generator=seeded(1337))
     inputs, targets = data.shift(tokens)
     logprobs, ref_logprobs = (token_logprobs(p, inputs, targets, mask).detach() for p in (policy, reference))
     critic = ScalarGPT(GPTConfig(**saved["critic_gpt"])).eval()
     critic.load_state_dict(saved["critic"])
     values = critic(inputs).detach() * mask
-    scorer = reward_model.load_reward_model(beside / "tiny" / "reward_model", reference, tokenizer, "cpu")
-    scores = reward_of(scorer, tiny(ppo))(inputs, targets, mask, data.met_eos(targets, mask, tokenizer.eot_token))
+    scorer = reward_model.load_reward_model(finished_run / "tiny" / "reward_model", reference, tokenizer, "cpu")
+    scores = reward_of(scorer, tiny_config(ppo))(inputs, targets, mask, data.met_eos(targets, mask, tokenizer.eot_token))
     rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, mask, saved["control"]["beta"])
     shown = {"kl": logprobs - ref_logprobs, "value": values, "advantage": ppo.gae(rewards, values, mask, 1.0, 1.0)[0]}[what]
     for row, m, ids in zip(shown, mask, data.responses_of(tokens, mask)):
@@ -7977,34 +5168,34 @@ def test_colours_grow_with_the_number_and_tell_its_sign_and_are_left_out_where_t
     assert not sample.in_colour(terminal)
 
 
-def test_stages_that_are_not_there_are_named_with_those_that_are(beside, capsys):
+def test_stages_that_are_not_there_are_named_with_those_that_are(finished_run, capsys):
     with pytest.raises(Stopped, match="--stage names pppo, but neither out/tiny/pppo nor out/pppo has a checkpoint; there are: .*tiny/ppo"):
-        sample.main(tiny(sample, stage="sft,pppo"))
+        sample.main(tiny_config(sample, stage="sft,pppo"))
     with pytest.raises(Stopped, match="has no such policy to sample from; its policies: ppo"):
-        sample.main(tiny(sample, stage="ppo/emma"))
+        sample.main(tiny_config(sample, stage="ppo/emma"))
     with pytest.raises(Stopped, match="shorten the prompts, or train a model that reads more"):
-        sample.main(tiny(sample, stage="ppo", prompt="a long prompt " * 30))
+        sample.main(tiny_config(sample, stage="ppo", prompt="a long prompt " * 30))
 
 
-def test_a_stage_is_sampled_with_the_data_and_the_reward_it_was_made_with(among, capsys):
+def test_a_stage_is_sampled_with_the_data_and_the_reward_it_was_made_with(user_folder, capsys):
     for names, run in (("sft,ppo,ppo/ema", "own"), ("own/sft,own/ppo,own/ppo/ema", "")):
-        sample.main(tiny(sample, out=run, stage=names, score=True, tokens="value", n=2))
+        sample.main(tiny_config(sample, out=run, stage=names, score=True, tokens="value", n=2))
         said = capsys.readouterr().out
         assert said.count("Tell me about number") == 2 and said.count("ppo/ema  score") == 2 and "using out/own/sft" in said
-    sample.main(tiny(sample, out="sized", stage="sft,ppo", n=1)) if (among / "sized" / "ppo" / "checkpoint.pt").exists() else None
-    sft.main(mine(sft, out="alone", init="gpt2", steps=2, n_texts=None, n_eval=10, batch_size=8, lora_rank=0))
+    sample.main(tiny_config(sample, out="sized", stage="sft,ppo", n=1)) if (user_folder / "sized" / "ppo" / "checkpoint.pt").exists() else None
+    sft.main(user_config(sft, out="alone", init="gpt2", steps=2, n_texts=None, n_eval=10, batch_size=8, lora_rank=0))
     with pytest.raises(Stopped, match="own/ppo started from a different SFT policy than this run's"):
-        sample.main(tiny(sample, stage="alone/sft,own/ppo", tokens="kl"))
+        sample.main(tiny_config(sample, stage="alone/sft,own/ppo", tokens="kl"))
 
 
 # ---- presets
 
-@pytest.mark.parametrize("script, name", [(script, name) for script in (*SCRIPTS, sample) for name in script.PRESETS if name not in ("small", "tiny")],
+@pytest.mark.parametrize("script, name", [(script, name) for script in (*SCRIPTS, sample) for name in script.Config.presets if name not in ("small", "tiny")],
                          ids=lambda x: getattr(x, "__name__", x))
-def test_every_preset_runs_on_a_small_model_and_a_small_file(script, name, among, classifiers, monkeypatch):
+def test_every_preset_runs_on_a_small_model_and_a_small_file(script, name, user_folder, classifiers, monkeypatch):
     """Only sizes and sources are changed; what is left is the preset"""
     if name == "imdb":
-        source = write_rows(among.parent / "imdb.jsonl", [{"text": f"{i} is a good film of many" + "!" * (i % 5), "label": 1} for i in range(160)])
+        source = write_rows(user_folder.parent / "imdb.jsonl", [{"text": f"{i} is a good film of many" + "!" * (i % 5), "label": 1} for i in range(160)])
     else:
         source = "pairs.jsonl"
     given = preset_of(name, script)
@@ -8013,18 +5204,14 @@ def test_every_preset_runs_on_a_small_model_and_a_small_file(script, name, among
              ppo: dict(steps=1, batch_size=8, minibatch_size=4, n_eval=2, n_samples=2), dpo: dict(n_pairs=24, batch_size=8, n_eval=2, n_samples=2),
              grpo: dict(steps=1, batch_size=16, minibatch_size=8, n_eval=2, n_samples=2), evaluate: dict(n_eval=2, n_reference=4, n_samples=2, runs=f"preset_{name}"),
              sample: dict(stage="sft,ppo", n=1)}
-    monkeypatch.setitem(sft.PRESETS, name, sft.PRESETS[name] | shape[sft])     # also of the stages that it makes first
-    if name in reward_model.PRESETS:
-        monkeypatch.setitem(reward_model.PRESETS, name, reward_model.PRESETS[name] | shape[reward_model])
+    monkeypatch.setitem(sft.Config.presets, name, sft.Config.presets[name] | shape[sft])     # also of the stages that it makes first
+    if name in reward_model.Config.presets:
+        monkeypatch.setitem(reward_model.Config.presets, name, reward_model.Config.presets[name] | shape[reward_model])
     if getattr(given, "reward", "reward_model") != "reward_model":
         small["reward"] = str(classifiers / "2")
-    if script is sample and not (among / f"preset_{name}" / "ppo").exists():
+    if script is sample and not (user_folder / f"preset_{name}" / "ppo").exists():
         ppo.main(preset_of(name, ppo, **small, **shape[ppo]))
     script.main(preset_of(name, script, **small, **shape[script]))
-
-
-def preset_of(name, script, **changes):
-    return script.Config(config=name, **changes)
 
 
 @pytest.mark.slow
@@ -8043,6 +5230,70 @@ def test_the_small_run_reaches_its_figures(seed, tmp_path, monkeypatch):
     assert files.read_json(tmp_path / "out/small/reward_model/results.json")["ratio"] > 0.90
     assert results["gold_gain"] > 1.3 and results["kl_ref"] < 5
     assert taken < 240
+
+
+# --------------------------------------------------------------------------------------------------
+# The house: what holds for every file
+
+
+def test_no_file_of_the_project_can_run_what_it_reads():
+    """
+    No exec, eval or pickle; torch.load with weights_only, numpy.load without pickles; the user's
+    own code in guest alone
+    """
+    for module in MODULES:
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                assert not {"pickle", "marshal", "shelve", "dill", "joblib"} & set(names), module
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "__import__", "compile"), module
+                assert called.split(".")[-1] != "exec_module" or module is guest
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert called != "torch.load" or keywords["weights_only"] == "True", module
+                assert called != "np.load" or "allow_pickle" not in keywords, module
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+def test_every_config_field_is_read_and_has_a_comment_that_help_prints(script, capsys):
+    sources = "".join(map(inspect.getsource, (script, runs, process, settings)))
+    for helper in (reward_py.load_reward, reward_py.Reward, compare.compare, ppo.roll_out,
+                   ppo.score_rollout, ppo.check_kl_ref, ppo.check_first_ratio):
+        if helper.__name__ in sources:                   # these are given the whole cfg
+            sources += inspect.getsource(helper)
+    sources += inspect.getsource(data) + inspect.getsource(corpus)
+    read = {node.attr for node in ast.walk(ast.parse(sources)) if isinstance(node, ast.Attribute)
+            and isinstance(node.value, (ast.Name, ast.Attribute))
+            and "cfg" in (getattr(node.value, "id", ""), getattr(node.value, "attr", ""))}
+    read |= {"dtype", "checkpointing"} if "cfg.compute_options()" in sources else set()
+    fields = {f.name for f in dataclasses.fields(script.Config)}
+    assert fields <= read, f"never read: {fields - read}"
+    with pytest.raises(SystemExit):
+        settings.parse(script.Config, script.__doc__, ["--help"])
+    printed = capsys.readouterr().out
+    for name in fields:
+        assert re.search(rf"^  --{name} .*\S.*", printed, re.M), name
+    assert len(script.Config.__annotations__) <= 36
+
+
+def test_the_sampler_uses_no_attention_that_plans_for_each_length(monkeypatch):
+    seen, original = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(model.F, "scaled_dot_product_attention",
+                        lambda *args, **kwargs: (seen.append(torch.backends.cuda.cudnn_sdp_enabled()), original(*args, **kwargs))[1])
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    for _ in range(2):
+        generate(small_gpt(), [[1, 2]], 3, 10)
+    assert len(seen) > 4 and not any(seen) and torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+def test_importing_any_file_does_nothing(tmp_path):
+    names = ", ".join(m.__name__ for m in MODULES)
+    code = f"import socket; socket.socket.connect = None; import {names}, sys; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "False", "")
+    assert not list(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8074,18 +5325,18 @@ def test_every_command_in_the_readme_parses():
         script = sys.modules[name]
         words = [word.replace("N", "1") if word == "N" else word for word in shlex.split(arguments)]
         if "--help" not in words:
-            options.parse(script.Config, "", words)
+            settings.parse(script.Config, "", words)
     for flag, value in re.findall(r"`--(\w+)(?: ([\w.]+))?", README):
         assert any(flag in {f.name for f in dataclasses.fields(s.Config)} for s in (*SCRIPTS, sample)), flag
 
 
-def test_the_readmes_way_to_the_first_nan_finds_it_and_nothing_where_there_is_none(beside):
+def test_the_readmes_way_to_the_first_nan_finds_it_and_nothing_where_there_is_none(finished_run):
     code = re.search(r"```python\n(# first_nan.py\n.*?)```", README, re.S)[1]
-    (beside.parent / "first_nan.py").write_text(code)
-    (beside.parent / "score.py").write_text("import torch\ndef f(prompts, responses):\n    x = torch.tensor([float(len(r)) for r in responses])\n"
+    (finished_run.parent / "first_nan.py").write_text(code)
+    (finished_run.parent / "score.py").write_text("import torch\ndef f(prompts, responses):\n    x = torch.tensor([float(len(r)) for r in responses])\n"
                                             "    return (x - 20).log().tolist() if len(x) == 32 else x.tolist()\n")
     command = [sys.executable, "first_nan.py", str(HERE / "ppo.py"), "--config", "tiny", "--base", "tiny", "--steps", "1", "--n_eval", "2", "--n_samples", "2"]
-    both = [subprocess.Popen(command + options, cwd=beside.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    both = [subprocess.Popen(command + options, cwd=finished_run.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                              env={**os.environ, "PYTHONPATH": str(HERE)})
             for options in (["--out", "no_nan"], ["--out", "first_nan", "--reward", "score.py:f"])]
     fine, bad = (process.communicate()[1] for process in both)
@@ -8093,10 +5344,10 @@ def test_the_readmes_way_to_the_first_nan_finds_it_and_nothing_where_there_is_no
     assert "(x - 20).log().tolist()" in bad and "ArithmeticError: aten.log.default made a nan of [torch.Size([32])]" in bad
 
 
-def test_the_readmes_notebook_runs(beside, capsys):
+def test_the_readmes_notebook_runs(finished_run, capsys):
     code = re.search(r"```python\n(# notebook.py\n.*?)```", README, re.S)[1]
     exec(code.replace('out="notebook"', 'out="notebook", base="tiny"'), {})
-    results = files.read_json(beside / "notebook" / "ppo" / "results.json")
+    results = files.read_json(finished_run / "notebook" / "ppo" / "results.json")
     assert capsys.readouterr().out.endswith(f"{results['score']} {results['kl_ref']}\n")
     exec(code.replace('out="notebook"', 'out="notebook", base="tiny", beta=0.7'), {})
     assert "holds a run with" in capsys.readouterr().out

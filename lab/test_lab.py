@@ -1,0 +1,2535 @@
+"""
+The workshop: files, settings, tokenizers, data sets, runs. The stages of the root serve as examples.
+
+    python -m pytest -q lab         all of it
+
+A test's name is the claim it checks.
+"""
+
+import codecs
+import contextlib
+import copy
+import dataclasses
+import errno
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+import tracemalloc
+import types
+import typing
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import compare
+import data
+import dpo
+import evaluate
+import grpo
+import policy_gradient
+import ppo
+import reward_model
+import sample
+import sft
+from conftest import (AWKWARD, HUMAN, Malicious, TURN, assert_same_bits, assert_same_run,
+                      comparison, crash_at, in_a_child, killed_at, load_own,
+                      log_of, user_config, preset_of, review_texts, short_config, small_gpt,
+                      texts_cfg, tiny_config, write_rows)
+from lab import config as settings
+from lab import corpus, files, forms, guest, process
+from lab import report as reports
+from lab import run as runs
+from lab import tokenizer as tokenizers
+from lab.files import Stopped
+
+HERE = Path(__file__).parent.parent
+SCRIPTS = (sft, reward_model, ppo, dpo, grpo, policy_gradient, evaluate)
+
+
+# --------------------------------------------------------------------------------------------------
+# files.py
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_process_killed_while_it_writes_leaves_the_old_file_or_the_new_one(name, after, tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    files.write(path, "old")
+
+    def work():
+        killed_at(monkeypatch, os, name, 1, after)
+        files.write(path, "new")
+    assert in_a_child(work) == -signal.SIGKILL
+    assert path.read_text() == ("new" if name == "replace" and after else "old")
+    files.write(path, "newer")                                                 # over what was left beside it
+    assert path.read_text() == "newer" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path):
+    """/dev/full is a disk without any space, as far as a program can tell"""
+    path = tmp_path / "checkpoint.pt"
+    files.write(path, "old")
+    for write in (lambda file: file.write(b"x"), lambda file: torch.save({"w": torch.ones(100_000)}, file)):
+        (tmp_path / "checkpoint.pt.tmp").symlink_to("/dev/full")
+        with pytest.raises(Stopped, match="^error: .*checkpoint.pt could not be written .No space left on device.. what stood "
+                                             "there before is as it was. Make room, .* with --resume if an update had been saved"):
+            with files.replacing(path, "wb") as file:
+                write(file)
+        assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(Stopped, match="log.jsonl could not be written .No space left on device"):
+        files.append(tmp_path / "log.jsonl", "{}\n")
+
+
+def test_everything_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, lambda *args, name=name, original=getattr(os, name): (done.append((name, args)), original(*args))[1])
+    files.write(tmp_path / "a", "text")
+    assert [name for name, _ in done] == ["fsync", "replace"]
+    done.clear()
+    with files.new_folder(tmp_path / "b") as finished_run:
+        (finished_run / "one").write_text("1")
+        (finished_run / "deeper").mkdir()
+        (finished_run / "deeper" / "two").write_text("2")
+    assert [name for name, _ in done] == ["fsync", "fsync", "replace"]         # two files, then the folder's name
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b", "deeper", "one", "two"]
+
+
+def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        with files.new_folder(tmp_path / "x") as finished_run:
+            (finished_run / "half").write_text("1")
+            1 / 0
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "x").mkdir()
+    for text in ("first", "second"):
+        with files.new_folder(tmp_path / "x", unless_there=True) as finished_run:    # an empty one is as good as none
+            (finished_run / "file").write_text(text)
+    assert (tmp_path / "x" / "file").read_text() == "first"
+    with pytest.raises(Stopped, match="x could not be written"):
+        with files.new_folder(tmp_path / "x") as finished_run:
+            pass
+    assert (tmp_path / "x" / "file").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_rows_are_read_where_files_cannot_be_mapped(tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", np.arange(3))
+    assert isinstance(corpus.mapped(tmp_path / "a.npy"), np.memmap)
+    original = np.load
+    def load(path, mmap_mode=None):
+        if mmap_mode:
+            raise OSError(errno.ENODEV, "No such device")
+        return original(path)
+    monkeypatch.setattr(np, "load", load)
+    assert corpus.mapped(tmp_path / "a.npy").tolist() == [0, 1, 2]
+
+
+def test_a_digest_is_of_the_whole_file_and_read_in_blocks(tmp_path):
+    (tmp_path / "large").write_bytes(bytes(range(256)) * 2 ** 16)              # 16 MB
+    tracemalloc.start()
+    try:
+        digest = files.digest(tmp_path / "large")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert digest == hashlib.sha256(bytes(range(256)) * 2 ** 16).hexdigest() and peak < 2 ** 21
+
+
+def test_a_lock_is_one_processs_and_free_again_when_that_is_killed(tmp_path):
+    code = f"import files, time; lock = files.one_process('{tmp_path}/lock', lambda: 'taken'); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(Stopped, match="error: taken by another"):
+            files.one_process(tmp_path / "lock", lambda: "taken by another")
+        first.kill()
+    lock = files.one_process(tmp_path / "lock", lambda: "taken by another")
+    assert files.one_process(tmp_path / "lock", lambda: "taken by another") is lock     # this process has it
+    lock.release(force=True)
+
+
+def a_checkpoint(folder, **more):
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    torch.save({"step": 3, "config": {}, "policy": {"w": torch.randn(2000)}, **more}, folder / "checkpoint.pt")
+    return folder / "checkpoint.pt"
+
+
+def test_a_checkpoint_with_any_bit_turned_or_cut_short_is_refused_by_name(tmp_path):
+    path = a_checkpoint(tmp_path / "stage")
+    whole, chance = path.read_bytes(), random.Random(0)
+    files.load_checkpoint(path.parent)
+    weights = whole.index(files.load_checkpoint(path.parent)["policy"]["w"].numpy().tobytes())
+    for at in [weights, weights + 7999, *(chance.randrange(weights, weights + 8000) for _ in range(20))]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1:])
+        with pytest.raises(Stopped, match=r"stage/checkpoint.pt cannot be read as a checkpoint \("):
+            files.load_checkpoint(path.parent)
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(Stopped, match="stage/checkpoint.pt cannot be read as a checkpoint"):
+            files.load_checkpoint(path.parent)
+
+
+def test_a_checkpoint_that_memory_is_too_short_for_is_not_called_damaged(tmp_path, monkeypatch):
+    path = a_checkpoint(tmp_path / "stage")
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        files.load_checkpoint(path.parent)
+
+
+def test_foreign_and_malicious_checkpoints_are_refused_and_run_nothing(tmp_path):
+    path, owned = a_checkpoint(tmp_path / "stage"), tmp_path / "owned"
+
+    def refused(message):
+        with pytest.raises(Stopped, match="^error: .*stage/checkpoint.pt " + message):
+            files.load_checkpoint(path.parent, "policy", "gpt")
+    refused("holds no gpt but step, config, policy: it belongs to another stage or program")
+    for saved, message in (({"model": {}}, "holds no step but model"), ([1, 2], "holds no step but a list"),
+                           (torch.zeros(3), "holds no step but a Tensor"), ({}, "holds no step but "),
+                           ({"step": "x", "config": {}, "policy": 1, "gpt": 1}, "is no checkpoint of this project: its step is 'x'"),
+                           ({"step": 1, "config": [], "policy": 1, "gpt": 1}, "is no checkpoint of this project")):
+        torch.save(saved, path)
+        refused(message)
+    torch.save({"step": 1, "config": {}, "policy": Malicious(owned), "gpt": {}}, path)
+    refused("cannot be read as a checkpoint .UnpicklingError")
+    torch.save({"step": Malicious(owned)}, path, _use_new_zipfile_serialization=False)
+    refused("cannot be read as a checkpoint .BadZipFile")
+    path.write_bytes(pickle.dumps(Malicious(owned)))
+    refused("cannot be read as a checkpoint .BadZipFile")
+    torch.save({"step": 1}, path)
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "other", "w") as empty:
+        for name in whole.namelist():                    # checksums right, nothing in it
+            empty.writestr(name, b"" if name.endswith("data.pkl") else whole.read(name))
+    shutil.copy(tmp_path / "other", path)
+    refused("cannot be read as a checkpoint .EOFError")
+    path.unlink()
+    refused("cannot be read as a checkpoint .FileNotFoundError")
+    path.mkdir()
+    refused("cannot be read as a checkpoint .IsADirectoryError")
+    assert not owned.exists()
+
+
+@pytest.mark.parametrize("state, message", [
+    ({}, "Missing key.s. in state_dict: .weight., .bias."),
+    ({"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, r"size mismatch for weight: .*\[3, 2\].*\[2, 3\]"),
+    ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "more": torch.zeros(1)}, "Unexpected key.s. in state_dict: .more"),
+    ({"weight": 1.0, "bias": 2.0}, "weight"), (None, "Expected state_dict to be dict-like"), ([1], "Expected state_dict to be dict-like")])
+def test_weights_that_do_not_fit_are_refused_with_what_differs(state, message):
+    with pytest.raises(Stopped, match="^error: out/here/sft/checkpoint.pt: policy does not fit the Linear it is read for: .*" + message + ".*; bring it back from a copy, run sft.py with --overwrite for the run here, or"):
+        files.load_state(torch.nn.Linear(3, 2), state, "out/here/sft", "policy")
+
+
+def test_optimizer_states_and_controllers_that_do_not_fit_are_refused_too():
+    for thing, state in ((torch.optim.AdamW([torch.zeros(2, requires_grad=True)]), {"state": {}, "param_groups": []}),
+                         (torch.optim.AdamW([torch.zeros(2, requires_grad=True)]), {}), (ppo.ProportionalKL(1, 2, 3), {"coef": 1.0}),
+                         (ppo.ProportionalKL(1, 2, 3), 7)):
+        with pytest.raises(Stopped, match="^error: x/checkpoint.pt: y does not fit the (AdamW|ProportionalKL)"):
+            files.load_state(thing, state, "x", "y")
+
+
+def test_json_that_cannot_be_read_is_refused_and_a_torn_last_line_of_a_log_left_out(tmp_path):
+    path = tmp_path / "config.json"
+    for content in (b"", b"{", b"[" * 100_000, b"\xff\xfe"):
+        path.write_bytes(content)
+        with pytest.raises(Stopped, match="^error: .*config.json cannot be read .(JSONDecodeError|RecursionError|UnicodeDecodeError)"):
+            files.read_json(path)
+    path.write_text('{"step": 0}\n{"step": 1}\n{"ste')
+    assert files.read_lines(path) == [{"step": 0}, {"step": 1}] and files.read_lines(tmp_path / "none") == []
+
+
+# --------------------------------------------------------------------------------------------------
+# config.py, process.py, report.py
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("--stesp 5", "unknown option --stesp (did you mean --steps?)"),
+    ("--steps five", "--steps got five; it takes a whole number"),
+    ("--steps 1.5", "--steps got 1.5; it takes a whole number"),
+    ("--steps", "--steps needs a value"),
+    ("--steps --resume", "--steps needs a value"),
+    ("--lr nan", "--lr got nan; it takes a number"),
+    ("--lr fast", "--lr got fast; it takes a number"),
+    ("--surrogate clap", "--surrogate got 'clap' (did you mean clip?); it takes one of: clip, kl_penalty"),
+    ("--config smal", "unknown --config smal (did you mean small?); there are: small, tiny"),
+    ("--resume maybe", "--resume got maybe; it takes 1 or 0"),
+    ("steps 5", "unknown option steps"),
+    ("--missing_eos_score low", "--missing_eos_score got low; it takes a number"),
+    ("--score_clip", "--score_clip needs a value; --help says which"),
+    ("--batch_size 0", "--batch_size got 0; it takes a whole number from 1"),
+    ("--ema 1.0", "--ema got 1.0; it takes a number from 0 to 1, but not 1"),
+    ("--save_every -1", "--save_every got -1; it takes a whole number from 1"),
+    ("--beta -0.1", "--beta got -0.1; it takes a number from 0"),
+    ("--temperature 0", "--temperature got 0.0; it takes a number above 0"),
+    ("--kl_target 0", "--kl_target got 0.0; it takes a number above 0")])
+def test_bad_command_lines_end_with_what_was_got_and_what_was_wanted(argv, message):
+    with pytest.raises(Stopped) as stopped:
+        settings.parse(ppo.Config, "", argv.split())
+    assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
+
+
+WRONG = {bool: [1, "yes", None], int: [2.0, True, "3", -1, 2 ** 32],
+         float: ["0.1", True, math.nan, math.inf, -math.inf], str: [3, None, True]}
+OUT_OF_RANGE = {                                         # by what the message says is wanted
+    "a whole number from 1": [0],
+    "a whole number from 0": [-1],
+    "a number from 0": [-0.5],
+    "a number above 0": [-0.5, 0.0],
+    "a number from 0 to 1": [-0.5, 1.5],
+    "a number from 0 to just below 1": [-0.5, 1.0, 1.5],
+    "a number": [],
+}
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, sample], ids=lambda s: s.__name__)
+def test_every_field_is_typed_and_range_checked_before_any_work(script, empty_folder):
+    """Also where a Config is made in Python, or a preset was edited"""
+    kinds, refused = typing.get_type_hints(script.Config), {}
+    for name, kind in kinds.items():
+        optional = type(None) in typing.get_args(kind)
+        base = typing.get_args(kind)[0] if optional else kind
+        wrong = list(WRONG.get(base, ["no such option", None, 0]))
+        if base in (int, float):
+            usual = settings.COUNT if base is int else settings.FROM_0
+            wanted = (settings.RANGES | script.Config.ranges).get(name, usual)
+            wrong += OUT_OF_RANGE[wanted[0]]
+        if name in ("out", "base"):
+            wrong += ["..", "a/..", "/", "a\\b", "tokens", "out/tokens", "x\0y", "x" * 101, "\udcff"]
+        for value in wrong:
+            if value is None and optional:
+                continue
+            with pytest.raises(Stopped, match=rf"^error: --{name} got {re.escape(repr(value))}.*; it takes ."):
+                settings.check_fields(dataclasses.replace(tiny_config(script), **{name: value}))
+            refused[name] = value
+        if base is float and (settings.RANGES | script.Config.ranges).get(name) != settings.BELOW_1:
+            settings.check_fields(dataclasses.replace(tiny_config(script), **{name: 1}))
+    assert refused.keys() == kinds.keys()
+    if script is not sample:                             # which has no folder of its own
+        with pytest.raises(Stopped, match="^error: --seed got -1; it takes a whole number from 0"):
+            script.main(tiny_config(script, seed=-1))
+    for preset in script.Config.presets:
+        settings.check_fields(script.Config(config=preset))
+    assert not list(empty_folder.iterdir())
+
+
+@pytest.mark.parametrize("script, changes, message", [
+    (ppo, dict(minibatch_size=24), "--minibatch_size 24 does not divide --batch_size 32: .*; 16 does"),
+    (ppo, dict(n_eval=100_000), r"100000 held-out prompts are asked for .*, there are \d+; lower it"),
+    (ppo, dict(reward="nowhere.py:f"), "--reward got nowhere.py:f, but nowhere.py is not there"),
+    (ppo, dict(reward="broken.py:f"), "but broken.py cannot be read .SyntaxError"), (ppo, dict(reward="fine.py:g"), "but fine.py has no function g"),
+    (ppo, dict(reward="fine.py:"), "has no function after a colon"),
+    (ppo, dict(reward="nowhere/c2:toxic"), "--reward got nowhere/c2; it takes reward_model, path"),
+    (ppo, dict(data="review"), r"--data got review .did you mean reviews\?.; it takes reviews, hh"),
+    (ppo, dict(data="fine.jsnl"), r"--data got fine.jsnl .did you mean fine.jsonl\?.; it takes"),
+    (ppo, dict(ptx_coef=1.0, ptx_data="none.txt"), "--ptx_data got none.txt.*; it takes"),
+    (ppo, dict(base="tinny"), r"--base tinny has no finished out/tinny/sft .did you mean tiny\?."),
+    (grpo, dict(minibatch_size=12), "does not divide"), (policy_gradient, dict(minibatch_size=5), "does not divide"),
+    (ppo, dict(reward="reward_modle"), r"--reward got reward_modle .did you mean reward_model\\?."),
+    (ppo, dict(reward="fine.py"), "--reward got fine.py; name the function in it, too: fine.py:FUNCTION"),
+    (ppo, dict(data="stories.txt"), "--data stories.txt has no comparisons, but rows of one response"),
+    (ppo, dict(config="imdb", reward="reward_model"), "--config imdb has no reward model; give a --reward"),
+    (ppo, dict(kl_horizon=5.0), "--kl_horizon 5.0 is so short that beta could fall below 0"), (ppo, dict(device="meta"), "these scripts know cpu, cuda and mps"),
+    (evaluate, dict(runs="tinny"), "--runs names tinny, but out/tinny has no finished stage"),
+    (evaluate, dict(overoptimise=True, weak_rankings=2), "--weak_rankings 2 is less than one batch of 4"),
+    (reward_model, dict(n_prompts=2), "there are 2 rankings to train on, less than one batch"),
+    (reward_model, dict(n_responses=1), "a comparison takes at least 2"), (dpo, dict(data="nowhere"), "--data got nowhere"),
+    (sft, dict(n_head=3), "--n_embd 32 is no multiple of --n_head 3"), (sft, dict(vocab_size=256), "--vocab_size got 256; it takes 257 or more"),
+    (evaluate, dict(data="nowhere"), "--data got nowhere"), (evaluate, dict(n_eval=100_000), "held-out prompts are asked for")],
+    ids=lambda x: getattr(x, "__name__", None) or (" ".join(x) if isinstance(x, dict) else ""))
+def test_settings_that_cannot_be_are_refused_before_any_work(script, changes, message, empty_folder):
+    (empty_folder / "broken.py").write_text("def f(:")
+    (empty_folder / "fine.py").write_text("def f(prompts, responses):\n    return [0.0] * len(prompts)\n")
+    (empty_folder / "fine.jsonl").write_text("{}")
+    (empty_folder / "stories.txt").write_text("a story")
+    (empty_folder / "out" / "tiny" / "sft").mkdir(parents=True)
+    (empty_folder / "out" / "tiny" / "sft" / "report.txt").write_text("")
+    with pytest.raises(Stopped, match="^error: .*" + message):
+        script.main(tiny_config(script, out="new", **changes))
+    assert not (empty_folder / "out" / "new").exists()
+
+
+def test_command_lines_set_typed_fields_over_a_preset():
+    cfg = settings.parse(ppo.Config, "", (
+        "--config tiny --lr=1e-5 --missing_eos_score none --kl-control fixed --whiten_rewards --seed 3 "
+        "--score_clip 2 --warmup 0").split())
+    assert (cfg.config, cfg.lr, cfg.missing_eos_score, cfg.kl_control) == ("tiny", 1e-5, None, "fixed")
+    assert (cfg.whiten_rewards, cfg.seed, cfg.score_clip) == (True, 3, 2.0)
+    assert cfg.batch_size == ppo.Config.presets["tiny"]["batch_size"]
+
+
+def test_a_config_takes_its_presets_values_and_then_those_given():
+    cfg = ppo.Config(config="tiny", steps=3)
+    assert (cfg.steps, cfg.batch_size, cfg.max_new_tokens) == (3, 32, 24)
+    assert ppo.Config() == ppo.Config(config="small") and ppo.Config().save_every == 20
+    assert dataclasses.replace(cfg, lr=1.0).batch_size == 32
+    with pytest.raises(Stopped, match=r"unknown --config tine .did you mean tiny\?.; there are: small, tiny"):
+        ppo.Config(config="tine")
+
+    class Mine(ppo.Config):                              # as in a notebook, whose module has no presets
+        pass
+    assert Mine(config="tiny", steps=3) == cfg or dataclasses.asdict(Mine(config="tiny", steps=3)) == dataclasses.asdict(cfg)
+    assert settings.command(Mine(config="tiny", steps=3), "ppo") == "python ppo.py --config tiny --steps 3"
+
+
+@pytest.mark.parametrize("words, value", [
+    (["--prompt", "-- list all"], "-- list all"), (["--prompt=--n"], "--n"), (["--prompt=--seed=3"], "--seed=3"),
+    (["--prompt="], ""), (["--prompt", "a=b"], "a=b"), (["--prompt", "-1"], "-1"), (["--prompt", "--two\n\nlines"], "--two\n\nlines")])
+def test_a_value_may_be_anything_with_an_equals_sign_and_most_things_without(words, value):
+    cfg = settings.parse(sample.Config, "", ["--config", "tiny", *words, "--n", "2"])
+    assert (cfg.prompt, cfg.n) == (value, 2)
+    again = shlex.split(settings.command(cfg, "sample"))[2:]
+    assert settings.parse(sample.Config, "", again) == cfg
+    with pytest.raises(Stopped, match="--prompt needs a value; .* given as --prompt=VALUE"):
+        settings.parse(sample.Config, "", ["--prompt", "--n", "2"])
+
+
+def test_columns_of_the_log_never_touch():
+    for value in (0, 0.5, -0.5, 12.3456, 99.9996, -99.9996, 123.456, -999.99, 2993.75, 9999.96, -99999.9, 1e6, -1e6, 1e100, -1e-100, 3e-3):
+        text = reports.short(value)
+        assert len(text) <= 7 and float(text) == pytest.approx(value, rel=0.05, abs=1e-3), value
+    assert [reports.short(x) for x in (0.1234, -1.5, 0.0, 4e-4, math.nan, None)] == ["0.123", "-1.500", "0.000", "4e-04", "nan", "nan"]
+
+
+def test_json_files_hold_no_nan(tmp_path):
+    files.write_lines(tmp_path / "log", [{"a": math.nan, "b": [math.inf, 1.5], "c": {"d": -math.inf, "e": "NaN"}}])
+    text = (tmp_path / "log").read_text()
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == {"a": None, "b": [None, 1.5], "c": {"d": None, "e": "NaN"}}
+
+
+def written_to(encoding):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+    return stream, lambda: stream.buffer.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("encoding, shown", [("cp1252", "± \\U0001f98a"), ("ascii", "\\xb1 \\U0001f98a"), ("utf-8", "± 🦊")])
+def test_what_the_outputs_encoding_lacks_is_escaped(encoding, shown, monkeypatch):
+    stream, written = written_to(encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    runs.self_contained(lambda cfg: print("± 🦊"))(None)
+    assert written() == shown + "\n" and sys.stdout is stream
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "gone"), ValueError("I/O operation on closed file"), None])
+def test_output_that_cannot_be_written_is_dropped(error, monkeypatch):
+    def fails(*args):
+        raise error
+    stream = error and types.SimpleNamespace(write=fails, flush=fails, isatty=lambda: True, closed=False)
+    monkeypatch.setattr(sys, "stdout", stream)
+    def main(cfg):
+        print("a line", flush=True)
+        list(reports.progress([1], "working"))
+        return "done"
+    assert runs.self_contained(main)(None) == "done" and sys.stdout is stream
+
+
+def test_a_main_leaves_the_process_as_it_found_it(monkeypatch):
+    def numbers():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+    def main(cfg):
+        process.seed_all(0)
+        process.pick_device(tiny_config(sft, deterministic=True))
+        signal.signal(signal.SIGTERM, lambda *args: None)
+        numbers()
+        if cfg:
+            files.stop("as asked")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    handler = signal.getsignal(signal.SIGTERM)
+    process.seed_all(5)
+    expected = numbers(), numbers()
+    process.seed_all(5)
+    first = numbers()
+    runs.self_contained(main)(False)
+    with pytest.raises(Stopped, match="error: as asked"):
+        runs.self_contained(main)(True)
+    assert (first, numbers()) == expected
+    assert not torch.are_deterministic_algorithms_enabled() and signal.getsignal(signal.SIGTERM) is handler
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ and not process.OPENED.mains
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+    getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
+    ids=lambda error: str(error)[:12])
+def test_out_of_memory_is_recognised_on_every_device(error):
+    assert files.out_of_memory(error)
+    assert not files.out_of_memory(RuntimeError("shapes differ")) and not files.out_of_memory(ValueError("out of memory"))
+
+
+def test_the_random_state_of_mps_is_kept_and_its_clock_waits(monkeypatch):
+    kept, waited = [], []
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: torch.tensor([7]))
+    monkeypatch.setattr(torch.mps, "set_rng_state", kept.append)
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append(1))
+    mps = torch.device("mps")
+    process.set_random_states(process.random_states(mps), mps)
+    reports.Clock(mps).lap("rollout")
+    assert kept == [torch.tensor([7])] and waited == [1]
+
+
+def test_a_package_without_metadata_and_a_clone_without_git_are_unknown(monkeypatch, tmp_path):
+    monkeypatch.setattr(process, "PACKAGES", ("torch", "no-such-package"))
+    assert process.environment(torch.device("cpu"))["no-such-package"] == "unknown"
+    subprocess.run("git init -q . && mkdir -p lab vendored/lab && "
+                   "git -c user.name=a -c user.email=a@b commit -q --allow-empty -m outer",
+                   shell=True, cwd=tmp_path, check=True)
+    monkeypatch.setattr(process, "__file__", str(tmp_path / "vendored" / "lab" / "process.py"))
+    assert process.environment(torch.device("cpu"))["commit"] == "unknown"
+    monkeypatch.setattr(process, "__file__", str(tmp_path / "lab" / "process.py"))
+    assert re.fullmatch("[0-9a-f]{12}", process.environment(torch.device("cpu"))["commit"])
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_fsync_is_written_to_all_the_same(code, tmp_path, monkeypatch):
+    def unsupported(handle):
+        raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(os, "fsync", unsupported)
+    files.write(tmp_path / "a", "text")
+    with files.new_folder(tmp_path / "b") as finished_run:
+        (finished_run / "one").write_text("1")
+    assert (tmp_path / "a").read_text() == "text" and (tmp_path / "b" / "one").read_text() == "1"
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_still_keeps_a_second_process_out(code, tmp_path, monkeypatch):
+    def unsupported(handle, how):
+        raise OSError(code, os.strerror(code))
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    lock = files.one_process(tmp_path / ".lock", lambda: "taken")
+    other = in_a_child(lambda: files.one_process(tmp_path / ".lock", lambda: os._exit(7)))
+    assert other == 7
+    lock.release()
+    files.one_process(tmp_path / ".lock", lambda: "taken").release()
+
+
+def test_learning_rate_warms_up_and_decays_linearly_to_its_floor():
+    rates = [runs.learning_rate(s, 100, 2.0, 10, 0.1) for s in range(101)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
+    assert rates[100] == pytest.approx(0.2) and rates[55] == pytest.approx((2.0 + 0.2) / 2)
+
+
+# --------------------------------------------------------------------------------------------------
+# tokenizer.py
+
+
+def huggingface_bpe(texts, vocab_size, special_tokens=()):
+    """A byte-level BPE that the tokenizers library has trained"""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(special_tokens), initial_alphabet=alphabet,
+        show_progress=False))
+    return bpe
+
+
+def test_tokenizer_gives_the_ids_of_the_bpe_it_was_made_from():
+    texts = review_texts(400, seed=3)
+    theirs = huggingface_bpe(texts, 699)
+    ours = tokenizers.train_tokenizer(texts, 700)              # with EOS
+    for text in texts[:50] + AWKWARD:
+        assert ours.encode_ordinary(text) == theirs.encode(text).ids, text
+
+
+def test_any_text_survives_the_tokenizer_and_special_lookalikes_are_plain_text(tokenizer):
+    for text in AWKWARD:
+        ids = tokenizer.encode_ordinary(text)
+        assert tokenizer.eot_token not in ids and tokenizer.decode(ids) == text
+    assert tokenizer.eot_token == tokenizer.n_vocab - 1
+    assert tokenizers.encode_prompt(tokenizer, "") == [tokenizer.eot_token]
+    _, responses = tokenizers.encode_texts(tokenizer, ["On the plot:"], [" Skip it."])
+    ids = responses[0]
+    assert ids[-1] == tokenizer.eot_token and ids.count(tokenizer.eot_token) == 1
+    assert tokenizers.decode_response(tokenizer, ids) == (" Skip it.", True)
+    assert tokenizers.decode_response(tokenizer, ids[:-1]) == (" Skip it.", False)
+    assert tokenizers.decode_response(tokenizer, []) == ("", False)
+
+
+def test_tokenizer_is_stored_whole_and_its_fingerprint_tells_it_from_others(tokenizer, tmp_path):
+    tokenizers.save_tokenizer(tokenizer, tmp_path)
+    loaded = tokenizers.load_tokenizer(tmp_path)
+    assert tokenizers.tokenizer_id(loaded) == tokenizers.tokenizer_id(tokenizer)
+    for text in AWKWARD:
+        assert loaded.encode_ordinary(text) == tokenizer.encode_ordinary(text)
+    other = tokenizers.train_tokenizer(review_texts(400, seed=3), 500)
+    with pytest.raises(Stopped, match="another vocabulary"):
+        tokenizers.check_vocabulary(tokenizers.tokenizer_id(other), tokenizer, "out/x")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(Stopped, match="cannot be read as a tokenizer"):
+        tokenizers.load_tokenizer(tmp_path)
+
+
+def test_gpt2_tokenizer_from_local_files_equals_transformers(tmp_path):
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import GPT2TokenizerFast
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(review_texts(300, seed=1), vocab_size=600, special_tokens=[],
+                            show_progress=False)
+    bpe.save_model(str(tmp_path))
+    vocab = json.loads((tmp_path / "vocab.json").read_text())
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {tokenizers.EOS: len(vocab)}))
+    theirs = GPT2TokenizerFast.from_pretrained(tmp_path)
+    ours = tokenizers.gpt2_tokenizer(tmp_path)
+    assert ours.eot_token == theirs.eos_token_id
+    for text in AWKWARD:
+        wanted = theirs(text, split_special_tokens=True)["input_ids"]
+        assert ours.encode_ordinary(text) == wanted, text
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    with pytest.raises(ValueError, match="does not number the merges"):
+        tokenizers.gpt2_tokenizer(tmp_path)
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(ValueError, match="merges.txt is not there"):
+        tokenizers.gpt2_tokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    """A tokenizer.json: three special tokens first, as trainers number them; a gap in the ids"""
+    texts = review_texts(300, seed=3) + AWKWARD
+    trained = huggingface_bpe(texts, 600, [tokenizers.EOS, "<|start|>", "<|end|>"])
+    content = json.loads(trained.to_str())
+    for token, i in content["model"]["vocab"].items():
+        if i >= 100:
+            content["model"]["vocab"][token] = i + 7
+    return content
+
+
+def bpe_folder(folder, content, **extra_files):
+    """A folder of tokenizer.json and of other files, by their names without .json"""
+    folder.mkdir(exist_ok=True)
+    for name, x in {"tokenizer": content, **extra_files}.items():
+        (folder / f"{name}.json").write_text(json.dumps(x))
+    return folder
+
+
+def changed(content, *path, to):
+    """A copy of nested dicts and lists with one value changed; -1 appends to a list"""
+    copied = inner = copy.deepcopy(content)
+    for key in path[:-1]:
+        inner = inner[key]
+    if path[-1] == -1:
+        inner.append(to)
+    else:
+        inner[path[-1]] = to
+    return copied
+
+
+CHARACTERS = [(32, 127), (32, 127), (160, 0x2000), (0x2000, 0x2070), (0x3000, 0xd7ff),
+              (0x1f300, 0x1faff)]
+PIECES = [" ", "\n", "\t", "\r\n", "  ", "'s", "'LL", "1999", " the", *AWKWARD,
+          "<|start|>", "<|end|>"]
+
+
+def random_text(rng):
+    """Characters of all kinds, special tokens, and pieces that GPT-2's pattern looks for"""
+    text = ""
+    for _ in range(rng.randrange(12)):
+        if rng.random() < 0.7:
+            text += chr(rng.randrange(*rng.choice(CHARACTERS)))
+        else:
+            text += rng.choice(PIECES)
+    return text
+
+
+def test_ids_are_as_in_the_files_and_text_never_becomes_a_special_token(bpe, tmp_path):
+    """Special tokens first, a gap in the ids, one more special token after a second gap"""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+    late = dict(bpe["added_tokens"][0], id=620, content="<|pad|>")
+    content = changed(bpe, "added_tokens", -1, to=late)
+    content["model"]["vocab"]["<|pad|>"] = 620
+    ours = tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "x", content))
+    theirs = Tokenizer.from_file(str(tmp_path / "x" / "tokenizer.json"))
+    theirs.encode_special_tokens = True                  # as text
+    rng = random.Random(0)
+    for text in AWKWARD + [random_text(rng) for _ in range(3000)]:
+        ids = ours.encode_ordinary(text)
+        assert ids == theirs.encode(text).ids and ours.decode(ids) == text, text
+        assert not {0, 1, 2, 620} & set(ids)
+    assert ours.eot_token == 0 and ours.n_vocab == 621
+    assert ours.decode([0, 1, 2, 620]) == tokenizers.EOS + "<|start|><|end|><|pad|>"
+    ours.decode(list(range(ours.n_vocab)))               # gaps too: a model may sample such an id
+
+    tokenizers.export_tokenizer(ours, tmp_path / "exported", pad=True)
+    back = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert back.convert_tokens_to_ids([tokenizers.EOS, "<|end|>", "<|pad|>"]) == [0, 2, 620]
+    assert back.pad_token_id == 621                      # a new token, by a name that was free
+    assert back("good", add_special_tokens=True)["input_ids"] == ours.encode_ordinary("good")
+
+
+END = {"eos_token": "<|end|>"}
+END_AS_DICT = {"eos_token": {"content": "<|end|>"}}
+
+
+@pytest.mark.parametrize("eos, said, extra_files", [
+    (0, "", {}),
+    (2, "", dict(tokenizer_config=END)),
+    (2, "", dict(special_tokens_map=END_AS_DICT, config={"eos_token_id": [1, 2]})),
+    (2, "", dict(tokenizer_config=END_AS_DICT, special_tokens_map={"eos_token": "<|start|>"})),
+    (2, "", dict(config={"eos_token_id": 2})),
+    (1, "", dict(config={"eos_token_id": [599, 1]})),
+    (0, "config.json has eos_token_id [50256]", dict(config={"eos_token_id": 50256})),
+    (2, "ends a text with <|end|> (id 2), config.json has eos_token_id [0] and "
+        "generation_config.json has",
+     dict(tokenizer_config=END, config={"eos_token_id": 0},
+          generation_config={"eos_token_id": [0, 1]}))])
+def test_the_eos_is_the_one_that_the_files_name(eos, said, extra_files, bpe, tmp_path, capsys):
+    """The tokenizer's files go before the model's, and a note says where they differ."""
+    from transformers import AutoTokenizer
+    ours = tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe, **extra_files))
+    assert ours.eot_token == eos and tokenizers.encode_prompt(ours, "") == [eos]
+    note = capsys.readouterr().out
+    if said:
+        assert note.startswith("note: ") and said in note and note.count("\n") == 1
+    else:
+        assert note == ""
+
+    tokenizers.save_tokenizer(ours, tmp_path)
+    tokenizers.export_tokenizer(ours, tmp_path / "exported")
+    for again in (tokenizers.load_tokenizer(tmp_path), tokenizers.gpt2_tokenizer(tmp_path / "exported")):
+        assert again.eot_token == eos and tokenizers.tokenizer_id(again) == tokenizers.tokenizer_id(ours)
+        assert again.decode(list(range(607))) == ours.decode(list(range(607)))
+    assert AutoTokenizer.from_pretrained(tmp_path / "exported").eos_token_id == eos
+    renamed_token = json.loads(json.dumps(bpe).replace("<|start|>", "<|begin|>"))
+    other = tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "y", renamed_token))
+    assert tokenizers.tokenizer_id(other) != tokenizers.tokenizer_id(ours)
+
+
+ADDED = dict(id=600, content="<x>", single_word=False, lstrip=False, rstrip=False,
+             normalized=False, special=True)
+BOS = dict(type="TemplateProcessing", single=[
+    {"SpecialToken": {"id": "<|start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}])
+NFC = {"type": "NFC"}
+DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]}
+
+
+@pytest.mark.parametrize("path, to, message", [
+    (["normalizer"], NFC, "normalizer NFC"),
+    (["normalizer"], {"type": "Sequence", "normalizers": [NFC]}, "normalizer NFC"),
+    (["pre_tokenizer", "add_prefix_space"], True, "add_prefix_space"),
+    (["pre_tokenizer", "use_regex"], False, "use_regex false"),
+    (["pre_tokenizer"], None, "pre-tokenizer null"),
+    (["pre_tokenizer"], {"type": "Whitespace"}, "pre-tokenizer Whitespace"),
+    (["pre_tokenizer"], DIGITS, r"pre-tokenizer Digits \+ ByteLevel"),
+    (["post_processor"], BOS, "TemplateProcessing, which adds tokens"),
+    (["post_processor"], {"type": "Sequence", "processors": [BOS]},
+     "TemplateProcessing, which adds tokens"),
+    (["post_processor"], {"type": "RobertaProcessing"}, "RobertaProcessing"),
+    (["model", "unk_token"], "<|end|>", r"unk_token '<\|end\|>'"),
+    (["model", "byte_fallback"], True, "byte_fallback True"),
+    (["model", "dropout"], 0.1, "dropout 0.1"),
+    (["model", "ignore_merges"], True, "ignore_merges True"),
+    (["model", "end_of_word_suffix"], "</w>", "end_of_word_suffix"),
+    (["model", "type"], "Unigram", "byte-level BPE"),
+    (["added_tokens", -1], ADDED | {"special": False}, "'<x>' .not special"),
+    (["added_tokens", -1], ADDED | {"lstrip": True, "single_word": True},
+     "'<x>' .lstrip, single_word"),
+    (["added_tokens", -1], ADDED | {"rstrip": True}, "'<x>' .rstrip"),
+    (["added_tokens", -1], ADDED | {"content": "!", "id": 3},
+     "special token '!' .* piece of ordinary text"),
+    (["added_tokens", -1], ADDED | {"id": 50}, "two tokens with one id"),
+    (["added_tokens", 1, "id"], 50, r"special token '<\|start\|>' has a second id"),
+    (["added_tokens", -1], ADDED | {"id": 10 ** 9},
+     "token with the id 1000000000; wanted ids below"),
+    (["model", "merges"], [["t", "h"]], "number the merges in their order"),
+    (["model", "vocab", "a▁"], 610, "number the merges in their order")])
+def test_tokenizer_features_beyond_gpt2s_are_refused_by_name(path, to, message, bpe, tmp_path):
+    folder = bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))
+    with pytest.raises(Stopped, match=f"^error: no tokenizer in .*{message}"):
+        sft.tokenizer_of(str(folder))
+
+
+@pytest.mark.parametrize("extra_files, message", [
+    (dict(tokenizer_config={"add_prefix_space": True}), "add_prefix_space"),
+    (dict(tokenizer_config={"add_bos_token": True}), "add_bos_token"),
+    (dict(tokenizer_config={"eos_token": "</s>"}),
+     "which of its special tokens ends a text.* got </s>"),
+    (dict(tokenizer_config={"eos_token": "a"}), "which of its special tokens ends a text.* got a"),
+    (dict(tokenizer=[1]), "holds a list"),
+    (dict(config=[1]), "config.json holds a list")])
+def test_impossible_settings_beside_a_tokenizer_are_refused(extra_files, message, bpe, tmp_path):
+    with pytest.raises(Stopped, match=f"^error: no tokenizer in .*{message}"):
+        sft.tokenizer_of(str(bpe_folder(tmp_path / "x", bpe, **extra_files)))
+
+
+@pytest.mark.parametrize("merges", [
+    pytest.param([("~^", "`")], id="a part that is not a token"),
+    pytest.param([("^", "`"), ("~", "^"), ("~^", "`")], id="parts that first merge otherwise")])
+def test_merges_that_tiktoken_would_make_in_a_different_way_are_refused(merges, bpe, tmp_path):
+    content = copy.deepcopy(bpe)
+    for i, (left, right) in enumerate(merges):
+        content["model"]["vocab"][left + right] = 700 + i
+        content["model"]["merges"].append([left, right])
+    with pytest.raises(ValueError, match="number the merges in their order"):
+        tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "x", content))
+
+
+def test_harmless_words_in_a_tokenizer_json_change_nothing(bpe, tmp_path):
+    wanted = tokenizers.tokenizer_id(tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe)))
+    plain = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
+    merges = [" ".join(pair) for pair in bpe["model"]["merges"]]
+    untyped = {key: x for key, x in bpe["model"].items() if key != "type"}
+    for path, to in (
+            (["post_processor"], {"type": "ByteLevel"}),
+            (["post_processor"], plain),
+            (["normalizer"], {"type": "Sequence", "normalizers": []}),
+            (["pre_tokenizer"], {"type": "Sequence", "pretokenizers": [bpe["pre_tokenizer"]]}),
+            (["model", "merges"], merges),
+            (["model", "end_of_word_suffix"], ""),
+            (["model", "dropout"], 0.0),
+            (["model"], untyped)):
+        folder = bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))
+        ours = tokenizers.gpt2_tokenizer(folder / "tokenizer.json")
+        assert tokenizers.tokenizer_id(ours) == wanted, path
+
+
+def test_vocab_and_merges_files_know_their_special_tokens_too(bpe, tmp_path):
+    """First in the vocabulary, or listed by the slow tokenizers of transformers, old and new"""
+    folder = bpe_folder(tmp_path / "x", bpe)
+    whole = tokenizers.gpt2_tokenizer(folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(bpe["model"]["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in bpe["model"]["merges"])
+    (folder / "merges.txt").write_text("#version: 0.2\n" + merges + "\n")
+    assert tokenizers.tokenizer_id(tokenizers.gpt2_tokenizer(folder)) == tokenizers.tokenizer_id(whole)
+    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 607}))
+    assert tokenizers.gpt2_tokenizer(folder).decode([607, 2]) == "<pad><|end|>"
+
+    def with_added_token(**flags):
+        decoder = {"added_tokens_decoder": {"608": ADDED | flags}, "eos_token": "<x>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(decoder))
+        return tokenizers.gpt2_tokenizer(folder)
+
+    assert with_added_token(special=True).eot_token == 608
+    with pytest.raises(ValueError, match="'<x>' .not special"):
+        with_added_token(special=False)
+    (folder / "tokenizer_config.json").unlink()
+    nameless = {token.replace(tokenizers.EOS, "<s>"): i for token, i in bpe["model"]["vocab"].items()}
+    (folder / "vocab.json").write_text(json.dumps(nameless))
+    with pytest.raises(ValueError, match=r"wanted one of .*<s>, .*<\|end\|> as eos_token"):
+        tokenizers.gpt2_tokenizer(folder)
+
+
+def test_a_tokenizer_that_an_earlier_version_wrote_is_the_same_tokenizer(tokenizer, tmp_path):
+    """Its fingerprint too, which is stored in the checkpoints of that time"""
+    tokenizers.save_tokenizer(tokenizer, tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
+    described = repr((tokenizers.PATTERN, ranks, tokenizer.eot_token))
+    before = hashlib.sha256(described.encode()).hexdigest()[:16]
+    assert tokenizers.tokenizer_id(tokenizer) == before
+    del content["special"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    loaded = tokenizers.load_tokenizer(tmp_path)
+    assert tokenizers.tokenizer_id(loaded) == before and loaded.eot_token == tokenizer.eot_token
+    for eos in (3, None):                                # an ordinary token, nothing
+        broken = content | {"special": {"<x>": 900}, "eos": eos}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(broken))
+        with pytest.raises(Stopped, match="cannot be read as a tokenizer"):
+            tokenizers.load_tokenizer(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# forms.py, corpus.py
+
+
+def by(role):
+    """A function that makes a message by a role from a text"""
+    return lambda text: {"role": role, "content": text}
+
+
+USER, ASSISTANT, SYSTEM = map(by, ("user", "assistant", "system"))
+
+
+@pytest.mark.parametrize("record, prompt, responses", [
+    ({"chosen": f"{HUMAN}hi{TURN} hello", "rejected": f"{HUMAN}hi{TURN} go away"}, f"{HUMAN}hi{TURN}", [" hello", " go away"]),
+    ({"chosen": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} d", "rejected": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} e"},
+     f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d", " e"]),
+    ({"chosen": f"{HUMAN}a{TURN} same", "rejected": f"{HUMAN}a{TURN} same"}, f"{HUMAN}a{TURN}", [" same", " same"]),
+    ({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}, "2 + 2 =", [" 4", " 5"]),
+    ({"prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 =", [" 4"]),
+    ({"prompt": "", "completion": " 4"}, "", [" 4"]),
+    ({"text": "Once upon a time", "label": 1}, "", ["Once upon a time"]),
+    ({"text": "2 + 2 = 4", "prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 =", [" 4"]),
+    ({"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
+     f"\n\nSystem: Be kind.{HUMAN}hi{TURN}", [" hello"]),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
+                   {"role": "assistant", "content": "d"}]}, f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d"]),
+    ({"prompt": [{"role": "user", "content": "hi"}], "chosen": [{"role": "assistant", "content": "yes"}],
+      "rejected": [{"role": "assistant", "content": "no"}]}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "yes"}]}, f"{HUMAN}hi{TURN}", [" yes"]),
+    ({"prompt": "hi", "chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
+      "rejected": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}]}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
+      "rejected": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}]}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"prompt": [{"role": "user", "content": "hi"}], "completion": " as text"}, f"{HUMAN}hi{TURN}", [" as text"]),
+    ({"prompt": [{"role": "user", "content": "hi"}], "chosen": "yes", "rejected": " no"}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"info": {"id": "t3", "post": "I did it.", "title": "TIFU", "subreddit": "tifu"}, "choice": 1, "worker": "w", "split": "train",
+      "summaries": [{"text": " worse", "policy": "a", "note": None}, {"text": " better", "policy": "b", "note": None}]},
+     "SUBREDDIT: r/tifu\n\nTITLE: TIFU\n\nPOST: I did it.\n\nTL;DR:", [" better", " worse"]),
+    ({"conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "hi"},
+                        {"from": "gpt", "value": "hello"}]},
+     f"\n\nSystem: Be kind.{HUMAN}hi{TURN}", [" hello"]),
+    ({"conversations": [{"from": "human", "value": "hi"}],
+      "chosen": {"from": "gpt", "value": "yes"}, "rejected": {"from": "gpt", "value": "no"}},
+     f"{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"messages": [USER("hi")], "chosen": ASSISTANT("yes"), "rejected": "no"},
+     f"{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"prompt": "hi", "messages": [USER("x")], "chosen": ASSISTANT("yes"), "rejected": "no"},
+     f"{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"messages": [USER("hi"), ASSISTANT("yes")], "chosen": [USER("hi"), ASSISTANT("yes")],
+      "rejected": [USER("hi"), ASSISTANT("no")]}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"instruction": "Add.", "input": "2, 2", "output": "4"}, f"{HUMAN}Add.\n\n2, 2{TURN}", [" 4"]),
+    ({"instruction": "hi", "input": "", "chosen": "yes", "rejected": "no"},
+     f"{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"prompt": "2 + 2 =", "answer": "4"}, "2 + 2 =", []),
+    ({"prompt": [{"role": "user", "content": "hi"}]}, f"{HUMAN}hi{TURN}", []),
+    ({"messages": [{"role": "user", "content": "hi"}]}, f"{HUMAN}hi{TURN}", []),
+    ({"prompt": "p", "chosen": None, "rejected": None, "completion": " c"}, "p", [" c"]),
+    ({"prompt": "p", "chosen": " a", "rejected": " b", "completion": None}, "p", [" a", " b"]),
+    ({"messages": [{"role": "developer", "content": "Be kind."}, {"role": "User", "content": "hi"},
+                   {"role": "model", "content": [{"type": "text", "text": "hel"}, "lo"]}]},
+     f"\n\nSystem: Be kind.{HUMAN}hi{TURN}", [" hello"])])
+def test_every_form_of_a_record_is_read_as_prompt_and_responses_better_first(record, prompt, responses):
+    assert forms.read_record(json.loads(json.dumps(record))) == (prompt, responses)
+
+
+@pytest.mark.parametrize("record, message", [
+    ([1], "not a JSON object"), ({"question": "?", "answer": "!"}, "none of the known forms: keys answer, question"),
+    ({"chosen": "a", "rejected": "b"}, "share no assistant turn"), ({"prompt": "a", "completion": " "}, "an empty response"),
+    ({"chosen": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} d", "rejected": f"{HUMAN}a{TURN} x"}, "part before their last turn"),
+    ({"prompt": "a", "completion": 3}, "a text is not a string"),
+    ({"text": None}, "none of the known forms"),
+    ({"prompt": 1, "completion": "a"}, "not a string"),
+    ({"messages": [by("robot")("x")]}, "user, assistant or system, not robot"),
+    ({"messages": ["hi"]}, "want a role and content"),
+    ({"messages": [by("tool")("x"), ASSISTANT("y")]}, "user, assistant or system, not tool"),
+    ({"messages": [ASSISTANT(None)]}, "content, a text; one by assistant has none"),
+    ({"messages": [USER([{"type": "image_url"}])]}, "content, a text; one by user has none"),
+    ({"chosen": [USER("a")], "rejected": [USER("a")]}, "does not end in an assistant turn"),
+    ({"prompt": "", "answer": "4"}, "an empty prompt and no response"),
+    ({"prompt": []}, "an empty prompt and no response"),
+    ({"prompt": "a", "chosen": "b"}, "only one of chosen and rejected"),
+    ({"info": {"post": "p"}, "summaries": [], "choice": 0}, "comparison of summaries without")])
+def test_records_that_cannot_be_read_say_why(record, message):
+    with pytest.raises(ValueError, match=message):
+        forms.read_record(record)
+
+
+SURE = [USER("hi"), ASSISTANT("Sure,")]
+
+
+@pytest.mark.parametrize("record, prompt, responses", [
+    ({"messages": [USER(f"a{TURN} b"), ASSISTANT(f"c{HUMAN}d{TURN} e")]},
+     f"{HUMAN}a{TURN} b{TURN}", [f" c{HUMAN}d{TURN} e"]),
+    ({"chosen": [USER("a"), ASSISTANT(f"b{HUMAN}x")],
+      "rejected": [USER("a"), ASSISTANT(f"b{TURN} y")]},
+     f"{HUMAN}a{TURN}", [f" b{HUMAN}x", f" b{TURN} y"]),
+    ({"messages": [USER("a"), ASSISTANT("b"), ASSISTANT("c")]}, f"{HUMAN}a{TURN} b{TURN}", [" c"]),
+    ({"messages": [USER("a"), ASSISTANT("b"), USER("c")]}, f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", []),
+    ({"prompt": [SYSTEM("S")], "chosen": [USER("hi"), ASSISTANT("yes")],
+      "rejected": [USER("hi"), ASSISTANT("no")]}, f"\n\nSystem: S{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"prompt": [SYSTEM("S"), USER("hi")], "chosen": [USER("hi"), ASSISTANT("yes")],
+      "rejected": "no"}, f"\n\nSystem: S{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"prompt": [USER("a"), ASSISTANT("b")], "completion": [USER("c"), ASSISTANT("d")]},
+     f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d"]),
+    ({"prompt": [USER("a"), ASSISTANT("b"), USER("a")], "completion": [USER("a"), ASSISTANT("d")]},
+     f"{HUMAN}a{TURN} b{HUMAN}a{TURN}", [" d"]),
+    ({"prompt": "hi ", "messages": [SYSTEM("S"), USER("hi"), ASSISTANT("yes")]},
+     f"\n\nSystem: S{HUMAN}hi{TURN}", [" yes"]),
+    ({"prompt": "Be kind.", "messages": [USER("hi"), ASSISTANT("yes")]},
+     f"{HUMAN}Be kind.{HUMAN}hi{TURN}", [" yes"]),
+    ({"prompt": SURE, "chosen": " yes", "rejected": "no"},
+     f"{HUMAN}hi{TURN} Sure,", [" yes", "no"]),
+    ({"prompt": SURE, "completion": [ASSISTANT(" yes")]}, f"{HUMAN}hi{TURN} Sure,", [" yes"]),
+    ({"prompt": SURE, "completion": [*SURE, ASSISTANT(" yes")]},
+     f"{HUMAN}hi{TURN} Sure,", [" yes"]),
+    ({"prompt": SURE, "completion": [USER("hi"), ASSISTANT("Sure, yes")]},
+     f"{HUMAN}hi{TURN} Sure,", [" yes"]),
+    ({"prompt": SURE}, f"{HUMAN}hi{TURN} Sure,", []),
+    ({"prompt": [USER("hi"), ASSISTANT("")], "completion": "yes"}, f"{HUMAN}hi{TURN}", [" yes"]),
+    ({"system": "S", "prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"},
+     "S\n\n2 + 2 =", [" 4", " 5"]),
+    ({"system": "S", "chosen": f"{HUMAN}a{TURN} b", "rejected": f"{HUMAN}a{TURN} c"},
+     f"\n\nSystem: S{HUMAN}a{TURN}", [" b", " c"]),
+    ({"system": "S", "prompt": [USER("a")], "chosen": [USER("a"), ASSISTANT("b")], "rejected": "c"},
+     f"\n\nSystem: S{HUMAN}a{TURN}", [" b", " c"]),
+    ({"system": "S", "messages": [SYSTEM("S"), USER("a"), ASSISTANT("b")]},
+     f"\n\nSystem: S{HUMAN}a{TURN}", [" b"]),
+    ({"system": "", "prompt": "p", "completion": " c"}, "p", [" c"])])
+def test_messages_keep_their_turns_and_nothing_of_a_prompt_is_dropped(record, prompt, responses):
+    assert forms.read_record(record) == (prompt, responses)
+
+
+def test_dialogues_that_differ_before_their_last_message_are_refused():
+    for chosen, rejected in (
+            ([USER("a"), ASSISTANT("b")], [USER("x"), ASSISTANT("b")]),
+            ([SYSTEM("S"), USER("a"), ASSISTANT("b")], [USER("a"), ASSISTANT("c")])):
+        with pytest.raises(ValueError, match="part before their last turn"):
+            forms.read_record({"chosen": chosen, "rejected": rejected})
+
+
+@pytest.mark.parametrize("label, good", [
+    (True, True), (False, False), (1, True), (0, False), (1.0, True), (0.0, False), (-1, False),
+    ("true", True), ("False", False), ("desirable", True), (" Undesirable ", False), ("0", False),
+    (None, True), ("math", True), (7, True), ([0], True)])
+def test_a_label_leaves_an_undesirable_response_out_in_every_form(label, good):
+    answered = [USER("p"), ASSISTANT("c")]
+    spoken = [{"from": "human", "value": "p"}, {"from": "gpt", "value": "c"}]
+    for form in ({"prompt": "p", "completion": " c"}, {"prompt": [USER("p")], "completion": "c"},
+                 {"messages": answered}, {"conversations": spoken},
+                 {"instruction": "p", "output": "c"}):
+        for name in ("label", "kto_tag"):
+            remarks = []
+            prompt, responses = forms.read_record({**form, name: label}, remarks)
+            assert prompt in ("p", f"{HUMAN}p{TURN}") and responses == ([" c"] if good else [])
+            known = label is None or label not in ("math", 7, [0])
+            said = [] if good else [(forms.LEFT_OUT, "labelled undesirable")]
+            assert remarks == (said if known else [(forms.UNUSED, name)])
+
+
+def test_rows_are_cut_counted_held_out_by_their_prompt_and_mapped_from_disk(empty_folder, tokenizer, capsys, monkeypatch):
+    rows = [comparison(i % 100, words=12) for i in range(130)]                 # thirty prompts come twice
+    rows[4:4] = ["{broken", "", {"prompt": "p", "completion": "\n"}, {"other": 1}, {"prompt": "x", "completion": " " + "long " * 200}]
+    cfg = texts_cfg(write_rows(empty_folder / "rows.jsonl", rows))
+    ours = corpus.rows_of(cfg, tokenizer, 90)
+    said = capsys.readouterr().out
+    prompts = [row[0] for row in ours]
+    assert len(ours) == 131 and all(1 <= len(p) <= 60 and len(p) + max(len(y), len(z)) <= 90 for p, y, z in ours)
+    whole = [tokenizers.encode_prompt(tokenizer, forms.read_record(row)[0]) for row in rows if isinstance(row, dict) and "chosen" in row]
+    assert [p for p, (_, _, worse) in zip(prompts, ours) if worse] == [p[-60:] for p in whole]         # the end is kept
+    cut = sum(len(p) > 60 for p in whole)
+    assert cut > 20 and f"131 rows, {sum(ours.held_out)} of them held out; {cut} prompts cut to their last 60" in said
+    assert "1 rows with a response cut to fit into 90" in said
+    for reason in ("1 more left out, not JSON: line 5", "1 more left out, an empty response: line 7",
+                   "1 more left out, none of the known forms: keys other: line 8"):
+        assert reason in said, reason
+    train, held = data.prompts(cfg, tokenizer, 90)
+    assert len(train) + len(held) == len(set(map(tuple, prompts))) == sum(ours.first) and len(held) > 4
+    assert not set(map(tuple, train)) & set(map(tuple, held)) and len(train) > 3 * len(held)
+    assert all(ours.held_out[i] == ours.held_out[prompts.index(p)] for i, p in enumerate(prompts))       # both times alike
+    other = corpus.rows_of(dataclasses.replace(cfg, max_prompt_tokens=50), tokenizer, 80)
+    uncut = [i for i, prompt in enumerate(prompts) if len(prompt) < 50]
+    assert len(uncut) > 60 and other.held_out[uncut].tolist() == ours.held_out[uncut].tolist()         # for ever
+    better, worse = data.comparisons(cfg, tokenizer, 90, None, 1000)[0][0]["response_ids"]
+    assert better[-1] == worse[-1] == tokenizer.eot_token and tokenizer.decode(better).startswith(" Number")
+    assert len(data.comparisons(cfg, tokenizer, 90, 7, 2)[0]) == 7
+    assert data.demonstrations(cfg, tokenizer, 90, None, 5)[1][0][1][-1] == tokenizer.eot_token
+    assert isinstance(ours.tokens, np.memmap)
+
+    corpus.opened.cache_clear()
+    monkeypatch.setattr(corpus, "tokenise", None)                              # a second start tokenises nothing
+    capsys.readouterr()
+    assert list(corpus.rows_of(cfg, tokenizer, 90)) == list(ours) and said == capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.chdir(empty_folder)
+    for changed in (texts_cfg(cfg.data, max_prompt_tokens=40), texts_cfg(write_rows(empty_folder / "rows.jsonl", rows[:100]))):
+        assert len(corpus.rows_of(changed, tokenizer, 90)) != 131 or changed.max_prompt_tokens == 40
+    assert len(list((empty_folder / "out" / "tokens").iterdir())) == 4
+
+
+def test_a_prompt_is_held_out_by_its_whole_text_wherever_it_is_cut(empty_folder, tokenizer):
+    path = write_rows(empty_folder / "rows.jsonl", [{"prompt": "and so on " * 20 + f"number {i}", "completion": " yes"} for i in range(90)])
+    sides = [corpus.rows_of(texts_cfg(path, max_prompt_tokens=n), tokenizer, 90).held_out.tolist() for n in (12, 30, 60)]
+    assert sides[0] == sides[1] == sides[2] and any(sides[0])
+    assert sides[0] == [corpus.held_out(("and so on " * 20 + f"number {i}").encode()) for i in range(90)]
+
+
+def test_the_order_of_rows_is_not_that_of_the_file_and_is_the_same_for_every_seed(empty_folder, tokenizer):
+    path = write_rows(empty_folder / "sorted.jsonl", [{"prompt": f"{i} is", "completion": " good" if i < 100 else " bad"} for i in range(200)])
+    taken = [[y for _, y in data.demonstrations(texts_cfg(path, seed=seed), tokenizer, 90, 40, 10)[0]] for seed in (1, 2)]
+    assert taken[0] == taken[1] and len({tuple(y) for y in taken[0][:20]}) == 2             # both kinds among the first
+
+
+def test_pairs_of_equal_responses_compare_nothing_and_are_counted(empty_folder, tokenizer):
+    rows = [comparison(i) for i in range(80)] + [{"prompt": f"x {i}", "chosen": " same", "rejected": " same"} for i in range(40)]
+    cfg = texts_cfg(write_rows(empty_folder / "rows.jsonl", rows))
+    assert "40 with two responses alike, which compare nothing" in corpus.rows_of(cfg, tokenizer, 90).report
+    assert sum(map(len, data.comparisons(cfg, tokenizer, 90, None, None))) == 80
+    assert sum(map(len, data.demonstrations(cfg, tokenizer, 90, None, None))) == 120
+
+
+def test_prompts_that_a_cut_makes_equal_are_on_one_side(empty_folder, tokenizer):
+    rows = [{"prompt": f"number {i} " + "and so on " * 20, "completion": " yes"} for i in range(60)]
+    rows += [{"prompt": f"number {i}", "completion": " yes"} for i in range(60)]
+    ours = corpus.rows_of(texts_cfg(write_rows(empty_folder / "rows.jsonl", rows), max_prompt_tokens=10), tokenizer, 40)
+    assert len({tuple(p) for p, _, _ in [ours[i] for i in range(60)]}) == 1 and not ours.held_out[:60].any()
+    assert ours.first.sum() == 61 and ours.held_out[60:].any()
+
+
+def test_files_compressed_files_folders_and_plain_texts_are_read(empty_folder, tokenizer):
+    rows = [comparison(i) for i in range(60)]
+    write_rows(empty_folder / "a" / "one.jsonl", rows[:30])
+    with gzip.open(empty_folder / "a" / "two.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows[30:])
+    (empty_folder / "a" / "readme.md").write_text("not a row")
+    assert len(corpus.rows_of(texts_cfg(empty_folder / "a"), tokenizer, 90)) == 60
+    (empty_folder / "plain.txt").write_text("".join(f"line {i} of a long story\n" for i in range(2000)))
+    pieces = list(corpus.pieces(empty_folder / "plain.txt"))
+    assert "".join(pieces) == (empty_folder / "plain.txt").read_text() and all(len(piece) <= 1000 for piece in pieces) and len(pieces) > 40
+    (empty_folder / "one-line.txt").write_text("word " * 1000 + "\nend")
+    assert [len(piece) for piece in corpus.pieces(empty_folder / "one-line.txt")] == [1000] * 5 + [4]
+    (empty_folder / "cut.jsonl.gz").write_bytes((empty_folder / "a" / "two.jsonl.gz").read_bytes()[:-20])
+    with pytest.raises(Stopped, match=r"cut.jsonl.gz cannot be read past line \d+ \(EOFError"):
+        list(corpus.examples(str(empty_folder / "cut.jsonl.gz"), {}))
+    prompt, response, worse = corpus.rows_of(texts_cfg(empty_folder / "plain.txt"), tokenizer, 90)[0]
+    assert prompt == [tokenizer.eot_token] and tokenizer.decode(response).startswith("line 0 of a long story\n") and worse == []
+    with pytest.raises(Stopped, match="has no comparisons, but rows of one response"):
+        data.comparisons(texts_cfg(empty_folder / "plain.txt"), tokenizer, 90, None, 10)
+    split = texts_cfg(empty_folder / "plain.txt", text_prompt=5)
+    whole = tokenizer.encode_ordinary(pieces[0])
+    assert corpus.rows_of(split, tokenizer, 90)[0] == (whole[:5], whole[5:90], [])
+    write_rows(empty_folder / "short.jsonl", [{"text": "abc"}] + [{"text": f"number {i} and more words"} for i in range(40)])
+    assert "no response left: line 1" in corpus.rows_of(texts_cfg(empty_folder / "short.jsonl", text_prompt=4), tokenizer, 90).report
+
+
+def test_undesirable_rows_are_not_learned_and_their_prompts_serve_rl(empty_folder, tokenizer):
+    rows = [{"prompt": f"Number {i} is", "completion": f" {i}", "label": i % 4 > 0}
+            for i in range(160)]
+    rows.append({"prompt": "", "completion": " bad", "label": False})          # no use at all
+    cfg = texts_cfg(write_rows(empty_folder / "kto.jsonl", rows))
+    report = corpus.rows_of(cfg, tokenizer, 90).report
+    assert "kto.jsonl: 120 rows and 40 prompts without a response, " in report
+    assert "\n41 more left out, labelled undesirable: line 1, line 5, line 9, line 13," in report
+    assert "not used" not in report
+    parts = data.demonstrations(cfg, tokenizer, 90, None, None)
+    learned = [tokenizer.decode(response[:-1]) for part in parts for _, response in part]
+    assert sorted(learned) == sorted(f" {i}" for i in range(160) if i % 4)
+    assert sum(map(len, data.prompts(cfg, tokenizer, 90))) == 160
+    assert not any(" 4" == text[-2:] for text in corpus.some_texts(cfg, 10, 1))
+    with pytest.raises(Stopped, match="has no comparisons, but rows of one response or none"):
+        data.check_comparisons(cfg)
+
+
+def test_a_label_beside_a_text_is_a_class_so_imdb_is_read_whole(empty_folder, tokenizer, monkeypatch):
+    class Loaded(list):
+        _fingerprint = "imdb"
+    rows = Loaded({"text": f"{i} is a film of many", "label": i % 2} for i in range(100))
+    fake = types.SimpleNamespace(load_dataset=lambda name, split: rows)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    corpus.hub_data_set.cache_clear()
+    cfg = preset_of("imdb", sft, max_prompt_tokens=8)
+    assert cfg.data == "hf:stanfordnlp/imdb"
+    report = corpus.rows_of(cfg, tokenizer, 60).report
+    assert "imdb: 100 rows, " in report and report.endswith("fields not used: label (100 rows)")
+    assert sum(map(len, data.demonstrations(cfg, tokenizer, 60, None, None))) == 100
+
+
+def test_fields_that_are_not_used_are_named_with_how_many_rows_have_them(empty_folder, tokenizer):
+    rows = [{**comparison(i), "score": i, "id": None if i % 2 else "x", "messages": [USER("a")]}
+            for i in range(60)]
+    report = corpus.rows_of(texts_cfg(write_rows(empty_folder / "rows.jsonl", rows)), tokenizer, 90).report
+    assert report.endswith("\nfields not used: id (30 rows), messages (60), score (60)")
+    rows = [{"prompt": "p", "completion": " c", **{f"field{n}": 1 for n in range(30)}}] * 2 + rows
+    report = corpus.rows_of(texts_cfg(write_rows(empty_folder / "rows.jsonl", rows)), tokenizer, 90).report
+    assert "\nfields not used: field0 (2 rows), field1 (2), " in report and report.endswith(", ..")
+
+
+def test_special_tokens_written_out_in_responses_are_counted(empty_folder, tokenizer):
+    ends = ["<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>", "<｜end▁of▁sentence｜>"]
+    rows = [{"prompt": f"{i} <|im_start|>", "completion": f" yes{ends[i % 5]}"} for i in range(60)]
+    rows += [{"prompt": f"{i} is", "chosen": " <b>a</b>", "rejected": " b</s></s>"}
+             for i in range(60)]
+    read = corpus.rows_of(texts_cfg(write_rows(empty_folder / "rows.jsonl", rows)), tokenizer, 90)
+    for end in ends:
+        n = 72 if end == "</s>" else 12
+        assert f"\n{n} of them kept as they stand, with {end} written out in a " in read.report
+    assert len(read.report.splitlines()) == 6
+    assert tokenizer.decode(read[0][1]) == " yes<|endoftext|><|endoftext|>"
+
+
+def test_a_prompt_that_every_response_repeats_is_taken_off_and_counted(empty_folder, tokenizer):
+    rows = [{"prompt": f"Is {i} so?", "chosen": f"Is {i} so? Yes.", "rejected": f"Is {i} so? No."}
+            for i in range(60)]
+    rows += [{"prompt": "Is it?", "chosen": "Is it? Yes.", "rejected": " No."},
+             {"prompt": "He", "completion": "Hello"},
+             {"prompt": "copy me", "completion": "copy me"},
+             {"prompt": " ", "completion": " a"}, {"prompt": "1 +", "text": "1 + 1 = 2"}]
+    path = write_rows(empty_folder / "rows.jsonl", rows)
+    report = corpus.rows_of(texts_cfg(path), tokenizer, 90).report
+    taken, kept = report.splitlines()[1:]
+    assert taken.startswith("61 of them began each response with the prompt, which was taken off: ")
+    assert kept == ("1 of them kept as they stand, with one response that repeats the prompt: "
+                    "line 61")
+    read = [responses for _, _, responses in corpus.examples(path, {})]
+    assert read[0] == [" Yes.", " No."] and read[60:] == [
+        ["Is it? Yes.", " No."], ["Hello"], ["copy me"], [" a"], [" 1 = 2"]]
+
+
+def test_a_folder_names_its_files_without_hidden_ones_and_counts_rows_in_two(empty_folder, tokenizer):
+    rows = [json.dumps(comparison(i)) for i in range(60)]
+    write_rows(empty_folder / "a" / "x.jsonl", [*rows, rows[0]])                       # twice in one file
+    for name in (".x.jsonl", ".cache/x.jsonl", "b/._x.json", "notes.txt"):
+        write_rows(empty_folder / "a" / name, rows)
+    with gzip.open(empty_folder / "a" / "x.jsonl.gz", "wt") as file:
+        file.write("\n".join(rows[30:]))
+    write_rows(empty_folder / "a" / "b" / "x.jsonl", [json.dumps(comparison(60)), "{"])
+    report = corpus.rows_of(texts_cfg(empty_folder / "a"), tokenizer, 90).report.splitlines()
+    assert "a: 92 rows, " in report[0] and report[1:] == [
+        "files read: b/x.jsonl, x.jsonl, x.jsonl.gz", "1 more left out, not JSON: b/x.jsonl line 2",
+        "30 of them kept as they stand, repeating a row of an earlier file: x.jsonl.gz line 1, "
+        "x.jsonl.gz line 2, x.jsonl.gz line 3, x.jsonl.gz line 4, x.jsonl.gz line 5, .."]
+
+
+ROWS = [{"prompt": f"Größe {i}: 漢", "completion": f" 🦊 {i}"} for i in range(3)]
+TEXT = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+@pytest.mark.parametrize("content", [
+    TEXT.encode("utf-8-sig"), TEXT.replace("\n", "\r\n").encode("utf-8-sig"), TEXT.encode("utf-16"),
+    codecs.BOM_UTF16_BE + TEXT.encode("utf-16-be"), TEXT.encode("utf-32"),
+    codecs.BOM_UTF32_BE + TEXT.encode("utf-32-be"), json.dumps(ROWS).encode(),
+    json.dumps(ROWS, indent=2).encode("utf-8-sig"),
+    ("\n [" + ",\n".join(TEXT.splitlines()) + "]").encode(),
+    json.dumps(ROWS, ensure_ascii=False).encode("utf-16"),
+    "".join(TEXT.splitlines(keepends=True)[:2]).encode("utf-8-sig")        # two files in one
+    + TEXT.splitlines()[2].encode("utf-8-sig")],
+    ids="bom crlf utf16 utf16be utf32 utf32be array pretty rows utf16array joined".split())
+def test_json_lines_and_arrays_are_read_in_every_encoding_gzipped_or_not(content, empty_folder):
+    wanted = [(row["prompt"], [row["completion"]]) for row in ROWS]
+    for name, written in (("a.jsonl", content), ("a.json", content),
+                          ("a.json.gz", gzip.compress(content))):
+        (empty_folder / name).write_bytes(written)
+        notes = {}
+        found = list(corpus.examples(name, notes))
+        assert [tuple(row[1:]) for row in found] == wanted and not notes
+        assert found[2][0] in ("line 3", "item 3")
+
+
+def test_texts_lose_their_byte_order_mark_and_bad_bytes_are_named(empty_folder):
+    for encoding in ("utf-8-sig", "utf-16", "utf-32"):
+        (empty_folder / "a.txt").write_text("Once upon a time\n", encoding=encoding)
+        (empty_folder / "b.txt.gz").write_bytes(gzip.compress((empty_folder / "a.txt").read_bytes()))
+        for name in ("a.txt", "b.txt.gz"):
+            assert [row[2] for row in corpus.examples(name, {})] == [["Once upon a time\n"]]
+    for content, what in ((b'{"prompt": "p", "completion": " caf\xe9"}\n', "not JSON"),
+                          (b"[1, 2]\n", "not a JSON object"),
+                          (b'[{"prompt": "p"},\n', "not JSON, nor is the file as one array")):
+        (empty_folder / "c.json").write_bytes(content)
+        notes = {}
+        assert not list(corpus.examples("c.json", notes))
+        assert [reason.startswith(what) for _, reason in notes] == [True]
+    (empty_folder / "c.json").write_text("[1, 2]\n" + TEXT)                            # lines, all the same
+    assert len(list(corpus.examples("c.json", {}))) == 3
+
+
+def test_csv_and_parquet_are_named_with_a_command_that_converts_them(empty_folder):
+    (empty_folder / "a b.csv").write_text('prompt,completion\n"2, 3","it\'s ""5"""\n', encoding="utf-8-sig")
+    with pytest.raises(Stopped, match="--data got a b.csv; it takes JSON. To convert") as said:
+        corpus.check_source("a b.csv")
+    command = str(said.value).split("To convert it: python", 1)[1]
+    subprocess.run(sys.executable + command, shell=True, check=True)
+    assert [row[1:] for row in corpus.examples("a b.csv.jsonl", {})] == [("2, 3", ['it\'s "5"'])]
+    (empty_folder / "folder").mkdir()
+    (empty_folder / "folder" / "x.parquet").touch()
+    message = "without any .jsonl.*x.parquet. .*pandas.read_parquet.*x.parquet.jsonl"
+    with pytest.raises(Stopped, match=message):
+        corpus.check_source("folder")
+    with pytest.raises(Stopped, match="--ptx_data got folder/x.parquet; it takes JSON"):
+        corpus.check_source("folder/x.parquet", "--ptx_data")
+
+
+def test_prompts_alone_serve_rl_and_sft_takes_the_rows_with_a_response(empty_folder, tokenizer):
+    prompts = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(80)]
+    cfg = texts_cfg(write_rows(empty_folder / "prompts.jsonl", prompts))
+    read = corpus.rows_of(cfg, tokenizer, 90)
+    assert "prompts.jsonl: 80 prompts without a response, " in read.report
+    assert read.report.endswith("fields not used: answer (80 rows)") and read[3][1:] == ([], [])
+    assert sum(map(len, data.prompts(cfg, tokenizer, 90))) == 80
+    with pytest.raises(Stopped, match="prompts but no responses: there is nothing for SFT"):
+        data.demonstrations(cfg, tokenizer, 90, None, None)
+    with pytest.raises(Stopped, match="there is nothing for a reward model or DPO to learn"):
+        data.comparisons(cfg, tokenizer, 90, None, None)
+    both = prompts + [comparison(i) for i in range(60)]
+    cfg = texts_cfg(write_rows(empty_folder / "both.jsonl", both))
+    assert "both.jsonl: 60 rows and 80 prompts" in corpus.rows_of(cfg, tokenizer, 90).report
+    assert sum(map(len, data.prompts(cfg, tokenizer, 90))) == 140
+    for taken in (data.demonstrations, data.comparisons):
+        assert sum(map(len, taken(cfg, tokenizer, 90, None, None))) == 60
+    data.check_comparisons(cfg)                            # the first comparison is far down
+    texts = corpus.some_texts(cfg, 81, 1)
+    assert texts[79:] == ["What is 79?", comparison(0)["chosen"]]
+
+
+def test_rows_that_share_one_prompt_are_held_out_by_the_whole_row(empty_folder, tokenizer):
+    rows = [{"prompt": "Praise it:", "chosen": f" good {i}", "rejected": f" bad {i}"}
+            for i in range(80)]
+    cfg = texts_cfg(write_rows(empty_folder / "rows.jsonl", rows + rows))
+    read = corpus.rows_of(cfg, tokenizer, 90)
+    assert "\ntoo few prompts to hold some of them out: rows are held out by a hash " in read.report
+    assert f" {read.held_out.sum()} of these share their prompt with training rows" in read.report
+    assert read.held_out[:80].tolist() == read.held_out[80:].tolist()      # equal rows, one side
+    assert read.held_out[:80].tolist() == [
+        corpus.held_out(f"Praise it:\0 good {i}\0 bad {i}".encode()) for i in range(80)]
+    train, held = data.comparisons(cfg, tokenizer, 90, None, None)
+    assert len(train) > 100 and len(held) > 5 and len(train) + len(held) == 160
+    assert [len(part) for part in data.prompts(cfg, tokenizer, 90)] == [1, 1]
+    others = [{"prompt": f"Praise {i}:", "completion": f" good {i}"} for i in range(40)]
+    read = corpus.rows_of(texts_cfg(write_rows(empty_folder / "rows.jsonl", rows + others)), tokenizer, 90)
+    assert "too few" not in read.report and len(set(read.held_out[:80])) == 1
+    alone = texts_cfg(write_rows(empty_folder / "rows.jsonl", rows[:1]))
+    assert "too few" not in corpus.rows_of(alone, tokenizer, 90).report        # nor is that any help
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("nowhere.jsonl", None, "--data got .*nowhere.jsonl; it takes reviews, hh, tldr, hf:OWNER/NAME, or a file or folder"),
+    ("empty.jsonl", "", "has no row that could be read. The first lines of corpus.py"),
+    ("broken.jsonl", "{\n", r"has no row that could be read: not JSON \(line 1\)"),
+    ("one.jsonl", '{"prompt": "a", "completion": " b"}\n', "1 rows to train on and 0 held out; there must be some of both"),
+    ("binary.jsonl", b"\xff\x00\x00\xfe", r"not JSON \(line 1\)")])
+def test_data_that_cannot_be_used_ends_with_one_clear_message(name, content, message, empty_folder, tokenizer):
+    if content is not None:
+        (empty_folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(Stopped, match=message):
+        data.prompts(texts_cfg(empty_folder / name), tokenizer, 90)
+
+
+LINES = [                       # what a line of a file may hold, and what is said of it
+    ('{"prompt": "p", "completion": " c"', "not JSON"), ("[" * 100_000, "not JSON"), ("not json at all", "not JSON"), ("\x00\x01", "not JSON"),
+    ('{"prompt": "p", "completion": " \x01"}', "not JSON"), ("1" * 5000, "not JSON"), ("[1, 2]", "not a JSON object"), ("null", "not a JSON object"),
+    ('"text"', "not a JSON object"), ("{}", "none of the known forms: keys "), ('{"Prompt": "p"}', "none of the known forms: keys Prompt"),
+    ('{"prompt": "p", "completion": 3}', "a text is not a string"), ('{"prompt": 3, "completion": " c"}', "a text is not a string"),
+    ('{"prompt": "p", "chosen": " a", "rejected": null}', "only one of chosen and rejected"),
+    ('{"text": ["a"]}', "messages want a role"),
+    ('{"prompt": "p", "completion": ""}', "an empty response"), ('{"prompt": "p", "completion": " \\n\\t"}', "an empty response"),
+    ('{"prompt": "p", "chosen": " a", "rejected": ""}', "an empty response"),
+    ('{"prompt": "p \\ud800", "completion": " c"}', "a lone surrogate, which is no text"),
+    ('{"prompt": "p", "completion": " \\udfff"}', "a lone surrogate, which is no text"),
+    ('{"messages": [{"role": "assistant", "content": null}]}', "messages want content, a text"),
+    ('{"messages": "hello"}', "no prompt, and the texts share no"),
+    ('{"messages": [{"role": "robot", "content": "x"}]}', "messages want a role"), ('{"messages": [7]}', "messages want a role"),
+    ('{"messages": [{"role": ["user"], "content": "x"}]}', "messages want a role"),
+    ('{"messages": []}', "messages want at least one turn"),
+    ('{"chosen": [{"role": "assistant", "content": "a"}], "rejected": null}', "only one of chosen"),
+    ('{"messages": [{"role": "user", "content": "a"}], "prompt": 5}', "a text is not a string"),
+    ('{"\\ud800": 1, "\\u001b[2J": 2}', "none of the known forms: keys \\x1b[2J, \\ud800"),
+    ('{"info": {"post": null, "title": "t", "subreddit": "s"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}',
+     "a comparison of summaries without its texts"),
+    ('{"info": [], "summaries": [], "choice": "x"}', "a comparison of summaries without its texts"),
+    ('{"chosen": "a", "rejected": "b"}', "no prompt, and the texts share no assistant turn")]
+
+
+@pytest.mark.parametrize("line, reason", LINES, ids=range(len(LINES)))
+def test_a_line_that_cannot_be_used_is_left_out_counted_and_named(line, reason, empty_folder, tokenizer):
+    rows = [json.dumps(comparison(i)) for i in range(60)]
+    (empty_folder / "rows.jsonl").write_bytes("\n".join([*rows[:7], line, *rows[7:], line]).encode())        # the last one without a newline
+    read = corpus.rows_of(texts_cfg(empty_folder / "rows.jsonl"), tokenizer, 90)
+    assert len(read) == 60 and len(read.report.splitlines()) == 2
+    assert read.report.splitlines()[1].startswith(f"2 more left out, {reason}") and read.report.endswith(": line 8, line 62")
+
+
+def test_control_characters_are_kept_counted_and_shown_as_codes(empty_folder, tokenizer, capsys):
+    rows = [comparison(i) for i in range(60)] + [{"prompt": "a\x00b", "completion": " \x1b[2J\x9b"}, {"prompt": "tab\t", "completion": " line\r\n"}]
+    read = corpus.rows_of(texts_cfg(write_rows(empty_folder / "rows.jsonl", rows)), tokenizer, 90)
+    assert len(read) == 62 and read.report.endswith("\n1 of them kept as they stand, with control characters: line 61")
+    prompt, response, _ = read[60]
+    assert tokenizer.decode(prompt) == "a\x00b" and files.visible(tokenizer.decode(response)) == " \\x1b[2J\\x9b<|endoftext|>"
+    assert files.visible("a\tb\r\nc \u00e9\u6f22") == "a\tb\r\nc \u00e9\u6f22"
+
+
+@pytest.mark.parametrize("text", ["word " * 2_000_000, " " * 10_000_000, "a" * 10_000_000, "\\n" * 5_000_000, "\\u0000" * 1_700_000],
+                         ids=["words", "spaces", "a", "newlines", "zeros"])
+def test_a_line_of_ten_megabytes_is_cut_like_any_other_row(text, empty_folder, tokenizer):
+    rows = [json.dumps(comparison(i)) for i in range(60)]
+    lines = [f'{{"prompt": "p", "completion": " x{text}"}}', f'{{"prompt": "{text} end", "completion": " x"}}']
+    (empty_folder / "rows.jsonl").write_text("\n".join([*rows, *lines]))
+    begun = time.time()
+    read = corpus.rows_of(texts_cfg(empty_folder / "rows.jsonl"), tokenizer, 90)
+    assert len(read) == 62 and time.time() - begun < 20
+    (prompt, response, _), (long_prompt, _, _) = read[60], read[61]
+    assert len(prompt) + len(response) <= 90 and tokenizer.decode(response).startswith(" x")
+    assert len(long_prompt) <= 60 and tokenizer.decode(long_prompt).endswith(" end") and "1 prompts cut" in read.report
+    if text[0] == "w":                                   # a word of 100,000 letters takes seconds to learn from
+        assert tokenizers.train_tokenizer(corpus.some_texts(texts_cfg(empty_folder / "rows.jsonl"), 100, 10), 300).n_vocab <= 300
+
+
+def test_folders_unreadable_files_and_bytes_that_are_no_text_are_refused_or_counted(empty_folder, tokenizer, monkeypatch):
+    rows = [json.dumps(comparison(i)) for i in range(60)]
+    (empty_folder / "a").mkdir()
+    (empty_folder / "a" / "rows.jsonl").write_text("\n".join(rows))
+    (empty_folder / "a" / "folder.jsonl").mkdir()                                      # named like a file
+    assert len(corpus.rows_of(texts_cfg(empty_folder / "a"), tokenizer, 90)) == 60
+    (empty_folder / "latin.txt").write_bytes(b"caf\xe9 and so on, a longer line\n" * 2000)
+    read = corpus.rows_of(texts_cfg(empty_folder / "latin.txt"), tokenizer, 90)
+    assert f"\n{len(read)} of them kept as they stand, with bytes that are no UTF-8, read as \ufffd: piece 1, piece 2" in read.report
+    os.mkfifo(empty_folder / "pipe")
+    with pytest.raises(Stopped, match="^error: --data got .*pipe; it takes reviews"):
+        data.prompts(texts_cfg(empty_folder / "pipe"), tokenizer, 90)
+    denied = PermissionError(errno.EACCES, "Permission denied")                # tests may run as root, who may read all
+    monkeypatch.setitem(vars(files), "open", lambda *args: (_ for _ in ()).throw(denied))
+    corpus.digest.cache_clear()
+    with pytest.raises(Stopped, match="^error: .*rows.jsonl cannot be read .PermissionError"):
+        data.prompts(texts_cfg(empty_folder / "a"), tokenizer, 90)
+    monkeypatch.undo()
+    monkeypatch.chdir(empty_folder)
+    monkeypatch.setitem(vars(corpus), "open", lambda *args, **kwargs: (_ for _ in ()).throw(denied))
+    for name, place in (("a/rows.jsonl", "line 0"), ("latin.txt", "piece 0")):
+        with pytest.raises(Stopped, match=f"^error: .*{name} cannot be read past {place} .PermissionError"):
+            list(corpus.examples(str(empty_folder / name), {}))
+
+
+def test_tokens_that_were_damaged_on_the_disk_are_made_again(empty_folder, tokenizer, capsys):
+    cfg = texts_cfg(write_rows(empty_folder / "rows.jsonl", [comparison(i) for i in range(60)]))
+    rows = list(corpus.rows_of(cfg, tokenizer, 90))
+    folder = next((empty_folder / "out" / "tokens").iterdir())
+    for name in ("tokens.npy", "bounds.npy", "held_out.npy", "first.npy", "rows.txt"):
+        for content in (None, b"", (folder / name).read_bytes()[:-9] if name != "rows.txt" else b"\xff"):
+            corpus.opened.cache_clear()
+            (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+            assert list(corpus.rows_of(cfg, tokenizer, 90)) == rows or content == b"" and name == "rows.txt"
+            assert "is damaged" in capsys.readouterr().out or content == b"" and name == "rows.txt"
+    assert [folder] == list((empty_folder / "out" / "tokens").iterdir())
+
+
+def test_settings_that_leave_no_room_and_folders_without_rows_are_refused(empty_folder, tokenizer):
+    (empty_folder / "void").mkdir()
+    with pytest.raises(Stopped, match="is a folder without any .jsonl"):
+        data.prompts(texts_cfg(empty_folder / "void"), tokenizer, 90)
+    path = write_rows(empty_folder / "rows.jsonl", [comparison(i) for i in range(80)])
+    with pytest.raises(Stopped, match="--max_prompt_tokens 90 leaves no room for a response in the model's block_size 90"):
+        data.prompts(texts_cfg(path, max_prompt_tokens=90), tokenizer, 90)
+    with pytest.raises(Stopped, match="prompts of up to 60 tokens and --max_new_tokens 31 exceed .* 90; lower --max_new_tokens to 30"):
+        data.prompts(texts_cfg(path, max_new_tokens=31), tokenizer, 90)
+    with pytest.raises(Stopped, match="5000 held-out prompts are asked for .*, there are"):
+        data.prompts(texts_cfg(path), tokenizer, 90, 5000)
+
+
+def test_the_hub_is_asked_for_the_published_files(empty_folder, tokenizer, monkeypatch):
+    import huggingface_hub
+    path = write_rows(empty_folder / "stored.jsonl", [comparison(i) for i in range(40)])
+    asked_for = []
+
+    def fetch(repository, name, repo_type):
+        asked_for.append((repository, name, repo_type))
+        return path
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    assert len(list(corpus.examples("hh", {}))) == 80
+    assert asked_for == [("Anthropic/hh-rlhf", f"{part}/train.jsonl.gz", "dataset") for part in ("harmless-base", "helpful-base")]
+
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
+    with pytest.raises(Stopped, match="--data hh could not be fetched from the hub .OSError.*--data FOLDER reads them"):
+        list(corpus.examples("hh", {}))
+    record = {"info": {"post": "p", "title": "t", "subreddit": "s"}, "summaries": [{"text": " a"}, {"text": " b"}], "choice": 0}
+    monkeypatch.setattr(corpus.urllib.request, "urlretrieve", lambda url, to: write_rows(to, [record]))
+    assert [responses for _, _, responses in corpus.examples("tldr", {})] == [[" a", " b"]] * 8
+    monkeypatch.setattr(corpus.urllib.request, "urlretrieve", no_network)
+    assert len(list(corpus.examples("tldr", {}))) == 8                         # they are here by now
+    shutil.rmtree(empty_folder / "out" / "downloads")
+    with pytest.raises(Stopped, match="batch3.json could not be fetched .no route to host"):
+        list(corpus.examples("tldr", {}))
+
+
+def test_data_sets_of_the_hub_go_through_the_datasets_package_and_say_so_where_it_is_missing(empty_folder, tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)                         # as if not installed
+    with pytest.raises(Stopped, match="--data hf:a/b takes the datasets package: pip install datasets"):
+        list(corpus.examples("hf:a/b", {}))
+
+    class Loaded(list):
+        _fingerprint = "0123"
+    stand_in = types.SimpleNamespace(load_dataset=lambda name, split: Loaded(comparison(i) for i in range(50))
+                                     if (name, split) == ("a/b", "train") else 1 / 0)
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    assert len(corpus.rows_of(texts_cfg("hf:a/b"), tokenizer, 90)) == 50
+    with pytest.raises(Stopped, match="--data hf:a/c could not be loaded .ZeroDivisionError"):
+        list(corpus.examples("hf:a/c", {}))
+
+
+def test_configurations_and_splits_of_the_hub_are_chosen_and_named(empty_folder, tokenizer, monkeypatch):
+    class Loaded(list):
+        _fingerprint = "0123"
+    there = {"main": ["train", "test"], "extra": ["train"]}
+
+    def load_dataset(path, name=None, split=None):
+        if path != "maths/sums" or split not in there[name]:
+            raise ValueError("not\nthere")
+        return Loaded({"prompt": name, "completion": f" {split} {i}"} for i in range(3))
+
+    def get_dataset_config_names(path):
+        return [*there] if path == "maths/sums" else ["main"]
+    fake = types.SimpleNamespace(
+        load_dataset=load_dataset, get_dataset_config_names=get_dataset_config_names,
+        get_dataset_split_names=lambda path, name="main": there[name])
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    corpus.hub_data_set.cache_clear()
+    for source, prompt, found in (("hf:maths/sums/main:test", "main", " test 2"),
+                                  ("hf:maths/sums/extra", "extra", " train 2")):
+        assert list(corpus.examples(source, {}))[2] == ("row 2", prompt, [found])
+        response = corpus.rows_of(texts_cfg(source), tokenizer, 90)[2][1]      # stored for each
+        assert tokenizer.decode(response[:-1]) == found
+    for source, choices in (
+            ("maths/sums", "give hf:maths/sums/CONFIGURATION, which is one of main, extra"),
+            ("maths/sums/man", "give hf:maths/sums/CONFIGURATION, which is one of main, extra"),
+            ("maths/sums/extra:test", "give hf:maths/sums/extra:SPLIT, which is one of train"),
+            ("maths/one:dev", "give hf:maths/one:SPLIT, which is one of train, test")):
+        with pytest.raises(Stopped, match=f"hf:{source} could not .*{re.escape(choices)}$"):
+            list(corpus.examples(f"hf:{source}", {}))
+    monkeypatch.setattr(fake, "get_dataset_config_names", lambda path: 1 / 0)
+    with pytest.raises(Stopped, match="ValueError: not.; check the name and the network"):
+        list(corpus.examples("hf:maths/sums/main:dev", {}))
+
+
+# --------------------------------------------------------------------------------------------------
+# run.py, guest.py: stages end to end
+
+
+def test_a_finished_stage_is_shown_again_and_not_run_again(whole_run, finished_run, capsys):
+    before = (finished_run / "tiny" / "ppo" / "checkpoint.pt").stat().st_mtime_ns
+    assert ppo.main(tiny_config(ppo)) == whole_run[1]
+    assert "already finished" in capsys.readouterr().out
+    assert (finished_run / "tiny" / "ppo" / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_settings_that_differ_from_those_in_the_folder_are_an_error_that_names_the_field(finished_run):
+    with pytest.raises(Stopped, match=r"ppo holds a run with lr 0.002, this one has lr 0.001; --out NAME"):
+        ppo.main(tiny_config(ppo, lr=0.001))
+    with pytest.raises(Stopped, match=r"ppo holds a run with seed 1337, lr 0.002, this one has seed 2, lr 0.001; --out NAME"):
+        ppo.main(tiny_config(ppo, lr=0.001, seed=2))
+    with pytest.raises(Stopped, match="made with --config tiny, this is --config small"):
+        reward_model.main(reward_model.Config(config="small", out="other", base="tiny"))
+    with pytest.raises(Stopped, match="--base nowhere has no finished"):
+        ppo.main(tiny_config(ppo, out="other", base="nowhere"))
+
+
+def test_a_missing_device_is_an_error_that_says_what_works(finished_run):
+    with pytest.raises(Stopped, match="--device cuda:99 cannot be used here .*--device cpu always can"):
+        sft.main(tiny_config(sft, out="device", device="cuda:99"))
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(finished_run, tmp_path):
+    for stage in ("sft", "reward_model"):
+        shutil.copytree(finished_run / "tiny" / stage, tmp_path / "out" / "tiny" / stage)
+    os.chdir(tmp_path)                                                         # monkeypatch in `beside` goes back
+    other = tokenizers.train_tokenizer(["another vocabulary"], 300)
+    tokenizers.save_tokenizer(other, Path("out/tiny/sft"))
+    with pytest.raises(Stopped, match="out/tiny/sft/checkpoint.pt was trained with another vocabulary"):
+        ppo.main(tiny_config(ppo))
+    Path("out/tiny/sft/checkpoint.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(Stopped, match="out/tiny/sft/checkpoint.pt cannot be read as a checkpoint"):
+        ppo.main(tiny_config(ppo))
+
+
+@pytest.mark.parametrize("script, at", [(sft, 33), (reward_model, 17), (ppo, 4), (dpo, 9), (grpo, 4),
+                                        (policy_gradient, 16)], ids=lambda x: getattr(x, "__name__", ""))
+def test_an_interrupted_and_resumed_stage_ends_with_the_same_bits(script, at, finished_run, monkeypatch):
+    """Stopped between two checkpoints, as a crash would: the steps since the last one come again."""
+    name, base = f"resumed_{script.__name__}", "" if script is sft else "tiny"
+    with crash_at(at, monkeypatch):
+        script.main(tiny_config(script, out=name, base=base))
+    with pytest.raises(Stopped, match="unfinished stage; --resume goes on with it, --overwrite begins again"):
+        script.main(tiny_config(script, out=name, base=base))
+    script.main(tiny_config(script, out=name, base=base, resume=True))
+
+    stage, whole = script.__name__, "ladder" if script is policy_gradient else "tiny"
+    assert_same_run(finished_run / name / stage, finished_run / whole / stage)
+
+
+def test_overwrite_that_ends_in_an_error_leaves_the_finished_stage_where_it_is(finished_run):
+    first = sft.main(tiny_config(sft, out="kept", steps=12))
+    with pytest.raises(Stopped, match="exceed --block_size 20"):
+        sft.main(tiny_config(sft, out="kept", steps=12, block_size=20, overwrite=True))
+    assert sft.main(tiny_config(sft, out="kept", steps=12)) == first
+
+
+def test_a_folder_of_ones_own_is_not_emptied(finished_run):
+    (finished_run / "mine" / "sft").mkdir(parents=True)
+    (finished_run / "mine" / "sft" / "notes.txt").write_text("precious")
+    sft.main(tiny_config(sft, out="mine", steps=2))
+    assert (finished_run / "mine" / "sft" / "notes.txt").read_text() == "precious"
+
+
+def test_resume_goes_on_even_where_the_command_says_overwrite(finished_run, monkeypatch, capsys):
+    cfg = tiny_config(sft, out="both", steps=12, save_every=5, overwrite=True)
+    with crash_at(7, monkeypatch):
+        sft.main(cfg)
+    sft.main(dataclasses.replace(cfg, resume=True))
+    assert "going on from update 5" in capsys.readouterr().out
+
+
+def test_stages_that_do_not_belong_together_are_noticed(finished_run, capsys):
+    sft.main(tiny_config(sft, out="mixed", steps=5))
+    ppo.main(tiny_config(ppo, out="mixed", base="tiny", steps=2, n_eval=8))             # its own SFT, tiny's reward model
+    assert "reward_model was made from another SFT policy than the one here" in capsys.readouterr().out
+    ppo_folder = finished_run / "mixed" / "ppo"
+    (ppo_folder / "report.txt").unlink()                                         # as if it had not finished
+    sft.main(tiny_config(sft, out="mixed", steps=6, overwrite=True))
+    with pytest.raises(Stopped, match="was begun with another sft: the stages before it have changed"):
+        ppo.main(tiny_config(ppo, out="mixed", base="tiny", steps=2, n_eval=8, resume=True))
+
+
+@pytest.mark.parametrize("script, broken, call, tensor, step, taken", [
+    (sft, "sft_loss", 25, "loss", 25, 0), (reward_model, "preference_loss", 12, "loss", 12, 0), (dpo, "dpo_loss", 10, "loss", 10, 0),
+    (ppo, "value_loss", 10, "value_loss", 5, 0), (ppo, "policy_loss", 11, "policy_loss", 5, 1), (ppo, "kl_estimate", 15, "kl_ref", 5, 0),
+    (ppo, "kl_estimate", 16, "kl_old", 5, 2),
+    (grpo, "grpo_loss", 6, "loss", 3, 0), (grpo, "grpo_loss", 11, "loss", 5, 1), (policy_gradient, "rung_loss", 9, "loss", 9, 0)],
+    ids=lambda x: getattr(x, "__name__", str(x)))
+def test_numbers_that_are_none_stop_the_run_after_saving_and_mended_it_goes_on(
+        script, broken, call, tensor, step, taken, finished_run, monkeypatch):
+    original, calls, stage = getattr(script, broken), [], script.__name__
+
+    def breaks(*args, **kwargs):
+        calls.append(1)
+        result = original(*args, **kwargs)
+        if len(calls) == call + 1:
+            nan = (result[0] if isinstance(result, tuple) else result) * math.nan
+            return (nan, {k: nan.detach() if k in (broken, "loss") else v for k, v in result[1].items()}) if isinstance(
+                result, tuple) else nan
+        return result
+    shutil.rmtree(finished_run / "nan", ignore_errors=True)
+    changes = dict(base="" if script is sft else "tiny", save_every=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, broken, breaks)
+        with pytest.raises(Stopped, match=f"^error: {tensor} in update {step}: nan.*"
+                           f"from {'before that' if taken else 'the start of that'} update.*README.md, 'When a number is not finite'"):
+            script.main(tiny_config(script, out="nan", **changes))
+    saved = files.load_checkpoint(finished_run / "nan" / stage)
+    assert saved["step"] == (step // 4 * 4 if taken else step)
+    assert all(torch.isfinite(w).all() for key, weights in saved.items() if key in ("policy", "actor", "critic", "reward_model")
+               for w in weights.values())
+    script.main(tiny_config(script, out="nan", resume=True, **changes))               # mended, it ends as if nothing had been
+    whole = "ladder" if script is policy_gradient else "tiny"
+    assert_same_run(finished_run / "nan" / stage, finished_run / whole / stage)
+
+
+def test_overwrite_keeps_the_old_stage_until_the_new_one_is_complete(finished_run, monkeypatch):
+    cfg = tiny_config(sft, out="twice", steps=12)
+    first = sft.main(cfg)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "finish", lambda *_: (_ for _ in ()).throw(RuntimeError("crash")))
+        with pytest.raises(RuntimeError):
+            sft.main(dataclasses.replace(cfg, overwrite=True, lr=0.001))
+    assert files.read_json(finished_run / "twice" / "sft.old" / "results.json") == first
+    with monkeypatch.context() as patch:                 # once more, over what is unfinished: the finished one stays
+        patch.setattr(runs.Run, "finish", lambda *_: (_ for _ in ()).throw(RuntimeError("crash")))
+        with pytest.raises(RuntimeError):
+            sft.main(dataclasses.replace(cfg, overwrite=True, lr=0.002))
+    assert files.read_json(finished_run / "twice" / "sft.old" / "results.json") == first
+    second = sft.main(dataclasses.replace(cfg, overwrite=True, lr=0.001))
+    assert second["held_out"] != first["held_out"] and not (finished_run / "twice" / "sft.old").exists()
+    for lr in (0.001, 0.002):                            # with nothing finished, the unfinished one is kept
+        shutil.rmtree(finished_run / "twice") if lr == 0.001 else None
+        with monkeypatch.context() as patch:
+            patch.setattr(runs.Run, "finish", lambda *_: (_ for _ in ()).throw(RuntimeError("crash")))
+            with pytest.raises(RuntimeError):
+                sft.main(dataclasses.replace(cfg, overwrite=True, lr=lr))
+    assert files.load_checkpoint(finished_run / "twice" / "sft.old")["config"]["lr"] == 0.001
+
+
+def stage_command(script, *options):
+    return [sys.executable, "-u", str(HERE / f"{script.__name__}.py"), "--config", "tiny", *options]
+
+
+def kill_at_random(command, home, log, n_lines, chance):
+    """kill -9 of a command when its log has some number of lines, and a little later -> whether it was still there"""
+    lines, delay = chance.randrange(n_lines + 1), chance.random() * 0.3
+    process = subprocess.Popen(command, cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= lines):
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.kill()                                                             # SIGKILL
+    return process.wait() == -signal.SIGKILL
+
+
+STAGES = [sft, reward_model, ppo, dpo, grpo, policy_gradient]
+
+
+@pytest.mark.parametrize("script", STAGES, ids=lambda s: s.__name__)
+def test_a_stage_that_is_killed_and_resumed_ends_with_the_same_bits(script, whole_run, finished_run):
+    """A real process and a real kill -9, at a moment that differs from run to run"""
+    stage, whole = script.__name__, finished_run / ("ladder" if script is policy_gradient else "tiny") / script.__name__
+    base = [] if script is sft else ["--base", "tiny"]
+    log, seed = finished_run / "killed" / stage / "log.jsonl", time.time_ns()
+    command = stage_command(script, "--out", "killed", *base)
+    kill_at_random(command, finished_run.parent, log, len(log_of(whole)), random.Random(seed))
+    script.main(tiny_config(script, out="killed", base="" if script is sft else "tiny", resume=True))
+    assert_same_run(log.parent, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", STAGES, ids=lambda s: s.__name__)
+def test_fifty_kills_of_a_stage_leave_the_same_bits(script, whole_run, finished_run):
+    """Each start goes on from where the last one was killed; runs that get through are compared and begun again"""
+    stage, whole = script.__name__, finished_run / ("ladder" if script is policy_gradient else "tiny") / script.__name__
+    command = stage_command(script, "--out", "fifty", "--resume", *([] if script is sft else ["--base", "tiny"]))
+    folder, chance, kills, finished = finished_run / "fifty" / stage, random.Random(time.time_ns()), 0, 0
+    times = []                                           # of what comes before any work, and of a whole run
+    for options in (["--help"], []):
+        begun = time.time()
+        subprocess.run(command + options, cwd=finished_run.parent, check=True, capture_output=True)
+        times.append(time.time() - begun)
+    while kills < 50:
+        if (folder / "report.txt").exists():
+            assert_same_run(folder, whole)
+            shutil.rmtree(folder)
+            finished += 1
+        process = subprocess.Popen(command, cwd=finished_run.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(chance.uniform(times[0], max(times)))
+        process.kill()
+        killed = process.wait() == -signal.SIGKILL
+        kills, times[1] = kills + killed, times[1] * (1.03 if killed else 0.85)      # the machine may be faster by now
+    subprocess.run(command, cwd=finished_run.parent, check=True, capture_output=True)
+    assert_same_run(folder, whole)
+    print(f"{stage}: {kills} kills, {finished + 1} runs that ended with the same bits, {len(files.read_lines(folder / 'started.jsonl'))} starts of the last")
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on_and_that_works(tmp_path):
+    command = [sys.executable, "-u", str(HERE / "sft.py"), "--config", "tiny", "--steps", "3000", "--save_every", "9999"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("   100"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and "Traceback" not in err
+    assert re.search(r"saved after \d+ of 3000 updates in out/tiny/sft; the same command with --resume", err)
+    done = files.load_checkpoint(tmp_path / "out/tiny/sft")["step"]
+    assert done >= 101 and len(log_of(tmp_path / "out/tiny/sft")) == done
+    with subprocess.Popen(command + ["--resume"], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert any(line == f"going on from update {done}\n" for line in process.stdout)
+        process.kill()
+
+
+@contextlib.contextmanager
+def started(command, home, **options):
+    """A process that does not outlive the test"""
+    process = subprocess.Popen(command, cwd=home, text=True, **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_plain_kill_is_taken_as_ctrl_c_and_a_second_ctrl_c_leaves_at_once(finished_run):
+    folder = finished_run / "signals" / "ppo"
+    slow = stage_command(ppo, "--out", "signals", "--base", "tiny", "--steps", "400", "--batch_size", "512", "--save_every", "2", "--resume")
+    for first, second, said in ((signal.SIGTERM, None, r"saved after \d+ of 400 updates in out/signals/ppo; the same command with --resume"),
+                                (signal.SIGINT, signal.SIGINT, "stopped; what was saved is intact, --resume continues an unfinished stage")):
+        with started(slow, finished_run.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            before = 0
+            for line in process.stdout:
+                if re.match(" +[0-9]+ ", line) and not before:                 # an update is done, the next one begun
+                    before = len(log_of(folder))
+                    process.send_signal(first)
+                if line.startswith("finishing this update") and second:
+                    process.send_signal(second)
+            err = process.stderr.read()
+            assert process.wait() == 1 and re.search(said, err) and "Traceback" not in err, err
+        saved = files.load_checkpoint(folder)["step"]
+        assert saved >= before if second is None else saved >= before - 2
+        assert not list(folder.glob("*.tmp"))
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_told_of_the_first(finished_run):
+    command = stage_command(sft, "--out", "both_at_once", "--steps", "3000", "--save_every", "10")
+    folder = finished_run / "both_at_once" / "sft"
+    with started(command, finished_run.parent, stdout=subprocess.DEVNULL) as first:
+        while not (folder / "checkpoint.pt").exists():
+            time.sleep(0.01)
+        for changes in ({}, dict(resume=True), dict(overwrite=True)):
+            with pytest.raises(Stopped, match=rf"both_at_once/sft is being written by process {first.pid} on .* .python sft.py --config "
+                               r"tiny --out both_at_once --save_every 10 --steps 3000., started 20\d\d-.*; wait until it has ended, or"):
+                sft.main(tiny_config(sft, out="both_at_once", steps=3000, save_every=10, **changes))
+        with pytest.raises(Stopped, match=f"both_at_once/sft is being written by process {first.pid}"):
+            ppo.main(tiny_config(ppo, out="both_at_once"))                            # nor does another stage make it
+    with pytest.raises(Stopped, match="holds an unfinished stage; --resume"):
+        sft.main(tiny_config(sft, out="both_at_once", steps=3000, save_every=10))     # free again, and still whole
+    assert files.load_checkpoint(folder)["step"] >= 10
+    run = runs.Run(tiny_config(sft, out="late"), "sft")                         # looked before the other had finished
+    sft.main(tiny_config(sft, out="late", steps=2))
+    with pytest.raises(Stopped, match="late/sft has changed while this run was starting; see what is there"):
+        run.begin()
+
+
+@pytest.mark.parametrize("script, changes", [
+    (sft, dict(dropout=0.3)), (ppo, dict(reward="luck.py:luck", base="tiny", n_eval=2, n_samples=2, epochs=2)),
+    (grpo, dict(reward="luck.py:luck", base="tiny", n_eval=2, n_samples=2, normalise_reward=False))], ids=lambda x: getattr(x, "__name__", ""))
+def test_random_numbers_of_torch_python_and_numpy_go_on_where_they_were(script, changes, finished_run, monkeypatch, no_pictures):
+    """Dropout draws torch's own; a reward function of the user's may draw any"""
+    (finished_run.parent / "luck.py").write_text("import random\nimport numpy as np\nimport torch\ndef luck(prompts, responses):\n"
+        "    return [random.random() + random.gauss(0, 1) + np.random.randn() + torch.rand(()).item() + len(r) / 9 for r in responses]\n")
+    cfg = tiny_config(script, **{**dict(out="lucky", steps=6, save_every=2), **changes})
+    folders = [finished_run / name / script.__name__ for name in ("lucky", "lucky_again", "lucky_resumed")]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    script.main(cfg)
+    random.random(), np.random.rand(), torch.rand(1)                           # whatever was drawn before
+    script.main(dataclasses.replace(cfg, out="lucky_again"))
+    with crash_at(3, monkeypatch):
+        script.main(dataclasses.replace(cfg, out="lucky_resumed"))
+    random.random(), np.random.rand(), torch.rand(1)
+    script.main(dataclasses.replace(cfg, out="lucky_resumed", resume=True))
+    for other in folders[1:]:
+        assert_same_run(folders[0], other)
+
+
+def test_a_stage_killed_before_its_first_checkpoint_is_begun_again_with_its_own_settings(finished_run, monkeypatch, no_pictures):
+    with crash_at(1, monkeypatch):
+        sft.main(short_config(sft, out="early", lr=0.005))
+    assert not (finished_run / "early" / "sft" / "checkpoint.pt").exists()
+    reward_model.main(tiny_config(reward_model, out="early", n_prompts=8, n_held_out=4))
+    assert files.read_json(finished_run / "early" / "sft" / "config.json")["lr"] == 0.005 and len(log_of(finished_run / "early" / "sft")) == 5
+
+
+def test_the_log_is_on_the_disk_before_the_checkpoint_that_comes_after_it(finished_run, monkeypatch, no_pictures):
+    flushed, original = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name), original(handle)))
+    sft.main(short_config(sft, out="flushed"))
+    checkpoints = [i for i, name in enumerate(flushed) if name == "checkpoint.pt.tmp"]
+    assert len(checkpoints) == 3 and all(flushed[i - 1] == "log.jsonl" for i in checkpoints)
+
+
+def test_ctrl_c_in_the_last_step_leaves_before_the_report_which_comes_with_resume(finished_run, monkeypatch, no_pictures):
+    original = runs.Run.log
+
+    def interrupted(run, step, *args, **kwargs):
+        original(run, step, *args, **kwargs)
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "log", interrupted)
+        with pytest.raises(Stopped, match="saved after 5 of 5 updates in out/last/sft; the same command with --resume"):
+            sft.main(short_config(sft, out="last"))
+    assert not (finished_run / "last" / "sft" / "report.txt").exists()
+    sft.main(short_config(sft, out="last", resume=True))
+    assert (finished_run / "last" / "sft" / "report.txt").exists()
+
+
+@pytest.mark.parametrize("calls, message", [
+    (0, "the reward of a response of the SFT policy is inf"), (8, "the reward of a sampled response is inf; it has to be finite"),
+    (9, "score in update 0: inf; the reward returned it"), (10, "score in update 5: inf"), (12, "the reward of a sampled response is inf")])
+def test_rewards_that_are_no_numbers_are_noticed_wherever_they_come(calls, message, finished_run, no_pictures):
+    """Normalisation has 8 calls, labels 1, the samples of updates 0, 5 and 9 one each, then comes the comparison"""
+    shutil.rmtree(finished_run / "infinite", ignore_errors=True)
+    (finished_run.parent / f"after_{calls}.py").write_text(
+        f"calls = []\ndef score(prompts, responses):\n    calls.append(1)\n    bad = len(calls) > {calls}\n"
+        "    return [float('inf') if bad else float(len(r)) for r in responses]\n")
+    with pytest.raises(Stopped, match=message):
+        dpo.main(tiny_config(dpo, out="infinite", base="tiny", reward=f"after_{calls}.py:score", labels="reward_model", n_eval=4, n_samples=4,
+                      missing_eos_score=None, eval_every=5, n_pairs=160))
+
+
+@pytest.mark.parametrize("script", [grpo, policy_gradient], ids=lambda s: s.__name__)
+def test_scores_that_are_no_numbers_stop_every_loop_at_the_start_of_the_update(script, finished_run, no_pictures):
+    (finished_run.parent / "late_inf.py").write_text("calls = []\ndef f(prompts, responses):\n    calls.append(1)\n"
+                                               "    return [float('-inf') if len(calls) > 11 else float(len(r)) for r in responses]\n")
+    with pytest.raises(Stopped, match=r"^error: scores in update 3: -inf in \d+ of \d+ places, first at .*the reward returned it"):
+        script.main(tiny_config(script, out="late_inf", base="tiny", reward="late_inf.py:f", missing_eos_score=None))
+    assert files.load_checkpoint(finished_run / "late_inf" / script.__name__)["step"] == 3
+
+
+@pytest.mark.parametrize("owner, name, rung, tensor, step", [(ppo, "value_loss", "gae", "critic_grad_norm", 2), (policy_gradient, "trpo_step", "trpo", "grad_norm", 2)],
+                         ids=lambda x: x if isinstance(x, str) else "")
+def test_the_ladders_critic_and_trpo_stop_at_gradients_that_are_no_numbers(owner, name, rung, tensor, step, finished_run, monkeypatch, no_pictures):
+    original, calls = getattr(owner, name), []
+
+    def breaks(*args, **kwargs):
+        calls.append(1)
+        result = original(*args, **kwargs)
+        if len(calls) < 3 + 2 * (name == "value_loss"):
+            return result
+        return (result[0] * math.nan, result[1]) if name == "value_loss" else result | {"grad_norm": torch.tensor(math.nan)}
+    monkeypatch.setattr(owner, name, breaks)
+    with pytest.raises(Stopped, match=f"^error: {tensor} in update {step}: nan"):
+        policy_gradient.main(tiny_config(policy_gradient, out=f"nan_{rung}", base="tiny", rung=rung))
+    assert files.load_checkpoint(finished_run / f"nan_{rung}" / "policy_gradient")["step"] == 2
+
+
+def test_a_last_update_that_ruins_the_weights_is_noticed_before_the_report(finished_run, no_pictures):
+    for script, changes, message in (
+            (sft, dict(steps=1, warmup=0, lr=1e30), "the held-out loss is nan"), (reward_model, dict(n_prompts=4, lr=1e30, warmup=0, lora_rank=0), "the score of a held-out response is nan"),
+            (dpo, dict(n_pairs=16, lr=1e30, warmup=0), "a log-probability of DPO is nan"), (grpo, dict(steps=1, lr=1e30, warmup=0), "(loss|kl_old) in update 0: (nan|inf)")):
+        with pytest.raises(Stopped, match=f"^error: {message}"):
+            script.main(tiny_config(script, out=f"ruined_{script.__name__}", base="" if script is sft else "tiny", **changes))
+        assert not (finished_run / f"ruined_{script.__name__}" / script.__name__ / "report.txt").exists()
+    with pytest.raises(Stopped, match="weight of the policy after 3 updates is inf"):
+        run = runs.Run(short_config(sft, out="infinite_weight"), "sft")
+        run.begin()
+        gpt = small_gpt()
+        run.restore(policy=gpt)
+        gpt.transformer.wte.weight.data[1, 1] = math.inf
+        run.save(3)
+    assert not (finished_run / "infinite_weight" / "sft" / "checkpoint.pt").exists()
+
+
+def test_a_run_whose_data_have_changed_is_told_so_and_keeps_its_tokenizer(empty_folder, monkeypatch, no_pictures):
+    rows = [comparison(i) for i in range(120)]
+    cfg = tiny_config(sft, data=write_rows(empty_folder / "rows.jsonl", rows), max_prompt_tokens=40, steps=6, save_every=2, n_eval=5, out="changing")
+    with crash_at(3, monkeypatch):
+        sft.main(cfg)
+    kept = (empty_folder / "out" / "changing" / "sft" / "tokenizer.json").read_bytes()
+    write_rows(empty_folder / "rows.jsonl", [{"prompt": f"an entirely other file {i}", "completion": f" with other words {i}"} for i in range(120)])
+    with pytest.raises(Stopped, match="changing/sft was begun with another data: the contents of --data have changed since"):
+        sft.main(dataclasses.replace(cfg, resume=True))
+    assert (empty_folder / "out" / "changing" / "sft" / "tokenizer.json").read_bytes() == kept
+    write_rows(empty_folder / "rows.jsonl", rows)
+    sft.main(dataclasses.replace(cfg, resume=True))
+    assert len(log_of(empty_folder / "out" / "changing" / "sft")) == 6
+
+
+def test_accumulation_and_checkpointing_may_change_when_a_run_goes_on(finished_run, monkeypatch, no_pictures):
+    cfg = tiny_config(ppo, out="changed", base="tiny", steps=4, save_every=2, n_eval=2, n_samples=2)
+    with crash_at(2, monkeypatch):
+        ppo.main(cfg)
+    ppo.main(dataclasses.replace(cfg, resume=True, checkpointing=True, accumulation=2))
+    assert len(log_of(finished_run / "changed" / "ppo")) == 4
+
+
+def test_copies_and_exports_in_out_do_not_confuse_the_readers(finished_run, capsys, no_pictures):
+    shutil.copytree(finished_run / "tiny" / "sft", finished_run / "tiny" / "sft-backup")
+    (finished_run / "tiny" / "exported").mkdir()
+    (finished_run / "tiny" / "exported" / "config.json").write_text('{"model_type": "gpt2"}')
+    try:
+        evaluate.main(tiny_config(evaluate, runs="tiny", n_eval=2, n_reference=4, n_samples=2, out="copies", base="tiny"))
+        sample.main(tiny_config(sample, out="tiny", stage="sft", n=1))
+    finally:
+        shutil.rmtree(finished_run / "tiny" / "sft-backup")
+        shutil.rmtree(finished_run / "tiny" / "exported")
+    assert "evaluating SFT, tiny/dpo, tiny/grpo, tiny/ppo" in capsys.readouterr().out
+    with pytest.raises(Stopped, match="--stage got ','; it takes names of stages"):
+        sample.main(tiny_config(sample, out="tiny", stage=","))
+
+
+def test_truncated_weights_and_broken_tokenizers_of_ones_own_are_refused(user_run, user_folder, tmp_path):
+    for name, message in (("model.safetensors", "--init .* cannot be read as weights"),
+                          ("tokenizer.json", "no tokenizer in .* cannot be read"),
+                          ("config.json", "--init .*/config.json cannot be read")):
+        folder = tmp_path / name.split(".")[0]
+        shutil.copytree(user_run[0] / "gpt2", folder)
+        content = (folder / name).read_bytes()
+        for cut in (0, len(content) // 2, len(content) - 10):
+            (folder / name).write_bytes(content[:cut])
+            with pytest.raises(Stopped, match="^error: " + message):
+                sft.main(user_config(sft, out="cut", init=str(folder), lora_rank=0))
+    (tmp_path / "adapter").mkdir()                       # without a tokenizer, as peft saves it
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "bare").mkdir()
+    shutil.copy(user_run[0] / "gpt2" / "model.safetensors", tmp_path / "bare")
+    for init, message in (("adapter", "merge it into them first"), ("bare", "bare has no config.json"),
+                          (user_folder / "own" / "sft", "A stage of this project writes them with --export"),
+                          (user_folder / "own" / "sft" / "checkpoint.pt", "is not a checkpoint of nanoGPT")):
+        for script in (sft, reward_model):
+            with pytest.raises(Stopped, match=f"^error: --init .*{message}"):
+                script.main(user_config(script, out="cut", base="own", init=str(tmp_path / init), lora_rank=0))
+    tokenizer = json.loads((user_run[0] / "gpt2" / "tokenizer.json").read_text())
+    byte, other = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)[7:9]
+    for change, message in (({byte: tokenizer["model"]["vocab"][other]}, "two tokens with one id"), ({"A": None}, "number the merges in their order")):
+        vocab = {k: v for k, v in (tokenizer["model"]["vocab"] | change).items() if v is not None}
+        (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer | {"model": tokenizer["model"] | {"vocab": vocab}}))
+        with pytest.raises(Stopped, match=f"^error: no tokenizer in .*{message}"):
+            sft.main(user_config(sft, out="cut", init=str(tmp_path / "tokenizer"), lora_rank=0))
+    saved = json.loads((user_folder / "own" / "sft" / "tokenizer.json").read_text())
+    one, other = list(saved["ranks"])[7:9]
+    for content in (saved | {"ranks": saved["ranks"] | {one: saved["ranks"][other]}}, [], {"ranks": 3}, saved | {"ranks": {}}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(Stopped, match="tokenizer.json cannot be read as a tokenizer"):
+            tokenizers.load_tokenizer(tmp_path)
+
+
+def test_killed_at_every_moment_of_writing_a_run_goes_on_to_the_same_bits(finished_run, monkeypatch, no_pictures):
+    """SIGKILL before and after each flush to the disk and each renaming of a whole run, each in a process of its own"""
+    moments = []
+    with monkeypatch.context() as patch:
+        for name in ("fsync", "replace"):
+            patch.setattr(os, name, lambda *args, name=name, original=getattr(os, name): (moments.append(name), original(*args))[1])
+        sft.main(short_config(sft, out="unkilled"))
+    assert moments.count("replace") >= 7 and moments.count("fsync") > moments.count("replace")
+    for name in ("fsync", "replace"):
+        for call in range(1, moments.count(name) + 1):
+            for after in (False, True)[:1 if name == "fsync" else 2]:
+                shutil.rmtree(finished_run / "killed_writing", ignore_errors=True)
+
+                def work():
+                    sys.stdout = open(os.devnull, "w")
+                    killed_at(monkeypatch, os, name, call, after)
+                    sft.main(short_config(sft, out="killed_writing"))
+                assert in_a_child(work) == -signal.SIGKILL, (name, call)
+                sft.main(short_config(sft, out="killed_writing", resume=True))
+                assert_same_run(finished_run / "killed_writing" / "sft", finished_run / "unkilled" / "sft")
+                assert not list((finished_run / "killed_writing" / "sft").glob("*.tmp"))
+
+
+def test_a_run_on_a_full_disk_stops_with_its_last_checkpoint_and_goes_on_when_there_is_room(finished_run, monkeypatch, no_pictures):
+    """By the kernel's limit on the size of a file: the second checkpoint, then the log, cannot be written"""
+    sft.main(short_config(sft, out="room"))
+    size = (finished_run / "room" / "sft" / "checkpoint.pt").stat().st_size
+    options = [f"--{k}={v}" for k, v in dict(steps=5, save_every=2, n_texts=100, n_eval=8, batch_size=4, eval_every=3).items()]
+    shutil.rmtree(finished_run / "no_room", ignore_errors=True)
+    stage = finished_run / "no_room" / "sft"
+    for room in (size - 1000, size // 2):                # at its end; in the middle, where torch stumbles over its own end
+        done = subprocess.run(stage_command(sft, "--out", "no_room", *options), cwd=finished_run.parent, capture_output=True, text=True,
+                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert "no_room/sft/checkpoint.pt could not be written (File too large); what stood there before is as it was" in done.stderr
+        assert not (stage / "checkpoint.pt").exists() and not list(stage.glob("*.tmp")) and len(log_of(stage)) == 2
+    original = os.fsync
+
+    def full(handle):
+        if (stage / "checkpoint.pt").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(handle)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(Stopped, match="could not be written .No space left on device"):
+            sft.main(short_config(sft, out="no_room", resume=True))
+    assert files.load_checkpoint(stage)["step"] == 2
+    sft.main(short_config(sft, out="no_room", resume=True))
+    assert_same_run(stage, finished_run / "room" / "sft")
+
+
+def test_a_checkpoint_or_log_that_is_another_runs_is_refused_when_a_run_goes_on(finished_run, monkeypatch, no_pictures):
+    cfg, stage = short_config(sft, out="swapped"), finished_run / "swapped" / "sft"
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "finish", lambda *_: None)
+        sft.main(cfg)
+    sft.main(short_config(sft, out="other_lr", lr=1e-3, overwrite=True))
+    kept = {name: (stage / name).read_bytes() for name in ("checkpoint.pt", "log.jsonl", "config.json")}
+    going_on = dataclasses.replace(cfg, resume=True)
+
+    def refused(message):
+        with pytest.raises(Stopped, match=message):
+            sft.main(going_on)
+        for name, content in kept.items():
+            (stage / name).write_bytes(content)
+    shutil.copy(finished_run / "other_lr" / "sft" / "checkpoint.pt", stage)
+    refused("swapped/sft holds a run with lr 0.001, this one has lr 0.01")
+    shutil.copy(finished_run / "tiny" / "ppo" / "checkpoint.pt", stage)
+    refused("swapped/sft/checkpoint.pt holds no optimizer but step, config, random, policy, critic")
+    saved = files.load_checkpoint(stage)
+    for change, message in ((dict(policy=saved["policy"] | {"transformer.wte.weight": torch.zeros(5, 32)}),
+                             r"sft/checkpoint.pt: policy does not fit the GPT it is read for: size mismatch for transformer.wte.weight"),
+                            (dict(tokenizer="0123"), "swapped/sft was begun with another tokenizer: the stages before it have changed"),
+                            (dict(data="rows"), "swapped/sft was begun with another data: the contents of --data have changed")):
+        torch.save(saved | change, stage / "checkpoint.pt")
+        refused(message)
+    for content in (b'{"step": 0}\n{"step": 2}\n', b"5\n{}\n", b"\xff\n", b""):
+        (stage / "log.jsonl").write_bytes(content)
+        (stage / "started.jsonl").write_bytes(content)
+        refused("swapped/sft/log.jsonl has not the updates 0 to 4 that .*checkpoint.pt comes after: it was changed since")
+    for change, message in ((dict(random={}), "holds random states that cannot be set .'run'"), (dict(random=saved["random"] | {"torch": torch.zeros(3)}),
+                             "holds random states that cannot be set")):
+        torch.save(saved | change, stage / "checkpoint.pt")
+        refused(message)
+    (stage / "config.json").write_text("{")
+    refused("swapped/sft/config.json cannot be read .JSONDecodeError: .*; bring it back from a copy")
+    (stage / "config.json").write_text("[]")
+    refused("swapped/sft/config.json is not what a stage writes")
+    sft.main(going_on)
+    assert len(log_of(stage)) == 5
+    # an earlier stage that another version of the code began
+    (stage / "report.txt").unlink()
+    (stage / "config.json").write_text(json.dumps(json.loads(kept["config.json"]) | {"old_option": 1}))
+    with pytest.raises(Stopped, match="swapped/sft/config.json has the settings old_option, which sft.py does not know"):
+        reward_model.main(tiny_config(reward_model, out="swapped"))
+    for change in ({"gpt": saved["gpt"] | {"rotary": True}}, {"gpt": saved["gpt"] | {"n_head": 0}}, {"gpt": saved["gpt"] | {"n_embd": "x"}},
+                   {"gpt": 5}, {"policy": 5}, {"policy": {"a.lora_a": torch.zeros(1, 1)}}, {"gpt": saved["gpt"] | {"n_embd": -8}}):
+        torch.save(saved | change, stage / "checkpoint.pt")
+        with pytest.raises(Stopped, match="sft/checkpoint.pt describes a model that model.py does not know"):
+            sft.load_policy(stage, "cpu")
+
+
+def test_a_report_says_by_what_it_was_made_and_its_command_makes_it_again(finished_run, whole_run):
+    for stage in ("sft", "reward_model", "ppo", "dpo", "grpo"):
+        report, start = (finished_run / "tiny" / stage / "report.txt").read_text(), files.read_lines(finished_run / "tiny" / stage / "started.jsonl")[0]
+        assert f"\ncommand     python {stage}.py --config tiny\nmade with   commit {start['commit']}, python 3." in report
+        for name in ("torch", "transformers", "tokenizers", "tiktoken", "numpy"):
+            assert f"{name} {sys.modules[name].__version__ if name in sys.modules else start[name]}" in report
+    assert "python policy_gradient.py --config tiny --out ladder --base tiny" in (finished_run / "ladder" / "policy_gradient" / "report.txt").read_text()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    assert process.environment("cpu")["commit"].split()[0] == (commit[:12] or "unknown")
+    cfg = tiny_config(ppo, seed=7, missing_eos_score=None, out="a", whiten_rewards=True, reward="some where/my file.py:f")
+    words = shlex.split(settings.command(cfg, "ppo"))
+    assert words[:2] == ["python", "ppo.py"] and settings.parse(ppo.Config, "", words[2:]) == cfg
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch):
+    def no_git(*args, **kwargs):
+        raise FileNotFoundError("git")
+    monkeypatch.setattr(subprocess, "run", no_git)
+    assert process.environment("cpu")["commit"] == "unknown"
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: types.SimpleNamespace(stdout="0123456789ab-dirty\n"))
+    assert process.environment("cpu")["commit"] == "0123456789ab with changes"
+
+
+def test_the_same_seed_gives_the_same_bits_whatever_the_hash_seed_and_the_threads_that_tokenise(tmp_path):
+    path = write_rows(tmp_path / "pairs.jsonl", [comparison(i) for i in range(150)])
+    homes, processes = [], []
+    for hash_seed, threads in (("1", "1"), ("2", "4")):
+        homes.append(tmp_path / hash_seed)
+        homes[-1].mkdir()
+        processes.append(subprocess.Popen(
+            stage_command(sft, "--data", path, "--max_prompt_tokens", "40", "--steps", "4", "--n_eval", "5", "--eval_every", "2"),
+            cwd=homes[-1], stdout=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONHASHSEED": hash_seed, "RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true"}))
+    assert [process.wait() for process in processes] == [0, 0]
+    assert_same_run(*(home / "out" / "tiny" / "sft" for home in homes))
+    cached = [sorted(path for path in (home / "out" / "tokens").rglob("*") if path.is_file()) for home in homes]
+    assert len(cached[0]) == 5 and [p.relative_to(homes[0]) for p in cached[0]] == [p.relative_to(homes[1]) for p in cached[1]]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*cached))
+
+
+@pytest.mark.parametrize("error, phase, flags", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "generate", "--max_new_tokens, --dtype bfloat16, --batch_size"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "policy_loss",
+     "--accumulation 4, --checkpointing 1, --lora_rank 8, --dtype bfloat16, --batch_size"),
+    (MemoryError(), "sft_loss", "--accumulation 4, --checkpointing 1, --lora_rank 8, --dtype bfloat16, --batch_size")],
+    ids=lambda x: type(x).__name__)
+def test_out_of_memory_says_where_and_what_needs_less(error, phase, flags, finished_run, monkeypatch):
+    def fails(*args, **kwargs):
+        raise error
+    script = sft if phase == "sft_loss" else ppo
+    monkeypatch.setattr(script, phase, fails)
+    monkeypatch.setattr(sys, "argv", ["ppo.py", "--config", "tiny", "--out", f"memory_{phase}"] + ["--base", "tiny"] * (script is ppo))
+    banner = {"generate": "ppo.py in its phase '1. roll out'", "policy_loss": "ppo.py in its phase '6. update'",
+              "sft_loss": "sft.py in its phase '3. train'"}[phase]         # the stage that was being made, not the one asked for
+    with pytest.raises(SystemExit) as stopped:
+        runs.launch(ppo.main, ppo.Config, "")
+    assert str(stopped.value).startswith(f"error: out of memory: {banner} ({str(error)[:20]}")
+    assert f"What needs less there: {flags}" in str(stopped.value)
+    advice = f". --accumulation and --checkpointing may be changed when {script.__name__}.py itself is run with --resume"
+    assert (advice in str(stopped.value)) == (phase != "generate")
+    if script is sft:                                    # it is the flags of the stage that was being made
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--config", "tiny", "--out", "memory_evaluate"])
+        with pytest.raises(SystemExit, match="sft.py in its phase '3. train' .*--lora_rank 8, --dtype bfloat16, --batch_size"):
+            runs.launch(evaluate.main, evaluate.Config, "")
+        monkeypatch.setattr(sys, "argv", ["ppo.py", "--config", "tiny", "--out", "memory_bug"])
+    monkeypatch.setattr(script, phase, lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):                                     # and what is a bug keeps its traceback
+        runs.launch(ppo.main, ppo.Config, "")
+
+
+def test_closing_the_output_ends_with_one_line():
+    done = subprocess.run(f"{sys.executable} {HERE}/sft.py --help | head -1", shell=True, capture_output=True, text=True)
+    assert done.stdout == "Stage 1: supervised fine-tuning.\n" and done.stderr in ("", "stopped: the output was closed; what was saved is intact\n")
+
+
+def test_a_stage_called_from_python_can_be_refused_and_called_again(finished_run, no_pictures):
+    cfg = short_config(sft, out="from_python")
+    state = torch.get_rng_state()
+    with pytest.raises(Stopped, match="--vocab_size got 5"):
+        sft.main(dataclasses.replace(cfg, vocab_size=5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.Run, "checkpoint", lambda run, done: files.stop("in the middle"))
+        with pytest.raises(Stopped, match="in the middle") as stopped:         # its traceback keeps the Run alive
+            sft.main(cfg)
+    results = sft.main(cfg)
+    assert results == sft.main(cfg) and torch.equal(torch.get_rng_state(), state)
+    assert stopped.value and "matplotlib.pyplot" not in sys.modules
+
+
+def test_a_main_runs_in_a_thread(finished_run, no_pictures):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(sft.main(short_config(sft, out="in_a_thread"))))
+    thread.start()
+    thread.join()
+    assert found[0].keys() >= {"held_out"} and (finished_run / "in_a_thread" / "sft" / "report.txt").exists()
+
+
+def test_copies_links_and_profilers_run_and_export_under_their_own_name(finished_run, tmp_path):
+    shutil.copytree(HERE, tmp_path / "clone", ignore=shutil.ignore_patterns("out", ".*", "*.md", "docs", "__pycache__"))
+    shutil.copy(HERE / "ppo.py", tmp_path / "clone" / "my_ppo.py")
+    (tmp_path / "clone" / "linked.py").symlink_to("ppo.py")
+    few = ["--config", "tiny", "--base", "tiny", "--steps", "1", "--n_eval", "2", "--n_samples", "2"]
+    running = {}
+    for name, command in (("my_ppo", [tmp_path / "clone" / "my_ppo.py"]), ("linked", [tmp_path / "clone" / "linked.py"]),
+                          ("profiled", ["-m", "cProfile", "-o", tmp_path / "profile", HERE / "ppo.py"])):
+        running[name] = subprocess.Popen([sys.executable, *map(str, command), *few, "--out", name, "--export", str(tmp_path / name)],
+                                         cwd=finished_run.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for name, child in running.items():
+        out, _ = child.communicate()
+        script = "ppo" if name == "profiled" else name
+        assert child.returncode == 0 and f"\ncommand     python {script}.py --config tiny --out {name}" in out, out
+        assert f"python {script}.py --config tiny --base tiny --out {name}-hacked" in out
+        assert (tmp_path / name / "model.safetensors").exists() and (finished_run / name / "ppo" / "report.txt").exists()
+
+
+def test_a_closed_terminal_or_reader_saves_and_a_closed_or_full_output_changes_nothing(finished_run, tmp_path):
+    slow = stage_command(sft, "--steps", "100000", "--save_every", "100000", "--n_eval", "8", "--n_texts", "100")
+    with started([*slow, "--out", "hangup"], finished_run.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        for line in process.stdout:
+            if re.match(" +[0-9]+ ", line):
+                process.send_signal(signal.SIGHUP)
+        assert process.wait() == 1 and "saved after" in process.stderr.read()
+    with started([*slow, "--out", "reader"], finished_run.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        for line in process.stdout:
+            if re.match(" +[0-9]+ ", line):
+                break
+        process.stdout.close()                           # as  | head  or a killed tee
+        assert process.wait() == 1
+        assert re.search("saved after .*--resume continues from there", process.stderr.read())
+    for run in ("hangup", "reader"):
+        saved = files.load_checkpoint(finished_run / run / "sft")
+        assert 0 < saved["step"] == len(log_of(finished_run / run / "sft"))
+    quick = " ".join(stage_command(sft, "--steps", "3", "--n_eval", "8", "--n_texts", "100", "--batch_size", "4"))
+    running = {name: subprocess.Popen(f"{quick} --out {name} {where}", shell=True, cwd=finished_run.parent, stderr=subprocess.PIPE, text=True)
+               for name, where in (("closed", ">&-"), ("full", "> /dev/full"), ("mute", ">&- 2>&-"))}
+    for name, process in running.items():
+        assert (process.communicate()[1], process.returncode) == ("", 0) and (finished_run / name / "sft" / "report.txt").exists()
+        assert [line["step"] for line in log_of(finished_run / name / "sft")] == [0, 1, 2]
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored(finished_run, no_pictures, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    seen, original = [], runs.Run.log
+    monkeypatch.setattr(runs.Run, "log", lambda *args, **kwargs: (seen.append(signal.getsignal(signal.SIGHUP)), original(*args, **kwargs)))
+    try:
+        sft.main(short_config(sft, out="nohup"))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert len(seen) == 5 and set(seen) == {signal.SIG_IGN}
+
+
+def test_a_run_may_be_a_path_beside_which_others_are_found(finished_run, tmp_path, capsys, no_pictures):
+    disk = str(tmp_path / "disk" / "cost$_$")            # and its name is no formula
+    ppo.main(tiny_config(ppo, out=disk + "/", base="tiny", steps=1, n_eval=2, n_samples=2))
+    assert (tmp_path / "disk" / "cost$_$" / "ppo" / "report.txt").exists()
+    assert f"--out '{disk}-hacked'" in capsys.readouterr().out
+    found = evaluate.main(tiny_config(evaluate, out=disk, base="tiny", n_eval=2, n_reference=4, n_samples=2))
+    assert "cost$_$/ppo" in found and (tmp_path / "disk" / "cost$_$" / "evaluate" / "frontier.png").exists()
+    sample.main(tiny_config(sample, out=disk, stage="ppo", n=1))
+    ppo.main(tiny_config(ppo, out=str(tmp_path / "disk" / "next"), base=str(finished_run / "tiny"), steps=1, n_eval=2, n_samples=2))
+    with pytest.raises(Stopped, match="has no finished .*/disk/tin/sft"):
+        ppo.main(tiny_config(ppo, out="from_disk", base=str(tmp_path / "disk" / "tin")))
+
+
+def test_a_run_name_with_dollars_is_drawn_as_it_is(finished_run, tmp_path, capsys):
+    files.write_lines(tmp_path / "log.jsonl", [{"step": 0, "loss": 1.0}, {"step": 1, "loss": None}])
+    assert reports.curves(tmp_path, "SFT, out/cost$_$", [("loss", "", ["loss"])]) == tmp_path / "curves.png"
+    assert capsys.readouterr().out == ""
+
+
+def test_without_matplotlib_a_stage_finishes_without_pictures(finished_run, monkeypatch, capsys):
+    for name in list(sys.modules):
+        if name.startswith("matplotlib"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    sft.main(short_config(sft, out="undrawn"))
+    out = capsys.readouterr().out
+    assert "warning: a picture was not drawn (ModuleNotFoundError" in out and "curves      not drawn (ModuleNotFoundError" in out
+    assert (finished_run / "undrawn" / "sft" / "report.txt").exists()
+    found = evaluate.main(tiny_config(evaluate, out="undrawn_too", base="tiny", runs="tiny", n_eval=2, n_reference=4, n_samples=2))
+    assert "tiny/ppo" in found
+
+
+def test_a_full_disk_leaves_the_last_evaluation_where_it_was(finished_run, monkeypatch):
+    small = dict(out="evaluated_full", base="tiny", runs="tiny", n_eval=2, n_reference=4, n_samples=2)
+    evaluate.main(tiny_config(evaluate, **small))
+    folder = finished_run / "evaluated_full" / "evaluate"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    original = compare.collect
+    def fill_the_disk(*args):
+        monkeypatch.setattr(os, "fsync", full)
+        return original(*args)
+    monkeypatch.setattr(compare, "collect", fill_the_disk)
+    with pytest.raises(Stopped, match="could not be written .No space left on device"):
+        evaluate.main(tiny_config(evaluate, **small))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not folder.with_name("evaluate.old").exists()
+
+
+def test_an_export_that_cannot_be_made_is_refused_before_any_work(finished_run, tmp_path, monkeypatch):
+    (tmp_path / "a_file").write_text("")
+    with pytest.raises(Stopped, match="--export .*/a_file/there cannot be made: .*a_file is not a folder"):
+        sft.main(short_config(sft, out="unexported", export=str(tmp_path / "a_file" / "there")))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(Stopped, match="pip install transformers"):
+        sft.main(short_config(sft, out="unexported", export=str(tmp_path / "there")))
+    assert not (finished_run / "unexported").exists()
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(beta=1e38, kl_control="fixed"), "in update [01]: .*; try .*a smaller --beta"),
+    (dict(critic_lr=1e30), "in update [01]: .*; try a (smaller --beta, --score_clip or|lower) --critic_lr"),
+    (dict(lr=1e30), "; try a lower --lr or a smaller --grad_clip")], ids=lambda x: " ".join(x) if isinstance(x, dict) else "")
+def test_a_number_that_is_not_finite_blames_the_option_behind_it(changes, said, finished_run, no_pictures):
+    with pytest.raises(Stopped, match=said):
+        ppo.main(tiny_config(ppo, out="blamed", base="tiny", overwrite=True, **changes))
+
+
+@pytest.mark.parametrize("script, changes, at", [
+    (sft, dict(init="gpt2", steps=30, n_texts=None, n_eval=10, batch_size=8, lora_rank=0), 23),
+    (reward_model, dict(n_prompts=None, n_held_out=15), 14), (dpo, dict(n_pairs=100, n_eval=4, n_samples=4), 4),
+    (ppo, dict(ptx_coef=0.5, ptx_data="story.txt", ema=0.8, n_eval=4, n_samples=4, steps=4), 2),
+    (ppo, dict(reward="exact.py:exact", accumulation=2, dtype="bfloat16", n_eval=4, n_samples=4, steps=4), 2)],
+    ids=lambda x: getattr(x, "__name__", ""))
+def test_a_stage_on_data_of_ones_own_resumes_to_the_same_bits(script, changes, at, user_folder, monkeypatch):
+    """With LoRA, texts beside, an average, a normalised reward; as a crash between two checkpoints leaves it"""
+    (user_folder.parent / "exact.py").write_text("def exact(prompts, responses):\n    return [len(r) % 7 for r in responses]\n")
+    stage, base = script.__name__, "" if script is sft else "own"
+    whole, name = f"whole_{stage}", f"again_{stage}"
+    for run in (whole, name):
+        shutil.rmtree(user_folder / run, ignore_errors=True)
+    script.main(user_config(script, out=whole, base=base, save_every=2, **changes))
+    with crash_at(at, monkeypatch):
+        script.main(user_config(script, out=name, base=base, save_every=2, **changes))
+    script.main(user_config(script, out=name, base=base, save_every=2, resume=True, **changes))
+    ours, theirs = (files.load_checkpoint(user_folder / run / stage) for run in (name, whole))
+    assert ours.pop("config")["out"] == name and theirs.pop("config")["out"] == whole
+    assert_same_bits(ours, theirs)
+    assert [line.get("loss", line.get("score")) for line in log_of(user_folder / name / stage)] == [
+        line.get("loss", line.get("score")) for line in log_of(user_folder / whole / stage)]
+
+
+def test_export_is_a_flag_that_works_on_a_finished_stage_and_never_overwrites(user_run):
+    command = [sys.executable, str(HERE / "sft.py"), "--config", "tiny", "--out", "own", "--data", "pairs.jsonl", "--init", "gpt2",
+               "--steps", "30", "--n_texts", "none", "--n_eval", "10", "--batch_size", "8", "--max_prompt_tokens", "40",
+               "--max_new_tokens", "12", "--export", "there"]
+    first, second = (subprocess.run(command, cwd=user_run[0], capture_output=True, text=True) for _ in range(2))
+    assert first.returncode == 0 and "exported    there" in first.stdout, first.stderr
+    assert (user_run[0] / "there" / "model.safetensors").is_file()
+    assert second.returncode != 0 and "--export there already exists and is not empty; give a new folder" in second.stderr
+    done = subprocess.run([sys.executable, str(HERE / "evaluate.py"), "--lora_rank", "2"], cwd=user_run[0], capture_output=True, text=True)
+    assert "this one trains nothing" in done.stderr
+
+
+def test_a_run_may_go_on_in_parts_and_one_of_an_earlier_version_is_still_known(user_folder, monkeypatch, capsys):
+    cfg = user_config(ppo, out="parts", base="own", steps=3, n_eval=2, n_samples=2, save_every=2)
+    save, stopped = runs.Run.save, []
+
+    def out_of_memory(self, done, **state):
+        save(self, done, **state)
+        if not stopped:
+            stopped.append(done)
+            raise MemoryError
+    monkeypatch.setattr(runs.Run, "save", out_of_memory)
+    with pytest.raises(MemoryError):
+        ppo.main(cfg)
+    ppo.main(dataclasses.replace(cfg, accumulation=4, resume=True))
+    assert "going on from update 2" in capsys.readouterr().out
+    config = files.read_json(user_folder / "parts" / "ppo" / "config.json")
+    (user_folder / "parts" / "ppo" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in ("ema", "text_prompt", "dtype")}))
+    ppo.main(cfg)                                                              # as if these had not been there yet
+    saved = files.load_checkpoint(user_folder / "parts" / "ppo")
+    del saved["gpt"]["activation"], saved["critic_gpt"]["activation"]          # nor these
+    torch.save(saved, user_folder / "parts" / "ppo" / "checkpoint.pt")
+    (user_folder / "parts" / "ppo" / "report.txt").unlink()        # the same rows in a newer file are the same data
+    os.utime(user_folder.parent / "pairs.jsonl")
+    ppo.main(dataclasses.replace(cfg, resume=True))
+    (user_folder / "parts" / "ppo" / "report.txt").unlink()
+    write_rows(user_folder.parent / "pairs.jsonl", [comparison(i) for i in range(150)])
+    try:
+        with pytest.raises(Stopped, match="was begun with another data: the contents of --data have changed"):
+            ppo.main(dataclasses.replace(cfg, resume=True))
+    finally:
+        write_rows(user_folder.parent / "pairs.jsonl", [comparison(i) for i in range(160)])
+
+
+def test_the_next_command_says_all_that_the_next_stage_has_to_know(user_folder):
+    cfg = user_config(ppo, reward="word.py:exclaims", missing_eos_score=None, base="other", seed=3)
+    assert settings.next_command(cfg, "evaluate") == (
+        "python evaluate.py --config tiny --base other --out own --seed 3 --data pairs.jsonl --max_prompt_tokens 40 "
+        "--max_new_tokens 12 --reward word.py:exclaims --missing_eos_score None")
+    again = settings.parse(evaluate.Config, "", settings.next_command(cfg, "evaluate").split()[2:])
+    assert (again.reward, again.missing_eos_score, again.data, again.max_new_tokens) == ("word.py:exclaims", None, "pairs.jsonl", 12)
+    assert settings.next_command(tiny_config(ppo), "evaluate") == "python evaluate.py --config tiny"
+    report = (user_folder / "own" / "ppo" / "report.txt").read_text()
+    assert "python ppo.py --config tiny --base own --out own-hacked --data pairs.jsonl --max_prompt_tokens 40" in report
+
+
+def test_stages_that_are_made_first_get_data_lengths_and_dtype_handed_down(user_folder):
+    shared = dict(data="pairs.jsonl", max_prompt_tokens=40, max_new_tokens=12, dtype="bfloat16", checkpointing=True)
+    ppo.main(tiny_config(ppo, out="handed", steps=1, n_eval=2, n_samples=2, **shared))
+    for stage in ("sft", "reward_model", "ppo"):
+        config = files.read_json(user_folder / "handed" / stage / "config.json")
+        assert {name: config[name] for name in shared} == shared, stage
+
+
+def test_data_of_another_kind_than_that_of_the_earlier_stages_is_noticed(user_folder):
+    with pytest.raises(Stopped, match="was made with --data pairs.jsonl, this is --data reviews; give another --out, and --base own"):
+        policy_gradient.main(tiny_config(policy_gradient, out="own"))
+    shutil.copytree(user_folder / "own" / "sft", user_folder / "begun" / "sft", dirs_exist_ok=True)
+    (user_folder / "begun" / "sft" / "report.txt").unlink()                          # unfinished, and on other data
+    with pytest.raises(Stopped, match="begun/sft was made with --data pairs.jsonl, this is --data reviews"):
+        ppo.main(tiny_config(ppo, out="begun"))
+    with pytest.raises(Stopped, match="nobody is there to annotate them"):
+        dpo.main(user_config(dpo, out="rounds", base="own", rounds=2))
+
+
+def test_an_edit_of_a_file_that_the_reward_imports_is_noticed(empty_folder, tokenizer, monkeypatch):
+    """Modules, a package, a folder without __init__, one in sys.path; what is installed is not"""
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(empty_folder / "python"))
+    for path in ("bonus", "pack/__init__", "pack/inner", "folder/leaf", "lib/deep", "unused",
+                 "env/site-packages/theirs", "python/of_python"):
+        (empty_folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (empty_folder / f"{path}.py").write_text("BONUS = 1\n")
+    (empty_folder / "judge.py").write_text(
+        "import os, sys\n"
+        "sys.path += map(os.path.abspath, ['lib', 'env/site-packages', 'python'])\n"
+        "import bonus, deep, of_python, pack.inner, reviews, sample, theirs\n"
+        "from folder import leaf\n"
+        "def f(prompts, responses):\n    return [leaf.BONUS] * len(responses)\n")
+    (empty_folder / "alone.py").write_text("def f(prompts, responses):\n    return [1.0]\n")
+    digest = files.digest(empty_folder / "alone.py")[:16]
+    assert load_own(tokenizer, "alone.py:f").made_for == f"alone.py:f {digest}"
+    first = load_own(tokenizer, "judge.py:f").made_for
+    assert first.startswith(f"judge.py:f {files.digest(empty_folder / 'judge.py')[:16]} bonus.py ")
+    assert first.split()[2::2] == ["bonus.py", "folder/leaf.py", "lib/deep.py", "pack/__init__.py",
+                                   "pack/inner.py"]
+    for path in ("bonus", "pack/inner", "folder/leaf", "lib/deep"):
+        before = load_own(tokenizer, "judge.py:f").made_for
+        (empty_folder / f"{path}.py").write_text("BONUS = 12345\n")
+        assert load_own(tokenizer, "judge.py:f").made_for != before
+    last = load_own(tokenizer, "judge.py:f")
+    assert last.raw.args[0]([], [1]) == [12345]                                # it runs the new one
+    state = {"made_for": first, "gain": 1.0, "bias": 0.0}
+    with pytest.raises(Stopped, match="begun with a different reward .judge.py:f .* bonus.py"):
+        last.load_state_dict(state)
+
+
+def test_a_reward_beside_our_scripts_may_import_them(empty_folder, tokenizer, monkeypatch):
+    """They are not its files, or it would be a different reward for each script that uses it"""
+    monkeypatch.setattr(guest, "HERE", empty_folder)
+    (empty_folder / "train.py").write_text("PRESETS = {}\n")
+    (empty_folder / "bonus.py").write_text("BONUS = 1\n")
+    (empty_folder / "judge.py").write_text("import bonus, train\ndef f(p, r):\n    return [1.0]\n")
+    assert load_own(tokenizer, "judge.py:f").made_for.split()[2::2] == ["bonus.py"]
+
+
+ROUNDS = dict(n_pairs=32, rounds=2, labels="soft", eval_every=1)
+
+
+@pytest.mark.parametrize("script, call, changes", [
+    (ppo, 2, dict(steps=2)), (grpo, 2, dict(steps=2)),
+    (policy_gradient, 2, dict(steps=2, rung="clip")), (dpo, 2, ROUNDS), (dpo, 3, ROUNDS)],
+    ids=lambda x: getattr(x, "__name__", str(x) if isinstance(x, int) else ""))
+def test_ctrl_c_in_a_reward_drops_the_update_which_resume_repeats(script, call, changes, finished_run,
+                                                                  no_pictures):
+    """Also where the function answers it with scores; dpo's calls are pairs, samples, pairs, .."""
+    (finished_run.parent / "stopped.py").write_text(
+        "import os, pathlib, random, signal\ncalls = []\n"
+        "def f(prompts, responses):\n    calls.append(1)\n"
+        "    scores = [random.random() + len(r) for r in responses]\n    try:\n"
+        f"        if len(calls) == {call} and pathlib.Path('stop').exists():\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n    except KeyboardInterrupt:\n"
+        "        return [0.0] * len(responses)\n    return scores\n")
+    cfg = tiny_config(script, base="tiny", reward="stopped.py:f", normalise_reward=False, n_eval=2,
+               n_samples=2, **changes)
+    for out in ("unstopped", "stopped"):
+        shutil.rmtree(finished_run / out / script.__name__, ignore_errors=True)
+    script.main(dataclasses.replace(cfg, out="unstopped"))
+    stop = finished_run.parent / "stop"
+    stop.touch()
+    try:
+        with pytest.raises(Stopped, match="saved after [01] of 2 updates in out/stopped/.*; the "
+                           "same command with --resume"):
+            script.main(dataclasses.replace(cfg, out="stopped"))
+    finally:
+        stop.unlink()
+    assert not any(run.looping for run in process.OPENED.runs)
+    script.main(dataclasses.replace(cfg, out="stopped", resume=True))
+    assert_same_run(finished_run / "stopped" / script.__name__, finished_run / "unstopped" / script.__name__)
+
+
+def test_after_ctrl_c_a_reward_is_not_called_any_more(finished_run, monkeypatch, no_pictures):
+    """It may have workers, and they have got Ctrl-C as well"""
+    (finished_run.parent / "counted.py").write_text(
+        "calls = open('calls', 'w', buffering=1)\n"
+        "def f(prompts, responses):\n    print(len(responses), file=calls)\n"
+        "    return [len(r) for r in responses]\n")
+    roll_out = ppo.roll_out
+    updates = []
+
+    def interrupted(*args):
+        updates.append(1)
+        for _ in range(presses if len(updates) == 2 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return roll_out(*args)
+    monkeypatch.setattr(ppo, "roll_out", interrupted)
+    cfg = tiny_config(ppo, base="tiny", steps=2, reward="counted.py:f", n_eval=2, n_samples=2)
+    presses = 1
+    with pytest.raises(Stopped, match="saved after 1 of 2 updates in out/counted/ppo; the same"):
+        ppo.main(dataclasses.replace(cfg, out="counted", normalise_reward=False))
+    assert (finished_run.parent / "calls").read_text() == "32\n"
+    presses = 2
+    updates.clear()
+    with pytest.raises(KeyboardInterrupt):                                     # leaves at once
+        ppo.main(dataclasses.replace(cfg, out="twice_pressed", normalise_reward=False))
+    assert ppo.main(dataclasses.replace(cfg, out="counted_again"))             # has its own rewards
+
+
+def test_ctrl_c_that_reaches_a_rewards_child_processes_spoils_nothing(finished_run, no_pictures):
+    """From a terminal all get it: workers, forked while the run catches it, and their children"""
+    (finished_run.parent / "tested.py").write_text("""
+import multiprocessing, pathlib, subprocess
+calls = []
+
+def returncode(seconds):
+    return subprocess.run(["sleep", seconds]).returncode
+
+def f(prompts, responses):
+    calls.append(1)
+    seconds = "0"
+    if len(calls) == 2 and pathlib.Path("slow").exists():
+        seconds = "30"
+        pathlib.Path("slow").unlink()
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        failed = any(pool.map(returncode, [seconds] * 2))
+    return [0.0 if failed else len(response) for response in responses]
+""")
+    changes = dict(steps=2, reward="tested.py:f", normalise_reward=False, n_eval=2, n_samples=2)
+    ppo.main(tiny_config(ppo, out="untouched", base="tiny", **changes))
+    slow = finished_run.parent / "slow"
+    slow.touch()
+    command = stage_command(ppo, "--out", "touched", "--base", "tiny")
+    for name, value in changes.items():
+        command += [f"--{name}", str(value)]
+    with started(command, finished_run.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                 start_new_session=True) as process:
+        deadline = time.time() + 60
+        while slow.exists() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)                                                        # they begin
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            out, err = process.communicate(timeout=20)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 1 and "saved after 1 of 2 updates in out/touched/ppo; the " in err
+    assert out.count("this update, then saving") == 1                          # not by workers, too
+    ppo.main(tiny_config(ppo, out="touched", base="tiny", resume=True, **changes))
+    assert_same_run(finished_run / "touched" / "ppo", finished_run / "untouched" / "ppo")
+
+
+def test_a_reward_that_cannot_be_used_stops_the_run_with_what_was_saved_in_place(finished_run, tmp_path, no_pictures):
+    good = "    return [float(len(r)) for r in responses]\n"
+    for name, body, message in (
+            ("flat", "    return [2.0] * len(responses)\n", "the reward gave 2 to each of 512 responses of the SFT policy"),
+            ("nan", "    return [float('nan')] * len(responses)\n", "the reward of a response of the SFT policy is nan; it has to be finite"),
+            ("few", "    return [1.0]\n", "gave back 1 numbers; it should give one for each"),
+            ("broken", "    raise ValueError('no judge today')\n", "the reward function broken ended in the ValueError above")):
+        (tmp_path / f"{name}.py").write_text(f"def {name}(prompts, responses):\n{body}")
+        with pytest.raises(Stopped, match=message):
+            ppo.main(tiny_config(ppo, out=f"reward_{name}", base="tiny", reward=f"{tmp_path}/{name}.py:{name}"))
+        assert not (finished_run / f"reward_{name}").exists()                        # before anything was written
+    (tmp_path / "late.py").write_text(
+        "calls = []\ndef late(prompts, responses):\n    calls.append(1)\n"
+        "    if len(calls) > 11:\n        return [float('inf')] * len(responses)\n" + good)
+    with pytest.raises(Stopped, match=r"scores in update 3: inf in \d+ of 32 places, first at .\d+.; the reward returned it"):
+        ppo.main(tiny_config(ppo, out="late", base="tiny", reward=f"{tmp_path}/late.py:late", save_every=1))
+    assert files.load_checkpoint(finished_run / "late" / "ppo")["step"] == 3
+    (tmp_path / "slow.py").write_text(f"import time\ndef slow(prompts, responses):\n    time.sleep(0.2)\n{good}")
+    ppo.main(tiny_config(ppo, out="slow", base="tiny", reward=f"{tmp_path}/slow.py:slow", steps=1, n_eval=2, n_samples=2, normalise_reward=False))
+    assert log_of(finished_run / "slow" / "ppo")[0]["score_seconds"] > 0.2
