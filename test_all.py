@@ -2198,23 +2198,23 @@ def test_a_reward_may_be_named_like_a_module_of_python(three_rewards):
 
 
 def test_a_reward_imports_its_neighbors_and_we_import_ours(three_rewards, tmp_path, monkeypatch):
-    """Imported by its file, by its function when called, and in one of its worker processes."""
+    """Its neighbors have the names of our modules: data, and the package lab"""
     main = types.ModuleType("__main__")
     main.__file__ = str(HERE / "ppo.py")
     monkeypatch.setitem(sys.modules, "__main__", main)
-    (tmp_path / "files.py").write_text("def length(text):\n    return len(text)\n")
-    (tmp_path / "options").mkdir()
-    (tmp_path / "options" / "__init__.py").write_text("from . import inner\n")
-    (tmp_path / "options" / "inner.py").write_text("from files import length\n")
+    (tmp_path / "data.py").write_text("def length(text):\n    return len(text)\n")
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "__init__.py").write_text("from . import inner\n")
+    (tmp_path / "lab" / "inner.py").write_text("from data import length\n")
     before = dict(sys.modules)
-    early = WORKERS + "import files\nimport reviews\ncheck = files.length\n"
+    early = WORKERS + "import data\nimport reviews\ncheck = data.length\n"
     assert three_rewards(early, "pooled") == [4, 9, 2]
-    late = ("def f(prompts, responses):\n    from options import inner\n"
+    late = ("def f(prompts, responses):\n    from lab import inner\n"
             "    return map(inner.length, responses)\n")
     assert three_rewards(late) == [4, 9, 2]
     for name, module in before.items():
         assert sys.modules[name] is module
-    assert not {"mine", "options.inner"} & sys.modules.keys()
+    assert not {"mine", "lab.inner"} & sys.modules.keys()
     assert sys.path[-1] == str(tmp_path) != sys.path[0]        # for workers that start after a call
 
 
