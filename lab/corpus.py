@@ -175,8 +175,10 @@ def records(source):
         for n, record in enumerate(hub_data_set(source[3:])):
             yield "", f"row {n}", record, None
         return
-    found_files = files_of(source)
-    for name, path in found_files:
+    named_paths = files_of(source)
+    for name, path in named_paths:
+        if len(named_paths) == 1:
+            name = ""
         if suffix_of(path) == ".txt":
             found = ((f"piece {n}", {"text": x}, None) for n, x in enumerate(pieces(path), 1))
         else:
@@ -184,7 +186,7 @@ def records(source):
         place = "its start"
         try:
             for place, record, wrong in found:
-                yield name if len(found_files) > 1 else "", place, record, wrong
+                yield name, place, record, wrong
         except (OSError, EOFError, zlib.error) as error:
             stop(f"{path} cannot be read past {place} ({type(error).__name__}: {error}); check "
                  "that the file is whole and that you may read it")
@@ -244,8 +246,8 @@ def pieces(path, size=1000):
 def examples(source, notes):
     """-> where, prompt, responses of each readable row. Fills notes, {(kind, text): [where]}."""
     file_of = {}                                         # {hash of a row: first file with it}
-    for name, place, record, wrong in records(source):
-        where = f"{name} {place}".lstrip()
+    for file, place, record, wrong in records(source):
+        where = f"{file} {place}".lstrip()
         remarks = []
         try:
             if wrong:
@@ -256,7 +258,7 @@ def examples(source, notes):
             continue
         if place.startswith("piece") and "\ufffd" in responses[0]:
             remarks.append((KEPT, "with bytes that are not UTF-8, read as \ufffd"))
-        if name and file_of.setdefault(hash((prompt, *responses)), name) != name:
+        if file and file_of.setdefault(hash((prompt, *responses)), file) != file:
             remarks.append((KEPT, "repeating a row of an earlier file"))
         for remark in remarks:
             notes.setdefault(remark, []).append(where)
