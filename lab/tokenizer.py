@@ -7,7 +7,8 @@ Text to tokens and back: tokenizers as tiktoken encodings.
     export_tokenizer            for transformers' AutoTokenizer
     encode_prompt, encode_texts, decode_response
 
-A tokenizer has its EOS's id as eot_token. Text never becomes the EOS or another special token.
+A tokenizer's eot_token is the id of its EOS. Text never becomes the EOS or a different special
+token.
 """
 
 import base64
@@ -20,29 +21,32 @@ import tiktoken
 from lab import files, pretrained
 
 EOS = "<|endoftext|>"
-# How GPT-2 cuts text into words before it merges bytes within them
+# How GPT-2 cuts text into words. Bytes are merged within a word only
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def train_tokenizer(texts, vocab_size=1024):
-    """Byte-level BPE learned from texts -> tiktoken.Encoding; smaller if no more merges are left."""
+    """Byte-level BPE learned from texts -> Encoding; smaller if the texts offer too few merges"""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    every_byte = sorted(pre_tokenizers.ByteLevel.alphabet())     # so that any text can be encoded
+    every_byte = sorted(pre_tokenizers.ByteLevel.alphabet())     # so any text can be encoded
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=every_byte, show_progress=False))
     vocab = bpe.get_vocab()
     return make_encoding("trained", vocab, {EOS: len(vocab)}, EOS)
 
 
+# --------------------------------------------------------------------------------------------------
+# From files of other projects
+
 def gpt2_tokenizer(source=None):
     """
-    GPT-2's encoding, or a byte-level BPE made like it: of a folder, or of a name on the hub
+    GPT-2's encoding, or a byte-level BPE of the same kind from a folder or a name on the hub
 
-    read from tokenizer.json, else vocab.json and merges.txt; by default tiktoken's own copy of
-    GPT-2's. A checkpoint of nanoGPT has GPT-2's, unless these files are beside it. Special tokens
-    have the ids that the files give them, and the files say which one is the EOS.
+    By default it is tiktoken's own copy. A folder has tokenizer.json, or else vocab.json and
+    merges.txt. A nanoGPT checkpoint has GPT-2's, unless these files are beside it. The files give
+    the ids of the special tokens and say which one is the EOS.
     """
     if source is None:
         try:
@@ -58,15 +62,16 @@ def gpt2_tokenizer(source=None):
         folder = pretrained.from_hub(source, ["*.json", "merges.txt"])
     has_files = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     if not has_files and pretrained.nanogpt(source):
-        rows = pretrained.read(source)[0].get("vocab_size", 0)
-        if rows < 50257:
-            raise ValueError(f"{source} has {rows} token ids, fewer than GPT-2's 50257, so it has "
-                             "a tokenizer of its own; name it with --tokenizer FOLDER. Characters "
-                             "in nanoGPT's meta.pkl are not read, since a pickle can run code")
+        n_ids = pretrained.read(source)[0].get("vocab_size", 0)
+        if n_ids < 50257:
+            raise ValueError(f"{source} has {n_ids} token ids, fewer than GPT-2's 50257, so it has "
+                             "a tokenizer of its own; name it with --tokenizer FOLDER. nanoGPT's "
+                             "meta.pkl is not read, since a pickle can run code")
         return gpt2_tokenizer()
     if not has_files and (folder / "meta.pkl").is_file():
-        raise ValueError(f"{folder}/meta.pkl lists characters for nanoGPT and is not read, since a "
-                         "pickle can run code; wanted tokenizer.json, or vocab.json and merges.txt")
+        raise ValueError(f"{folder}/meta.pkl, which lists characters for nanoGPT, is not read, "
+                         "since a pickle can run code; wanted tokenizer.json, or vocab.json and "
+                         "merges.txt")
     vocab, merges, added = read_bpe(folder)
     special, eos = special_tokens(folder, vocab, merges, added)
     ordinary = {token: i for token, i in vocab.items() if token not in special}
@@ -79,24 +84,24 @@ def gpt2_tokenizer(source=None):
 
 def read_bpe(folder):
     """
-    tokenizer.json, else vocab.json and merges.txt -> {token: id}, merges as pairs, added tokens
+    tokenizer.json, or else vocab.json and merges.txt -> {token: id}, merges as pairs, added tokens
 
-    What they ask for that is not computed here is refused by name.
+    Raises a ValueError that names the settings that are not implemented here.
     """
-    settings = read_if_there(folder / "tokenizer_config.json")
+    settings = read_optional(folder / "tokenizer_config.json")
     refused = [name for name in ("add_prefix_space", "add_bos_token") if settings.get(name)]
     path = folder / "tokenizer.json"
     if path.is_file():
         content = pretrained.read_json(path)
         model = content.get("model", {})
         if model.get("type", "BPE") != "BPE" or "merges" not in model:
-            raise ValueError(f"{path} does not hold a byte-level BPE, which is what GPT-2 has")
-        refused += not_computed(content)
+            raise ValueError(f"{path} does not hold a byte-level BPE, as GPT-2 has")
+        refused += unsupported(content)
         vocab, merges, added = model["vocab"], model["merges"], content.get("added_tokens") or []
     else:
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).is_file():
-                raise ValueError(f"{folder / name} is not there; a GPT-2 tokenizer folder has "
+                raise ValueError(f"{folder / name} does not exist; a GPT-2 tokenizer folder has "
                                  "vocab.json and merges.txt, or tokenizer.json")
         vocab = pretrained.read_json(folder / "vocab.json")
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
@@ -104,31 +109,31 @@ def read_bpe(folder):
         listed = settings.get("added_tokens_decoder", {})
         added = [token | {"id": int(i)} for i, token in listed.items()]
         if not added:                                    # older folders have this file instead
-            listed = read_if_there(folder / "added_tokens.json")
+            listed = read_optional(folder / "added_tokens.json")
             added = [{"id": i, "content": token, "special": True} for token, i in listed.items()]
     for token in added:
-        unlike = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
+        flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
         if not token.get("special"):
-            unlike.append("not special")
-        if unlike:
-            refused.append(f"the added token {token['content']!r} ({', '.join(unlike)})")
+            flags.append("not special")
+        if flags:
+            refused.append(f"the added token {token['content']!r} ({', '.join(flags)})")
     if refused:
         raise ValueError(f"{folder} asks for what GPT-2's tokenizer does not do: "
                          f"{', '.join(refused[:5])}; wanted plain byte-level BPE")
     return vocab, [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges], added
 
 
-def read_if_there(path):
+def read_optional(path):
     return pretrained.read_json(path) if path.is_file() else {}
 
 
-def not_computed(content):
-    """What a tokenizer.json asks for that GPT-2's byte-level BPE does not do -> list of names"""
-    model, found = content["model"], []
+def unsupported(content):
+    """The settings of a tokenizer.json that go beyond GPT-2's byte-level BPE -> list of names"""
+    found = []
     for name in ("dropout", "unk_token", "byte_fallback", "ignore_merges",
                  "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(name):
-            found.append(f"{name} {model[name]!r}")
+        if content["model"].get(name):
+            found.append(f"{name} {content['model'][name]!r}")
     for step in steps(content.get("normalizer")):
         found.append(f"the normalizer {step['type']}")
     for step in steps(content.get("post_processor")):
@@ -158,18 +163,18 @@ def steps(part):
 
 def special_tokens(folder, vocab, merges, added):
     """
-    The tokens that no text becomes -> {token: id}, and which of them is the EOS
+    The tokens that text never becomes -> {token: id}, and which of them is the EOS
 
-    They are the added ones, the EOS, and those with ids before the bytes', where nothing can be
-    merged yet. The tokenizer's files name the EOS; where they do not, the model's config does.
+    They are the added tokens, the EOS, and tokens whose ids come before those of the bytes, where
+    nothing can have been merged yet. The tokenizer's files name the EOS, or else the model's config.
     """
     named = None
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = read_if_there(folder / name).get("eos_token")
+        token = read_optional(folder / name).get("eos_token")
         named = named or (token.get("content") if isinstance(token, dict) else token)
     end_ids = {}
     for name in ("config.json", "generation_config.json"):
-        ids = read_if_there(folder / name).get("eos_token_id")
+        ids = read_optional(folder / name).get("eos_token_id")
         end_ids[name] = ids if isinstance(ids, list) else [ids]
 
     special = {token["content"]: token["id"] for token in added}
@@ -182,11 +187,11 @@ def special_tokens(folder, vocab, merges, added):
             special.setdefault(token, i)
     for token, i in special.items():
         if token in ordinary or vocab.get(token, i) != i:
-            raise ValueError(f"{folder}: the special token {token!r} has a second id, or is a "
-                             "piece of ordinary text as well")
+            raise ValueError(f"{folder}: the special token {token!r} has a second id, or is also a "
+                             "piece of ordinary text")
 
-    at = {i: token for token, i in special.items()}
-    eos = named or next((at[i] for i in end_ids["config.json"] if i in at), EOS)
+    token_of = {i: token for token, i in special.items()}
+    eos = named or next((token_of[i] for i in end_ids["config.json"] if i in token_of), EOS)
     if eos not in special:
         if eos != EOS or (special and not named):
             raise ValueError(f"{folder} does not say which of its special tokens ends a text: "
@@ -201,19 +206,28 @@ def special_tokens(folder, vocab, merges, added):
     return special, eos
 
 
-def printable():
-    """{byte: the character that byte-level BPE writes for it}"""
-    themselves = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in themselves]         # as chr(256 + i)
-    return {b: chr(b) for b in themselves} | {b: chr(256 + i) for i, b in enumerate(others)}
+# --------------------------------------------------------------------------------------------------
+# Vocabularies -> encodings
+
+class Encoding(tiktoken.Encoding):
+    eot_token = None                         # the EOS's id; tiktoken's is always <|endoftext|>'s
+
+
+def encoding(name, pattern, ranks, special, eos_id):
+    """{token bytes: id} -> Encoding. If two tokens had one id, tiktoken would end the program."""
+    if len({*ranks.values(), *special.values()}) < len(ranks) + len(special):
+        raise ValueError("the vocabulary has two tokens with one id")
+    made = Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    made.eot_token = eos_id
+    return made
 
 
 def make_encoding(name, vocab, special, eos):
     """
     {token in byte-level BPE's printable characters: id}, ids in merge order -> Encoding
 
-    special: {token: id}, of which eos is one. Ids that no token has become special tokens, since a
-    model may sample them.
+    special: {token: id}, eos among them. Ids without a token become special tokens, since a model
+    may sample them.
     """
     to_byte = {character: byte for byte, character in printable().items()}
     for token in vocab:
@@ -232,25 +246,19 @@ def make_encoding(name, vocab, special, eos):
     return encoding(name, PATTERN, ranks, unused | special, special[eos])
 
 
-class Encoding(tiktoken.Encoding):
-    eot_token = None                         # the EOS's id; tiktoken's is always <|endoftext|>'s
-
-
-def encoding(name, pattern, ranks, special, eos_id):
-    """{token bytes: id} -> Encoding, which would end the program at two tokens with one id"""
-    if len({*ranks.values(), *special.values()}) < len(ranks) + len(special):
-        raise ValueError("the vocabulary has two tokens with one id")
-    made = Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    made.eot_token = eos_id
-    return made
+def printable():
+    """{byte: the character that byte-level BPE writes for it}"""
+    themselves = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in themselves]         # as chr(256 + i)
+    return {b: chr(b) for b in themselves} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def merges_of(ranks):
-    """{token: rank} -> [(left, right)], in order: what each token of several bytes is made of"""
+    """{token: rank} -> [(left, right)], in order: the two parts of each token of several bytes"""
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:                            # as BPE would, with the merges of lower rank
+        while len(parts) > 2:                            # as BPE would, with the merges so far
             pairs = [ranks.get(parts[i] + parts[i + 1], rank) for i in range(len(parts) - 1)]
             i = pairs.index(min(pairs))
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
@@ -259,35 +267,23 @@ def merges_of(ranks):
     return merges
 
 
-def export_tokenizer(tokenizer, folder, pad=False):
-    """Write it for transformers' AutoTokenizer; with pad there is one more special token, the next id"""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    characters, ranks = printable(), tokenizer._mergeable_ranks
-    write = lambda token: "".join(characters[byte] for byte in token)
-    special = dict(tokenizer._special_tokens)
-    eos = next(token for token, i in special.items() if i == tokenizer.eot_token)
-    roles = {"bos_token": eos, "eos_token": eos}
-    if pad:
-        name = "<|pad|>" if "<|pad|>" not in special else f"<|pad {tokenizer.n_vocab}|>"
-        special[name] = tokenizer.n_vocab
-        roles["pad_token"] = name
-    vocab = {write(token): i for token, i in ranks.items()}
-    vocab |= special                                     # else they would get other ids
-    bpe = Tokenizer(models.BPE(vocab, [(write(a), write(b)) for a, b in merges_of(ranks)]))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens(list(special))
-    PreTrainedTokenizerFast(tokenizer_object=bpe, **roles).save_pretrained(folder)
-
+# --------------------------------------------------------------------------------------------------
+# Storing and comparing
 
 def tokenizer_id(tokenizer):
-    """A digest of all that decides how text becomes ids, and ids text."""
+    """A digest of everything that decides how text becomes ids and ids become text"""
     ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
     content = (tokenizer._pat_str, ranks, tokenizer.eot_token)
-    if tokenizer._special_tokens != {EOS: tokenizer.eot_token}:  # else as in earlier checkpoints
+    if tokenizer._special_tokens != {EOS: tokenizer.eot_token}:  # otherwise as earlier versions had
         content += (sorted(tokenizer._special_tokens.items()),)
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def check_vocabulary(wanted, tokenizer, folder):
+    """Exit unless this tokenizer's id is the one that a checkpoint stores."""
+    if wanted != tokenizer_id(tokenizer):
+        files.stop(f"{folder}/checkpoint.pt was trained with a different vocabulary; use stages of "
+                   "one run, or make this one again")
 
 
 def save_tokenizer(tokenizer, folder):
@@ -307,24 +303,43 @@ def load_tokenizer(folder):
             raise ValueError("the EOS is not a special token")
         return encoding(content["name"], content["pattern"], ranks, special, content["eos"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        files.stop(f"{path} cannot be read as a tokenizer ({type(error).__name__}); it stands beside every "
-                   f"checkpoint; {files.recovery_hint(folder)}")
+        files.stop(f"{path} cannot be read as a tokenizer ({type(error).__name__}). Every "
+                   f"checkpoint has one beside it; {files.recovery_hint(folder)}")
 
 
-def check_vocabulary(wanted, tokenizer, folder):
-    """Stops where a checkpoint's fingerprint is not that of the tokenizer it is used with."""
-    if wanted != tokenizer_id(tokenizer):
-        files.stop(f"{folder}/checkpoint.pt was trained with another vocabulary than the one it meets here; use "
-                   "stages of one run, or make this one again")
+def export_tokenizer(tokenizer, folder, pad=False):
+    """Write it for transformers' AutoTokenizer; pad adds a special token with the next id."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    characters = printable()
+    write = lambda token: "".join(characters[byte] for byte in token)
+    special = dict(tokenizer._special_tokens)
+    eos = next(token for token, i in special.items() if i == tokenizer.eot_token)
+    roles = {"bos_token": eos, "eos_token": eos}
+    if pad:
+        name = "<|pad|>" if "<|pad|>" not in special else f"<|pad {tokenizer.n_vocab}|>"
+        special[name] = tokenizer.n_vocab
+        roles["pad_token"] = name
+    ranks = tokenizer._mergeable_ranks
+    vocab = {write(token): i for token, i in ranks.items()}
+    vocab |= special                                     # or they would get different ids
+    bpe = Tokenizer(models.BPE(vocab, [(write(a), write(b)) for a, b in merges_of(ranks)]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(list(special))
+    PreTrainedTokenizerFast(tokenizer_object=bpe, **roles).save_pretrained(folder)
 
+
+# --------------------------------------------------------------------------------------------------
+# Texts <-> ids
 
 def encode_prompt(tokenizer, text):
-    """Ids of a prompt; an empty one is [eos_id]. What looks like a special token is plain text."""
+    """Ids of a prompt, [eos_id] for an empty one. Special tokens in the text are plain text."""
     return tokenizer.encode_ordinary(text) or [tokenizer.eot_token]
 
 
 def encode_texts(tokenizer, prompts, responses):
-    """Texts -> prompts, responses as lists of token lists, the responses with their EOS"""
+    """Texts -> prompts and responses, as lists of token lists; each response ends in the EOS"""
     return ([encode_prompt(tokenizer, prompt) for prompt in prompts],
             [tokenizer.encode_ordinary(text) + [tokenizer.eot_token] for text in responses])
 
