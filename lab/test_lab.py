@@ -70,189 +70,222 @@ SCRIPTS = (sft, reward_model, ppo, dpo, grpo, policy_gradient, evaluate)
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])
 @pytest.mark.parametrize("after", [False, True])
-def test_a_process_killed_while_it_writes_leaves_the_old_file_or_the_new_one(name, after, tmp_path, monkeypatch):
+def test_a_process_killed_while_it_writes_leaves_the_old_file_or_the_new(
+        name, after, tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     files.write(path, "old")
 
     def work():
         killed_at(monkeypatch, os, name, 1, after)
         files.write(path, "new")
+
     assert in_a_child(work) == -signal.SIGKILL
-    assert path.read_text() == ("new" if name == "replace" and after else "old")
-    files.write(path, "newer")                                                 # over what was left beside it
+    was_renamed = name == "replace" and after
+    assert path.read_text() == ("new" if was_renamed else "old")
+    files.write(path, "newer")                           # over anything left beside it
     assert path.read_text() == "newer" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path):
-    """/dev/full is a disk without any space, as far as a program can tell"""
+    """/dev/full is a disk without any space, as far as a program can tell."""
     path = tmp_path / "checkpoint.pt"
     files.write(path, "old")
-    for write in (lambda file: file.write(b"x"), lambda file: torch.save({"w": torch.ones(100_000)}, file)):
+
+    def write_a_byte(file):
+        file.write(b"x")
+
+    def save_a_tensor(file):
+        torch.save({"w": torch.ones(100_000)}, file)
+
+    for write in (write_a_byte, save_a_tensor):
         (tmp_path / "checkpoint.pt.tmp").symlink_to("/dev/full")
-        with pytest.raises(Stopped, match="^error: .*checkpoint.pt could not be written .No space left on device.. what stood "
-                                             "there before is as it was. Make room, .* with --resume if an update had been saved"):
+        with pytest.raises(Stopped, match="^error: could not write .*checkpoint.pt: No space left "
+                                          "on device. The previous version is intact. Free some "
+                                          "space .* --resume if a checkpoint exists"):
             with files.replacing(path, "wb") as file:
                 write(file)
         assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
-    with pytest.raises(Stopped, match="log.jsonl could not be written .No space left on device"):
+    with pytest.raises(Stopped, match="could not write .*log.jsonl: No space left on device"):
         files.append(tmp_path / "log.jsonl", "{}\n")
 
 
-def test_everything_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
-    done = []
+def test_content_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
+    calls = []
     for name in ("fsync", "replace"):
-        monkeypatch.setattr(os, name, lambda *args, name=name, original=getattr(os, name): (done.append((name, args)), original(*args))[1])
+        def recorded(*args, name=name, original=getattr(os, name)):
+            calls.append(name)
+            return original(*args)
+        monkeypatch.setattr(os, name, recorded)
     files.write(tmp_path / "a", "text")
-    assert [name for name, _ in done] == ["fsync", "replace"]
-    done.clear()
-    with files.new_folder(tmp_path / "b") as finished_run:
-        (finished_run / "one").write_text("1")
-        (finished_run / "deeper").mkdir()
-        (finished_run / "deeper" / "two").write_text("2")
-    assert [name for name, _ in done] == ["fsync", "fsync", "replace"]         # two files, then the folder's name
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b", "deeper", "one", "two"]
+    assert calls == ["fsync", "replace"]
+    calls.clear()
+    with files.new_folder(tmp_path / "b") as folder:
+        (folder / "one").write_text("1")
+        (folder / "deeper").mkdir()
+        (folder / "deeper" / "two").write_text("2")
+    assert calls == ["fsync", "fsync", "replace"]        # two files, then the folder's name
+    names = sorted(path.name for path in tmp_path.rglob("*"))
+    assert names == ["a", "b", "deeper", "one", "two"]
 
 
 def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path):
     with pytest.raises(ZeroDivisionError):
-        with files.new_folder(tmp_path / "x") as finished_run:
-            (finished_run / "half").write_text("1")
+        with files.new_folder(tmp_path / "x") as folder:
+            (folder / "half").write_text("1")
             1 / 0
     assert not list(tmp_path.iterdir())
-    (tmp_path / "x").mkdir()
-    for text in ("first", "second"):
-        with files.new_folder(tmp_path / "x", unless_there=True) as finished_run:    # an empty one is as good as none
-            (finished_run / "file").write_text(text)
+    (tmp_path / "x").mkdir()                             # an empty one may be replaced
+    with files.new_folder(tmp_path / "x") as folder:
+        (folder / "file").write_text("first")
     assert (tmp_path / "x" / "file").read_text() == "first"
-    with pytest.raises(Stopped, match="x could not be written"):
-        with files.new_folder(tmp_path / "x") as finished_run:
-            pass
-    assert (tmp_path / "x" / "file").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(Stopped, match="could not write .*x: Directory not empty"):
+        with files.new_folder(tmp_path / "x") as folder:
+            (folder / "file").write_text("second")
+    assert (tmp_path / "x" / "file").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
 
 
-def test_rows_are_read_where_files_cannot_be_mapped(tmp_path, monkeypatch):
-    np.save(tmp_path / "a.npy", np.arange(3))
-    assert isinstance(corpus.mapped(tmp_path / "a.npy"), np.memmap)
-    original = np.load
-    def load(path, mmap_mode=None):
-        if mmap_mode:
-            raise OSError(errno.ENODEV, "No such device")
-        return original(path)
-    monkeypatch.setattr(np, "load", load)
-    assert corpus.mapped(tmp_path / "a.npy").tolist() == [0, 1, 2]
-
-
-def test_a_digest_is_of_the_whole_file_and_read_in_blocks(tmp_path):
-    (tmp_path / "large").write_bytes(bytes(range(256)) * 2 ** 16)              # 16 MB
+def test_a_digest_covers_the_whole_file_and_reads_it_in_blocks(tmp_path):
+    content = bytes(range(256)) * 2 ** 16                # 16 MB
+    (tmp_path / "large").write_bytes(content)
     tracemalloc.start()
     try:
         digest = files.digest(tmp_path / "large")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert digest == hashlib.sha256(bytes(range(256)) * 2 ** 16).hexdigest() and peak < 2 ** 21
+    assert digest == hashlib.sha256(content).hexdigest() and peak < 2 ** 21
 
 
-def test_a_lock_is_one_processs_and_free_again_when_that_is_killed(tmp_path):
-    code = f"import files, time; lock = files.one_process('{tmp_path}/lock', lambda: 'taken'); print('held', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout.readline() == "held\n"
-        with pytest.raises(Stopped, match="error: taken by another"):
-            files.one_process(tmp_path / "lock", lambda: "taken by another")
-        first.kill()
-    lock = files.one_process(tmp_path / "lock", lambda: "taken by another")
-    assert files.one_process(tmp_path / "lock", lambda: "taken by another") is lock     # this process has it
+def test_one_process_at_a_time_has_a_lock_and_a_killed_one_gives_it_back(tmp_path):
+    path = tmp_path / "lock"
+    readable, writable = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            lock = files.one_process(path, lambda: "taken")
+            os.write(writable, b"held")
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(writable)
+    assert os.read(readable, 4) == b"held"
+    os.close(readable)
+    with pytest.raises(Stopped, match="error: taken by another"):
+        files.one_process(path, lambda: "taken by another")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    lock = files.one_process(path, lambda: "taken by another")
+    assert files.one_process(path, lambda: "taken by another") is lock         # this process has it
     lock.release(force=True)
 
 
-def a_checkpoint(folder, **more):
+def stored_checkpoint(folder):
+    """The path of a small checkpoint in a new folder"""
     folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
-    torch.save({"step": 3, "config": {}, "policy": {"w": torch.randn(2000)}, **more}, folder / "checkpoint.pt")
+    saved = {"step": 3, "config": {}, "policy": {"w": torch.randn(2000)}}
+    torch.save(saved, folder / "checkpoint.pt")
     return folder / "checkpoint.pt"
 
 
-def test_a_checkpoint_with_any_bit_turned_or_cut_short_is_refused_by_name(tmp_path):
-    path = a_checkpoint(tmp_path / "stage")
-    whole, chance = path.read_bytes(), random.Random(0)
+def test_a_checkpoint_that_was_cut_short_is_refused_by_name(tmp_path):
+    path = stored_checkpoint(tmp_path / "stage")
+    whole = path.read_bytes()
     files.load_checkpoint(path.parent)
-    weights = whole.index(files.load_checkpoint(path.parent)["policy"]["w"].numpy().tobytes())
-    for at in [weights, weights + 7999, *(chance.randrange(weights, weights + 8000) for _ in range(20))]:
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1:])
-        with pytest.raises(Stopped, match=r"stage/checkpoint.pt cannot be read as a checkpoint \("):
-            files.load_checkpoint(path.parent)
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(Stopped, match="stage/checkpoint.pt cannot be read as a checkpoint"):
+        with pytest.raises(Stopped, match=r"cannot read .*stage/checkpoint.pt as a checkpoint \("):
             files.load_checkpoint(path.parent)
 
 
-def test_a_checkpoint_that_memory_is_too_short_for_is_not_called_damaged(tmp_path, monkeypatch):
-    path = a_checkpoint(tmp_path / "stage")
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError()))
+def test_a_checkpoint_too_large_for_the_memory_is_not_called_damaged(tmp_path, monkeypatch):
+    def load(*args, **kwargs):
+        raise MemoryError
+    path = stored_checkpoint(tmp_path / "stage")
+    monkeypatch.setattr(torch, "load", load)
     with pytest.raises(MemoryError):
         files.load_checkpoint(path.parent)
 
 
 def test_foreign_and_malicious_checkpoints_are_refused_and_run_nothing(tmp_path):
-    path, owned = a_checkpoint(tmp_path / "stage"), tmp_path / "owned"
+    path = stored_checkpoint(tmp_path / "stage")
+    owned = tmp_path / "owned"
 
-    def refused(message):
-        with pytest.raises(Stopped, match="^error: .*stage/checkpoint.pt " + message):
+    def assert_refused(message):
+        with pytest.raises(Stopped, match=f"^error: {message}"):
             files.load_checkpoint(path.parent, "policy", "gpt")
-    refused("holds no gpt but step, config, policy: it belongs to another stage or program")
-    for saved, message in (({"model": {}}, "holds no step but model"), ([1, 2], "holds no step but a list"),
-                           (torch.zeros(3), "holds no step but a Tensor"), ({}, "holds no step but "),
-                           ({"step": "x", "config": {}, "policy": 1, "gpt": 1}, "is no checkpoint of this project: its step is 'x'"),
-                           ({"step": 1, "config": [], "policy": 1, "gpt": 1}, "is no checkpoint of this project")):
+
+    def assert_unreadable(error):
+        assert_refused(f"cannot read .*stage/checkpoint.pt as a checkpoint .{error}")
+
+    foreign = ".*stage/checkpoint.pt has no {}, so a different stage or program wrote it"
+    assert_refused(foreign.format("gpt"))
+    for saved in ({"model": {}}, [1, 2], torch.zeros(3), {}):
         torch.save(saved, path)
-        refused(message)
+        assert_refused(foreign.format("step"))
+    for step, config in (("x", {}), (1, [])):
+        torch.save({"step": step, "config": config, "policy": 1, "gpt": 1}, path)
+        assert_refused(".*stage/checkpoint.pt is not a checkpoint of this project: its step is "
+                       f"{step!r}")
     torch.save({"step": 1, "config": {}, "policy": Malicious(owned), "gpt": {}}, path)
-    refused("cannot be read as a checkpoint .UnpicklingError")
+    assert_unreadable("UnpicklingError")
     torch.save({"step": Malicious(owned)}, path, _use_new_zipfile_serialization=False)
-    refused("cannot be read as a checkpoint .BadZipFile")
-    path.write_bytes(pickle.dumps(Malicious(owned)))
-    refused("cannot be read as a checkpoint .BadZipFile")
+    assert_unreadable("UnpicklingError")
+    path.write_bytes(pickle.dumps(Malicious(owned), protocol=2))
+    assert_unreadable("UnpicklingError")
     torch.save({"step": 1}, path)
     with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "other", "w") as empty:
-        for name in whole.namelist():                    # checksums right, nothing in it
-            empty.writestr(name, b"" if name.endswith("data.pkl") else whole.read(name))
+        for name in whole.namelist():                    # right checksums, and no data
+            content = b"" if name.endswith("data.pkl") else whole.read(name)
+            empty.writestr(name, content)
     shutil.copy(tmp_path / "other", path)
-    refused("cannot be read as a checkpoint .EOFError")
+    assert_unreadable("EOFError")
     path.unlink()
-    refused("cannot be read as a checkpoint .FileNotFoundError")
+    assert_unreadable("FileNotFoundError")
     path.mkdir()
-    refused("cannot be read as a checkpoint .IsADirectoryError")
+    assert_unreadable("IsADirectoryError")
     assert not owned.exists()
 
 
 @pytest.mark.parametrize("state, message", [
     ({}, "Missing key.s. in state_dict: .weight., .bias."),
-    ({"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, r"size mismatch for weight: .*\[3, 2\].*\[2, 3\]"),
-    ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "more": torch.zeros(1)}, "Unexpected key.s. in state_dict: .more"),
-    ({"weight": 1.0, "bias": 2.0}, "weight"), (None, "Expected state_dict to be dict-like"), ([1], "Expected state_dict to be dict-like")])
-def test_weights_that_do_not_fit_are_refused_with_what_differs(state, message):
-    with pytest.raises(Stopped, match="^error: out/here/sft/checkpoint.pt: policy does not fit the Linear it is read for: .*" + message + ".*; bring it back from a copy, run sft.py with --overwrite for the run here, or"):
+    ({"weight": torch.zeros(3, 2), "bias": torch.zeros(2)},
+     r"size mismatch for weight: .*\[3, 2\].*\[2, 3\]"),
+    ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "more": torch.zeros(1)},
+     "Unexpected key.s. in state_dict: .more"),
+    ({"weight": 1.0, "bias": 2.0}, "weight"),
+    (None, "Expected state_dict to be dict-like"),
+    ([1], "Expected state_dict to be dict-like")])
+def test_weights_that_do_not_fit_are_refused_with_the_difference(state, message):
+    with pytest.raises(Stopped, match="^error: out/here/sft/checkpoint.pt: the policy in it does "
+                                      f"not fit this Linear: .*{message}.*; restore it from a "
+                                      "copy, run sft.py with --overwrite for the run here, or"):
         files.load_state(torch.nn.Linear(3, 2), state, "out/here/sft", "policy")
 
 
-def test_optimizer_states_and_controllers_that_do_not_fit_are_refused_too():
-    for thing, state in ((torch.optim.AdamW([torch.zeros(2, requires_grad=True)]), {"state": {}, "param_groups": []}),
-                         (torch.optim.AdamW([torch.zeros(2, requires_grad=True)]), {}), (ppo.ProportionalKL(1, 2, 3), {"coef": 1.0}),
-                         (ppo.ProportionalKL(1, 2, 3), 7)):
-        with pytest.raises(Stopped, match="^error: x/checkpoint.pt: y does not fit the (AdamW|ProportionalKL)"):
-            files.load_state(thing, state, "x", "y")
+@pytest.mark.parametrize("thing, state", [
+    (torch.optim.AdamW([torch.zeros(2, requires_grad=True)]), {"state": {}, "param_groups": []}),
+    (torch.optim.AdamW([torch.zeros(2, requires_grad=True)]), {}),
+    (ppo.ProportionalKL(1, 2, 3), {"coef": 1.0}),
+    (ppo.ProportionalKL(1, 2, 3), 7)], ids=["groups", "empty", "names", "number"])
+def test_optimizer_states_and_controllers_that_do_not_fit_are_refused(thing, state):
+    with pytest.raises(Stopped, match="^error: x/checkpoint.pt: the y in it does not fit this "
+                                      f"{type(thing).__name__}"):
+        files.load_state(thing, state, "x", "y")
 
 
-def test_json_that_cannot_be_read_is_refused_and_a_torn_last_line_of_a_log_left_out(tmp_path):
+def test_unreadable_json_is_refused_and_a_torn_last_line_of_a_log_left_out(tmp_path):
     path = tmp_path / "config.json"
-    for content in (b"", b"{", b"[" * 100_000, b"\xff\xfe"):
+    for content, error in ((b"", "JSONDecodeError"), (b"{", "JSONDecodeError"),
+                           (b"[" * 100_000, "RecursionError"), (b"\xff\xfe", "UnicodeDecodeError")):
         path.write_bytes(content)
-        with pytest.raises(Stopped, match="^error: .*config.json cannot be read .(JSONDecodeError|RecursionError|UnicodeDecodeError)"):
+        with pytest.raises(Stopped, match=f"^error: cannot read .*config.json .{error}"):
             files.read_json(path)
     path.write_text('{"step": 0}\n{"step": 1}\n{"ste')
-    assert files.read_lines(path) == [{"step": 0}, {"step": 1}] and files.read_lines(tmp_path / "none") == []
+    assert files.read_lines(path) == [{"step": 0}, {"step": 1}]
+    assert files.read_lines(tmp_path / "none") == []
 
 
 # --------------------------------------------------------------------------------------------------
