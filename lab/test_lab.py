@@ -296,23 +296,24 @@ def test_unreadable_json_is_refused_and_a_torn_last_line_of_a_log_left_out(tmp_p
     ("--stesp 5", "unknown option --stesp (did you mean --steps?)"),
     ("--steps five", "--steps got five; it takes a whole number"),
     ("--steps 1.5", "--steps got 1.5; it takes a whole number"),
-    ("--steps", "--steps needs a value"),
-    ("--steps --resume", "--steps needs a value"),
+    ("--steps", "--steps: expected one argument"),
+    ("--steps --resume", "--steps: expected one argument"),
     ("--lr nan", "--lr got nan; it takes a number"),
     ("--lr fast", "--lr got fast; it takes a number"),
-    ("--surrogate clap", "--surrogate got 'clap' (did you mean clip?); it takes one of: clip, kl_penalty"),
+    ("--surrogate clap",
+     "--surrogate got 'clap' (did you mean clip?); it takes one of: clip, kl_penalty"),
     ("--config smal", "unknown --config smal (did you mean small?); there are: small, tiny"),
     ("--resume maybe", "--resume got maybe; it takes 1 or 0"),
     ("steps 5", "unknown option steps"),
     ("--missing_eos_score low", "--missing_eos_score got low; it takes a number"),
-    ("--score_clip", "--score_clip needs a value; --help says which"),
+    ("--score_clip", "--score_clip: expected one argument. --help lists all options"),
     ("--batch_size 0", "--batch_size got 0; it takes a whole number from 1"),
-    ("--ema 1.0", "--ema got 1.0; it takes a number from 0 to 1, but not 1"),
+    ("--ema 1.0", "--ema got 1.0; it takes a number from 0 to just below 1"),
     ("--save_every -1", "--save_every got -1; it takes a whole number from 1"),
     ("--beta -0.1", "--beta got -0.1; it takes a number from 0"),
     ("--temperature 0", "--temperature got 0.0; it takes a number above 0"),
     ("--kl_target 0", "--kl_target got 0.0; it takes a number above 0")])
-def test_bad_command_lines_end_with_what_was_got_and_what_was_wanted(argv, message):
+def test_bad_command_lines_are_refused_with_the_value_and_a_valid_range(argv, message):
     with pytest.raises(Stopped) as stopped:
         settings.parse(ppo.Config, "", argv.split())
     assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
@@ -329,31 +330,34 @@ OUT_OF_RANGE = {                                         # by what the message s
     "a number from 0 to just below 1": [-0.5, 1.0, 1.5],
     "a number": [],
 }
+WRONG_NAMES = ["..", "a/..", "/", "a\\b", "tokens", "out/tokens", "x\0y", "x" * 101, "\udcff"]
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, sample], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("script", [*SCRIPTS, sample], ids=lambda script: script.__name__)
 def test_every_field_is_typed_and_range_checked_before_any_work(script, empty_folder):
-    """Also where a Config is made in Python, or a preset was edited"""
-    kinds, refused = typing.get_type_hints(script.Config), {}
+    """A Config made in Python and an edited preset are checked too."""
+    kinds = typing.get_type_hints(script.Config)
+    ranges = settings.RANGES | script.Config.ranges
+    refused = set()
     for name, kind in kinds.items():
         optional = type(None) in typing.get_args(kind)
         base = typing.get_args(kind)[0] if optional else kind
         wrong = list(WRONG.get(base, ["no such option", None, 0]))
         if base in (int, float):
             usual = settings.COUNT if base is int else settings.FROM_0
-            wanted = (settings.RANGES | script.Config.ranges).get(name, usual)
-            wrong += OUT_OF_RANGE[wanted[0]]
+            wrong += OUT_OF_RANGE[ranges.get(name, usual)[0]]
         if name in ("out", "base"):
-            wrong += ["..", "a/..", "/", "a\\b", "tokens", "out/tokens", "x\0y", "x" * 101, "\udcff"]
+            wrong += WRONG_NAMES
         for value in wrong:
             if value is None and optional:
                 continue
-            with pytest.raises(Stopped, match=rf"^error: --{name} got {re.escape(repr(value))}.*; it takes ."):
+            got = re.escape(repr(value))
+            with pytest.raises(Stopped, match=rf"^error: --{name} got {got}.*; it takes ."):
                 settings.check_fields(dataclasses.replace(tiny_config(script), **{name: value}))
-            refused[name] = value
-        if base is float and (settings.RANGES | script.Config.ranges).get(name) != settings.BELOW_1:
+            refused.add(name)
+        if base is float and ranges.get(name) != settings.BELOW_1:
             settings.check_fields(dataclasses.replace(tiny_config(script), **{name: 1}))
-    assert refused.keys() == kinds.keys()
+    assert refused == kinds.keys()
     if script is not sample:                             # which has no folder of its own
         with pytest.raises(Stopped, match="^error: --seed got -1; it takes a whole number from 0"):
             script.main(tiny_config(script, seed=-1))
@@ -362,33 +366,55 @@ def test_every_field_is_typed_and_range_checked_before_any_work(script, empty_fo
     assert not list(empty_folder.iterdir())
 
 
+def id_of_case(part):
+    """A script's name, the changed fields, and nothing for a message"""
+    if isinstance(part, types.ModuleType):
+        return part.__name__
+    return " ".join(part) if isinstance(part, dict) else ""
+
+
 @pytest.mark.parametrize("script, changes, message", [
-    (ppo, dict(minibatch_size=24), "--minibatch_size 24 does not divide --batch_size 32: .*; 16 does"),
-    (ppo, dict(n_eval=100_000), r"100000 held-out prompts are asked for .*, there are \d+; lower it"),
-    (ppo, dict(reward="nowhere.py:f"), "--reward got nowhere.py:f, but nowhere.py is not there"),
-    (ppo, dict(reward="broken.py:f"), "but broken.py cannot be read .SyntaxError"), (ppo, dict(reward="fine.py:g"), "but fine.py has no function g"),
+    (ppo, dict(minibatch_size=24),
+     "--minibatch_size 24 does not divide --batch_size 32.*; 16 does"),
+    (ppo, dict(n_eval=100_000),
+     r"100000 held-out prompts are wanted .* there are \d+; lower it"),
+    (ppo, dict(reward="nowhere.py:f"),
+     "--reward got nowhere.py:f, but nowhere.py does not exist"),
+    (ppo, dict(reward="broken.py:f"), "but broken.py cannot be read .SyntaxError"),
+    (ppo, dict(reward="fine.py:g"), "but fine.py has no function g"),
     (ppo, dict(reward="fine.py:"), "has no function after a colon"),
-    (ppo, dict(reward="nowhere/c2:toxic"), "--reward got nowhere/c2; it takes reward_model, path"),
+    (ppo, dict(reward="nowhere/c2:toxic"),
+     "--reward got nowhere/c2; it takes reward_model, path"),
     (ppo, dict(data="review"), r"--data got review .did you mean reviews\?.; it takes reviews, hh"),
     (ppo, dict(data="fine.jsnl"), r"--data got fine.jsnl .did you mean fine.jsonl\?.; it takes"),
     (ppo, dict(ptx_coef=1.0, ptx_data="none.txt"), "--ptx_data got none.txt.*; it takes"),
-    (ppo, dict(base="tinny"), r"--base tinny has no finished out/tinny/sft .did you mean tiny\?."),
-    (grpo, dict(minibatch_size=12), "does not divide"), (policy_gradient, dict(minibatch_size=5), "does not divide"),
-    (ppo, dict(reward="reward_modle"), r"--reward got reward_modle .did you mean reward_model\\?."),
-    (ppo, dict(reward="fine.py"), "--reward got fine.py; name the function in it, too: fine.py:FUNCTION"),
-    (ppo, dict(data="stories.txt"), "--data stories.txt has no comparisons, but rows of one response"),
-    (ppo, dict(config="imdb", reward="reward_model"), "--config imdb has no reward model; give a --reward"),
-    (ppo, dict(kl_horizon=5.0), "--kl_horizon 5.0 is so short that beta could fall below 0"), (ppo, dict(device="meta"), "these scripts know cpu, cuda and mps"),
+    (ppo, dict(base="tinny"),
+     r"--base tinny has no finished out/tinny/sft .did you mean tiny\?."),
+    (grpo, dict(minibatch_size=12), "does not divide"),
+    (policy_gradient, dict(minibatch_size=5), "does not divide"),
+    (ppo, dict(reward="reward_modle"), r"--reward got reward_modle .did you mean reward_model\?."),
+    (ppo, dict(reward="fine.py"), "--reward got fine.py; name the function .* fine.py:FUNCTION"),
+    (ppo, dict(data="stories.txt"),
+     "--data stories.txt has no comparisons, only rows with one response or none"),
+    (ppo, dict(config="imdb", reward="reward_model"),
+     "--config imdb has no reward model; give a --reward"),
+    (ppo, dict(kl_horizon=5.0),
+     "--kl_horizon 5.0 is so short that one update could take beta below 0"),
+    (ppo, dict(device="meta"), "these scripts know cpu, cuda and mps"),
     (evaluate, dict(runs="tinny"), "--runs names tinny, but out/tinny has no finished stage"),
-    (evaluate, dict(overoptimise=True, weak_rankings=2), "--weak_rankings 2 is less than one batch of 4"),
+    (evaluate, dict(overoptimise=True, weak_rankings=2),
+     "--weak_rankings 2 is less than one batch of 4"),
     (reward_model, dict(n_prompts=2), "there are 2 rankings to train on, less than one batch"),
-    (reward_model, dict(n_responses=1), "a comparison takes at least 2"), (dpo, dict(data="nowhere"), "--data got nowhere"),
-    (sft, dict(n_head=3), "--n_embd 32 is no multiple of --n_head 3"), (sft, dict(vocab_size=256), "--vocab_size got 256; it takes 257 or more"),
-    (evaluate, dict(data="nowhere"), "--data got nowhere"), (evaluate, dict(n_eval=100_000), "held-out prompts are asked for")],
-    ids=lambda x: getattr(x, "__name__", None) or (" ".join(x) if isinstance(x, dict) else ""))
-def test_settings_that_cannot_be_are_refused_before_any_work(script, changes, message, empty_folder):
+    (reward_model, dict(n_responses=1), "a comparison takes at least 2"),
+    (dpo, dict(data="nowhere"), "--data got nowhere"),
+    (sft, dict(n_head=3), "--n_embd 32 is not a multiple of --n_head 3"),
+    (sft, dict(vocab_size=256), "--vocab_size got 256; it takes 257 or more"),
+    (evaluate, dict(data="nowhere"), "--data got nowhere"),
+    (evaluate, dict(n_eval=100_000), "held-out prompts are wanted")], ids=id_of_case)
+def test_impossible_settings_are_refused_before_any_work(script, changes, message, empty_folder):
     (empty_folder / "broken.py").write_text("def f(:")
-    (empty_folder / "fine.py").write_text("def f(prompts, responses):\n    return [0.0] * len(prompts)\n")
+    (empty_folder / "fine.py").write_text(
+        "def f(prompts, responses):\n    return [0.0] * len(prompts)\n")
     (empty_folder / "fine.jsonl").write_text("{}")
     (empty_folder / "stories.txt").write_text("a story")
     (empty_folder / "out" / "tiny" / "sft").mkdir(parents=True)
@@ -399,11 +425,12 @@ def test_settings_that_cannot_be_are_refused_before_any_work(script, changes, me
 
 
 def test_command_lines_set_typed_fields_over_a_preset():
-    cfg = settings.parse(ppo.Config, "", (
-        "--config tiny --lr=1e-5 --missing_eos_score none --kl-control fixed --whiten_rewards --seed 3 "
-        "--score_clip 2 --warmup 0").split())
-    assert (cfg.config, cfg.lr, cfg.missing_eos_score, cfg.kl_control) == ("tiny", 1e-5, None, "fixed")
-    assert (cfg.whiten_rewards, cfg.seed, cfg.score_clip) == (True, 3, 2.0)
+    argv = ("--config tiny --lr=1e-5 --missing_eos_score none --kl-control fixed --whiten_rewards "
+            "--seed 3 --score_clip 2 --warmup 0")
+    cfg = settings.parse(ppo.Config, "", argv.split())
+    assert (cfg.config, cfg.lr, cfg.missing_eos_score, cfg.kl_control) == (
+        "tiny", 1e-5, None, "fixed")
+    assert (cfg.whiten_rewards, cfg.seed, cfg.score_clip, cfg.warmup) == (True, 3, 2.0, 0)
     assert cfg.batch_size == ppo.Config.presets["tiny"]["batch_size"]
 
 
@@ -412,76 +439,96 @@ def test_a_config_takes_its_presets_values_and_then_those_given():
     assert (cfg.steps, cfg.batch_size, cfg.max_new_tokens) == (3, 32, 24)
     assert ppo.Config() == ppo.Config(config="small") and ppo.Config().save_every == 20
     assert dataclasses.replace(cfg, lr=1.0).batch_size == 32
-    with pytest.raises(Stopped, match=r"unknown --config tine .did you mean tiny\?.; there are: small, tiny"):
+    wrong = r"unknown --config tine .did you mean tiny\?.; there are: small, tiny"
+    with pytest.raises(Stopped, match=wrong):
         ppo.Config(config="tine")
 
-    class Mine(ppo.Config):                              # as in a notebook, whose module has no presets
+    class Mine(ppo.Config):                              # as in a notebook
         pass
-    assert Mine(config="tiny", steps=3) == cfg or dataclasses.asdict(Mine(config="tiny", steps=3)) == dataclasses.asdict(cfg)
-    assert settings.command(Mine(config="tiny", steps=3), "ppo") == "python ppo.py --config tiny --steps 3"
+    mine = Mine(config="tiny", steps=3)
+    assert dataclasses.asdict(mine) == dataclasses.asdict(cfg)
+    assert settings.command(mine, "ppo") == "python ppo.py --config tiny --steps 3"
 
 
 @pytest.mark.parametrize("words, value", [
-    (["--prompt", "-- list all"], "-- list all"), (["--prompt=--n"], "--n"), (["--prompt=--seed=3"], "--seed=3"),
-    (["--prompt="], ""), (["--prompt", "a=b"], "a=b"), (["--prompt", "-1"], "-1"), (["--prompt", "--two\n\nlines"], "--two\n\nlines")])
-def test_a_value_may_be_anything_with_an_equals_sign_and_most_things_without(words, value):
+    (["--prompt", "-- list all"], "-- list all"),
+    (["--prompt=--n"], "--n"),
+    (["--prompt=--seed=3"], "--seed=3"),
+    (["--prompt="], ""),
+    (["--prompt", "a=b"], "a=b"),
+    (["--prompt", "-1"], "-1"),
+    (["--prompt=--two\n\nlines"], "--two\n\nlines")])
+def test_any_value_can_be_given_with_an_equals_sign(words, value):
+    """Without one, a value may begin with - if it is a negative number or contains a space."""
     cfg = settings.parse(sample.Config, "", ["--config", "tiny", *words, "--n", "2"])
     assert (cfg.prompt, cfg.n) == (value, 2)
     again = shlex.split(settings.command(cfg, "sample"))[2:]
     assert settings.parse(sample.Config, "", again) == cfg
-    with pytest.raises(Stopped, match="--prompt needs a value; .* given as --prompt=VALUE"):
+    with pytest.raises(Stopped, match="--prompt: expected .* is given as --flag=VALUE"):
         settings.parse(sample.Config, "", ["--prompt", "--n", "2"])
 
 
 def test_columns_of_the_log_never_touch():
-    for value in (0, 0.5, -0.5, 12.3456, 99.9996, -99.9996, 123.456, -999.99, 2993.75, 9999.96, -99999.9, 1e6, -1e6, 1e100, -1e-100, 3e-3):
+    for value in (0, 0.5, -0.5, 12.3456, 99.9996, -99.9996, 123.456, -999.99, 2993.75, 9999.96,
+                  -99999.9, 1e6, -1e6, 1e100, -1e-100, 3e-3):
         text = reports.short(value)
         assert len(text) <= 7 and float(text) == pytest.approx(value, rel=0.05, abs=1e-3), value
-    assert [reports.short(x) for x in (0.1234, -1.5, 0.0, 4e-4, math.nan, None)] == ["0.123", "-1.500", "0.000", "4e-04", "nan", "nan"]
+    values = [0.1234, -1.5, 0.0, 4e-4, math.nan, None]
+    assert [reports.short(x) for x in values] == ["0.123", "-1.500", "0.000", "4e-04", "nan", "nan"]
 
 
 def test_json_files_hold_no_nan(tmp_path):
-    files.write_lines(tmp_path / "log", [{"a": math.nan, "b": [math.inf, 1.5], "c": {"d": -math.inf, "e": "NaN"}}])
-    text = (tmp_path / "log").read_text()
-    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == {"a": None, "b": [None, 1.5], "c": {"d": None, "e": "NaN"}}
+    line = {"a": math.nan, "b": [math.inf, 1.5], "c": {"d": -math.inf, "e": "NaN"}}
+    files.write_lines(tmp_path / "log", [line])
+    found = json.loads((tmp_path / "log").read_text(), parse_constant=pytest.fail)
+    assert found == {"a": None, "b": [None, 1.5], "c": {"d": None, "e": "NaN"}}
 
 
-def written_to(encoding):
+@pytest.mark.parametrize("encoding, shown", [
+    ("cp1252", "± \\U0001f98a"),
+    ("ascii", "\\xb1 \\U0001f98a"),
+    ("utf-8", "± 🦊")])
+def test_characters_that_the_output_cannot_encode_are_escaped(encoding, shown, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
-    return stream, lambda: stream.buffer.getvalue().decode(encoding)
-
-
-@pytest.mark.parametrize("encoding, shown", [("cp1252", "± \\U0001f98a"), ("ascii", "\\xb1 \\U0001f98a"), ("utf-8", "± 🦊")])
-def test_what_the_outputs_encoding_lacks_is_escaped(encoding, shown, monkeypatch):
-    stream, written = written_to(encoding)
     monkeypatch.setattr(sys, "stdout", stream)
     runs.self_contained(lambda cfg: print("± 🦊"))(None)
-    assert written() == shown + "\n" and sys.stdout is stream
+    assert stream.buffer.getvalue().decode(encoding) == shown + "\n" and sys.stdout is stream
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "gone"), ValueError("I/O operation on closed file"), None])
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "full"),
+    OSError(errno.EIO, "gone"),
+    ValueError("I/O operation on closed file"),
+    None])
 def test_output_that_cannot_be_written_is_dropped(error, monkeypatch):
+    """None: there is no standard output at all."""
     def fails(*args):
         raise error
-    stream = error and types.SimpleNamespace(write=fails, flush=fails, isatty=lambda: True, closed=False)
-    monkeypatch.setattr(sys, "stdout", stream)
+
     def main(cfg):
         print("a line", flush=True)
         list(reports.progress([1], "working"))
         return "done"
+
+    stream = None
+    if error:
+        stream = types.SimpleNamespace(write=fails, flush=fails, isatty=lambda: True, closed=False)
+    monkeypatch.setattr(sys, "stdout", stream)
     assert runs.self_contained(main)(None) == "done" and sys.stdout is stream
 
 
 def test_a_main_leaves_the_process_as_it_found_it(monkeypatch):
     def numbers():
         return random.random(), np.random.rand(), torch.rand(1).item()
-    def main(cfg):
+
+    def main(stops):
         process.seed_all(0)
         process.pick_device(tiny_config(sft, deterministic=True))
         signal.signal(signal.SIGTERM, lambda *args: None)
         numbers()
-        if cfg:
+        if stops:
             files.stop("as asked")
+
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     handler = signal.getsignal(signal.SIGTERM)
     process.seed_all(5)
@@ -492,22 +539,27 @@ def test_a_main_leaves_the_process_as_it_found_it(monkeypatch):
     with pytest.raises(Stopped, match="error: as asked"):
         runs.self_contained(main)(True)
     assert (first, numbers()) == expected
-    assert not torch.are_deterministic_algorithms_enabled() and signal.getsignal(signal.SIGTERM) is handler
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert signal.getsignal(signal.SIGTERM) is handler
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ and not process.OPENED.mains
 
 
 @pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    MemoryError(),
     getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"),
-    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
-    ids=lambda error: str(error)[:12])
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
+    ids=["cuda", "python", "accelerator", "mps", "cpu"])
 def test_out_of_memory_is_recognised_on_every_device(error):
     assert files.out_of_memory(error)
-    assert not files.out_of_memory(RuntimeError("shapes differ")) and not files.out_of_memory(ValueError("out of memory"))
+    assert not files.out_of_memory(RuntimeError("shapes differ"))
+    assert not files.out_of_memory(ValueError("out of memory"))
 
 
 def test_the_random_state_of_mps_is_kept_and_its_clock_waits(monkeypatch):
-    kept, waited = [], []
+    kept = []
+    waited = []
     monkeypatch.setattr(torch.mps, "get_rng_state", lambda: torch.tensor([7]))
     monkeypatch.setattr(torch.mps, "set_rng_state", kept.append)
     monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append(1))
@@ -530,14 +582,16 @@ def test_a_package_without_metadata_and_a_clone_without_git_are_unknown(monkeypa
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_file_system_without_fsync_is_written_to_all_the_same(code, tmp_path, monkeypatch):
+def test_a_file_system_without_fsync_can_be_written_to(code, tmp_path, monkeypatch):
     def unsupported(handle):
         raise OSError(code, os.strerror(code))
+
     monkeypatch.setattr(os, "fsync", unsupported)
     files.write(tmp_path / "a", "text")
-    with files.new_folder(tmp_path / "b") as finished_run:
-        (finished_run / "one").write_text("1")
-    assert (tmp_path / "a").read_text() == "text" and (tmp_path / "b" / "one").read_text() == "1"
+    with files.new_folder(tmp_path / "b") as folder:
+        (folder / "one").write_text("1")
+    assert (tmp_path / "a").read_text() == "text"
+    assert (tmp_path / "b" / "one").read_text() == "1"
 
 
 @pytest.mark.filterwarnings("ignore:flock not supported")
@@ -545,6 +599,7 @@ def test_a_file_system_without_fsync_is_written_to_all_the_same(code, tmp_path, 
 def test_a_file_system_without_locks_still_keeps_a_second_process_out(code, tmp_path, monkeypatch):
     def unsupported(handle, how):
         raise OSError(code, os.strerror(code))
+
     monkeypatch.setattr("fcntl.flock", unsupported)
     lock = files.one_process(tmp_path / ".lock", lambda: "taken")
     other = in_a_child(lambda: files.one_process(tmp_path / ".lock", lambda: os._exit(7)))
@@ -554,7 +609,7 @@ def test_a_file_system_without_locks_still_keeps_a_second_process_out(code, tmp_
 
 
 def test_learning_rate_warms_up_and_decays_linearly_to_its_floor():
-    rates = [runs.learning_rate(s, 100, 2.0, 10, 0.1) for s in range(101)]
+    rates = [runs.learning_rate(step, 100, 2.0, 10, 0.1) for step in range(101)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
     assert rates[100] == pytest.approx(0.2) and rates[55] == pytest.approx((2.0 + 0.2) / 2)
 
