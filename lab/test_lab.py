@@ -630,15 +630,15 @@ def huggingface_bpe(texts, vocab_size, special_tokens=()):
     return bpe
 
 
-def test_tokenizer_gives_the_ids_of_the_bpe_it_was_made_from():
+def test_a_tokenizer_gives_the_ids_of_the_bpe_it_was_made_from():
     texts = review_texts(400, seed=3)
     theirs = huggingface_bpe(texts, 699)
-    ours = tokenizers.train_tokenizer(texts, 700)              # with EOS
+    ours = tokenizers.train_tokenizer(texts, 700)        # with EOS
     for text in texts[:50] + AWKWARD:
         assert ours.encode_ordinary(text) == theirs.encode(text).ids, text
 
 
-def test_any_text_survives_the_tokenizer_and_special_lookalikes_are_plain_text(tokenizer):
+def test_any_text_survives_the_tokenizer_and_never_becomes_a_special_token(tokenizer):
     for text in AWKWARD:
         ids = tokenizer.encode_ordinary(text)
         assert tokenizer.eot_token not in ids and tokenizer.decode(ids) == text
@@ -652,14 +652,14 @@ def test_any_text_survives_the_tokenizer_and_special_lookalikes_are_plain_text(t
     assert tokenizers.decode_response(tokenizer, []) == ("", False)
 
 
-def test_tokenizer_is_stored_whole_and_its_fingerprint_tells_it_from_others(tokenizer, tmp_path):
+def test_a_tokenizer_is_stored_whole_and_its_id_differs_from_others(tokenizer, tmp_path):
     tokenizers.save_tokenizer(tokenizer, tmp_path)
     loaded = tokenizers.load_tokenizer(tmp_path)
     assert tokenizers.tokenizer_id(loaded) == tokenizers.tokenizer_id(tokenizer)
     for text in AWKWARD:
         assert loaded.encode_ordinary(text) == tokenizer.encode_ordinary(text)
     other = tokenizers.train_tokenizer(review_texts(400, seed=3), 500)
-    with pytest.raises(Stopped, match="another vocabulary"):
+    with pytest.raises(Stopped, match="trained with a different vocabulary"):
         tokenizers.check_vocabulary(tokenizers.tokenizer_id(other), tokenizer, "out/x")
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(Stopped, match="cannot be read as a tokenizer"):
@@ -685,7 +685,7 @@ def test_gpt2_tokenizer_from_local_files_equals_transformers(tmp_path):
     with pytest.raises(ValueError, match="does not number the merges"):
         tokenizers.gpt2_tokenizer(tmp_path)
     (tmp_path / "merges.txt").unlink()
-    with pytest.raises(ValueError, match="merges.txt is not there"):
+    with pytest.raises(ValueError, match="merges.txt does not exist"):
         tokenizers.gpt2_tokenizer(tmp_path)
 
 
@@ -702,7 +702,7 @@ def bpe():
 
 
 def bpe_folder(folder, content, **extra_files):
-    """A folder of tokenizer.json and of other files, by their names without .json"""
+    """A folder with tokenizer.json and other files, given by their names without .json"""
     folder.mkdir(exist_ok=True)
     for name, x in {"tokenizer": content, **extra_files}.items():
         (folder / f"{name}.json").write_text(json.dumps(x))
@@ -781,7 +781,7 @@ END_AS_DICT = {"eos_token": {"content": "<|end|>"}}
      dict(tokenizer_config=END, config={"eos_token_id": 0},
           generation_config={"eos_token_id": [0, 1]}))])
 def test_the_eos_is_the_one_that_the_files_name(eos, said, extra_files, bpe, tmp_path, capsys):
-    """The tokenizer's files go before the model's, and a note says where they differ."""
+    """The tokenizer's files win over the model's, and a note says where they differ."""
     from transformers import AutoTokenizer
     ours = tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe, **extra_files))
     assert ours.eot_token == eos and tokenizers.encode_prompt(ours, "") == [eos]
@@ -793,13 +793,15 @@ def test_the_eos_is_the_one_that_the_files_name(eos, said, extra_files, bpe, tmp
 
     tokenizers.save_tokenizer(ours, tmp_path)
     tokenizers.export_tokenizer(ours, tmp_path / "exported")
-    for again in (tokenizers.load_tokenizer(tmp_path), tokenizers.gpt2_tokenizer(tmp_path / "exported")):
-        assert again.eot_token == eos and tokenizers.tokenizer_id(again) == tokenizers.tokenizer_id(ours)
+    ours_id = tokenizers.tokenizer_id(ours)
+    for again in (tokenizers.load_tokenizer(tmp_path),
+                  tokenizers.gpt2_tokenizer(tmp_path / "exported")):
+        assert again.eot_token == eos and tokenizers.tokenizer_id(again) == ours_id
         assert again.decode(list(range(607))) == ours.decode(list(range(607)))
     assert AutoTokenizer.from_pretrained(tmp_path / "exported").eos_token_id == eos
     renamed_token = json.loads(json.dumps(bpe).replace("<|start|>", "<|begin|>"))
     other = tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "y", renamed_token))
-    assert tokenizers.tokenizer_id(other) != tokenizers.tokenizer_id(ours)
+    assert tokenizers.tokenizer_id(other) != ours_id
 
 
 ADDED = dict(id=600, content="<x>", single_word=False, lstrip=False, rstrip=False,
@@ -871,7 +873,7 @@ def test_merges_that_tiktoken_would_make_in_a_different_way_are_refused(merges, 
         tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "x", content))
 
 
-def test_harmless_words_in_a_tokenizer_json_change_nothing(bpe, tmp_path):
+def test_harmless_settings_in_a_tokenizer_json_change_nothing(bpe, tmp_path):
     wanted = tokenizers.tokenizer_id(tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe)))
     plain = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
     merges = [" ".join(pair) for pair in bpe["model"]["merges"]]
@@ -891,14 +893,14 @@ def test_harmless_words_in_a_tokenizer_json_change_nothing(bpe, tmp_path):
 
 
 def test_vocab_and_merges_files_know_their_special_tokens_too(bpe, tmp_path):
-    """First in the vocabulary, or listed by the slow tokenizers of transformers, old and new"""
+    """They come first in the vocabulary, or slow tokenizers of transformers list them."""
     folder = bpe_folder(tmp_path / "x", bpe)
-    whole = tokenizers.gpt2_tokenizer(folder)
+    wanted = tokenizers.tokenizer_id(tokenizers.gpt2_tokenizer(folder))
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text(json.dumps(bpe["model"]["vocab"]))
     merges = "\n".join(" ".join(pair) for pair in bpe["model"]["merges"])
     (folder / "merges.txt").write_text("#version: 0.2\n" + merges + "\n")
-    assert tokenizers.tokenizer_id(tokenizers.gpt2_tokenizer(folder)) == tokenizers.tokenizer_id(whole)
+    assert tokenizers.tokenizer_id(tokenizers.gpt2_tokenizer(folder)) == wanted
     (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 607}))
     assert tokenizers.gpt2_tokenizer(folder).decode([607, 2]) == "<pad><|end|>"
 
@@ -911,14 +913,15 @@ def test_vocab_and_merges_files_know_their_special_tokens_too(bpe, tmp_path):
     with pytest.raises(ValueError, match="'<x>' .not special"):
         with_added_token(special=False)
     (folder / "tokenizer_config.json").unlink()
-    nameless = {token.replace(tokenizers.EOS, "<s>"): i for token, i in bpe["model"]["vocab"].items()}
+    vocab = bpe["model"]["vocab"]
+    nameless = {token.replace(tokenizers.EOS, "<s>"): i for token, i in vocab.items()}
     (folder / "vocab.json").write_text(json.dumps(nameless))
     with pytest.raises(ValueError, match=r"wanted one of .*<s>, .*<\|end\|> as eos_token"):
         tokenizers.gpt2_tokenizer(folder)
 
 
 def test_a_tokenizer_that_an_earlier_version_wrote_is_the_same_tokenizer(tokenizer, tmp_path):
-    """Its fingerprint too, which is stored in the checkpoints of that time"""
+    """Its id too, which is stored in the checkpoints of that time."""
     tokenizers.save_tokenizer(tokenizer, tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
