@@ -949,73 +949,81 @@ def by(role):
 
 
 USER, ASSISTANT, SYSTEM = map(by, ("user", "assistant", "system"))
+HI = f"{HUMAN}hi{TURN}"
+KIND_HI = f"\n\nSystem: Be kind.{HI}"
+YES = [USER("hi"), ASSISTANT("yes")]
+NO = [USER("hi"), ASSISTANT("no")]
+SURE = [USER("hi"), ASSISTANT("Sure,")]
 
 
 @pytest.mark.parametrize("record, prompt, responses", [
-    ({"chosen": f"{HUMAN}hi{TURN} hello", "rejected": f"{HUMAN}hi{TURN} go away"}, f"{HUMAN}hi{TURN}", [" hello", " go away"]),
-    ({"chosen": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} d", "rejected": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} e"},
-     f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d", " e"]),
-    ({"chosen": f"{HUMAN}a{TURN} same", "rejected": f"{HUMAN}a{TURN} same"}, f"{HUMAN}a{TURN}", [" same", " same"]),
+    ({"chosen": f"{HI} hello", "rejected": f"{HI} go away"}, HI, [" hello", " go away"]),
+    ({"chosen": f"{HUMAN}a{TURN} b{HI} d", "rejected": f"{HUMAN}a{TURN} b{HI} e"},
+     f"{HUMAN}a{TURN} b{HI}", [" d", " e"]),
+    ({"chosen": f"{HI} same", "rejected": f"{HI} same"}, HI, [" same", " same"]),
     ({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}, "2 + 2 =", [" 4", " 5"]),
     ({"prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 =", [" 4"]),
     ({"prompt": "", "completion": " 4"}, "", [" 4"]),
     ({"text": "Once upon a time", "label": 1}, "", ["Once upon a time"]),
     ({"text": "2 + 2 = 4", "prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 =", [" 4"]),
-    ({"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
-     f"\n\nSystem: Be kind.{HUMAN}hi{TURN}", [" hello"]),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
-                   {"role": "assistant", "content": "d"}]}, f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d"]),
-    ({"prompt": [{"role": "user", "content": "hi"}], "chosen": [{"role": "assistant", "content": "yes"}],
-      "rejected": [{"role": "assistant", "content": "no"}]}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "yes"}]}, f"{HUMAN}hi{TURN}", [" yes"]),
-    ({"prompt": "hi", "chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
-      "rejected": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}]}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
-      "rejected": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}]}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"prompt": [{"role": "user", "content": "hi"}], "completion": " as text"}, f"{HUMAN}hi{TURN}", [" as text"]),
-    ({"prompt": [{"role": "user", "content": "hi"}], "chosen": "yes", "rejected": " no"}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"info": {"id": "t3", "post": "I did it.", "title": "TIFU", "subreddit": "tifu"}, "choice": 1, "worker": "w", "split": "train",
-      "summaries": [{"text": " worse", "policy": "a", "note": None}, {"text": " better", "policy": "b", "note": None}]},
+    ({"messages": [SYSTEM("Be kind."), USER("hi"), ASSISTANT("hello")]}, KIND_HI, [" hello"]),
+    ({"messages": [USER("a"), ASSISTANT("b"), USER("c"), ASSISTANT("d")]},
+     f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d"]),
+    ({"prompt": [USER("hi")], "chosen": [ASSISTANT("yes")], "rejected": [ASSISTANT("no")]},
+     HI, [" yes", " no"]),
+    ({"prompt": [USER("hi")], "completion": [ASSISTANT("yes")]}, HI, [" yes"]),
+    ({"prompt": "hi", "chosen": YES, "rejected": NO}, HI, [" yes", " no"]),
+    ({"chosen": YES, "rejected": NO}, HI, [" yes", " no"]),
+    ({"prompt": [USER("hi")], "completion": " as text"}, HI, [" as text"]),
+    ({"prompt": [USER("hi")], "chosen": "yes", "rejected": " no"}, HI, [" yes", " no"]),
+    ({"info": {"id": "t3", "post": "I did it.", "title": "TIFU", "subreddit": "tifu"},
+      "summaries": [{"text": " worse", "policy": "a", "note": None},
+                    {"text": " better", "policy": "b", "note": None}],
+      "choice": 1, "worker": "w", "split": "train"},
      "SUBREDDIT: r/tifu\n\nTITLE: TIFU\n\nPOST: I did it.\n\nTL;DR:", [" better", " worse"]),
     ({"conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "hi"},
-                        {"from": "gpt", "value": "hello"}]},
-     f"\n\nSystem: Be kind.{HUMAN}hi{TURN}", [" hello"]),
+                        {"from": "gpt", "value": "hello"}]}, KIND_HI, [" hello"]),
     ({"conversations": [{"from": "human", "value": "hi"}],
       "chosen": {"from": "gpt", "value": "yes"}, "rejected": {"from": "gpt", "value": "no"}},
-     f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"messages": [USER("hi")], "chosen": ASSISTANT("yes"), "rejected": "no"},
-     f"{HUMAN}hi{TURN}", [" yes", " no"]),
+     HI, [" yes", " no"]),
+    ({"messages": [USER("hi")], "chosen": ASSISTANT("yes"), "rejected": "no"}, HI, [" yes", " no"]),
     ({"prompt": "hi", "messages": [USER("x")], "chosen": ASSISTANT("yes"), "rejected": "no"},
-     f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"messages": [USER("hi"), ASSISTANT("yes")], "chosen": [USER("hi"), ASSISTANT("yes")],
-      "rejected": [USER("hi"), ASSISTANT("no")]}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
+     HI, [" yes", " no"]),
+    ({"messages": YES, "chosen": YES, "rejected": NO}, HI, [" yes", " no"]),
     ({"instruction": "Add.", "input": "2, 2", "output": "4"}, f"{HUMAN}Add.\n\n2, 2{TURN}", [" 4"]),
-    ({"instruction": "hi", "input": "", "chosen": "yes", "rejected": "no"},
-     f"{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"instruction": "hi", "input": "", "chosen": "yes", "rejected": "no"}, HI, [" yes", " no"]),
     ({"prompt": "2 + 2 =", "answer": "4"}, "2 + 2 =", []),
-    ({"prompt": [{"role": "user", "content": "hi"}]}, f"{HUMAN}hi{TURN}", []),
-    ({"messages": [{"role": "user", "content": "hi"}]}, f"{HUMAN}hi{TURN}", []),
+    ({"prompt": [USER("hi")]}, HI, []),
+    ({"messages": [USER("hi")]}, HI, []),
     ({"prompt": "p", "chosen": None, "rejected": None, "completion": " c"}, "p", [" c"]),
     ({"prompt": "p", "chosen": " a", "rejected": " b", "completion": None}, "p", [" a", " b"]),
-    ({"messages": [{"role": "developer", "content": "Be kind."}, {"role": "User", "content": "hi"},
-                   {"role": "model", "content": [{"type": "text", "text": "hel"}, "lo"]}]},
-     f"\n\nSystem: Be kind.{HUMAN}hi{TURN}", [" hello"])])
-def test_every_form_of_a_record_is_read_as_prompt_and_responses_better_first(record, prompt, responses):
+    ({"messages": [by("developer")("Be kind."), by("User")("hi"),
+                   by("model")([{"type": "text", "text": "hel"}, "lo"])]}, KIND_HI, [" hello"])])
+def test_every_form_of_a_record_becomes_a_prompt_and_responses_better_first(
+        record, prompt, responses):
     assert forms.read_record(json.loads(json.dumps(record))) == (prompt, responses)
 
 
 @pytest.mark.parametrize("record, message", [
-    ([1], "not a JSON object"), ({"question": "?", "answer": "!"}, "none of the known forms: keys answer, question"),
-    ({"chosen": "a", "rejected": "b"}, "share no assistant turn"), ({"prompt": "a", "completion": " "}, "an empty response"),
-    ({"chosen": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} d", "rejected": f"{HUMAN}a{TURN} x"}, "part before their last turn"),
+    ([1], "not a JSON object"),
+    ({"question": "?", "answer": "!"}, "none of the known forms: keys answer, question"),
+    ({"chosen": "a", "rejected": "b"}, "share no assistant turn"),
+    ({"prompt": "a", "completion": " "}, "an empty response"),
+    ({"chosen": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} d", "rejected": f"{HUMAN}a{TURN} x"},
+     "differ before their last turn"),
+    ({"chosen": [USER("a"), ASSISTANT("b")], "rejected": [USER("x"), ASSISTANT("b")]},
+     "differ before their last turn"),
+    ({"chosen": [SYSTEM("S"), USER("a"), ASSISTANT("b")], "rejected": [USER("a"), ASSISTANT("c")]},
+     "differ before their last turn"),
     ({"prompt": "a", "completion": 3}, "a text is not a string"),
     ({"text": None}, "none of the known forms"),
     ({"prompt": 1, "completion": "a"}, "not a string"),
-    ({"messages": [by("robot")("x")]}, "user, assistant or system, not robot"),
-    ({"messages": ["hi"]}, "want a role and content"),
-    ({"messages": [by("tool")("x"), ASSISTANT("y")]}, "user, assistant or system, not tool"),
-    ({"messages": [ASSISTANT(None)]}, "content, a text; one by assistant has none"),
-    ({"messages": [USER([{"type": "image_url"}])]}, "content, a text; one by user has none"),
+    ({"prompt": 0, "completion": "a"}, "not a string"),
+    ({"messages": [by("robot")("x")]}, "by robot; .* user, assistant or system"),
+    ({"messages": ["hi"]}, "without a role and content"),
+    ({"messages": [by("tool")("x"), ASSISTANT("y")]}, "by tool; .* user, assistant or system"),
+    ({"messages": [ASSISTANT(None)]}, "by assistant whose content is not a text"),
+    ({"messages": [USER([{"type": "image_url"}])]}, "by user whose content is not a text"),
     ({"chosen": [USER("a")], "rejected": [USER("a")]}, "does not end in an assistant turn"),
     ({"prompt": "", "answer": "4"}, "an empty prompt and no response"),
     ({"prompt": []}, "an empty prompt and no response"),
@@ -1026,9 +1034,6 @@ def test_records_that_cannot_be_read_say_why(record, message):
         forms.read_record(record)
 
 
-SURE = [USER("hi"), ASSISTANT("Sure,")]
-
-
 @pytest.mark.parametrize("record, prompt, responses", [
     ({"messages": [USER(f"a{TURN} b"), ASSISTANT(f"c{HUMAN}d{TURN} e")]},
      f"{HUMAN}a{TURN} b{TURN}", [f" c{HUMAN}d{TURN} e"]),
@@ -1037,124 +1042,167 @@ SURE = [USER("hi"), ASSISTANT("Sure,")]
      f"{HUMAN}a{TURN}", [f" b{HUMAN}x", f" b{TURN} y"]),
     ({"messages": [USER("a"), ASSISTANT("b"), ASSISTANT("c")]}, f"{HUMAN}a{TURN} b{TURN}", [" c"]),
     ({"messages": [USER("a"), ASSISTANT("b"), USER("c")]}, f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", []),
-    ({"prompt": [SYSTEM("S")], "chosen": [USER("hi"), ASSISTANT("yes")],
-      "rejected": [USER("hi"), ASSISTANT("no")]}, f"\n\nSystem: S{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"prompt": [SYSTEM("S"), USER("hi")], "chosen": [USER("hi"), ASSISTANT("yes")],
-      "rejected": "no"}, f"\n\nSystem: S{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"prompt": [SYSTEM("Be kind.")], "chosen": YES, "rejected": NO}, KIND_HI, [" yes", " no"]),
+    ({"prompt": [SYSTEM("Be kind."), USER("hi")], "chosen": YES, "rejected": "no"},
+     KIND_HI, [" yes", " no"]),
     ({"prompt": [USER("a"), ASSISTANT("b")], "completion": [USER("c"), ASSISTANT("d")]},
      f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d"]),
     ({"prompt": [USER("a"), ASSISTANT("b"), USER("a")], "completion": [USER("a"), ASSISTANT("d")]},
      f"{HUMAN}a{TURN} b{HUMAN}a{TURN}", [" d"]),
-    ({"prompt": "hi ", "messages": [SYSTEM("S"), USER("hi"), ASSISTANT("yes")]},
-     f"\n\nSystem: S{HUMAN}hi{TURN}", [" yes"]),
-    ({"prompt": "Be kind.", "messages": [USER("hi"), ASSISTANT("yes")]},
-     f"{HUMAN}Be kind.{HUMAN}hi{TURN}", [" yes"]),
-    ({"prompt": SURE, "chosen": " yes", "rejected": "no"},
-     f"{HUMAN}hi{TURN} Sure,", [" yes", "no"]),
-    ({"prompt": SURE, "completion": [ASSISTANT(" yes")]}, f"{HUMAN}hi{TURN} Sure,", [" yes"]),
-    ({"prompt": SURE, "completion": [*SURE, ASSISTANT(" yes")]},
-     f"{HUMAN}hi{TURN} Sure,", [" yes"]),
-    ({"prompt": SURE, "completion": [USER("hi"), ASSISTANT("Sure, yes")]},
-     f"{HUMAN}hi{TURN} Sure,", [" yes"]),
-    ({"prompt": SURE}, f"{HUMAN}hi{TURN} Sure,", []),
-    ({"prompt": [USER("hi"), ASSISTANT("")], "completion": "yes"}, f"{HUMAN}hi{TURN}", [" yes"]),
+    ({"prompt": "hi ", "messages": [SYSTEM("Be kind."), *YES]}, KIND_HI, [" yes"]),
+    ({"prompt": "Be kind.", "messages": YES}, f"{HUMAN}Be kind.{HI}", [" yes"]),
+    ({"prompt": SURE, "chosen": " yes", "rejected": "no"}, f"{HI} Sure,", [" yes", "no"]),
+    ({"prompt": SURE, "completion": [ASSISTANT(" yes")]}, f"{HI} Sure,", [" yes"]),
+    ({"prompt": SURE, "completion": [*SURE, ASSISTANT(" yes")]}, f"{HI} Sure,", [" yes"]),
+    ({"prompt": SURE, "completion": [USER("hi"), ASSISTANT("Sure, yes")]}, f"{HI} Sure,", [" yes"]),
+    ({"prompt": SURE}, f"{HI} Sure,", []),
+    ({"prompt": [USER("hi"), ASSISTANT("")], "completion": "yes"}, HI, [" yes"]),
     ({"system": "S", "prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"},
      "S\n\n2 + 2 =", [" 4", " 5"]),
-    ({"system": "S", "chosen": f"{HUMAN}a{TURN} b", "rejected": f"{HUMAN}a{TURN} c"},
-     f"\n\nSystem: S{HUMAN}a{TURN}", [" b", " c"]),
-    ({"system": "S", "prompt": [USER("a")], "chosen": [USER("a"), ASSISTANT("b")], "rejected": "c"},
-     f"\n\nSystem: S{HUMAN}a{TURN}", [" b", " c"]),
-    ({"system": "S", "messages": [SYSTEM("S"), USER("a"), ASSISTANT("b")]},
-     f"\n\nSystem: S{HUMAN}a{TURN}", [" b"]),
+    ({"system": "Be kind.", "chosen": f"{HI} b", "rejected": f"{HI} c"}, KIND_HI, [" b", " c"]),
+    ({"system": "Be kind.", "prompt": [USER("hi")], "chosen": YES, "rejected": "c"},
+     KIND_HI, [" yes", " c"]),
+    ({"system": "Be kind.", "messages": [SYSTEM("Be kind."), *YES]}, KIND_HI, [" yes"]),
     ({"system": "", "prompt": "p", "completion": " c"}, "p", [" c"])])
 def test_messages_keep_their_turns_and_nothing_of_a_prompt_is_dropped(record, prompt, responses):
     assert forms.read_record(record) == (prompt, responses)
 
 
-def test_dialogues_that_differ_before_their_last_message_are_refused():
-    for chosen, rejected in (
-            ([USER("a"), ASSISTANT("b")], [USER("x"), ASSISTANT("b")]),
-            ([SYSTEM("S"), USER("a"), ASSISTANT("b")], [USER("a"), ASSISTANT("c")])):
-        with pytest.raises(ValueError, match="part before their last turn"):
-            forms.read_record({"chosen": chosen, "rejected": rejected})
-
-
-@pytest.mark.parametrize("label, good", [
-    (True, True), (False, False), (1, True), (0, False), (1.0, True), (0.0, False), (-1, False),
-    ("true", True), ("False", False), ("desirable", True), (" Undesirable ", False), ("0", False),
-    (None, True), ("math", True), (7, True), ([0], True)])
-def test_a_label_leaves_an_undesirable_response_out_in_every_form(label, good):
-    answered = [USER("p"), ASSISTANT("c")]
-    spoken = [{"from": "human", "value": "p"}, {"from": "gpt", "value": "c"}]
-    for form in ({"prompt": "p", "completion": " c"}, {"prompt": [USER("p")], "completion": "c"},
-                 {"messages": answered}, {"conversations": spoken},
+@pytest.mark.parametrize("label, good, known", [
+    (True, True, True), (False, False, True), (1, True, True), (0, False, True),
+    (1.0, True, True), (0.0, False, True), (-1, False, True), ("true", True, True),
+    ("False", False, True), ("desirable", True, True), (" Undesirable ", False, True),
+    ("0", False, True), (None, True, True), ("math", True, False), (7, True, False),
+    ([0], True, False)])
+def test_a_label_leaves_an_undesirable_response_out_in_every_form(label, good, known):
+    dialogue = [USER("p"), ASSISTANT("c")]
+    conversation = [{"from": "human", "value": "p"}, {"from": "gpt", "value": "c"}]
+    for form in ({"prompt": "p", "completion": " c"},
+                 {"prompt": [USER("p")], "completion": "c"},
+                 {"messages": dialogue},
+                 {"conversations": conversation},
                  {"instruction": "p", "output": "c"}):
         for name in ("label", "kto_tag"):
             remarks = []
             prompt, responses = forms.read_record({**form, name: label}, remarks)
             assert prompt in ("p", f"{HUMAN}p{TURN}") and responses == ([" c"] if good else [])
-            known = label is None or label not in ("math", 7, [0])
-            said = [] if good else [(forms.LEFT_OUT, "labelled undesirable")]
-            assert remarks == (said if known else [(forms.UNUSED, name)])
+            if not known:
+                assert remarks == [(forms.UNUSED, name)]
+            elif not good:
+                assert remarks == [(forms.LEFT_OUT, "labelled undesirable")]
+            else:
+                assert remarks == []
 
 
-def test_rows_are_cut_counted_held_out_by_their_prompt_and_mapped_from_disk(empty_folder, tokenizer, capsys, monkeypatch):
-    rows = [comparison(i % 100, words=12) for i in range(130)]                 # thirty prompts come twice
-    rows[4:4] = ["{broken", "", {"prompt": "p", "completion": "\n"}, {"other": 1}, {"prompt": "x", "completion": " " + "long " * 200}]
-    cfg = texts_cfg(write_rows(empty_folder / "rows.jsonl", rows))
-    ours = corpus.rows_of(cfg, tokenizer, 90)
+def cfg_for(folder, rows, **changes):
+    """Settings whose --data is a file of these rows"""
+    return texts_cfg(write_rows(folder / "rows.jsonl", rows), **changes)
+
+
+def rows_for(folder, tokenizer, rows, **changes):
+    """These rows, written to a file, read back and tokenised"""
+    return corpus.rows_of(cfg_for(folder, rows, **changes), tokenizer, 90)
+
+
+def mixed_rows():
+    """130 comparisons, thirty prompts twice; from line 5 on three bad rows and a long one"""
+    rows = [comparison(i % 100, words=12) for i in range(130)]
+    rows[4:4] = ["{broken", "", {"prompt": "p", "completion": "\n"}, {"other": 1},
+                 {"prompt": "x", "completion": " " + "long " * 200}]
+    return rows
+
+
+def test_rows_are_cut_to_fit_and_counted_as_is_everything_left_out(
+        empty_folder, tokenizer, capsys):
+    rows = mixed_rows()
+    ours = rows_for(empty_folder, tokenizer, rows)
     said = capsys.readouterr().out
-    prompts = [row[0] for row in ours]
-    assert len(ours) == 131 and all(1 <= len(p) <= 60 and len(p) + max(len(y), len(z)) <= 90 for p, y, z in ours)
-    whole = [tokenizers.encode_prompt(tokenizer, forms.read_record(row)[0]) for row in rows if isinstance(row, dict) and "chosen" in row]
-    assert [p for p, (_, _, worse) in zip(prompts, ours) if worse] == [p[-60:] for p in whole]         # the end is kept
-    cut = sum(len(p) > 60 for p in whole)
-    assert cut > 20 and f"131 rows, {sum(ours.held_out)} of them held out; {cut} prompts cut to their last 60" in said
+    assert len(ours) == 131
+    for prompt, better, worse in ours:
+        assert 1 <= len(prompt) <= 60 and len(prompt) + max(len(better), len(worse)) <= 90
+    comparisons = [row for row in rows if isinstance(row, dict) and "chosen" in row]
+    whole = [tokenizers.encode_prompt(tokenizer, forms.read_record(row)[0]) for row in comparisons]
+    kept = [prompt for prompt, _, worse in ours if worse]
+    assert kept == [prompt[-60:] for prompt in whole]    # the end is kept
+    cut = sum(len(prompt) > 60 for prompt in whole)
+    assert cut > 20
+    assert (f"131 rows, {sum(ours.held_out)} of them held out; {cut} prompts cut to their last 60"
+            in said)
     assert "1 rows with a response cut to fit into 90" in said
-    for reason in ("1 more left out, not JSON: line 5", "1 more left out, an empty response: line 7",
+    for reason in ("1 more left out, not JSON: line 5",
+                   "1 more left out, an empty response: line 7",
                    "1 more left out, none of the known forms: keys other: line 8"):
         assert reason in said, reason
+
+
+def test_a_held_out_prompt_is_never_trained_on_and_stays_held_out(empty_folder, tokenizer):
+    cfg = cfg_for(empty_folder, mixed_rows())
+    ours = corpus.rows_of(cfg, tokenizer, 90)
+    prompts = [prompt for prompt, _, _ in ours]
     train, held = data.prompts(cfg, tokenizer, 90)
-    assert len(train) + len(held) == len(set(map(tuple, prompts))) == sum(ours.first) and len(held) > 4
-    assert not set(map(tuple, train)) & set(map(tuple, held)) and len(train) > 3 * len(held)
-    assert all(ours.held_out[i] == ours.held_out[prompts.index(p)] for i, p in enumerate(prompts))       # both times alike
-    other = corpus.rows_of(dataclasses.replace(cfg, max_prompt_tokens=50), tokenizer, 80)
+    assert len(train) + len(held) == len(set(map(tuple, prompts))) == sum(ours.first)
+    assert len(held) > 4 and len(train) > 3 * len(held)
+    assert not set(map(tuple, train)) & set(map(tuple, held))
+    for i, prompt in enumerate(prompts):                 # the second time as the first
+        assert ours.held_out[i] == ours.held_out[prompts.index(prompt)]
+    cut_more = dataclasses.replace(cfg, max_prompt_tokens=50)
+    other = corpus.rows_of(cut_more, tokenizer, 80)
     uncut = [i for i, prompt in enumerate(prompts) if len(prompt) < 50]
-    assert len(uncut) > 60 and other.held_out[uncut].tolist() == ours.held_out[uncut].tolist()         # for ever
+    assert len(uncut) > 60
+    assert other.held_out[uncut].tolist() == ours.held_out[uncut].tolist()
     better, worse = data.comparisons(cfg, tokenizer, 90, None, 1000)[0][0]["response_ids"]
-    assert better[-1] == worse[-1] == tokenizer.eot_token and tokenizer.decode(better).startswith(" Number")
+    assert better[-1] == worse[-1] == tokenizer.eot_token
+    assert tokenizer.decode(better).startswith(" Number")
     assert len(data.comparisons(cfg, tokenizer, 90, 7, 2)[0]) == 7
     assert data.demonstrations(cfg, tokenizer, 90, None, 5)[1][0][1][-1] == tokenizer.eot_token
-    assert isinstance(ours.tokens, np.memmap)
 
-    corpus.opened.cache_clear()
-    monkeypatch.setattr(corpus, "tokenise", None)                              # a second start tokenises nothing
-    capsys.readouterr()
-    assert list(corpus.rows_of(cfg, tokenizer, 90)) == list(ours) and said == capsys.readouterr().out
-    monkeypatch.undo()
-    monkeypatch.chdir(empty_folder)
-    for changed in (texts_cfg(cfg.data, max_prompt_tokens=40), texts_cfg(write_rows(empty_folder / "rows.jsonl", rows[:100]))):
-        assert len(corpus.rows_of(changed, tokenizer, 90)) != 131 or changed.max_prompt_tokens == 40
-    assert len(list((empty_folder / "out" / "tokens").iterdir())) == 4
+
+def test_stored_rows_are_used_until_the_data_or_a_setting_changes(
+        empty_folder, tokenizer, capsys, monkeypatch):
+    cfg = cfg_for(empty_folder, mixed_rows())
+    ours = list(corpus.rows_of(cfg, tokenizer, 90))
+    said = capsys.readouterr().out
+    corpus.load_rows.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "tokenise", None)          # a second start tokenises nothing
+        assert list(corpus.rows_of(cfg, tokenizer, 90)) == ours
+    assert said == capsys.readouterr().out and said
+    stored = empty_folder / "out" / "tokens"
+    assert len(list(stored.iterdir())) == 1
+    cut_more = dataclasses.replace(cfg, max_prompt_tokens=40)
+    assert list(corpus.rows_of(cut_more, tokenizer, 90)) != ours
+    assert len(list(stored.iterdir())) == 2
+    assert len(rows_for(empty_folder, tokenizer, mixed_rows()[:100])) == 96
+    assert len(list(stored.iterdir())) == 3
 
 
 def test_a_prompt_is_held_out_by_its_whole_text_wherever_it_is_cut(empty_folder, tokenizer):
-    path = write_rows(empty_folder / "rows.jsonl", [{"prompt": "and so on " * 20 + f"number {i}", "completion": " yes"} for i in range(90)])
-    sides = [corpus.rows_of(texts_cfg(path, max_prompt_tokens=n), tokenizer, 90).held_out.tolist() for n in (12, 30, 60)]
-    assert sides[0] == sides[1] == sides[2] and any(sides[0])
-    assert sides[0] == [corpus.held_out(("and so on " * 20 + f"number {i}").encode()) for i in range(90)]
+    prompts = ["and so on " * 20 + f"number {i}" for i in range(90)]
+    rows = [{"prompt": prompt, "completion": " yes"} for prompt in prompts]
+    wanted = [corpus.held_out(prompt.encode()) for prompt in prompts]
+    assert any(wanted)
+    for n in (12, 30, 60):
+        read = rows_for(empty_folder, tokenizer, rows, max_prompt_tokens=n)
+        assert read.held_out.tolist() == wanted
 
 
-def test_the_order_of_rows_is_not_that_of_the_file_and_is_the_same_for_every_seed(empty_folder, tokenizer):
-    path = write_rows(empty_folder / "sorted.jsonl", [{"prompt": f"{i} is", "completion": " good" if i < 100 else " bad"} for i in range(200)])
-    taken = [[y for _, y in data.demonstrations(texts_cfg(path, seed=seed), tokenizer, 90, 40, 10)[0]] for seed in (1, 2)]
-    assert taken[0] == taken[1] and len({tuple(y) for y in taken[0][:20]}) == 2             # both kinds among the first
+def test_rows_come_in_a_shuffled_order_that_is_the_same_for_every_seed(empty_folder, tokenizer):
+    rows = [{"prompt": f"{i} is", "completion": " good" if i < 100 else " bad"} for i in range(200)]
+    taken = []
+    for seed in (1, 2):
+        train, _ = data.demonstrations(
+            cfg_for(empty_folder, rows, seed=seed), tokenizer, 90, 40, 10)
+        taken.append([response for _, response in train])
+    assert taken[0] == taken[1]
+    assert len(set(map(tuple, taken[0][:20]))) == 2      # both kinds are among the first
 
 
 def test_pairs_of_equal_responses_compare_nothing_and_are_counted(empty_folder, tokenizer):
-    rows = [comparison(i) for i in range(80)] + [{"prompt": f"x {i}", "chosen": " same", "rejected": " same"} for i in range(40)]
-    cfg = texts_cfg(write_rows(empty_folder / "rows.jsonl", rows))
-    assert "40 with two responses alike, which compare nothing" in corpus.rows_of(cfg, tokenizer, 90).report
+    rows = [comparison(i) for i in range(80)]
+    rows += [{"prompt": f"x {i}", "chosen": " same", "rejected": " same"} for i in range(40)]
+    cfg = cfg_for(empty_folder, rows)
+    report = corpus.rows_of(cfg, tokenizer, 90).report
+    assert "40 with two equal responses, which compare nothing" in report
     assert sum(map(len, data.comparisons(cfg, tokenizer, 90, None, None))) == 80
     assert sum(map(len, data.demonstrations(cfg, tokenizer, 90, None, None))) == 120
 
@@ -1162,62 +1210,83 @@ def test_pairs_of_equal_responses_compare_nothing_and_are_counted(empty_folder, 
 def test_prompts_that_a_cut_makes_equal_are_on_one_side(empty_folder, tokenizer):
     rows = [{"prompt": f"number {i} " + "and so on " * 20, "completion": " yes"} for i in range(60)]
     rows += [{"prompt": f"number {i}", "completion": " yes"} for i in range(60)]
-    ours = corpus.rows_of(texts_cfg(write_rows(empty_folder / "rows.jsonl", rows), max_prompt_tokens=10), tokenizer, 40)
-    assert len({tuple(p) for p, _, _ in [ours[i] for i in range(60)]}) == 1 and not ours.held_out[:60].any()
+    ours = rows_for(empty_folder, tokenizer, rows, max_prompt_tokens=10)
+    assert len({tuple(ours[i][0]) for i in range(60)}) == 1 and not ours.held_out[:60].any()
     assert ours.first.sum() == 61 and ours.held_out[60:].any()
 
 
-def test_files_compressed_files_folders_and_plain_texts_are_read(empty_folder, tokenizer):
-    rows = [comparison(i) for i in range(60)]
+def test_files_gzipped_or_not_and_folders_of_them_are_read(empty_folder, tokenizer):
+    rows = [json.dumps(comparison(i)) for i in range(60)]
     write_rows(empty_folder / "a" / "one.jsonl", rows[:30])
     with gzip.open(empty_folder / "a" / "two.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows[30:])
+        file.write("\n".join(rows[30:]))
     (empty_folder / "a" / "readme.md").write_text("not a row")
     assert len(corpus.rows_of(texts_cfg(empty_folder / "a"), tokenizer, 90)) == 60
-    (empty_folder / "plain.txt").write_text("".join(f"line {i} of a long story\n" for i in range(2000)))
-    pieces = list(corpus.pieces(empty_folder / "plain.txt"))
-    assert "".join(pieces) == (empty_folder / "plain.txt").read_text() and all(len(piece) <= 1000 for piece in pieces) and len(pieces) > 40
-    (empty_folder / "one-line.txt").write_text("word " * 1000 + "\nend")
-    assert [len(piece) for piece in corpus.pieces(empty_folder / "one-line.txt")] == [1000] * 5 + [4]
-    (empty_folder / "cut.jsonl.gz").write_bytes((empty_folder / "a" / "two.jsonl.gz").read_bytes()[:-20])
+    compressed = (empty_folder / "a" / "two.jsonl.gz").read_bytes()
+    (empty_folder / "cut.jsonl.gz").write_bytes(compressed[:-20])
     with pytest.raises(Stopped, match=r"cut.jsonl.gz cannot be read past line \d+ \(EOFError"):
-        list(corpus.examples(str(empty_folder / "cut.jsonl.gz"), {}))
-    prompt, response, worse = corpus.rows_of(texts_cfg(empty_folder / "plain.txt"), tokenizer, 90)[0]
-    assert prompt == [tokenizer.eot_token] and tokenizer.decode(response).startswith("line 0 of a long story\n") and worse == []
-    with pytest.raises(Stopped, match="has no comparisons, but rows of one response"):
-        data.comparisons(texts_cfg(empty_folder / "plain.txt"), tokenizer, 90, None, 10)
-    split = texts_cfg(empty_folder / "plain.txt", text_prompt=5)
+        list(corpus.examples("cut.jsonl.gz", {}))
+
+
+def test_a_plain_text_is_read_in_pieces_cut_at_line_ends(empty_folder, tokenizer):
+    story = "".join(f"line {i} of a long story\n" for i in range(2000))
+    (empty_folder / "plain.txt").write_text(story)
+    pieces = list(corpus.pieces(empty_folder / "plain.txt"))
+    assert "".join(pieces) == story
+    assert max(map(len, pieces)) <= 1000 and len(pieces) > 40
+    assert all(piece.endswith("\n") for piece in pieces)
+    (empty_folder / "one-line.txt").write_text("word " * 1000 + "\nend")
+    lengths = [len(piece) for piece in corpus.pieces(empty_folder / "one-line.txt")]
+    assert lengths == [1000, 1000, 1000, 1000, 1000, 4]
+    cfg = texts_cfg("plain.txt")
+    prompt, response, worse = corpus.rows_of(cfg, tokenizer, 90)[0]
+    assert prompt == [tokenizer.eot_token] and worse == []
+    assert tokenizer.decode(response).startswith("line 0 of a long story\n")
+    with pytest.raises(Stopped, match="has no comparisons, only rows with one response"):
+        data.comparisons(cfg, tokenizer, 90, None, 10)
     whole = tokenizer.encode_ordinary(pieces[0])
-    assert corpus.rows_of(split, tokenizer, 90)[0] == (whole[:5], whole[5:90], [])
-    write_rows(empty_folder / "short.jsonl", [{"text": "abc"}] + [{"text": f"number {i} and more words"} for i in range(40)])
-    assert "no response left: line 1" in corpus.rows_of(texts_cfg(empty_folder / "short.jsonl", text_prompt=4), tokenizer, 90).report
+    with_prompts = corpus.rows_of(texts_cfg("plain.txt", text_prompt=5), tokenizer, 90)
+    assert with_prompts[0] == (whole[:5], whole[5:90], [])
+    rows = [{"text": "abc"}] + [{"text": f"number {i} and more words"} for i in range(40)]
+    short = rows_for(empty_folder, tokenizer, rows, text_prompt=4)
+    assert "no response left: line 1" in short.report
 
 
 def test_undesirable_rows_are_not_learned_and_their_prompts_serve_rl(empty_folder, tokenizer):
     rows = [{"prompt": f"Number {i} is", "completion": f" {i}", "label": i % 4 > 0}
             for i in range(160)]
-    rows.append({"prompt": "", "completion": " bad", "label": False})          # no use at all
-    cfg = texts_cfg(write_rows(empty_folder / "kto.jsonl", rows))
+    rows.append({"prompt": "", "completion": " bad", "label": False})          # of no use
+    cfg = cfg_for(empty_folder, rows)
     report = corpus.rows_of(cfg, tokenizer, 90).report
-    assert "kto.jsonl: 120 rows and 40 prompts without a response, " in report
+    assert "rows.jsonl: 120 rows and 40 prompts without a response, " in report
     assert "\n41 more left out, labelled undesirable: line 1, line 5, line 9, line 13," in report
     assert "not used" not in report
     parts = data.demonstrations(cfg, tokenizer, 90, None, None)
     learned = [tokenizer.decode(response[:-1]) for part in parts for _, response in part]
     assert sorted(learned) == sorted(f" {i}" for i in range(160) if i % 4)
     assert sum(map(len, data.prompts(cfg, tokenizer, 90))) == 160
-    assert not any(" 4" == text[-2:] for text in corpus.some_texts(cfg, 10, 1))
-    with pytest.raises(Stopped, match="has no comparisons, but rows of one response or none"):
+    assert not any(text.endswith(" 4") for text in data.some_texts(cfg, 10, 1))
+    with pytest.raises(Stopped, match="has no comparisons, only rows with one response or none"):
         data.check_comparisons(cfg)
 
 
-def test_a_label_beside_a_text_is_a_class_so_imdb_is_read_whole(empty_folder, tokenizer, monkeypatch):
-    class Loaded(list):
-        _fingerprint = "imdb"
-    rows = Loaded({"text": f"{i} is a film of many", "label": i % 2} for i in range(100))
-    fake = types.SimpleNamespace(load_dataset=lambda name, split: rows)
+class Loaded(list):
+    """A data set as the datasets package gives it"""
+    _fingerprint = "0123"
+
+
+@pytest.fixture
+def hub(empty_folder, monkeypatch):
+    """A replacement for the datasets package; a test gives it the functions it needs"""
+    fake = types.SimpleNamespace()
     monkeypatch.setitem(sys.modules, "datasets", fake)
     corpus.hub_data_set.cache_clear()
+    return fake
+
+
+def test_a_label_beside_a_text_is_a_class_so_imdb_is_read_whole(hub, tokenizer):
+    rows = Loaded({"text": f"{i} is a film of many", "label": i % 2} for i in range(100))
+    hub.load_dataset = lambda name, split: rows
     cfg = preset_of("imdb", sft, max_prompt_tokens=8)
     assert cfg.data == "hf:stanfordnlp/imdb"
     report = corpus.rows_of(cfg, tokenizer, 60).report
@@ -1228,10 +1297,10 @@ def test_a_label_beside_a_text_is_a_class_so_imdb_is_read_whole(empty_folder, to
 def test_fields_that_are_not_used_are_named_with_how_many_rows_have_them(empty_folder, tokenizer):
     rows = [{**comparison(i), "score": i, "id": None if i % 2 else "x", "messages": [USER("a")]}
             for i in range(60)]
-    report = corpus.rows_of(texts_cfg(write_rows(empty_folder / "rows.jsonl", rows)), tokenizer, 90).report
+    report = rows_for(empty_folder, tokenizer, rows).report
     assert report.endswith("\nfields not used: id (30 rows), messages (60), score (60)")
-    rows = [{"prompt": "p", "completion": " c", **{f"field{n}": 1 for n in range(30)}}] * 2 + rows
-    report = corpus.rows_of(texts_cfg(write_rows(empty_folder / "rows.jsonl", rows)), tokenizer, 90).report
+    many = {"prompt": "p", "completion": " c"} | {f"field{n}": 1 for n in range(30)}
+    report = rows_for(empty_folder, tokenizer, [many, many, *rows]).report
     assert "\nfields not used: field0 (2 rows), field1 (2), " in report and report.endswith(", ..")
 
 
@@ -1240,65 +1309,71 @@ def test_special_tokens_written_out_in_responses_are_counted(empty_folder, token
     rows = [{"prompt": f"{i} <|im_start|>", "completion": f" yes{ends[i % 5]}"} for i in range(60)]
     rows += [{"prompt": f"{i} is", "chosen": " <b>a</b>", "rejected": " b</s></s>"}
              for i in range(60)]
-    read = corpus.rows_of(texts_cfg(write_rows(empty_folder / "rows.jsonl", rows)), tokenizer, 90)
+    read = rows_for(empty_folder, tokenizer, rows)
     for end in ends:
         n = 72 if end == "</s>" else 12
-        assert f"\n{n} of them kept as they stand, with {end} written out in a " in read.report
+        kept = f"\n{n} of them kept as they are, with {end} written out in a "
+        assert kept in read.report
     assert len(read.report.splitlines()) == 6
     assert tokenizer.decode(read[0][1]) == " yes<|endoftext|><|endoftext|>"
 
 
-def test_a_prompt_that_every_response_repeats_is_taken_off_and_counted(empty_folder, tokenizer):
+def test_a_prompt_that_every_response_repeats_is_removed_and_counted(empty_folder, tokenizer):
     rows = [{"prompt": f"Is {i} so?", "chosen": f"Is {i} so? Yes.", "rejected": f"Is {i} so? No."}
             for i in range(60)]
     rows += [{"prompt": "Is it?", "chosen": "Is it? Yes.", "rejected": " No."},
              {"prompt": "He", "completion": "Hello"},
              {"prompt": "copy me", "completion": "copy me"},
-             {"prompt": " ", "completion": " a"}, {"prompt": "1 +", "text": "1 + 1 = 2"}]
-    path = write_rows(empty_folder / "rows.jsonl", rows)
-    report = corpus.rows_of(texts_cfg(path), tokenizer, 90).report
-    taken, kept = report.splitlines()[1:]
-    assert taken.startswith("61 of them began each response with the prompt, which was taken off: ")
-    assert kept == ("1 of them kept as they stand, with one response that repeats the prompt: "
-                    "line 61")
-    read = [responses for _, _, responses in corpus.examples(path, {})]
-    assert read[0] == [" Yes.", " No."] and read[60:] == [
-        ["Is it? Yes.", " No."], ["Hello"], ["copy me"], [" a"], [" 1 = 2"]]
+             {"prompt": " ", "completion": " a"},
+             {"prompt": "1 +", "text": "1 + 1 = 2"}]
+    report = rows_for(empty_folder, tokenizer, rows).report
+    removed, kept = report.splitlines()[1:]
+    assert removed.startswith("61 of them began each response with the prompt, which was removed: ")
+    assert kept == "1 of them kept as they are, with one response that repeats the prompt: line 61"
+    read = [responses for _, _, responses in corpus.examples("rows.jsonl", {})]
+    assert read[0] == [" Yes.", " No."]
+    assert read[60:] == [["Is it? Yes.", " No."], ["Hello"], ["copy me"], [" a"], [" 1 = 2"]]
 
 
-def test_a_folder_names_its_files_without_hidden_ones_and_counts_rows_in_two(empty_folder, tokenizer):
+def test_a_folders_files_are_named_and_rows_in_two_of_them_counted(empty_folder, tokenizer):
     rows = [json.dumps(comparison(i)) for i in range(60)]
-    write_rows(empty_folder / "a" / "x.jsonl", [*rows, rows[0]])                       # twice in one file
-    for name in (".x.jsonl", ".cache/x.jsonl", "b/._x.json", "notes.txt"):
+    write_rows(empty_folder / "a" / "x.jsonl", [*rows, rows[0]])               # twice in one file
+    for name in (".x.jsonl", ".cache/x.jsonl", "b/._x.json", "notes.txt"):     # not read
         write_rows(empty_folder / "a" / name, rows)
     with gzip.open(empty_folder / "a" / "x.jsonl.gz", "wt") as file:
         file.write("\n".join(rows[30:]))
     write_rows(empty_folder / "a" / "b" / "x.jsonl", [json.dumps(comparison(60)), "{"])
     report = corpus.rows_of(texts_cfg(empty_folder / "a"), tokenizer, 90).report.splitlines()
-    assert "a: 92 rows, " in report[0] and report[1:] == [
-        "files read: b/x.jsonl, x.jsonl, x.jsonl.gz", "1 more left out, not JSON: b/x.jsonl line 2",
-        "30 of them kept as they stand, repeating a row of an earlier file: x.jsonl.gz line 1, "
+    assert "a: 92 rows, " in report[0]
+    assert report[1:] == [
+        "files read: b/x.jsonl, x.jsonl, x.jsonl.gz",
+        "1 more left out, not JSON: b/x.jsonl line 2",
+        "30 of them kept as they are, repeating a row of an earlier file: x.jsonl.gz line 1, "
         "x.jsonl.gz line 2, x.jsonl.gz line 3, x.jsonl.gz line 4, x.jsonl.gz line 5, .."]
 
 
 ROWS = [{"prompt": f"Größe {i}: 漢", "completion": f" 🦊 {i}"} for i in range(3)]
-TEXT = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+LINES = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+TEXT = "\n".join([*LINES, ""])
 
 
 @pytest.mark.parametrize("content", [
-    TEXT.encode("utf-8-sig"), TEXT.replace("\n", "\r\n").encode("utf-8-sig"), TEXT.encode("utf-16"),
-    codecs.BOM_UTF16_BE + TEXT.encode("utf-16-be"), TEXT.encode("utf-32"),
-    codecs.BOM_UTF32_BE + TEXT.encode("utf-32-be"), json.dumps(ROWS).encode(),
-    json.dumps(ROWS, indent=2).encode("utf-8-sig"),
-    ("\n [" + ",\n".join(TEXT.splitlines()) + "]").encode(),
-    json.dumps(ROWS, ensure_ascii=False).encode("utf-16"),
-    "".join(TEXT.splitlines(keepends=True)[:2]).encode("utf-8-sig")        # two files in one
-    + TEXT.splitlines()[2].encode("utf-8-sig")],
-    ids="bom crlf utf16 utf16be utf32 utf32be array pretty rows utf16array joined".split())
-def test_json_lines_and_arrays_are_read_in_every_encoding_gzipped_or_not(content, empty_folder):
+    pytest.param(TEXT.encode("utf-8-sig"), id="bom"),
+    pytest.param(TEXT.replace("\n", "\r\n").encode("utf-8-sig"), id="crlf"),
+    pytest.param(TEXT.encode("utf-16"), id="utf16"),
+    pytest.param(codecs.BOM_UTF16_BE + TEXT.encode("utf-16-be"), id="utf16be"),
+    pytest.param(TEXT.encode("utf-32"), id="utf32"),
+    pytest.param(codecs.BOM_UTF32_BE + TEXT.encode("utf-32-be"), id="utf32be"),
+    pytest.param(json.dumps(ROWS).encode(), id="array"),
+    pytest.param(json.dumps(ROWS, indent=2).encode("utf-8-sig"), id="pretty"),
+    pytest.param(("\n [" + ",\n".join(LINES) + "]").encode(), id="rows"),
+    pytest.param(json.dumps(ROWS, ensure_ascii=False).encode("utf-16"), id="utf16array"),
+    pytest.param("\n".join([*LINES[:2], ""]).encode("utf-8-sig") + LINES[2].encode("utf-8-sig"),
+                 id="two files joined")])
+def test_json_is_read_as_lines_or_array_in_every_encoding_gzipped_or_not(content, empty_folder):
     wanted = [(row["prompt"], [row["completion"]]) for row in ROWS]
-    for name, written in (("a.jsonl", content), ("a.json", content),
-                          ("a.json.gz", gzip.compress(content))):
+    compressed = gzip.compress(content)
+    for name, written in (("a.jsonl", content), ("a.json", content), ("a.json.gz", compressed)):
         (empty_folder / name).write_bytes(written)
         notes = {}
         found = list(corpus.examples(name, notes))
@@ -1309,31 +1384,33 @@ def test_json_lines_and_arrays_are_read_in_every_encoding_gzipped_or_not(content
 def test_texts_lose_their_byte_order_mark_and_bad_bytes_are_named(empty_folder):
     for encoding in ("utf-8-sig", "utf-16", "utf-32"):
         (empty_folder / "a.txt").write_text("Once upon a time\n", encoding=encoding)
-        (empty_folder / "b.txt.gz").write_bytes(gzip.compress((empty_folder / "a.txt").read_bytes()))
+        compressed = gzip.compress((empty_folder / "a.txt").read_bytes())
+        (empty_folder / "b.txt.gz").write_bytes(compressed)
         for name in ("a.txt", "b.txt.gz"):
             assert [row[2] for row in corpus.examples(name, {})] == [["Once upon a time\n"]]
-    for content, what in ((b'{"prompt": "p", "completion": " caf\xe9"}\n', "not JSON"),
-                          (b"[1, 2]\n", "not a JSON object"),
-                          (b'[{"prompt": "p"},\n', "not JSON, nor is the file as one array")):
+    for content, reason in ((b'{"prompt": "p", "completion": " caf\xe9"}\n', "not JSON"),
+                            (b"[1, 2]\n", "not a JSON object"),
+                            (b'[{"prompt": "p"},\n', "not JSON, nor is the file as one array")):
         (empty_folder / "c.json").write_bytes(content)
         notes = {}
         assert not list(corpus.examples("c.json", notes))
-        assert [reason.startswith(what) for _, reason in notes] == [True]
-    (empty_folder / "c.json").write_text("[1, 2]\n" + TEXT)                            # lines, all the same
+        assert [found.startswith(reason) for _, found in notes] == [True]
+    (empty_folder / "c.json").write_text("[1, 2]\n" + TEXT)                    # lines, not an array
     assert len(list(corpus.examples("c.json", {}))) == 3
 
 
 def test_csv_and_parquet_are_named_with_a_command_that_converts_them(empty_folder):
-    (empty_folder / "a b.csv").write_text('prompt,completion\n"2, 3","it\'s ""5"""\n', encoding="utf-8-sig")
-    with pytest.raises(Stopped, match="--data got a b.csv; it takes JSON. To convert") as said:
+    (empty_folder / "a b.csv").write_text('prompt,completion\n"2, 3","it\'s ""5"""\n',
+                                          encoding="utf-8-sig")
+    with pytest.raises(Stopped, match="--data got a b.csv; it takes JSON. To convert") as stopped:
         corpus.check_source("a b.csv")
-    command = str(said.value).split("To convert it: python", 1)[1]
+    command = str(stopped.value).split("To convert it: python", 1)[1]
     subprocess.run(sys.executable + command, shell=True, check=True)
     assert [row[1:] for row in corpus.examples("a b.csv.jsonl", {})] == [("2, 3", ['it\'s "5"'])]
     (empty_folder / "folder").mkdir()
     (empty_folder / "folder" / "x.parquet").touch()
-    message = "without any .jsonl.*x.parquet. .*pandas.read_parquet.*x.parquet.jsonl"
-    with pytest.raises(Stopped, match=message):
+    with pytest.raises(Stopped, match="without any .jsonl.*x.parquet. "
+                                      ".*pandas.read_parquet.*x.parquet.jsonl"):
         corpus.check_source("folder")
     with pytest.raises(Stopped, match="--ptx_data got folder/x.parquet; it takes JSON"):
         corpus.check_source("folder/x.parquet", "--ptx_data")
@@ -1341,241 +1418,305 @@ def test_csv_and_parquet_are_named_with_a_command_that_converts_them(empty_folde
 
 def test_prompts_alone_serve_rl_and_sft_takes_the_rows_with_a_response(empty_folder, tokenizer):
     prompts = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(80)]
-    cfg = texts_cfg(write_rows(empty_folder / "prompts.jsonl", prompts))
+    cfg = cfg_for(empty_folder, prompts)
     read = corpus.rows_of(cfg, tokenizer, 90)
-    assert "prompts.jsonl: 80 prompts without a response, " in read.report
+    assert "rows.jsonl: 80 prompts without a response, " in read.report
     assert read.report.endswith("fields not used: answer (80 rows)") and read[3][1:] == ([], [])
     assert sum(map(len, data.prompts(cfg, tokenizer, 90))) == 80
-    with pytest.raises(Stopped, match="prompts but no responses: there is nothing for SFT"):
+    with pytest.raises(Stopped, match="prompts but no responses, so SFT has nothing to learn from"):
         data.demonstrations(cfg, tokenizer, 90, None, None)
-    with pytest.raises(Stopped, match="there is nothing for a reward model or DPO to learn"):
+    with pytest.raises(Stopped, match="no comparisons, .* A reward model and DPO learn from"):
         data.comparisons(cfg, tokenizer, 90, None, None)
-    both = prompts + [comparison(i) for i in range(60)]
-    cfg = texts_cfg(write_rows(empty_folder / "both.jsonl", both))
-    assert "both.jsonl: 60 rows and 80 prompts" in corpus.rows_of(cfg, tokenizer, 90).report
+    cfg = cfg_for(empty_folder, prompts + [comparison(i) for i in range(60)])
+    assert "rows.jsonl: 60 rows and 80 prompts" in corpus.rows_of(cfg, tokenizer, 90).report
     assert sum(map(len, data.prompts(cfg, tokenizer, 90))) == 140
     for taken in (data.demonstrations, data.comparisons):
         assert sum(map(len, taken(cfg, tokenizer, 90, None, None))) == 60
-    data.check_comparisons(cfg)                            # the first comparison is far down
-    texts = corpus.some_texts(cfg, 81, 1)
+    data.check_comparisons(cfg)                          # the first comparison is far down
+    texts = data.some_texts(cfg, 81, 1)
     assert texts[79:] == ["What is 79?", comparison(0)["chosen"]]
 
 
 def test_rows_that_share_one_prompt_are_held_out_by_the_whole_row(empty_folder, tokenizer):
     rows = [{"prompt": "Praise it:", "chosen": f" good {i}", "rejected": f" bad {i}"}
             for i in range(80)]
-    cfg = texts_cfg(write_rows(empty_folder / "rows.jsonl", rows + rows))
+    cfg = cfg_for(empty_folder, rows + rows)
     read = corpus.rows_of(cfg, tokenizer, 90)
     assert "\ntoo few prompts to hold some of them out: rows are held out by a hash " in read.report
     assert f" {read.held_out.sum()} of these share their prompt with training rows" in read.report
-    assert read.held_out[:80].tolist() == read.held_out[80:].tolist()      # equal rows, one side
-    assert read.held_out[:80].tolist() == [
-        corpus.held_out(f"Praise it:\0 good {i}\0 bad {i}".encode()) for i in range(80)]
+    wanted = [corpus.held_out(f"Praise it:\0 good {i}\0 bad {i}".encode()) for i in range(80)]
+    assert read.held_out.tolist() == wanted + wanted     # equal rows are on one side
     train, held = data.comparisons(cfg, tokenizer, 90, None, None)
     assert len(train) > 100 and len(held) > 5 and len(train) + len(held) == 160
     assert [len(part) for part in data.prompts(cfg, tokenizer, 90)] == [1, 1]
     others = [{"prompt": f"Praise {i}:", "completion": f" good {i}"} for i in range(40)]
-    read = corpus.rows_of(texts_cfg(write_rows(empty_folder / "rows.jsonl", rows + others)), tokenizer, 90)
+    read = rows_for(empty_folder, tokenizer, rows + others)
     assert "too few" not in read.report and len(set(read.held_out[:80])) == 1
-    alone = texts_cfg(write_rows(empty_folder / "rows.jsonl", rows[:1]))
-    assert "too few" not in corpus.rows_of(alone, tokenizer, 90).report        # nor is that any help
+    alone = rows_for(empty_folder, tokenizer, rows[:1])
+    assert "too few" not in alone.report                 # a hash of the row would not help either
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("nowhere.jsonl", None, "--data got .*nowhere.jsonl; it takes reviews, hh, tldr, hf:OWNER/NAME, or a file or folder"),
-    ("empty.jsonl", "", "has no row that could be read. The first lines of corpus.py"),
-    ("broken.jsonl", "{\n", r"has no row that could be read: not JSON \(line 1\)"),
-    ("one.jsonl", '{"prompt": "a", "completion": " b"}\n', "1 rows to train on and 0 held out; there must be some of both"),
-    ("binary.jsonl", b"\xff\x00\x00\xfe", r"not JSON \(line 1\)")])
-def test_data_that_cannot_be_used_ends_with_one_clear_message(name, content, message, empty_folder, tokenizer):
+    ("nowhere.jsonl", None, "--data got .*nowhere.jsonl; it takes reviews, hh, tldr, "
+                            "hf:OWNER/NAME, or an existing file or folder"),
+    ("empty.jsonl", b"", "has no row that could be read. The first lines of lab/forms.py"),
+    ("broken.jsonl", b"{\n", r"has no row that could be read: not JSON \(line 1\)"),
+    ("one.jsonl", b'{"prompt": "a", "completion": " b"}\n',
+     "1 rows to train on and 0 held out; there must be some of both"),
+    ("binary.jsonl", b"\xff\x00\x00\xfe", r"not JSON \(line 1\)")],
+    ids=["nowhere", "empty", "broken", "one", "binary"])
+def test_data_that_cannot_be_used_ends_with_one_clear_message(
+        name, content, message, empty_folder, tokenizer):
     if content is not None:
-        (empty_folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        (empty_folder / name).write_bytes(content)
     with pytest.raises(Stopped, match=message):
         data.prompts(texts_cfg(empty_folder / name), tokenizer, 90)
 
 
-LINES = [                       # what a line of a file may hold, and what is said of it
-    ('{"prompt": "p", "completion": " c"', "not JSON"), ("[" * 100_000, "not JSON"), ("not json at all", "not JSON"), ("\x00\x01", "not JSON"),
-    ('{"prompt": "p", "completion": " \x01"}', "not JSON"), ("1" * 5000, "not JSON"), ("[1, 2]", "not a JSON object"), ("null", "not a JSON object"),
-    ('"text"', "not a JSON object"), ("{}", "none of the known forms: keys "), ('{"Prompt": "p"}', "none of the known forms: keys Prompt"),
-    ('{"prompt": "p", "completion": 3}', "a text is not a string"), ('{"prompt": 3, "completion": " c"}', "a text is not a string"),
+BAD_LINES = [                                            # and the reason that is given for each
+    ('{"prompt": "p", "completion": " c"', "not JSON"),
+    ("[" * 100_000, "not JSON"),
+    ("not json at all", "not JSON"),
+    ("\x00\x01", "not JSON"),
+    ('{"prompt": "p", "completion": " \x01"}', "not JSON"),
+    ("1" * 5000, "not JSON"),
+    ("[1, 2]", "not a JSON object"),
+    ("null", "not a JSON object"),
+    ('"text"', "not a JSON object"),
+    ("{}", "none of the known forms: keys "),
+    ('{"Prompt": "p"}', "none of the known forms: keys Prompt"),
+    ('{"prompt": "p", "completion": 3}', "a text is not a string"),
+    ('{"prompt": 3, "completion": " c"}', "a text is not a string"),
     ('{"prompt": "p", "chosen": " a", "rejected": null}', "only one of chosen and rejected"),
-    ('{"text": ["a"]}', "messages want a role"),
-    ('{"prompt": "p", "completion": ""}', "an empty response"), ('{"prompt": "p", "completion": " \\n\\t"}', "an empty response"),
+    ('{"text": ["a"]}', "a message without a role"),
+    ('{"prompt": "p", "completion": ""}', "an empty response"),
+    ('{"prompt": "p", "completion": " \\n\\t"}', "an empty response"),
     ('{"prompt": "p", "chosen": " a", "rejected": ""}', "an empty response"),
-    ('{"prompt": "p \\ud800", "completion": " c"}', "a lone surrogate, which is no text"),
-    ('{"prompt": "p", "completion": " \\udfff"}', "a lone surrogate, which is no text"),
-    ('{"messages": [{"role": "assistant", "content": null}]}', "messages want content, a text"),
+    ('{"prompt": "p \\ud800", "completion": " c"}', "a lone surrogate, which is not valid text"),
+    ('{"prompt": "p", "completion": " \\udfff"}', "a lone surrogate, which is not valid text"),
+    ('{"messages": [{"role": "assistant", "content": null}]}', "a message by assistant whose"),
     ('{"messages": "hello"}', "no prompt, and the texts share no"),
-    ('{"messages": [{"role": "robot", "content": "x"}]}', "messages want a role"), ('{"messages": [7]}', "messages want a role"),
-    ('{"messages": [{"role": ["user"], "content": "x"}]}', "messages want a role"),
-    ('{"messages": []}', "messages want at least one turn"),
+    ('{"messages": [{"role": "robot", "content": "x"}]}', "a message by robot; the role"),
+    ('{"messages": [7]}', "a message without a role"),
+    ('{"messages": [{"role": ["user"], "content": "x"}]}', "a message by ['user']; the role"),
+    ('{"messages": []}', "messages without a turn; there must be at least one"),
     ('{"chosen": [{"role": "assistant", "content": "a"}], "rejected": null}', "only one of chosen"),
     ('{"messages": [{"role": "user", "content": "a"}], "prompt": 5}', "a text is not a string"),
     ('{"\\ud800": 1, "\\u001b[2J": 2}', "none of the known forms: keys \\x1b[2J, \\ud800"),
-    ('{"info": {"post": null, "title": "t", "subreddit": "s"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}',
+    ('{"info": {"post": null, "title": "t", "subreddit": "s"}, '
+     '"summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}',
      "a comparison of summaries without its texts"),
     ('{"info": [], "summaries": [], "choice": "x"}', "a comparison of summaries without its texts"),
     ('{"chosen": "a", "rejected": "b"}', "no prompt, and the texts share no assistant turn")]
 
 
-@pytest.mark.parametrize("line, reason", LINES, ids=range(len(LINES)))
-def test_a_line_that_cannot_be_used_is_left_out_counted_and_named(line, reason, empty_folder, tokenizer):
+@pytest.mark.parametrize("line, reason", BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_line_that_cannot_be_used_is_left_out_counted_and_named(
+        line, reason, empty_folder, tokenizer):
     rows = [json.dumps(comparison(i)) for i in range(60)]
-    (empty_folder / "rows.jsonl").write_bytes("\n".join([*rows[:7], line, *rows[7:], line]).encode())        # the last one without a newline
-    read = corpus.rows_of(texts_cfg(empty_folder / "rows.jsonl"), tokenizer, 90)
-    assert len(read) == 60 and len(read.report.splitlines()) == 2
-    assert read.report.splitlines()[1].startswith(f"2 more left out, {reason}") and read.report.endswith(": line 8, line 62")
+    content = "\n".join([*rows[:7], line, *rows[7:], line])                    # without a last \n
+    (empty_folder / "rows.jsonl").write_bytes(content.encode())
+    read = corpus.rows_of(texts_cfg("rows.jsonl"), tokenizer, 90)
+    _, left_out = read.report.splitlines()
+    assert len(read) == 60
+    assert left_out.startswith(f"2 more left out, {reason}")
+    assert left_out.endswith(": line 8, line 62")
 
 
-def test_control_characters_are_kept_counted_and_shown_as_codes(empty_folder, tokenizer, capsys):
-    rows = [comparison(i) for i in range(60)] + [{"prompt": "a\x00b", "completion": " \x1b[2J\x9b"}, {"prompt": "tab\t", "completion": " line\r\n"}]
-    read = corpus.rows_of(texts_cfg(write_rows(empty_folder / "rows.jsonl", rows)), tokenizer, 90)
-    assert len(read) == 62 and read.report.endswith("\n1 of them kept as they stand, with control characters: line 61")
+def test_control_characters_are_kept_counted_and_shown_as_codes(empty_folder, tokenizer):
+    rows = [comparison(i) for i in range(60)]
+    rows += [{"prompt": "a\x00b", "completion": " \x1b[2J\x9b"},
+             {"prompt": "tab\t", "completion": " line\r\n"}]
+    read = rows_for(empty_folder, tokenizer, rows)
+    assert len(read) == 62
+    assert read.report.endswith("\n1 of them kept as they are, with control characters: line 61")
     prompt, response, _ = read[60]
-    assert tokenizer.decode(prompt) == "a\x00b" and files.visible(tokenizer.decode(response)) == " \\x1b[2J\\x9b<|endoftext|>"
-    assert files.visible("a\tb\r\nc \u00e9\u6f22") == "a\tb\r\nc \u00e9\u6f22"
+    assert tokenizer.decode(prompt) == "a\x00b"
+    assert files.visible(tokenizer.decode(response)) == " \\x1b[2J\\x9b<|endoftext|>"
+    harmless = "a\tb\r\nc \u00e9\u6f22"
+    assert files.visible(harmless) == harmless
 
 
-@pytest.mark.parametrize("text", ["word " * 2_000_000, " " * 10_000_000, "a" * 10_000_000, "\\n" * 5_000_000, "\\u0000" * 1_700_000],
-                         ids=["words", "spaces", "a", "newlines", "zeros"])
+@pytest.mark.parametrize("text", [
+    pytest.param("word " * 2_000_000, id="words"),
+    pytest.param(" " * 10_000_000, id="spaces"),
+    pytest.param("a" * 10_000_000, id="a"),
+    pytest.param("\\n" * 5_000_000, id="newlines"),
+    pytest.param("\\u0000" * 1_700_000, id="zeros")])
 def test_a_line_of_ten_megabytes_is_cut_like_any_other_row(text, empty_folder, tokenizer):
-    rows = [json.dumps(comparison(i)) for i in range(60)]
-    lines = [f'{{"prompt": "p", "completion": " x{text}"}}', f'{{"prompt": "{text} end", "completion": " x"}}']
-    (empty_folder / "rows.jsonl").write_text("\n".join([*rows, *lines]))
-    begun = time.time()
-    read = corpus.rows_of(texts_cfg(empty_folder / "rows.jsonl"), tokenizer, 90)
-    assert len(read) == 62 and time.time() - begun < 20
-    (prompt, response, _), (long_prompt, _, _) = read[60], read[61]
+    rows = [comparison(i) for i in range(60)]
+    rows += [f'{{"prompt": "p", "completion": " x{text}"}}',
+             f'{{"prompt": "{text} end", "completion": " x"}}']
+    cfg = cfg_for(empty_folder, rows)
+    start = time.time()
+    read = corpus.rows_of(cfg, tokenizer, 90)
+    assert len(read) == 62 and time.time() - start < 20
+    prompt, response, _ = read[60]
     assert len(prompt) + len(response) <= 90 and tokenizer.decode(response).startswith(" x")
-    assert len(long_prompt) <= 60 and tokenizer.decode(long_prompt).endswith(" end") and "1 prompts cut" in read.report
-    if text[0] == "w":                                   # a word of 100,000 letters takes seconds to learn from
-        assert tokenizers.train_tokenizer(corpus.some_texts(texts_cfg(empty_folder / "rows.jsonl"), 100, 10), 300).n_vocab <= 300
+    long_prompt, _, _ = read[61]
+    assert len(long_prompt) <= 60 and tokenizer.decode(long_prompt).endswith(" end")
+    assert "1 prompts cut" in read.report
+    if text.startswith("w"):                             # a word of 100,000 letters takes seconds
+        texts = data.some_texts(cfg, 100, 10)
+        assert tokenizers.train_tokenizer(texts, 300).n_vocab <= 300
 
 
-def test_folders_unreadable_files_and_bytes_that_are_no_text_are_refused_or_counted(empty_folder, tokenizer, monkeypatch):
-    rows = [json.dumps(comparison(i)) for i in range(60)]
-    (empty_folder / "a").mkdir()
-    (empty_folder / "a" / "rows.jsonl").write_text("\n".join(rows))
-    (empty_folder / "a" / "folder.jsonl").mkdir()                                      # named like a file
+def test_a_folder_named_like_a_file_is_skipped_and_odd_bytes_are_counted(empty_folder, tokenizer):
+    write_rows(empty_folder / "a" / "rows.jsonl", [comparison(i) for i in range(60)])
+    (empty_folder / "a" / "folder.jsonl").mkdir()
     assert len(corpus.rows_of(texts_cfg(empty_folder / "a"), tokenizer, 90)) == 60
     (empty_folder / "latin.txt").write_bytes(b"caf\xe9 and so on, a longer line\n" * 2000)
     read = corpus.rows_of(texts_cfg(empty_folder / "latin.txt"), tokenizer, 90)
-    assert f"\n{len(read)} of them kept as they stand, with bytes that are no UTF-8, read as \ufffd: piece 1, piece 2" in read.report
+    assert (f"\n{len(read)} of them kept as they are, with bytes that are not UTF-8, read as "
+            "\ufffd: piece 1, piece 2") in read.report
+
+
+def test_files_that_cannot_be_opened_are_refused_by_name(empty_folder, tokenizer, monkeypatch):
+    """Tests may run as root, who may read everything, so the refusal is simulated."""
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
     os.mkfifo(empty_folder / "pipe")
     with pytest.raises(Stopped, match="^error: --data got .*pipe; it takes reviews"):
         data.prompts(texts_cfg(empty_folder / "pipe"), tokenizer, 90)
-    denied = PermissionError(errno.EACCES, "Permission denied")                # tests may run as root, who may read all
-    monkeypatch.setitem(vars(files), "open", lambda *args: (_ for _ in ()).throw(denied))
+    cfg = cfg_for(empty_folder, [comparison(0)])
+    (empty_folder / "plain.txt").write_text("a line\n")
     corpus.digest.cache_clear()
-    with pytest.raises(Stopped, match="^error: .*rows.jsonl cannot be read .PermissionError"):
-        data.prompts(texts_cfg(empty_folder / "a"), tokenizer, 90)
-    monkeypatch.undo()
-    monkeypatch.chdir(empty_folder)
-    monkeypatch.setitem(vars(corpus), "open", lambda *args, **kwargs: (_ for _ in ()).throw(denied))
-    for name, place in (("a/rows.jsonl", "line 0"), ("latin.txt", "piece 0")):
-        with pytest.raises(Stopped, match=f"^error: .*{name} cannot be read past {place} .PermissionError"):
-            list(corpus.examples(str(empty_folder / name), {}))
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "open", denied, raising=False)
+        with pytest.raises(Stopped, match="^error: cannot read .*rows.jsonl .PermissionError"):
+            data.prompts(cfg, tokenizer, 90)
+    monkeypatch.setattr(corpus, "open", denied, raising=False)
+    for name in ("rows.jsonl", "plain.txt"):
+        with pytest.raises(Stopped, match=f"^error: {name} cannot be read past its start "
+                                          ".PermissionError"):
+            list(corpus.examples(name, {}))
 
 
-def test_tokens_that_were_damaged_on_the_disk_are_made_again(empty_folder, tokenizer, capsys):
-    cfg = texts_cfg(write_rows(empty_folder / "rows.jsonl", [comparison(i) for i in range(60)]))
+def test_stored_rows_that_were_damaged_are_made_again(empty_folder, tokenizer, capsys):
+    cfg = cfg_for(empty_folder, [comparison(i) for i in range(60)])
     rows = list(corpus.rows_of(cfg, tokenizer, 90))
-    folder = next((empty_folder / "out" / "tokens").iterdir())
-    for name in ("tokens.npy", "bounds.npy", "held_out.npy", "first.npy", "rows.txt"):
-        for content in (None, b"", (folder / name).read_bytes()[:-9] if name != "rows.txt" else b"\xff"):
-            corpus.opened.cache_clear()
-            (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
-            assert list(corpus.rows_of(cfg, tokenizer, 90)) == rows or content == b"" and name == "rows.txt"
-            assert "is damaged" in capsys.readouterr().out or content == b"" and name == "rows.txt"
-    assert [folder] == list((empty_folder / "out" / "tokens").iterdir())
+    stored, = (empty_folder / "out" / "tokens").iterdir()
+    whole = stored.read_bytes()
+    at = whole.index(np.load(stored)["tokens"].tobytes())
+    flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:]
+    damaged = [b"", b"\xff" * 100, whole[:-9], whole[:len(whole) // 2], flipped]
+    for missing in ("tokens", "bounds", "held_out", "first", "report"):
+        with np.load(io.BytesIO(whole)) as arrays:
+            others = {name: x for name, x in arrays.items() if name != missing}
+        np.savez(stored, **others)
+        damaged.append(stored.read_bytes())
+    for content in damaged:
+        corpus.load_rows.cache_clear()
+        capsys.readouterr()
+        stored.write_bytes(content)
+        assert list(corpus.rows_of(cfg, tokenizer, 90)) == rows
+        assert f"{stored.name}, which stores these rows, is damaged" in capsys.readouterr().out
+    corpus.load_rows.cache_clear()
+    stored.unlink()
+    assert list(corpus.rows_of(cfg, tokenizer, 90)) == rows
+    assert "damaged" not in capsys.readouterr().out
+    assert list((empty_folder / "out" / "tokens").iterdir()) == [stored]
 
 
 def test_settings_that_leave_no_room_and_folders_without_rows_are_refused(empty_folder, tokenizer):
     (empty_folder / "void").mkdir()
     with pytest.raises(Stopped, match="is a folder without any .jsonl"):
         data.prompts(texts_cfg(empty_folder / "void"), tokenizer, 90)
-    path = write_rows(empty_folder / "rows.jsonl", [comparison(i) for i in range(80)])
-    with pytest.raises(Stopped, match="--max_prompt_tokens 90 leaves no room for a response in the model's block_size 90"):
-        data.prompts(texts_cfg(path, max_prompt_tokens=90), tokenizer, 90)
-    with pytest.raises(Stopped, match="prompts of up to 60 tokens and --max_new_tokens 31 exceed .* 90; lower --max_new_tokens to 30"):
-        data.prompts(texts_cfg(path, max_new_tokens=31), tokenizer, 90)
-    with pytest.raises(Stopped, match="5000 held-out prompts are asked for .*, there are"):
-        data.prompts(texts_cfg(path), tokenizer, 90, 5000)
+    cfg = cfg_for(empty_folder, [comparison(i) for i in range(80)])
+    with pytest.raises(Stopped, match="--max_prompt_tokens 90 leaves no room for a response in the "
+                                      "model's block_size 90"):
+        data.prompts(dataclasses.replace(cfg, max_prompt_tokens=90), tokenizer, 90)
+    with pytest.raises(Stopped, match="prompts of up to 60 tokens and --max_new_tokens 31 exceed "
+                                      ".* 90; lower --max_new_tokens to 30"):
+        data.prompts(dataclasses.replace(cfg, max_new_tokens=31), tokenizer, 90)
+    with pytest.raises(Stopped, match=r"5000 held-out prompts are wanted .* there are \d+; lower"):
+        data.prompts(cfg, tokenizer, 90, 5000)
 
 
-def test_the_hub_is_asked_for_the_published_files(empty_folder, tokenizer, monkeypatch):
+def no_network(*args, **kwargs):
+    raise OSError("no route to host")
+
+
+def test_the_hub_is_asked_for_hh_rlhfs_published_files(empty_folder, monkeypatch):
     import huggingface_hub
     path = write_rows(empty_folder / "stored.jsonl", [comparison(i) for i in range(40)])
-    asked_for = []
+    requests = []
 
     def fetch(repository, name, repo_type):
-        asked_for.append((repository, name, repo_type))
+        requests.append((repository, name, repo_type))
         return path
+
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     assert len(list(corpus.examples("hh", {}))) == 80
-    assert asked_for == [("Anthropic/hh-rlhf", f"{part}/train.jsonl.gz", "dataset") for part in ("harmless-base", "helpful-base")]
-
-    def no_network(*args, **kwargs):
-        raise OSError("no route to host")
+    assert requests == [("Anthropic/hh-rlhf", "harmless-base/train.jsonl.gz", "dataset"),
+                        ("Anthropic/hh-rlhf", "helpful-base/train.jsonl.gz", "dataset")]
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
-    with pytest.raises(Stopped, match="--data hh could not be fetched from the hub .OSError.*--data FOLDER reads them"):
+    with pytest.raises(Stopped, match="--data hh could not be fetched from the hub .OSError.*"
+                                      "--data FOLDER"):
         list(corpus.examples("hh", {}))
-    record = {"info": {"post": "p", "title": "t", "subreddit": "s"}, "summaries": [{"text": " a"}, {"text": " b"}], "choice": 0}
-    monkeypatch.setattr(corpus.urllib.request, "urlretrieve", lambda url, to: write_rows(to, [record]))
-    assert [responses for _, _, responses in corpus.examples("tldr", {})] == [[" a", " b"]] * 8
-    monkeypatch.setattr(corpus.urllib.request, "urlretrieve", no_network)
-    assert len(list(corpus.examples("tldr", {}))) == 8                         # they are here by now
+
+
+def test_comparisons_of_summaries_are_downloaded_once(empty_folder, monkeypatch):
+    record = {"info": {"post": "p", "title": "t", "subreddit": "s"},
+              "summaries": [{"text": " a"}, {"text": " b"}], "choice": 0}
+    request = corpus.urllib.request
+    monkeypatch.setattr(request, "urlretrieve", lambda url, to: write_rows(to, [record]))
+    assert [row[2] for row in corpus.examples("tldr", {})] == [[" a", " b"]] * 8
+    monkeypatch.setattr(request, "urlretrieve", no_network)
+    assert len(list(corpus.examples("tldr", {}))) == 8   # from the disk
     shutil.rmtree(empty_folder / "out" / "downloads")
     with pytest.raises(Stopped, match="batch3.json could not be fetched .no route to host"):
         list(corpus.examples("tldr", {}))
 
 
-def test_data_sets_of_the_hub_go_through_the_datasets_package_and_say_so_where_it_is_missing(empty_folder, tokenizer, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)                         # as if not installed
-    with pytest.raises(Stopped, match="--data hf:a/b takes the datasets package: pip install datasets"):
-        list(corpus.examples("hf:a/b", {}))
+def test_data_sets_of_the_hub_need_the_datasets_package(hub, tokenizer, monkeypatch):
+    def load_dataset(name, split):
+        if (name, split) != ("a/b", "train"):
+            raise ZeroDivisionError
+        return Loaded(comparison(i) for i in range(50))
 
-    class Loaded(list):
-        _fingerprint = "0123"
-    stand_in = types.SimpleNamespace(load_dataset=lambda name, split: Loaded(comparison(i) for i in range(50))
-                                     if (name, split) == ("a/b", "train") else 1 / 0)
-    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    hub.load_dataset = load_dataset
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", None)     # as if not installed
+        with pytest.raises(Stopped, match="--data hf:a/b needs the datasets package: pip install "
+                                          "datasets"):
+            list(corpus.examples("hf:a/b", {}))
     assert len(corpus.rows_of(texts_cfg("hf:a/b"), tokenizer, 90)) == 50
     with pytest.raises(Stopped, match="--data hf:a/c could not be loaded .ZeroDivisionError"):
         list(corpus.examples("hf:a/c", {}))
 
 
-def test_configurations_and_splits_of_the_hub_are_chosen_and_named(empty_folder, tokenizer, monkeypatch):
-    class Loaded(list):
-        _fingerprint = "0123"
-    there = {"main": ["train", "test"], "extra": ["train"]}
+def test_configurations_and_splits_of_the_hub_are_chosen_and_named(hub, tokenizer, monkeypatch):
+    splits = {"main": ["train", "test"], "extra": ["train"]}
 
     def load_dataset(path, name=None, split=None):
-        if path != "maths/sums" or split not in there[name]:
+        if path != "maths/sums" or split not in splits[name]:
             raise ValueError("not\nthere")
         return Loaded({"prompt": name, "completion": f" {split} {i}"} for i in range(3))
 
     def get_dataset_config_names(path):
-        return [*there] if path == "maths/sums" else ["main"]
-    fake = types.SimpleNamespace(
-        load_dataset=load_dataset, get_dataset_config_names=get_dataset_config_names,
-        get_dataset_split_names=lambda path, name="main": there[name])
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    corpus.hub_data_set.cache_clear()
+        return list(splits) if path == "maths/sums" else ["main"]
+
+    def get_dataset_split_names(path, name="main"):
+        return splits[name]
+
+    hub.load_dataset = load_dataset
+    hub.get_dataset_config_names = get_dataset_config_names
+    hub.get_dataset_split_names = get_dataset_split_names
     for source, prompt, found in (("hf:maths/sums/main:test", "main", " test 2"),
                                   ("hf:maths/sums/extra", "extra", " train 2")):
         assert list(corpus.examples(source, {}))[2] == ("row 2", prompt, [found])
-        response = corpus.rows_of(texts_cfg(source), tokenizer, 90)[2][1]      # stored for each
+        response = corpus.rows_of(texts_cfg(source), tokenizer, 90)[2][1]      # stored apart
         assert tokenizer.decode(response[:-1]) == found
     for source, choices in (
-            ("maths/sums", "give hf:maths/sums/CONFIGURATION, which is one of main, extra"),
-            ("maths/sums/man", "give hf:maths/sums/CONFIGURATION, which is one of main, extra"),
-            ("maths/sums/extra:test", "give hf:maths/sums/extra:SPLIT, which is one of train"),
-            ("maths/one:dev", "give hf:maths/one:SPLIT, which is one of train, test")):
+            ("maths/sums", "give hf:maths/sums/CONFIGURATION, one of: main, extra"),
+            ("maths/sums/man", "give hf:maths/sums/CONFIGURATION, one of: main, extra"),
+            ("maths/sums/extra:test", "give hf:maths/sums/extra:SPLIT, one of: train"),
+            ("maths/one:dev", "give hf:maths/one:SPLIT, one of: train, test")):
         with pytest.raises(Stopped, match=f"hf:{source} could not .*{re.escape(choices)}$"):
             list(corpus.examples(f"hf:{source}", {}))
-    monkeypatch.setattr(fake, "get_dataset_config_names", lambda path: 1 / 0)
+    monkeypatch.setattr(hub, "get_dataset_config_names", no_network)
     with pytest.raises(Stopped, match="ValueError: not.; check the name and the network"):
         list(corpus.examples("hf:maths/sums/main:dev", {}))
 
