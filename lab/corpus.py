@@ -27,7 +27,6 @@ import json
 import os
 import shlex
 import urllib.request
-import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -174,14 +173,17 @@ def hub_choices(datasets, path, configuration=None):
 # Its files -> prompts and responses, as texts
 
 def records(source):
-    """-> (file if there are several, place, record or None, what is wrong with it), one by one"""
+    """-> file (if there are several), place, record, None; or None and the reason, if it is bad"""
     if source.startswith("hf:"):
         for n, record in enumerate(hub_data_set(source[3:])):
             yield "", f"row {n}", record, None
         return
     paths = files_of(source)
     for name, path in zip(names_of(paths), paths):
-        found = text_records(path) if suffix_of(path) == ".txt" else json_records(path)
+        if suffix_of(path) == ".txt":
+            found = ((f"piece {n}", {"text": x}, None) for n, x in enumerate(pieces(path), 1))
+        else:
+            found = json_records(path)
         place = "its start"
         try:
             for place, record, wrong in found:
@@ -201,9 +203,9 @@ def open_text(path, errors):
 
 
 def json_records(path):
-    """-> (place, record or None, what is wrong with it), for each line or each item of an array"""
+    """-> place, record, None of each line or array item; or None and the reason, if it is bad"""
     not_json = "not JSON"
-    with open_text(path, "backslashreplace") as lines:   # a bad byte becomes \x.., which is not JSON
+    with open_text(path, "backslashreplace") as lines:   # a bad byte as \x.. is not JSON either
         start = lines.read(1)
         while start.isspace():
             start = lines.read(1)
@@ -211,23 +213,18 @@ def json_records(path):
         if start == "[":
             try:
                 items = json.load(lines)
-                yield from ((f"item {n}", item, None) for n, item in enumerate(items, 1))
-                return
             except (ValueError, RecursionError) as error:        # its lines may still be JSON
                 not_json = f"not JSON, nor is the file as one array ({first_line(error)})"
-            lines.seek(0)
+                lines.seek(0)
+            else:
+                yield from ((f"item {n}", item, None) for n, item in enumerate(items, 1))
+                return
         for n, line in enumerate(lines, 1):
             if line.strip():
                 try:
                     yield f"line {n}", json.loads(line.lstrip("\ufeff")), None
                 except (ValueError, RecursionError):
                     yield f"line {n}", None, not_json
-
-
-def text_records(path):
-    """-> (place, record, None), for each piece of a plain text"""
-    for n, piece in enumerate(pieces(path), 1):
-        yield f"piece {n}", {"text": piece}, None
 
 
 def pieces(path, size=1000):
@@ -249,7 +246,7 @@ def pieces(path, size=1000):
 
 def examples(source, notes):
     """-> where, prompt, responses of each readable row. Fills notes, {(kind, text): [where]}."""
-    file_of = {}                                         # {hash of a row: the first file that has it}
+    file_of = {}                                         # {hash of a row: first file with it}
     for name, place, record, wrong in records(source):
         where = f"{name} {place}".lstrip()
         remarks = []
@@ -293,7 +290,7 @@ class Rows:
             self.tokens = arrays["tokens"]               # of all rows, one after the other
             self.bounds = arrays["bounds"]               # (N, 4) where a row's parts start and end
             self.held_out = arrays["held_out"]           # (N,)
-            self.first = arrays["first"]                 # (N,) first row with its prompt, on its side
+            self.first = arrays["first"]                 # (N,) the first row with its prompt
             self.report = str(arrays["report"])
         self.source = source                             # --data
         self.id = path.stem
@@ -338,8 +335,8 @@ class Part(Sequence):
 
 
 def source_id(rows):
-    """Identifies a stage's data in its checkpoint. The built-in task needs no more than its name."""
-    return rows.rows.id if isinstance(rows, Part) else "reviews"
+    """Identifies a stage's data in its checkpoint"""
+    return rows.rows.id if isinstance(rows, Part) else "reviews"         # the built-in task's name
 
 
 def rows_of(cfg, tokenizer, block_size):
@@ -360,7 +357,7 @@ def rows_of(cfg, tokenizer, block_size):
     if path.exists():
         try:
             return load_rows(cfg.data, path)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        except Exception as error:                       # numpy raises many kinds
             print(f"{path}, which stores these rows, is damaged ({first_line(error)}); making it "
                   "again")
     tokenise(cfg, tokenizer, block_size, path)
@@ -386,10 +383,12 @@ def load_rows(source, path):
 
 def tokenise(cfg, tokenizer, block_size, path):
     """Write the rows of --data to the path."""
-    dtype, code = (np.uint16, "H") if tokenizer.n_vocab <= 2 ** 16 else (np.uint32, "I")
-    tokens, bounds = array.array(code), array.array("q")
+    code = "H" if tokenizer.n_vocab <= 2 ** 16 else "I"  # uint16 or uint32
+    tokens = array.array(code)
+    bounds = array.array("q")
     prompts, by_prompt, by_row = [], [], []
-    notes, counts = {}, collections.Counter()
+    notes = {}
+    counts = collections.Counter()
     found = encoded(cfg, tokenizer, block_size, notes, counts)
     for prompt_text, row_text, prompt, responses in found:
         for part in (prompt, *responses):
@@ -402,13 +401,14 @@ def tokenise(cfg, tokenizer, block_size, path):
             prompt_text = array.array(code, prompt).tobytes()
         prompts.append(hashlib.blake2b(prompt_text, digest_size=12).digest())
     if not prompts:
-        wrong = "; ".join(f"{reason} ({places[0]})" for (kind, reason), places in notes.items()
-                          if kind == LEFT_OUT)
-        details = f": {wrong}" if wrong else ""
-        stop(f"--data {cfg.data} has no row that could be read{details}. The first lines of "
+        reasons = [f"{reason} ({places[0]})" for (kind, reason), places in notes.items()
+                   if kind == LEFT_OUT]
+        found = "; ".join(reasons) or "it is empty"
+        stop(f"--data {cfg.data} has no row that could be read: {found}. The first lines of "
              "lab/forms.py show the forms")
     held, n_shared = hold_out(prompts, by_prompt, by_row)
-    seen, first = set(), []
+    first = []
+    seen = set()
     for prompt_and_side in zip(prompts, held):
         first.append(prompt_and_side not in seen)
         seen.add(prompt_and_side)
@@ -416,15 +416,15 @@ def tokenise(cfg, tokenizer, block_size, path):
     report = report_of(cfg, block_size, bounds, sum(held), n_shared, counts, notes)
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path, "wb") as file:
-        np.savez(file, tokens=np.frombuffer(tokens, dtype), bounds=bounds, held_out=np.array(held),
+        np.savez(file, tokens=np.frombuffer(tokens, code), bounds=bounds, held_out=np.array(held),
                  first=np.array(first), report=files.visible(report))
 
 
 def encoded(cfg, tokenizer, block_size, notes, counts):
     """
-    Each row, cut to fit -> its prompt and all of it as bytes, prompt and responses as token lists
+    Each row -> its prompt and all of its text, as bytes; prompt and responses as token lists
 
-    The bytes are those of the texts before they are cut. Counts what was cut.
+    The token lists are cut to fit and the bytes are not. Counts what was cut.
     """
     eos_id = tokenizer.eot_token
     found = examples(cfg.data, notes)
@@ -460,7 +460,7 @@ def encoded(cfg, tokenizer, block_size, notes, counts):
 
 
 def held_out(text):
-    """Whether a prompt or row, as bytes, is held out: a hash decides, so it is the same for ever."""
+    """Whether a prompt or a row, as bytes, is held out. A hash decides, so it never changes."""
     return hashlib.sha256(text).digest()[0] < 32         # one in eight
 
 
@@ -474,7 +474,7 @@ def hold_out(prompts, by_prompt, by_row):
         trained_on = {prompt for prompt, out in zip(prompts, held) if not out}
         return [out and prompt in trained_on for prompt, out in zip(prompts, held)]
 
-    # Different prompts may be equal once they are cut. They are trained on if one of them is.
+    # Different prompts may be equal once they are cut. If one is trained on, none is held out.
     held = [out and not both for out, both in zip(by_prompt, shared(by_prompt))]
     if len(set(held)) == 2 or len(set(by_row)) == 1:
         return held, None
@@ -501,11 +501,10 @@ def report_of(cfg, block_size, bounds, n_held_out, n_shared, counts, notes):
         for (kind, text), places in notes.items():
             if kind == wanted:
                 lines.append(f"{len(places)} {kind} {text}: {first_few(places, 5)}")
-    unused = sorted((name, len(places)) for (kind, name), places in notes.items() if kind == UNUSED)
+    unused = sorted(f"{name} ({len(places)} rows)" for (kind, name), places in notes.items()
+                    if kind == UNUSED)
     if unused:
-        (name, n), *others = unused
-        fields = [f"{name} ({n} rows)"] + [f"{name} ({n})" for name, n in others]
-        lines.append(f"{UNUSED} {first_few(fields, 20)}")
+        lines.append(f"{UNUSED} {first_few(unused, 20)}")
     return "\n".join(lines)
 
 

@@ -106,7 +106,7 @@ class Guest:
         settings = read_settings()
         modules = dict(sys.modules)
         for name in modules:
-            if name.partition(".")[0] in self.hidden:    # with what is in the package lab
+            if name.partition(".")[0] in self.hidden:    # lab, and lab.files etc. with it
                 del sys.modules[name]
         sys.modules.update(self.modules)
         main = sys.modules["__main__"] = types.ModuleType("__main__")    # workers start with this

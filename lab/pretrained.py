@@ -136,7 +136,7 @@ def read_tensors(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # With mmap only what is used is read, so not nanoGPT's optimizer. Old files cannot have it
+        # Mapped, only the tensors in use are read: not nanoGPT's optimizer. Old files cannot be
         mmap = zipfile.is_zipfile(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
     except MemoryError:

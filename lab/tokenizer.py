@@ -165,8 +165,8 @@ def special_tokens(folder, vocab, merges, added):
     """
     The tokens that text never becomes -> {token: id}, and which of them is the EOS
 
-    They are the added tokens, the EOS, and tokens whose ids come before those of the bytes, where
-    nothing can have been merged yet. The tokenizer's files name the EOS, or else the model's config.
+    They are the added tokens, the EOS, and any token with a lower id than every byte, since nothing
+    can have been merged by then. The tokenizer's files name the EOS, or else the model's config.
     """
     named = None
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
