@@ -96,20 +96,23 @@ def suffix_of(path):
 
 
 def files_of(source):
-    """The files of a source, downloaded first if need be"""
+    """The files of a source, downloaded if need be -> [(name in the folder they share, path)]"""
     if source == "hh":
         from huggingface_hub import hf_hub_download
         try:
-            return [Path(hf_hub_download("Anthropic/hh-rlhf", name, repo_type="dataset"))
-                    for name in HH]
+            paths = [Path(hf_hub_download("Anthropic/hh-rlhf", name, repo_type="dataset"))
+                     for name in HH]
         except Exception as error:
             stop(f"--data hh could not be fetched from the hub ({type(error).__name__}). If you "
                  "have HH-RLHF's files in a folder, use --data FOLDER")
-    if source == "tldr":
-        return [download(TLDR + name, Path("out/downloads/tldr") / name) for name in TLDR_FILES]
-    check_source(source)
-    path = Path(source)
-    return json_files(path) if path.is_dir() else [path]
+    elif source == "tldr":
+        paths = [download(TLDR + name, Path("out/downloads/tldr") / name) for name in TLDR_FILES]
+    else:
+        check_source(source)
+        path = Path(source)
+        paths = json_files(path) if path.is_dir() else [path]
+    shared = os.path.commonpath([path.parent for path in paths])
+    return [(os.path.relpath(path, shared), path) for path in paths]
 
 
 def download(url, path):
@@ -125,12 +128,6 @@ def download(url, path):
             stop(f"{url} could not be fetched ({error}). If you have OpenAI's comparisons in a "
                  "folder, use --data FOLDER")
     return path
-
-
-def names_of(paths):
-    """Files relative to the folder that they share"""
-    shared = os.path.commonpath([path.parent for path in paths])
-    return [os.path.relpath(path, shared) for path in paths]
 
 
 @functools.lru_cache(maxsize=2)
@@ -178,8 +175,10 @@ def records(source):
         for n, record in enumerate(hub_data_set(source[3:])):
             yield "", f"row {n}", record, None
         return
-    paths = files_of(source)
-    for name, path in zip(names_of(paths), paths):
+    named_paths = files_of(source)
+    for name, path in named_paths:
+        if len(named_paths) == 1:
+            name = ""
         if suffix_of(path) == ".txt":
             found = ((f"piece {n}", {"text": x}, None) for n, x in enumerate(pieces(path), 1))
         else:
@@ -187,7 +186,7 @@ def records(source):
         place = "its start"
         try:
             for place, record, wrong in found:
-                yield name if len(paths) > 1 else "", place, record, wrong
+                yield name, place, record, wrong
         except (OSError, EOFError, zlib.error) as error:
             stop(f"{path} cannot be read past {place} ({type(error).__name__}: {error}); check "
                  "that the file is whole and that you may read it")
@@ -247,8 +246,8 @@ def pieces(path, size=1000):
 def examples(source, notes):
     """-> where, prompt, responses of each readable row. Fills notes, {(kind, text): [where]}."""
     file_of = {}                                         # {hash of a row: first file with it}
-    for name, place, record, wrong in records(source):
-        where = f"{name} {place}".lstrip()
+    for file, place, record, wrong in records(source):
+        where = f"{file} {place}".lstrip()
         remarks = []
         try:
             if wrong:
@@ -259,7 +258,7 @@ def examples(source, notes):
             continue
         if place.startswith("piece") and "\ufffd" in responses[0]:
             remarks.append((KEPT, "with bytes that are not UTF-8, read as \ufffd"))
-        if name and file_of.setdefault(hash((prompt, *responses)), name) != name:
+        if file and file_of.setdefault(hash((prompt, *responses)), file) != file:
             remarks.append((KEPT, "repeating a row of an earlier file"))
         for remark in remarks:
             notes.setdefault(remark, []).append(where)
@@ -348,9 +347,8 @@ def rows_of(cfg, tokenizer, block_size):
     if cfg.data.startswith("hf:"):
         version = (cfg.data, hub_data_set(cfg.data[3:])._fingerprint)
     else:
-        paths = files_of(cfg.data)
         version = [(name, digest(path, path.stat().st_size, path.stat().st_mtime_ns))
-                   for name, path in zip(names_of(paths), paths)]
+                   for name, path in files_of(cfg.data)]
     key = repr((5, version, tokenizer_id(tokenizer), block_size, cfg.max_prompt_tokens,
                 cfg.text_prompt))
     path = Path("out/tokens") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
@@ -494,9 +492,9 @@ def report_of(cfg, block_size, bounds, n_held_out, n_shared, counts, notes):
     if n_shared is not None:
         lines.append("too few prompts to hold some of them out: rows are held out by a hash of the "
                      f"whole row, and {n_shared} of these share their prompt with training rows")
-    paths = [] if cfg.data.startswith("hf:") else files_of(cfg.data)
-    if paths and paths != [Path(cfg.data)]:
-        lines.append(f"files read: {first_few(names_of(paths), 20)}")
+    if not (cfg.data.startswith("hf:") or os.path.isfile(cfg.data)):
+        names = [name for name, _ in files_of(cfg.data)]
+        lines.append(f"files read: {first_few(names, 20)}")
     for wanted in (LEFT_OUT, CHANGED, KEPT):
         for (kind, text), places in notes.items():
             if kind == wanted:

@@ -168,7 +168,9 @@ def texts_of(system, prompt, responses):
         if system:
             before = join(turns_of(system, "system"), before)
         return dialogue_of(before, [turns_of(response, "assistant") for response in responses])
-    texts = (system or "", "" if prompt is None else prompt, *responses)
+    texts = [system or "", *responses]
+    if prompt is not None:
+        texts.append(prompt)
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a text is not a string")
     if prompt is None:
@@ -239,7 +241,9 @@ def dialogue_of(before, answers):
         raise ValueError("the dialogues differ before their last turn")
     if len(answers) > 1 and None in responses:
         raise ValueError("a comparison that does not end in an assistant turn")
-    return prompts[0], [] if None in responses else list(responses)
+    if None in responses:
+        return prompts[0], []
+    return prompts[0], list(responses)
 
 
 def split_turns(before, turns):
@@ -259,7 +263,7 @@ def split_turns(before, turns):
 
 
 def join(before, turns):
-    """The turns before, then the turns after them, which may hold or repeat some of those before"""
+    """Turns before, and turns after them that may repeat all or the last of them -> all, once"""
     ours, theirs = ([(role, text.strip()) for role, text in part] for part in (before, turns))
     n = len(before)
     if any(theirs[i:i + n] == ours for i in range(len(turns))):

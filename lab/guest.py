@@ -81,18 +81,19 @@ class Guest:
         self.modules = {}                                # the modules from its folder
         self.hidden = set()                              # our modules that have a namesake there
         if self.folder != HERE:
-            for name in OURS:
-                self.hide_ours(name)
+            self.hide_ours()
 
-    def hide_ours(self, name):
-        """If its folder has a module or package of this name, that is the one it imports."""
-        spec = PathFinder.find_spec(name, [str(self.folder)])
-        if spec and spec.origin:
-            self.hidden.add(name)
-        elif spec and any((self.folder / name).glob("*.py")):
-            # A package without __init__.py. Python would prefer ours, though later in sys.path
-            self.hidden.add(name)
-            self.modules[name] = importlib.util.module_from_spec(spec)
+    def hide_ours(self):
+        """If its folder has a module named like one of ours, that is the one it imports."""
+        for name in OURS:
+            spec = PathFinder.find_spec(name, [str(self.folder)])
+            if spec and spec.origin:
+                self.hidden.add(name)
+        if "lab" not in self.hidden and any((self.folder / "lab").glob("*.py")):
+            # A package without __init__.py. Python prefers ours, wherever it comes in sys.path
+            self.hidden.add("lab")
+            path = self.settings[set_path]
+            self.settings[set_path] = [entry for entry in path if Path(entry).resolve() != HERE]
 
     def load(self):
         spec = importlib.util.spec_from_file_location(self.name, self.path)

@@ -120,7 +120,8 @@ def read_bpe(folder):
     if refused:
         raise ValueError(f"{folder} asks for what GPT-2's tokenizer does not do: "
                          f"{', '.join(refused[:5])}; wanted plain byte-level BPE")
-    return vocab, [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges], added
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    return vocab, [tuple(pair) for pair in pairs], added
 
 
 def read_optional(path):
@@ -347,4 +348,6 @@ def encode_texts(tokenizer, prompts, responses):
 def decode_response(tokenizer, ids):
     """Ids -> text without the EOS, whether there was one"""
     finished = bool(ids) and ids[-1] == tokenizer.eot_token
-    return tokenizer.decode(ids[:-1] if finished else ids), finished
+    if finished:
+        ids = ids[:-1]
+    return tokenizer.decode(ids), finished
