@@ -276,15 +276,16 @@ def test_optimizer_states_and_controllers_that_do_not_fit_are_refused(thing, sta
         files.load_state(thing, state, "x", "y")
 
 
-def test_unreadable_json_is_refused_and_a_torn_last_line_of_a_log_left_out(tmp_path):
+def test_unreadable_json_is_refused_and_a_log_is_read_up_to_a_torn_line(tmp_path):
     path = tmp_path / "config.json"
     for content, error in ((b"", "JSONDecodeError"), (b"{", "JSONDecodeError"),
                            (b"[" * 100_000, "RecursionError"), (b"\xff\xfe", "UnicodeDecodeError")):
         path.write_bytes(content)
         with pytest.raises(Stopped, match=f"^error: cannot read .*config.json .{error}"):
             files.read_json(path)
-    path.write_text('{"step": 0}\n{"step": 1}\n{"ste')
-    assert files.read_lines(path) == [{"step": 0}, {"step": 1}]
+    for torn in ('{"ste', '{"ste\n{"step": 3}\n'):
+        path.write_text('{"step": 0}\n{"step": 1}\n' + torn)
+        assert files.read_lines(path) == [{"step": 0}, {"step": 1}]
     assert files.read_lines(tmp_path / "none") == []
 
 
@@ -1303,6 +1304,9 @@ def test_fields_that_are_not_used_are_named_with_how_many_rows_have_them(empty_f
     report = rows_for(empty_folder, tokenizer, [many, many, *rows]).report
     assert "\nfields not used: field0 (2 rows), field1 (2 rows), " in report
     assert report.endswith(", ..")
+    remarks = []
+    forms.read_record({"messages": [USER("a")], "chosen": "b", "rejected": "c"}, remarks)
+    assert remarks == []                                 # here the messages are the prompt
 
 
 def test_special_tokens_written_out_in_responses_are_counted(empty_folder, tokenizer):
