@@ -109,7 +109,7 @@ def write_rows(path, rows):
 @pytest.fixture
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    corpus.opened.cache_clear()
+    corpus.load_rows.cache_clear()
     return tmp_path
 
 

@@ -1,5 +1,5 @@
 """
-The workshop: files, settings, tokenizers, data sets, runs. The stages of the root serve as examples.
+The workshop: files, settings, tokenizers, data sets, runs. The root's stages serve as examples.
 
     python -m pytest -q lab         all of it
 
@@ -70,189 +70,223 @@ SCRIPTS = (sft, reward_model, ppo, dpo, grpo, policy_gradient, evaluate)
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])
 @pytest.mark.parametrize("after", [False, True])
-def test_a_process_killed_while_it_writes_leaves_the_old_file_or_the_new_one(name, after, tmp_path, monkeypatch):
+def test_a_process_killed_while_it_writes_leaves_the_old_file_or_the_new(
+        name, after, tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     files.write(path, "old")
 
     def work():
         killed_at(monkeypatch, os, name, 1, after)
         files.write(path, "new")
+
     assert in_a_child(work) == -signal.SIGKILL
-    assert path.read_text() == ("new" if name == "replace" and after else "old")
-    files.write(path, "newer")                                                 # over what was left beside it
+    was_renamed = name == "replace" and after
+    assert path.read_text() == ("new" if was_renamed else "old")
+    files.write(path, "newer")                           # over anything left beside it
     assert path.read_text() == "newer" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path):
-    """/dev/full is a disk without any space, as far as a program can tell"""
+    """/dev/full is a disk without any space, as far as a program can tell."""
     path = tmp_path / "checkpoint.pt"
     files.write(path, "old")
-    for write in (lambda file: file.write(b"x"), lambda file: torch.save({"w": torch.ones(100_000)}, file)):
+
+    def write_a_byte(file):
+        file.write(b"x")
+
+    def save_a_tensor(file):
+        torch.save({"w": torch.ones(100_000)}, file)
+
+    for write in (write_a_byte, save_a_tensor):
         (tmp_path / "checkpoint.pt.tmp").symlink_to("/dev/full")
-        with pytest.raises(Stopped, match="^error: .*checkpoint.pt could not be written .No space left on device.. what stood "
-                                             "there before is as it was. Make room, .* with --resume if an update had been saved"):
+        with pytest.raises(Stopped, match="^error: could not write .*checkpoint.pt: No space left "
+                                          "on device. The previous version is intact. Free some "
+                                          "space .* --resume if a checkpoint exists"):
             with files.replacing(path, "wb") as file:
                 write(file)
         assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
-    with pytest.raises(Stopped, match="log.jsonl could not be written .No space left on device"):
+    with pytest.raises(Stopped, match="could not write .*log.jsonl: No space left on device"):
         files.append(tmp_path / "log.jsonl", "{}\n")
 
 
-def test_everything_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
-    done = []
+def test_content_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
+    calls = []
     for name in ("fsync", "replace"):
-        monkeypatch.setattr(os, name, lambda *args, name=name, original=getattr(os, name): (done.append((name, args)), original(*args))[1])
+        def recorded(*args, name=name, original=getattr(os, name)):
+            calls.append(name)
+            return original(*args)
+        monkeypatch.setattr(os, name, recorded)
     files.write(tmp_path / "a", "text")
-    assert [name for name, _ in done] == ["fsync", "replace"]
-    done.clear()
-    with files.new_folder(tmp_path / "b") as finished_run:
-        (finished_run / "one").write_text("1")
-        (finished_run / "deeper").mkdir()
-        (finished_run / "deeper" / "two").write_text("2")
-    assert [name for name, _ in done] == ["fsync", "fsync", "replace"]         # two files, then the folder's name
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b", "deeper", "one", "two"]
+    assert calls == ["fsync", "replace"]
+    calls.clear()
+    with files.new_folder(tmp_path / "b") as folder:
+        (folder / "one").write_text("1")
+        (folder / "deeper").mkdir()
+        (folder / "deeper" / "two").write_text("2")
+    assert calls == ["fsync", "fsync", "replace"]        # two files, then the folder's name
+    names = sorted(path.name for path in tmp_path.rglob("*"))
+    assert names == ["a", "b", "deeper", "one", "two"]
 
 
 def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path):
     with pytest.raises(ZeroDivisionError):
-        with files.new_folder(tmp_path / "x") as finished_run:
-            (finished_run / "half").write_text("1")
+        with files.new_folder(tmp_path / "x") as folder:
+            (folder / "half").write_text("1")
             1 / 0
     assert not list(tmp_path.iterdir())
-    (tmp_path / "x").mkdir()
-    for text in ("first", "second"):
-        with files.new_folder(tmp_path / "x", unless_there=True) as finished_run:    # an empty one is as good as none
-            (finished_run / "file").write_text(text)
+    (tmp_path / "x").mkdir()                             # an empty one may be replaced
+    with files.new_folder(tmp_path / "x") as folder:
+        (folder / "file").write_text("first")
     assert (tmp_path / "x" / "file").read_text() == "first"
-    with pytest.raises(Stopped, match="x could not be written"):
-        with files.new_folder(tmp_path / "x") as finished_run:
-            pass
-    assert (tmp_path / "x" / "file").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(Stopped, match="could not write .*x: Directory not empty"):
+        with files.new_folder(tmp_path / "x") as folder:
+            (folder / "file").write_text("second")
+    assert (tmp_path / "x" / "file").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
 
 
-def test_rows_are_read_where_files_cannot_be_mapped(tmp_path, monkeypatch):
-    np.save(tmp_path / "a.npy", np.arange(3))
-    assert isinstance(corpus.mapped(tmp_path / "a.npy"), np.memmap)
-    original = np.load
-    def load(path, mmap_mode=None):
-        if mmap_mode:
-            raise OSError(errno.ENODEV, "No such device")
-        return original(path)
-    monkeypatch.setattr(np, "load", load)
-    assert corpus.mapped(tmp_path / "a.npy").tolist() == [0, 1, 2]
-
-
-def test_a_digest_is_of_the_whole_file_and_read_in_blocks(tmp_path):
-    (tmp_path / "large").write_bytes(bytes(range(256)) * 2 ** 16)              # 16 MB
+def test_a_digest_covers_the_whole_file_and_reads_it_in_blocks(tmp_path):
+    content = bytes(range(256)) * 2 ** 16                # 16 MB
+    (tmp_path / "large").write_bytes(content)
     tracemalloc.start()
     try:
         digest = files.digest(tmp_path / "large")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert digest == hashlib.sha256(bytes(range(256)) * 2 ** 16).hexdigest() and peak < 2 ** 21
+    assert digest == hashlib.sha256(content).hexdigest() and peak < 2 ** 21
 
 
-def test_a_lock_is_one_processs_and_free_again_when_that_is_killed(tmp_path):
-    code = f"import files, time; lock = files.one_process('{tmp_path}/lock', lambda: 'taken'); print('held', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout.readline() == "held\n"
-        with pytest.raises(Stopped, match="error: taken by another"):
-            files.one_process(tmp_path / "lock", lambda: "taken by another")
-        first.kill()
-    lock = files.one_process(tmp_path / "lock", lambda: "taken by another")
-    assert files.one_process(tmp_path / "lock", lambda: "taken by another") is lock     # this process has it
+def test_one_process_at_a_time_has_a_lock_and_a_killed_one_gives_it_back(tmp_path):
+    path = tmp_path / "lock"
+    readable, writable = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            lock = files.one_process(path, lambda: "taken")
+            os.write(writable, b"held")
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(writable)
+    assert os.read(readable, 4) == b"held"
+    os.close(readable)
+    with pytest.raises(Stopped, match="error: taken by another"):
+        files.one_process(path, lambda: "taken by another")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    lock = files.one_process(path, lambda: "taken by another")
+    assert files.one_process(path, lambda: "taken by another") is lock         # this process has it
     lock.release(force=True)
 
 
-def a_checkpoint(folder, **more):
+def stored_checkpoint(folder):
+    """The path of a small checkpoint in a new folder"""
     folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
-    torch.save({"step": 3, "config": {}, "policy": {"w": torch.randn(2000)}, **more}, folder / "checkpoint.pt")
+    saved = {"step": 3, "config": {}, "policy": {"w": torch.randn(2000)}}
+    torch.save(saved, folder / "checkpoint.pt")
     return folder / "checkpoint.pt"
 
 
-def test_a_checkpoint_with_any_bit_turned_or_cut_short_is_refused_by_name(tmp_path):
-    path = a_checkpoint(tmp_path / "stage")
-    whole, chance = path.read_bytes(), random.Random(0)
+def test_a_checkpoint_that_was_cut_short_is_refused_by_name(tmp_path):
+    path = stored_checkpoint(tmp_path / "stage")
+    whole = path.read_bytes()
     files.load_checkpoint(path.parent)
-    weights = whole.index(files.load_checkpoint(path.parent)["policy"]["w"].numpy().tobytes())
-    for at in [weights, weights + 7999, *(chance.randrange(weights, weights + 8000) for _ in range(20))]:
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1:])
-        with pytest.raises(Stopped, match=r"stage/checkpoint.pt cannot be read as a checkpoint \("):
-            files.load_checkpoint(path.parent)
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(Stopped, match="stage/checkpoint.pt cannot be read as a checkpoint"):
+        with pytest.raises(Stopped, match=r"cannot read .*stage/checkpoint.pt as a checkpoint \("):
             files.load_checkpoint(path.parent)
 
 
-def test_a_checkpoint_that_memory_is_too_short_for_is_not_called_damaged(tmp_path, monkeypatch):
-    path = a_checkpoint(tmp_path / "stage")
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError()))
+def test_a_checkpoint_too_large_for_the_memory_is_not_called_damaged(tmp_path, monkeypatch):
+    def load(*args, **kwargs):
+        raise MemoryError
+    path = stored_checkpoint(tmp_path / "stage")
+    monkeypatch.setattr(torch, "load", load)
     with pytest.raises(MemoryError):
         files.load_checkpoint(path.parent)
 
 
 def test_foreign_and_malicious_checkpoints_are_refused_and_run_nothing(tmp_path):
-    path, owned = a_checkpoint(tmp_path / "stage"), tmp_path / "owned"
+    path = stored_checkpoint(tmp_path / "stage")
+    owned = tmp_path / "owned"
 
-    def refused(message):
-        with pytest.raises(Stopped, match="^error: .*stage/checkpoint.pt " + message):
+    def assert_refused(message):
+        with pytest.raises(Stopped, match=f"^error: {message}"):
             files.load_checkpoint(path.parent, "policy", "gpt")
-    refused("holds no gpt but step, config, policy: it belongs to another stage or program")
-    for saved, message in (({"model": {}}, "holds no step but model"), ([1, 2], "holds no step but a list"),
-                           (torch.zeros(3), "holds no step but a Tensor"), ({}, "holds no step but "),
-                           ({"step": "x", "config": {}, "policy": 1, "gpt": 1}, "is no checkpoint of this project: its step is 'x'"),
-                           ({"step": 1, "config": [], "policy": 1, "gpt": 1}, "is no checkpoint of this project")):
+
+    def assert_unreadable(error):
+        assert_refused(f"cannot read .*stage/checkpoint.pt as a checkpoint .{error}")
+
+    foreign = ".*stage/checkpoint.pt has no {}, so a different stage or program wrote it"
+    assert_refused(foreign.format("gpt"))
+    for saved in ({"model": {}}, [1, 2], torch.zeros(3), {}):
         torch.save(saved, path)
-        refused(message)
+        assert_refused(foreign.format("step"))
+    for step, config in (("x", {}), (1, [])):
+        torch.save({"step": step, "config": config, "policy": 1, "gpt": 1}, path)
+        assert_refused(".*stage/checkpoint.pt is not a checkpoint of this project: its step is "
+                       f"{step!r}")
     torch.save({"step": 1, "config": {}, "policy": Malicious(owned), "gpt": {}}, path)
-    refused("cannot be read as a checkpoint .UnpicklingError")
+    assert_unreadable("UnpicklingError")
     torch.save({"step": Malicious(owned)}, path, _use_new_zipfile_serialization=False)
-    refused("cannot be read as a checkpoint .BadZipFile")
-    path.write_bytes(pickle.dumps(Malicious(owned)))
-    refused("cannot be read as a checkpoint .BadZipFile")
+    assert_unreadable("UnpicklingError")
+    path.write_bytes(pickle.dumps(Malicious(owned), protocol=2))
+    assert_unreadable("UnpicklingError")
     torch.save({"step": 1}, path)
     with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "other", "w") as empty:
-        for name in whole.namelist():                    # checksums right, nothing in it
-            empty.writestr(name, b"" if name.endswith("data.pkl") else whole.read(name))
+        for name in whole.namelist():                    # right checksums, and no data
+            content = b"" if name.endswith("data.pkl") else whole.read(name)
+            empty.writestr(name, content)
     shutil.copy(tmp_path / "other", path)
-    refused("cannot be read as a checkpoint .EOFError")
+    assert_unreadable("EOFError")
     path.unlink()
-    refused("cannot be read as a checkpoint .FileNotFoundError")
+    assert_unreadable("FileNotFoundError")
     path.mkdir()
-    refused("cannot be read as a checkpoint .IsADirectoryError")
+    assert_unreadable("IsADirectoryError")
     assert not owned.exists()
 
 
 @pytest.mark.parametrize("state, message", [
     ({}, "Missing key.s. in state_dict: .weight., .bias."),
-    ({"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, r"size mismatch for weight: .*\[3, 2\].*\[2, 3\]"),
-    ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "more": torch.zeros(1)}, "Unexpected key.s. in state_dict: .more"),
-    ({"weight": 1.0, "bias": 2.0}, "weight"), (None, "Expected state_dict to be dict-like"), ([1], "Expected state_dict to be dict-like")])
-def test_weights_that_do_not_fit_are_refused_with_what_differs(state, message):
-    with pytest.raises(Stopped, match="^error: out/here/sft/checkpoint.pt: policy does not fit the Linear it is read for: .*" + message + ".*; bring it back from a copy, run sft.py with --overwrite for the run here, or"):
+    ({"weight": torch.zeros(3, 2), "bias": torch.zeros(2)},
+     r"size mismatch for weight: .*\[3, 2\].*\[2, 3\]"),
+    ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "more": torch.zeros(1)},
+     "Unexpected key.s. in state_dict: .more"),
+    ({"weight": 1.0, "bias": 2.0}, "weight"),
+    (None, "Expected state_dict to be dict-like"),
+    ([1], "Expected state_dict to be dict-like")])
+def test_weights_that_do_not_fit_are_refused_with_the_difference(state, message):
+    with pytest.raises(Stopped, match="^error: out/here/sft/checkpoint.pt: the policy in it does "
+                                      f"not fit this Linear: .*{message}.*; restore it from a "
+                                      "copy, run sft.py with --overwrite for the run here, or"):
         files.load_state(torch.nn.Linear(3, 2), state, "out/here/sft", "policy")
 
 
-def test_optimizer_states_and_controllers_that_do_not_fit_are_refused_too():
-    for thing, state in ((torch.optim.AdamW([torch.zeros(2, requires_grad=True)]), {"state": {}, "param_groups": []}),
-                         (torch.optim.AdamW([torch.zeros(2, requires_grad=True)]), {}), (ppo.ProportionalKL(1, 2, 3), {"coef": 1.0}),
-                         (ppo.ProportionalKL(1, 2, 3), 7)):
-        with pytest.raises(Stopped, match="^error: x/checkpoint.pt: y does not fit the (AdamW|ProportionalKL)"):
-            files.load_state(thing, state, "x", "y")
+@pytest.mark.parametrize("thing, state", [
+    (torch.optim.AdamW([torch.zeros(2, requires_grad=True)]), {"state": {}, "param_groups": []}),
+    (torch.optim.AdamW([torch.zeros(2, requires_grad=True)]), {}),
+    (ppo.ProportionalKL(1, 2, 3), {"coef": 1.0}),
+    (ppo.ProportionalKL(1, 2, 3), 7)], ids=["groups", "empty", "names", "number"])
+def test_optimizer_states_and_controllers_that_do_not_fit_are_refused(thing, state):
+    with pytest.raises(Stopped, match="^error: x/checkpoint.pt: the y in it does not fit this "
+                                      f"{type(thing).__name__}"):
+        files.load_state(thing, state, "x", "y")
 
 
-def test_json_that_cannot_be_read_is_refused_and_a_torn_last_line_of_a_log_left_out(tmp_path):
+def test_unreadable_json_is_refused_and_a_log_is_read_up_to_a_torn_line(tmp_path):
     path = tmp_path / "config.json"
-    for content in (b"", b"{", b"[" * 100_000, b"\xff\xfe"):
+    for content, error in ((b"", "JSONDecodeError"), (b"{", "JSONDecodeError"),
+                           (b"[" * 100_000, "RecursionError"), (b"\xff\xfe", "UnicodeDecodeError")):
         path.write_bytes(content)
-        with pytest.raises(Stopped, match="^error: .*config.json cannot be read .(JSONDecodeError|RecursionError|UnicodeDecodeError)"):
+        with pytest.raises(Stopped, match=f"^error: cannot read .*config.json .{error}"):
             files.read_json(path)
-    path.write_text('{"step": 0}\n{"step": 1}\n{"ste')
-    assert files.read_lines(path) == [{"step": 0}, {"step": 1}] and files.read_lines(tmp_path / "none") == []
+    for torn in ('{"ste', '{"ste\n{"step": 3}\n'):
+        path.write_text('{"step": 0}\n{"step": 1}\n' + torn)
+        assert files.read_lines(path) == [{"step": 0}, {"step": 1}]
+    assert files.read_lines(tmp_path / "none") == []
 
 
 # --------------------------------------------------------------------------------------------------
@@ -263,23 +297,24 @@ def test_json_that_cannot_be_read_is_refused_and_a_torn_last_line_of_a_log_left_
     ("--stesp 5", "unknown option --stesp (did you mean --steps?)"),
     ("--steps five", "--steps got five; it takes a whole number"),
     ("--steps 1.5", "--steps got 1.5; it takes a whole number"),
-    ("--steps", "--steps needs a value"),
-    ("--steps --resume", "--steps needs a value"),
+    ("--steps", "--steps: expected one argument"),
+    ("--steps --resume", "--steps: expected one argument"),
     ("--lr nan", "--lr got nan; it takes a number"),
     ("--lr fast", "--lr got fast; it takes a number"),
-    ("--surrogate clap", "--surrogate got 'clap' (did you mean clip?); it takes one of: clip, kl_penalty"),
+    ("--surrogate clap",
+     "--surrogate got 'clap' (did you mean clip?); it takes one of: clip, kl_penalty"),
     ("--config smal", "unknown --config smal (did you mean small?); there are: small, tiny"),
     ("--resume maybe", "--resume got maybe; it takes 1 or 0"),
     ("steps 5", "unknown option steps"),
     ("--missing_eos_score low", "--missing_eos_score got low; it takes a number"),
-    ("--score_clip", "--score_clip needs a value; --help says which"),
+    ("--score_clip", "--score_clip: expected one argument. --help lists all options"),
     ("--batch_size 0", "--batch_size got 0; it takes a whole number from 1"),
-    ("--ema 1.0", "--ema got 1.0; it takes a number from 0 to 1, but not 1"),
+    ("--ema 1.0", "--ema got 1.0; it takes a number from 0 to just below 1"),
     ("--save_every -1", "--save_every got -1; it takes a whole number from 1"),
     ("--beta -0.1", "--beta got -0.1; it takes a number from 0"),
     ("--temperature 0", "--temperature got 0.0; it takes a number above 0"),
     ("--kl_target 0", "--kl_target got 0.0; it takes a number above 0")])
-def test_bad_command_lines_end_with_what_was_got_and_what_was_wanted(argv, message):
+def test_bad_command_lines_are_refused_with_the_value_and_a_valid_range(argv, message):
     with pytest.raises(Stopped) as stopped:
         settings.parse(ppo.Config, "", argv.split())
     assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
@@ -296,31 +331,34 @@ OUT_OF_RANGE = {                                         # by what the message s
     "a number from 0 to just below 1": [-0.5, 1.0, 1.5],
     "a number": [],
 }
+WRONG_NAMES = ["..", "a/..", "/", "a\\b", "tokens", "out/tokens", "x\0y", "x" * 101, "\udcff"]
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, sample], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("script", [*SCRIPTS, sample], ids=lambda script: script.__name__)
 def test_every_field_is_typed_and_range_checked_before_any_work(script, empty_folder):
-    """Also where a Config is made in Python, or a preset was edited"""
-    kinds, refused = typing.get_type_hints(script.Config), {}
+    """A Config made in Python and an edited preset are checked too."""
+    kinds = typing.get_type_hints(script.Config)
+    ranges = settings.RANGES | script.Config.ranges
+    refused = set()
     for name, kind in kinds.items():
         optional = type(None) in typing.get_args(kind)
         base = typing.get_args(kind)[0] if optional else kind
         wrong = list(WRONG.get(base, ["no such option", None, 0]))
         if base in (int, float):
             usual = settings.COUNT if base is int else settings.FROM_0
-            wanted = (settings.RANGES | script.Config.ranges).get(name, usual)
-            wrong += OUT_OF_RANGE[wanted[0]]
+            wrong += OUT_OF_RANGE[ranges.get(name, usual)[0]]
         if name in ("out", "base"):
-            wrong += ["..", "a/..", "/", "a\\b", "tokens", "out/tokens", "x\0y", "x" * 101, "\udcff"]
+            wrong += WRONG_NAMES
         for value in wrong:
             if value is None and optional:
                 continue
-            with pytest.raises(Stopped, match=rf"^error: --{name} got {re.escape(repr(value))}.*; it takes ."):
+            got = re.escape(repr(value))
+            with pytest.raises(Stopped, match=rf"^error: --{name} got {got}.*; it takes ."):
                 settings.check_fields(dataclasses.replace(tiny_config(script), **{name: value}))
-            refused[name] = value
-        if base is float and (settings.RANGES | script.Config.ranges).get(name) != settings.BELOW_1:
+            refused.add(name)
+        if base is float and ranges.get(name) != settings.BELOW_1:
             settings.check_fields(dataclasses.replace(tiny_config(script), **{name: 1}))
-    assert refused.keys() == kinds.keys()
+    assert refused == kinds.keys()
     if script is not sample:                             # which has no folder of its own
         with pytest.raises(Stopped, match="^error: --seed got -1; it takes a whole number from 0"):
             script.main(tiny_config(script, seed=-1))
@@ -329,33 +367,55 @@ def test_every_field_is_typed_and_range_checked_before_any_work(script, empty_fo
     assert not list(empty_folder.iterdir())
 
 
+def id_of_case(part):
+    """A script's name, the changed fields, and nothing for a message"""
+    if isinstance(part, types.ModuleType):
+        return part.__name__
+    return " ".join(part) if isinstance(part, dict) else ""
+
+
 @pytest.mark.parametrize("script, changes, message", [
-    (ppo, dict(minibatch_size=24), "--minibatch_size 24 does not divide --batch_size 32: .*; 16 does"),
-    (ppo, dict(n_eval=100_000), r"100000 held-out prompts are asked for .*, there are \d+; lower it"),
-    (ppo, dict(reward="nowhere.py:f"), "--reward got nowhere.py:f, but nowhere.py is not there"),
-    (ppo, dict(reward="broken.py:f"), "but broken.py cannot be read .SyntaxError"), (ppo, dict(reward="fine.py:g"), "but fine.py has no function g"),
+    (ppo, dict(minibatch_size=24),
+     "--minibatch_size 24 does not divide --batch_size 32.*; 16 does"),
+    (ppo, dict(n_eval=100_000),
+     r"100000 held-out prompts are wanted .* there are \d+; lower it"),
+    (ppo, dict(reward="nowhere.py:f"),
+     "--reward got nowhere.py:f, but nowhere.py does not exist"),
+    (ppo, dict(reward="broken.py:f"), "but broken.py cannot be read .SyntaxError"),
+    (ppo, dict(reward="fine.py:g"), "but fine.py has no function g"),
     (ppo, dict(reward="fine.py:"), "has no function after a colon"),
-    (ppo, dict(reward="nowhere/c2:toxic"), "--reward got nowhere/c2; it takes reward_model, path"),
+    (ppo, dict(reward="nowhere/c2:toxic"),
+     "--reward got nowhere/c2; it takes reward_model, path"),
     (ppo, dict(data="review"), r"--data got review .did you mean reviews\?.; it takes reviews, hh"),
     (ppo, dict(data="fine.jsnl"), r"--data got fine.jsnl .did you mean fine.jsonl\?.; it takes"),
     (ppo, dict(ptx_coef=1.0, ptx_data="none.txt"), "--ptx_data got none.txt.*; it takes"),
-    (ppo, dict(base="tinny"), r"--base tinny has no finished out/tinny/sft .did you mean tiny\?."),
-    (grpo, dict(minibatch_size=12), "does not divide"), (policy_gradient, dict(minibatch_size=5), "does not divide"),
-    (ppo, dict(reward="reward_modle"), r"--reward got reward_modle .did you mean reward_model\\?."),
-    (ppo, dict(reward="fine.py"), "--reward got fine.py; name the function in it, too: fine.py:FUNCTION"),
-    (ppo, dict(data="stories.txt"), "--data stories.txt has no comparisons, but rows of one response"),
-    (ppo, dict(config="imdb", reward="reward_model"), "--config imdb has no reward model; give a --reward"),
-    (ppo, dict(kl_horizon=5.0), "--kl_horizon 5.0 is so short that beta could fall below 0"), (ppo, dict(device="meta"), "these scripts know cpu, cuda and mps"),
+    (ppo, dict(base="tinny"),
+     r"--base tinny has no finished out/tinny/sft .did you mean tiny\?."),
+    (grpo, dict(minibatch_size=12), "does not divide"),
+    (policy_gradient, dict(minibatch_size=5), "does not divide"),
+    (ppo, dict(reward="reward_modle"), r"--reward got reward_modle .did you mean reward_model\?."),
+    (ppo, dict(reward="fine.py"), "--reward got fine.py; name the function .* fine.py:FUNCTION"),
+    (ppo, dict(data="stories.txt"),
+     "--data stories.txt has no comparisons, only rows with one response or none"),
+    (ppo, dict(config="imdb", reward="reward_model"),
+     "--config imdb has no reward model; give a --reward"),
+    (ppo, dict(kl_horizon=5.0),
+     "--kl_horizon 5.0 is so short that one update could take beta below 0"),
+    (ppo, dict(device="meta"), "these scripts know cpu, cuda and mps"),
     (evaluate, dict(runs="tinny"), "--runs names tinny, but out/tinny has no finished stage"),
-    (evaluate, dict(overoptimise=True, weak_rankings=2), "--weak_rankings 2 is less than one batch of 4"),
+    (evaluate, dict(overoptimise=True, weak_rankings=2),
+     "--weak_rankings 2 is less than one batch of 4"),
     (reward_model, dict(n_prompts=2), "there are 2 rankings to train on, less than one batch"),
-    (reward_model, dict(n_responses=1), "a comparison takes at least 2"), (dpo, dict(data="nowhere"), "--data got nowhere"),
-    (sft, dict(n_head=3), "--n_embd 32 is no multiple of --n_head 3"), (sft, dict(vocab_size=256), "--vocab_size got 256; it takes 257 or more"),
-    (evaluate, dict(data="nowhere"), "--data got nowhere"), (evaluate, dict(n_eval=100_000), "held-out prompts are asked for")],
-    ids=lambda x: getattr(x, "__name__", None) or (" ".join(x) if isinstance(x, dict) else ""))
-def test_settings_that_cannot_be_are_refused_before_any_work(script, changes, message, empty_folder):
+    (reward_model, dict(n_responses=1), "a comparison takes at least 2"),
+    (dpo, dict(data="nowhere"), "--data got nowhere"),
+    (sft, dict(n_head=3), "--n_embd 32 is not a multiple of --n_head 3"),
+    (sft, dict(vocab_size=256), "--vocab_size got 256; it takes 257 or more"),
+    (evaluate, dict(data="nowhere"), "--data got nowhere"),
+    (evaluate, dict(n_eval=100_000), "held-out prompts are wanted")], ids=id_of_case)
+def test_impossible_settings_are_refused_before_any_work(script, changes, message, empty_folder):
     (empty_folder / "broken.py").write_text("def f(:")
-    (empty_folder / "fine.py").write_text("def f(prompts, responses):\n    return [0.0] * len(prompts)\n")
+    (empty_folder / "fine.py").write_text(
+        "def f(prompts, responses):\n    return [0.0] * len(prompts)\n")
     (empty_folder / "fine.jsonl").write_text("{}")
     (empty_folder / "stories.txt").write_text("a story")
     (empty_folder / "out" / "tiny" / "sft").mkdir(parents=True)
@@ -366,11 +426,12 @@ def test_settings_that_cannot_be_are_refused_before_any_work(script, changes, me
 
 
 def test_command_lines_set_typed_fields_over_a_preset():
-    cfg = settings.parse(ppo.Config, "", (
-        "--config tiny --lr=1e-5 --missing_eos_score none --kl-control fixed --whiten_rewards --seed 3 "
-        "--score_clip 2 --warmup 0").split())
-    assert (cfg.config, cfg.lr, cfg.missing_eos_score, cfg.kl_control) == ("tiny", 1e-5, None, "fixed")
-    assert (cfg.whiten_rewards, cfg.seed, cfg.score_clip) == (True, 3, 2.0)
+    argv = ("--config tiny --lr=1e-5 --missing_eos_score none --kl-control fixed --whiten_rewards "
+            "--seed 3 --score_clip 2 --warmup 0")
+    cfg = settings.parse(ppo.Config, "", argv.split())
+    assert (cfg.config, cfg.lr, cfg.missing_eos_score, cfg.kl_control) == (
+        "tiny", 1e-5, None, "fixed")
+    assert (cfg.whiten_rewards, cfg.seed, cfg.score_clip, cfg.warmup) == (True, 3, 2.0, 0)
     assert cfg.batch_size == ppo.Config.presets["tiny"]["batch_size"]
 
 
@@ -379,76 +440,96 @@ def test_a_config_takes_its_presets_values_and_then_those_given():
     assert (cfg.steps, cfg.batch_size, cfg.max_new_tokens) == (3, 32, 24)
     assert ppo.Config() == ppo.Config(config="small") and ppo.Config().save_every == 20
     assert dataclasses.replace(cfg, lr=1.0).batch_size == 32
-    with pytest.raises(Stopped, match=r"unknown --config tine .did you mean tiny\?.; there are: small, tiny"):
+    wrong = r"unknown --config tine .did you mean tiny\?.; there are: small, tiny"
+    with pytest.raises(Stopped, match=wrong):
         ppo.Config(config="tine")
 
-    class Mine(ppo.Config):                              # as in a notebook, whose module has no presets
+    class Mine(ppo.Config):                              # as in a notebook
         pass
-    assert Mine(config="tiny", steps=3) == cfg or dataclasses.asdict(Mine(config="tiny", steps=3)) == dataclasses.asdict(cfg)
-    assert settings.command(Mine(config="tiny", steps=3), "ppo") == "python ppo.py --config tiny --steps 3"
+    mine = Mine(config="tiny", steps=3)
+    assert dataclasses.asdict(mine) == dataclasses.asdict(cfg)
+    assert settings.command(mine, "ppo") == "python ppo.py --config tiny --steps 3"
 
 
 @pytest.mark.parametrize("words, value", [
-    (["--prompt", "-- list all"], "-- list all"), (["--prompt=--n"], "--n"), (["--prompt=--seed=3"], "--seed=3"),
-    (["--prompt="], ""), (["--prompt", "a=b"], "a=b"), (["--prompt", "-1"], "-1"), (["--prompt", "--two\n\nlines"], "--two\n\nlines")])
-def test_a_value_may_be_anything_with_an_equals_sign_and_most_things_without(words, value):
+    (["--prompt", "-- list all"], "-- list all"),
+    (["--prompt=--n"], "--n"),
+    (["--prompt=--seed=3"], "--seed=3"),
+    (["--prompt="], ""),
+    (["--prompt", "a=b"], "a=b"),
+    (["--prompt", "-1"], "-1"),
+    (["--prompt=--two\n\nlines"], "--two\n\nlines")])
+def test_any_value_can_be_given_with_an_equals_sign(words, value):
+    """Without one, a value may begin with - if it is a negative number or contains a space."""
     cfg = settings.parse(sample.Config, "", ["--config", "tiny", *words, "--n", "2"])
     assert (cfg.prompt, cfg.n) == (value, 2)
     again = shlex.split(settings.command(cfg, "sample"))[2:]
     assert settings.parse(sample.Config, "", again) == cfg
-    with pytest.raises(Stopped, match="--prompt needs a value; .* given as --prompt=VALUE"):
+    with pytest.raises(Stopped, match="--prompt: expected .* is given as --flag=VALUE"):
         settings.parse(sample.Config, "", ["--prompt", "--n", "2"])
 
 
 def test_columns_of_the_log_never_touch():
-    for value in (0, 0.5, -0.5, 12.3456, 99.9996, -99.9996, 123.456, -999.99, 2993.75, 9999.96, -99999.9, 1e6, -1e6, 1e100, -1e-100, 3e-3):
+    for value in (0, 0.5, -0.5, 12.3456, 99.9996, -99.9996, 123.456, -999.99, 2993.75, 9999.96,
+                  -99999.9, 1e6, -1e6, 1e100, -1e-100, 3e-3):
         text = reports.short(value)
         assert len(text) <= 7 and float(text) == pytest.approx(value, rel=0.05, abs=1e-3), value
-    assert [reports.short(x) for x in (0.1234, -1.5, 0.0, 4e-4, math.nan, None)] == ["0.123", "-1.500", "0.000", "4e-04", "nan", "nan"]
+    values = [0.1234, -1.5, 0.0, 4e-4, math.nan, None]
+    assert [reports.short(x) for x in values] == ["0.123", "-1.500", "0.000", "4e-04", "nan", "nan"]
 
 
 def test_json_files_hold_no_nan(tmp_path):
-    files.write_lines(tmp_path / "log", [{"a": math.nan, "b": [math.inf, 1.5], "c": {"d": -math.inf, "e": "NaN"}}])
-    text = (tmp_path / "log").read_text()
-    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == {"a": None, "b": [None, 1.5], "c": {"d": None, "e": "NaN"}}
+    line = {"a": math.nan, "b": [math.inf, 1.5], "c": {"d": -math.inf, "e": "NaN"}}
+    files.write_lines(tmp_path / "log", [line])
+    found = json.loads((tmp_path / "log").read_text(), parse_constant=pytest.fail)
+    assert found == {"a": None, "b": [None, 1.5], "c": {"d": None, "e": "NaN"}}
 
 
-def written_to(encoding):
+@pytest.mark.parametrize("encoding, shown", [
+    ("cp1252", "± \\U0001f98a"),
+    ("ascii", "\\xb1 \\U0001f98a"),
+    ("utf-8", "± 🦊")])
+def test_characters_that_the_output_cannot_encode_are_escaped(encoding, shown, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
-    return stream, lambda: stream.buffer.getvalue().decode(encoding)
-
-
-@pytest.mark.parametrize("encoding, shown", [("cp1252", "± \\U0001f98a"), ("ascii", "\\xb1 \\U0001f98a"), ("utf-8", "± 🦊")])
-def test_what_the_outputs_encoding_lacks_is_escaped(encoding, shown, monkeypatch):
-    stream, written = written_to(encoding)
     monkeypatch.setattr(sys, "stdout", stream)
     runs.self_contained(lambda cfg: print("± 🦊"))(None)
-    assert written() == shown + "\n" and sys.stdout is stream
+    assert stream.buffer.getvalue().decode(encoding) == shown + "\n" and sys.stdout is stream
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "gone"), ValueError("I/O operation on closed file"), None])
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "full"),
+    OSError(errno.EIO, "gone"),
+    ValueError("I/O operation on closed file"),
+    None])
 def test_output_that_cannot_be_written_is_dropped(error, monkeypatch):
+    """None: there is no standard output at all."""
     def fails(*args):
         raise error
-    stream = error and types.SimpleNamespace(write=fails, flush=fails, isatty=lambda: True, closed=False)
-    monkeypatch.setattr(sys, "stdout", stream)
+
     def main(cfg):
         print("a line", flush=True)
         list(reports.progress([1], "working"))
         return "done"
+
+    stream = None
+    if error:
+        stream = types.SimpleNamespace(write=fails, flush=fails, isatty=lambda: True, closed=False)
+    monkeypatch.setattr(sys, "stdout", stream)
     assert runs.self_contained(main)(None) == "done" and sys.stdout is stream
 
 
 def test_a_main_leaves_the_process_as_it_found_it(monkeypatch):
     def numbers():
         return random.random(), np.random.rand(), torch.rand(1).item()
-    def main(cfg):
+
+    def main(stops):
         process.seed_all(0)
         process.pick_device(tiny_config(sft, deterministic=True))
         signal.signal(signal.SIGTERM, lambda *args: None)
         numbers()
-        if cfg:
+        if stops:
             files.stop("as asked")
+
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     handler = signal.getsignal(signal.SIGTERM)
     process.seed_all(5)
@@ -459,22 +540,27 @@ def test_a_main_leaves_the_process_as_it_found_it(monkeypatch):
     with pytest.raises(Stopped, match="error: as asked"):
         runs.self_contained(main)(True)
     assert (first, numbers()) == expected
-    assert not torch.are_deterministic_algorithms_enabled() and signal.getsignal(signal.SIGTERM) is handler
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert signal.getsignal(signal.SIGTERM) is handler
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ and not process.OPENED.mains
 
 
 @pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    MemoryError(),
     getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"),
-    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
-    ids=lambda error: str(error)[:12])
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
+    ids=["cuda", "python", "accelerator", "mps", "cpu"])
 def test_out_of_memory_is_recognised_on_every_device(error):
     assert files.out_of_memory(error)
-    assert not files.out_of_memory(RuntimeError("shapes differ")) and not files.out_of_memory(ValueError("out of memory"))
+    assert not files.out_of_memory(RuntimeError("shapes differ"))
+    assert not files.out_of_memory(ValueError("out of memory"))
 
 
 def test_the_random_state_of_mps_is_kept_and_its_clock_waits(monkeypatch):
-    kept, waited = [], []
+    kept = []
+    waited = []
     monkeypatch.setattr(torch.mps, "get_rng_state", lambda: torch.tensor([7]))
     monkeypatch.setattr(torch.mps, "set_rng_state", kept.append)
     monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append(1))
@@ -497,14 +583,16 @@ def test_a_package_without_metadata_and_a_clone_without_git_are_unknown(monkeypa
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_file_system_without_fsync_is_written_to_all_the_same(code, tmp_path, monkeypatch):
+def test_a_file_system_without_fsync_can_be_written_to(code, tmp_path, monkeypatch):
     def unsupported(handle):
         raise OSError(code, os.strerror(code))
+
     monkeypatch.setattr(os, "fsync", unsupported)
     files.write(tmp_path / "a", "text")
-    with files.new_folder(tmp_path / "b") as finished_run:
-        (finished_run / "one").write_text("1")
-    assert (tmp_path / "a").read_text() == "text" and (tmp_path / "b" / "one").read_text() == "1"
+    with files.new_folder(tmp_path / "b") as folder:
+        (folder / "one").write_text("1")
+    assert (tmp_path / "a").read_text() == "text"
+    assert (tmp_path / "b" / "one").read_text() == "1"
 
 
 @pytest.mark.filterwarnings("ignore:flock not supported")
@@ -512,6 +600,7 @@ def test_a_file_system_without_fsync_is_written_to_all_the_same(code, tmp_path, 
 def test_a_file_system_without_locks_still_keeps_a_second_process_out(code, tmp_path, monkeypatch):
     def unsupported(handle, how):
         raise OSError(code, os.strerror(code))
+
     monkeypatch.setattr("fcntl.flock", unsupported)
     lock = files.one_process(tmp_path / ".lock", lambda: "taken")
     other = in_a_child(lambda: files.one_process(tmp_path / ".lock", lambda: os._exit(7)))
@@ -521,7 +610,7 @@ def test_a_file_system_without_locks_still_keeps_a_second_process_out(code, tmp_
 
 
 def test_learning_rate_warms_up_and_decays_linearly_to_its_floor():
-    rates = [runs.learning_rate(s, 100, 2.0, 10, 0.1) for s in range(101)]
+    rates = [runs.learning_rate(step, 100, 2.0, 10, 0.1) for step in range(101)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
     assert rates[100] == pytest.approx(0.2) and rates[55] == pytest.approx((2.0 + 0.2) / 2)
 
@@ -542,15 +631,15 @@ def huggingface_bpe(texts, vocab_size, special_tokens=()):
     return bpe
 
 
-def test_tokenizer_gives_the_ids_of_the_bpe_it_was_made_from():
+def test_a_tokenizer_gives_the_ids_of_the_bpe_it_was_made_from():
     texts = review_texts(400, seed=3)
     theirs = huggingface_bpe(texts, 699)
-    ours = tokenizers.train_tokenizer(texts, 700)              # with EOS
+    ours = tokenizers.train_tokenizer(texts, 700)        # with EOS
     for text in texts[:50] + AWKWARD:
         assert ours.encode_ordinary(text) == theirs.encode(text).ids, text
 
 
-def test_any_text_survives_the_tokenizer_and_special_lookalikes_are_plain_text(tokenizer):
+def test_any_text_survives_the_tokenizer_and_never_becomes_a_special_token(tokenizer):
     for text in AWKWARD:
         ids = tokenizer.encode_ordinary(text)
         assert tokenizer.eot_token not in ids and tokenizer.decode(ids) == text
@@ -564,14 +653,14 @@ def test_any_text_survives_the_tokenizer_and_special_lookalikes_are_plain_text(t
     assert tokenizers.decode_response(tokenizer, []) == ("", False)
 
 
-def test_tokenizer_is_stored_whole_and_its_fingerprint_tells_it_from_others(tokenizer, tmp_path):
+def test_a_tokenizer_is_stored_whole_and_its_id_differs_from_others(tokenizer, tmp_path):
     tokenizers.save_tokenizer(tokenizer, tmp_path)
     loaded = tokenizers.load_tokenizer(tmp_path)
     assert tokenizers.tokenizer_id(loaded) == tokenizers.tokenizer_id(tokenizer)
     for text in AWKWARD:
         assert loaded.encode_ordinary(text) == tokenizer.encode_ordinary(text)
     other = tokenizers.train_tokenizer(review_texts(400, seed=3), 500)
-    with pytest.raises(Stopped, match="another vocabulary"):
+    with pytest.raises(Stopped, match="trained with a different vocabulary"):
         tokenizers.check_vocabulary(tokenizers.tokenizer_id(other), tokenizer, "out/x")
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(Stopped, match="cannot be read as a tokenizer"):
@@ -597,7 +686,7 @@ def test_gpt2_tokenizer_from_local_files_equals_transformers(tmp_path):
     with pytest.raises(ValueError, match="does not number the merges"):
         tokenizers.gpt2_tokenizer(tmp_path)
     (tmp_path / "merges.txt").unlink()
-    with pytest.raises(ValueError, match="merges.txt is not there"):
+    with pytest.raises(ValueError, match="merges.txt does not exist"):
         tokenizers.gpt2_tokenizer(tmp_path)
 
 
@@ -614,7 +703,7 @@ def bpe():
 
 
 def bpe_folder(folder, content, **extra_files):
-    """A folder of tokenizer.json and of other files, by their names without .json"""
+    """A folder with tokenizer.json and other files, given by their names without .json"""
     folder.mkdir(exist_ok=True)
     for name, x in {"tokenizer": content, **extra_files}.items():
         (folder / f"{name}.json").write_text(json.dumps(x))
@@ -693,7 +782,7 @@ END_AS_DICT = {"eos_token": {"content": "<|end|>"}}
      dict(tokenizer_config=END, config={"eos_token_id": 0},
           generation_config={"eos_token_id": [0, 1]}))])
 def test_the_eos_is_the_one_that_the_files_name(eos, said, extra_files, bpe, tmp_path, capsys):
-    """The tokenizer's files go before the model's, and a note says where they differ."""
+    """The tokenizer's files win over the model's, and a note says where they differ."""
     from transformers import AutoTokenizer
     ours = tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe, **extra_files))
     assert ours.eot_token == eos and tokenizers.encode_prompt(ours, "") == [eos]
@@ -705,13 +794,15 @@ def test_the_eos_is_the_one_that_the_files_name(eos, said, extra_files, bpe, tmp
 
     tokenizers.save_tokenizer(ours, tmp_path)
     tokenizers.export_tokenizer(ours, tmp_path / "exported")
-    for again in (tokenizers.load_tokenizer(tmp_path), tokenizers.gpt2_tokenizer(tmp_path / "exported")):
-        assert again.eot_token == eos and tokenizers.tokenizer_id(again) == tokenizers.tokenizer_id(ours)
+    ours_id = tokenizers.tokenizer_id(ours)
+    for again in (tokenizers.load_tokenizer(tmp_path),
+                  tokenizers.gpt2_tokenizer(tmp_path / "exported")):
+        assert again.eot_token == eos and tokenizers.tokenizer_id(again) == ours_id
         assert again.decode(list(range(607))) == ours.decode(list(range(607)))
     assert AutoTokenizer.from_pretrained(tmp_path / "exported").eos_token_id == eos
     renamed_token = json.loads(json.dumps(bpe).replace("<|start|>", "<|begin|>"))
     other = tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "y", renamed_token))
-    assert tokenizers.tokenizer_id(other) != tokenizers.tokenizer_id(ours)
+    assert tokenizers.tokenizer_id(other) != ours_id
 
 
 ADDED = dict(id=600, content="<x>", single_word=False, lstrip=False, rstrip=False,
@@ -783,7 +874,7 @@ def test_merges_that_tiktoken_would_make_in_a_different_way_are_refused(merges, 
         tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "x", content))
 
 
-def test_harmless_words_in_a_tokenizer_json_change_nothing(bpe, tmp_path):
+def test_harmless_settings_in_a_tokenizer_json_change_nothing(bpe, tmp_path):
     wanted = tokenizers.tokenizer_id(tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe)))
     plain = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
     merges = [" ".join(pair) for pair in bpe["model"]["merges"]]
@@ -803,14 +894,14 @@ def test_harmless_words_in_a_tokenizer_json_change_nothing(bpe, tmp_path):
 
 
 def test_vocab_and_merges_files_know_their_special_tokens_too(bpe, tmp_path):
-    """First in the vocabulary, or listed by the slow tokenizers of transformers, old and new"""
+    """They come first in the vocabulary, or slow tokenizers of transformers list them."""
     folder = bpe_folder(tmp_path / "x", bpe)
-    whole = tokenizers.gpt2_tokenizer(folder)
+    wanted = tokenizers.tokenizer_id(tokenizers.gpt2_tokenizer(folder))
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text(json.dumps(bpe["model"]["vocab"]))
     merges = "\n".join(" ".join(pair) for pair in bpe["model"]["merges"])
     (folder / "merges.txt").write_text("#version: 0.2\n" + merges + "\n")
-    assert tokenizers.tokenizer_id(tokenizers.gpt2_tokenizer(folder)) == tokenizers.tokenizer_id(whole)
+    assert tokenizers.tokenizer_id(tokenizers.gpt2_tokenizer(folder)) == wanted
     (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 607}))
     assert tokenizers.gpt2_tokenizer(folder).decode([607, 2]) == "<pad><|end|>"
 
@@ -823,14 +914,15 @@ def test_vocab_and_merges_files_know_their_special_tokens_too(bpe, tmp_path):
     with pytest.raises(ValueError, match="'<x>' .not special"):
         with_added_token(special=False)
     (folder / "tokenizer_config.json").unlink()
-    nameless = {token.replace(tokenizers.EOS, "<s>"): i for token, i in bpe["model"]["vocab"].items()}
+    vocab = bpe["model"]["vocab"]
+    nameless = {token.replace(tokenizers.EOS, "<s>"): i for token, i in vocab.items()}
     (folder / "vocab.json").write_text(json.dumps(nameless))
     with pytest.raises(ValueError, match=r"wanted one of .*<s>, .*<\|end\|> as eos_token"):
         tokenizers.gpt2_tokenizer(folder)
 
 
 def test_a_tokenizer_that_an_earlier_version_wrote_is_the_same_tokenizer(tokenizer, tmp_path):
-    """Its fingerprint too, which is stored in the checkpoints of that time"""
+    """Its id too, which is stored in the checkpoints of that time."""
     tokenizers.save_tokenizer(tokenizer, tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
@@ -858,73 +950,81 @@ def by(role):
 
 
 USER, ASSISTANT, SYSTEM = map(by, ("user", "assistant", "system"))
+HI = f"{HUMAN}hi{TURN}"
+KIND_HI = f"\n\nSystem: Be kind.{HI}"
+YES = [USER("hi"), ASSISTANT("yes")]
+NO = [USER("hi"), ASSISTANT("no")]
+SURE = [USER("hi"), ASSISTANT("Sure,")]
 
 
 @pytest.mark.parametrize("record, prompt, responses", [
-    ({"chosen": f"{HUMAN}hi{TURN} hello", "rejected": f"{HUMAN}hi{TURN} go away"}, f"{HUMAN}hi{TURN}", [" hello", " go away"]),
-    ({"chosen": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} d", "rejected": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} e"},
-     f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d", " e"]),
-    ({"chosen": f"{HUMAN}a{TURN} same", "rejected": f"{HUMAN}a{TURN} same"}, f"{HUMAN}a{TURN}", [" same", " same"]),
+    ({"chosen": f"{HI} hello", "rejected": f"{HI} go away"}, HI, [" hello", " go away"]),
+    ({"chosen": f"{HUMAN}a{TURN} b{HI} d", "rejected": f"{HUMAN}a{TURN} b{HI} e"},
+     f"{HUMAN}a{TURN} b{HI}", [" d", " e"]),
+    ({"chosen": f"{HI} same", "rejected": f"{HI} same"}, HI, [" same", " same"]),
     ({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}, "2 + 2 =", [" 4", " 5"]),
     ({"prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 =", [" 4"]),
     ({"prompt": "", "completion": " 4"}, "", [" 4"]),
     ({"text": "Once upon a time", "label": 1}, "", ["Once upon a time"]),
     ({"text": "2 + 2 = 4", "prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 =", [" 4"]),
-    ({"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
-     f"\n\nSystem: Be kind.{HUMAN}hi{TURN}", [" hello"]),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
-                   {"role": "assistant", "content": "d"}]}, f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d"]),
-    ({"prompt": [{"role": "user", "content": "hi"}], "chosen": [{"role": "assistant", "content": "yes"}],
-      "rejected": [{"role": "assistant", "content": "no"}]}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "yes"}]}, f"{HUMAN}hi{TURN}", [" yes"]),
-    ({"prompt": "hi", "chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
-      "rejected": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}]}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
-      "rejected": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}]}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"prompt": [{"role": "user", "content": "hi"}], "completion": " as text"}, f"{HUMAN}hi{TURN}", [" as text"]),
-    ({"prompt": [{"role": "user", "content": "hi"}], "chosen": "yes", "rejected": " no"}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"info": {"id": "t3", "post": "I did it.", "title": "TIFU", "subreddit": "tifu"}, "choice": 1, "worker": "w", "split": "train",
-      "summaries": [{"text": " worse", "policy": "a", "note": None}, {"text": " better", "policy": "b", "note": None}]},
+    ({"messages": [SYSTEM("Be kind."), USER("hi"), ASSISTANT("hello")]}, KIND_HI, [" hello"]),
+    ({"messages": [USER("a"), ASSISTANT("b"), USER("c"), ASSISTANT("d")]},
+     f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d"]),
+    ({"prompt": [USER("hi")], "chosen": [ASSISTANT("yes")], "rejected": [ASSISTANT("no")]},
+     HI, [" yes", " no"]),
+    ({"prompt": [USER("hi")], "completion": [ASSISTANT("yes")]}, HI, [" yes"]),
+    ({"prompt": "hi", "chosen": YES, "rejected": NO}, HI, [" yes", " no"]),
+    ({"chosen": YES, "rejected": NO}, HI, [" yes", " no"]),
+    ({"prompt": [USER("hi")], "completion": " as text"}, HI, [" as text"]),
+    ({"prompt": [USER("hi")], "chosen": "yes", "rejected": " no"}, HI, [" yes", " no"]),
+    ({"info": {"id": "t3", "post": "I did it.", "title": "TIFU", "subreddit": "tifu"},
+      "summaries": [{"text": " worse", "policy": "a", "note": None},
+                    {"text": " better", "policy": "b", "note": None}],
+      "choice": 1, "worker": "w", "split": "train"},
      "SUBREDDIT: r/tifu\n\nTITLE: TIFU\n\nPOST: I did it.\n\nTL;DR:", [" better", " worse"]),
     ({"conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "hi"},
-                        {"from": "gpt", "value": "hello"}]},
-     f"\n\nSystem: Be kind.{HUMAN}hi{TURN}", [" hello"]),
+                        {"from": "gpt", "value": "hello"}]}, KIND_HI, [" hello"]),
     ({"conversations": [{"from": "human", "value": "hi"}],
       "chosen": {"from": "gpt", "value": "yes"}, "rejected": {"from": "gpt", "value": "no"}},
-     f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"messages": [USER("hi")], "chosen": ASSISTANT("yes"), "rejected": "no"},
-     f"{HUMAN}hi{TURN}", [" yes", " no"]),
+     HI, [" yes", " no"]),
+    ({"messages": [USER("hi")], "chosen": ASSISTANT("yes"), "rejected": "no"}, HI, [" yes", " no"]),
     ({"prompt": "hi", "messages": [USER("x")], "chosen": ASSISTANT("yes"), "rejected": "no"},
-     f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"messages": [USER("hi"), ASSISTANT("yes")], "chosen": [USER("hi"), ASSISTANT("yes")],
-      "rejected": [USER("hi"), ASSISTANT("no")]}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
+     HI, [" yes", " no"]),
+    ({"messages": YES, "chosen": YES, "rejected": NO}, HI, [" yes", " no"]),
     ({"instruction": "Add.", "input": "2, 2", "output": "4"}, f"{HUMAN}Add.\n\n2, 2{TURN}", [" 4"]),
-    ({"instruction": "hi", "input": "", "chosen": "yes", "rejected": "no"},
-     f"{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"instruction": "hi", "input": "", "chosen": "yes", "rejected": "no"}, HI, [" yes", " no"]),
     ({"prompt": "2 + 2 =", "answer": "4"}, "2 + 2 =", []),
-    ({"prompt": [{"role": "user", "content": "hi"}]}, f"{HUMAN}hi{TURN}", []),
-    ({"messages": [{"role": "user", "content": "hi"}]}, f"{HUMAN}hi{TURN}", []),
+    ({"prompt": [USER("hi")]}, HI, []),
+    ({"messages": [USER("hi")]}, HI, []),
     ({"prompt": "p", "chosen": None, "rejected": None, "completion": " c"}, "p", [" c"]),
     ({"prompt": "p", "chosen": " a", "rejected": " b", "completion": None}, "p", [" a", " b"]),
-    ({"messages": [{"role": "developer", "content": "Be kind."}, {"role": "User", "content": "hi"},
-                   {"role": "model", "content": [{"type": "text", "text": "hel"}, "lo"]}]},
-     f"\n\nSystem: Be kind.{HUMAN}hi{TURN}", [" hello"])])
-def test_every_form_of_a_record_is_read_as_prompt_and_responses_better_first(record, prompt, responses):
+    ({"messages": [by("developer")("Be kind."), by("User")("hi"),
+                   by("model")([{"type": "text", "text": "hel"}, "lo"])]}, KIND_HI, [" hello"])])
+def test_every_form_of_a_record_becomes_a_prompt_and_responses_better_first(
+        record, prompt, responses):
     assert forms.read_record(json.loads(json.dumps(record))) == (prompt, responses)
 
 
 @pytest.mark.parametrize("record, message", [
-    ([1], "not a JSON object"), ({"question": "?", "answer": "!"}, "none of the known forms: keys answer, question"),
-    ({"chosen": "a", "rejected": "b"}, "share no assistant turn"), ({"prompt": "a", "completion": " "}, "an empty response"),
-    ({"chosen": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} d", "rejected": f"{HUMAN}a{TURN} x"}, "part before their last turn"),
+    ([1], "not a JSON object"),
+    ({"question": "?", "answer": "!"}, "none of the known forms: keys answer, question"),
+    ({"chosen": "a", "rejected": "b"}, "share no assistant turn"),
+    ({"prompt": "a", "completion": " "}, "an empty response"),
+    ({"chosen": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} d", "rejected": f"{HUMAN}a{TURN} x"},
+     "differ before their last turn"),
+    ({"chosen": [USER("a"), ASSISTANT("b")], "rejected": [USER("x"), ASSISTANT("b")]},
+     "differ before their last turn"),
+    ({"chosen": [SYSTEM("S"), USER("a"), ASSISTANT("b")], "rejected": [USER("a"), ASSISTANT("c")]},
+     "differ before their last turn"),
     ({"prompt": "a", "completion": 3}, "a text is not a string"),
     ({"text": None}, "none of the known forms"),
     ({"prompt": 1, "completion": "a"}, "not a string"),
-    ({"messages": [by("robot")("x")]}, "user, assistant or system, not robot"),
-    ({"messages": ["hi"]}, "want a role and content"),
-    ({"messages": [by("tool")("x"), ASSISTANT("y")]}, "user, assistant or system, not tool"),
-    ({"messages": [ASSISTANT(None)]}, "content, a text; one by assistant has none"),
-    ({"messages": [USER([{"type": "image_url"}])]}, "content, a text; one by user has none"),
+    ({"prompt": 0, "completion": "a"}, "not a string"),
+    ({"messages": [by("robot")("x")]}, "by robot; .* user, assistant or system"),
+    ({"messages": ["hi"]}, "without a role and content"),
+    ({"messages": [by("tool")("x"), ASSISTANT("y")]}, "by tool; .* user, assistant or system"),
+    ({"messages": [ASSISTANT(None)]}, "by assistant whose content is not a text"),
+    ({"messages": [USER([{"type": "image_url"}])]}, "by user whose content is not a text"),
     ({"chosen": [USER("a")], "rejected": [USER("a")]}, "does not end in an assistant turn"),
     ({"prompt": "", "answer": "4"}, "an empty prompt and no response"),
     ({"prompt": []}, "an empty prompt and no response"),
@@ -935,9 +1035,6 @@ def test_records_that_cannot_be_read_say_why(record, message):
         forms.read_record(record)
 
 
-SURE = [USER("hi"), ASSISTANT("Sure,")]
-
-
 @pytest.mark.parametrize("record, prompt, responses", [
     ({"messages": [USER(f"a{TURN} b"), ASSISTANT(f"c{HUMAN}d{TURN} e")]},
      f"{HUMAN}a{TURN} b{TURN}", [f" c{HUMAN}d{TURN} e"]),
@@ -946,124 +1043,167 @@ SURE = [USER("hi"), ASSISTANT("Sure,")]
      f"{HUMAN}a{TURN}", [f" b{HUMAN}x", f" b{TURN} y"]),
     ({"messages": [USER("a"), ASSISTANT("b"), ASSISTANT("c")]}, f"{HUMAN}a{TURN} b{TURN}", [" c"]),
     ({"messages": [USER("a"), ASSISTANT("b"), USER("c")]}, f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", []),
-    ({"prompt": [SYSTEM("S")], "chosen": [USER("hi"), ASSISTANT("yes")],
-      "rejected": [USER("hi"), ASSISTANT("no")]}, f"\n\nSystem: S{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"prompt": [SYSTEM("S"), USER("hi")], "chosen": [USER("hi"), ASSISTANT("yes")],
-      "rejected": "no"}, f"\n\nSystem: S{HUMAN}hi{TURN}", [" yes", " no"]),
+    ({"prompt": [SYSTEM("Be kind.")], "chosen": YES, "rejected": NO}, KIND_HI, [" yes", " no"]),
+    ({"prompt": [SYSTEM("Be kind."), USER("hi")], "chosen": YES, "rejected": "no"},
+     KIND_HI, [" yes", " no"]),
     ({"prompt": [USER("a"), ASSISTANT("b")], "completion": [USER("c"), ASSISTANT("d")]},
      f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d"]),
     ({"prompt": [USER("a"), ASSISTANT("b"), USER("a")], "completion": [USER("a"), ASSISTANT("d")]},
      f"{HUMAN}a{TURN} b{HUMAN}a{TURN}", [" d"]),
-    ({"prompt": "hi ", "messages": [SYSTEM("S"), USER("hi"), ASSISTANT("yes")]},
-     f"\n\nSystem: S{HUMAN}hi{TURN}", [" yes"]),
-    ({"prompt": "Be kind.", "messages": [USER("hi"), ASSISTANT("yes")]},
-     f"{HUMAN}Be kind.{HUMAN}hi{TURN}", [" yes"]),
-    ({"prompt": SURE, "chosen": " yes", "rejected": "no"},
-     f"{HUMAN}hi{TURN} Sure,", [" yes", "no"]),
-    ({"prompt": SURE, "completion": [ASSISTANT(" yes")]}, f"{HUMAN}hi{TURN} Sure,", [" yes"]),
-    ({"prompt": SURE, "completion": [*SURE, ASSISTANT(" yes")]},
-     f"{HUMAN}hi{TURN} Sure,", [" yes"]),
-    ({"prompt": SURE, "completion": [USER("hi"), ASSISTANT("Sure, yes")]},
-     f"{HUMAN}hi{TURN} Sure,", [" yes"]),
-    ({"prompt": SURE}, f"{HUMAN}hi{TURN} Sure,", []),
-    ({"prompt": [USER("hi"), ASSISTANT("")], "completion": "yes"}, f"{HUMAN}hi{TURN}", [" yes"]),
+    ({"prompt": "hi ", "messages": [SYSTEM("Be kind."), *YES]}, KIND_HI, [" yes"]),
+    ({"prompt": "Be kind.", "messages": YES}, f"{HUMAN}Be kind.{HI}", [" yes"]),
+    ({"prompt": SURE, "chosen": " yes", "rejected": "no"}, f"{HI} Sure,", [" yes", "no"]),
+    ({"prompt": SURE, "completion": [ASSISTANT(" yes")]}, f"{HI} Sure,", [" yes"]),
+    ({"prompt": SURE, "completion": [*SURE, ASSISTANT(" yes")]}, f"{HI} Sure,", [" yes"]),
+    ({"prompt": SURE, "completion": [USER("hi"), ASSISTANT("Sure, yes")]}, f"{HI} Sure,", [" yes"]),
+    ({"prompt": SURE}, f"{HI} Sure,", []),
+    ({"prompt": [USER("hi"), ASSISTANT("")], "completion": "yes"}, HI, [" yes"]),
     ({"system": "S", "prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"},
      "S\n\n2 + 2 =", [" 4", " 5"]),
-    ({"system": "S", "chosen": f"{HUMAN}a{TURN} b", "rejected": f"{HUMAN}a{TURN} c"},
-     f"\n\nSystem: S{HUMAN}a{TURN}", [" b", " c"]),
-    ({"system": "S", "prompt": [USER("a")], "chosen": [USER("a"), ASSISTANT("b")], "rejected": "c"},
-     f"\n\nSystem: S{HUMAN}a{TURN}", [" b", " c"]),
-    ({"system": "S", "messages": [SYSTEM("S"), USER("a"), ASSISTANT("b")]},
-     f"\n\nSystem: S{HUMAN}a{TURN}", [" b"]),
+    ({"system": "Be kind.", "chosen": f"{HI} b", "rejected": f"{HI} c"}, KIND_HI, [" b", " c"]),
+    ({"system": "Be kind.", "prompt": [USER("hi")], "chosen": YES, "rejected": "c"},
+     KIND_HI, [" yes", " c"]),
+    ({"system": "Be kind.", "messages": [SYSTEM("Be kind."), *YES]}, KIND_HI, [" yes"]),
     ({"system": "", "prompt": "p", "completion": " c"}, "p", [" c"])])
 def test_messages_keep_their_turns_and_nothing_of_a_prompt_is_dropped(record, prompt, responses):
     assert forms.read_record(record) == (prompt, responses)
 
 
-def test_dialogues_that_differ_before_their_last_message_are_refused():
-    for chosen, rejected in (
-            ([USER("a"), ASSISTANT("b")], [USER("x"), ASSISTANT("b")]),
-            ([SYSTEM("S"), USER("a"), ASSISTANT("b")], [USER("a"), ASSISTANT("c")])):
-        with pytest.raises(ValueError, match="part before their last turn"):
-            forms.read_record({"chosen": chosen, "rejected": rejected})
-
-
-@pytest.mark.parametrize("label, good", [
-    (True, True), (False, False), (1, True), (0, False), (1.0, True), (0.0, False), (-1, False),
-    ("true", True), ("False", False), ("desirable", True), (" Undesirable ", False), ("0", False),
-    (None, True), ("math", True), (7, True), ([0], True)])
-def test_a_label_leaves_an_undesirable_response_out_in_every_form(label, good):
-    answered = [USER("p"), ASSISTANT("c")]
-    spoken = [{"from": "human", "value": "p"}, {"from": "gpt", "value": "c"}]
-    for form in ({"prompt": "p", "completion": " c"}, {"prompt": [USER("p")], "completion": "c"},
-                 {"messages": answered}, {"conversations": spoken},
+@pytest.mark.parametrize("label, good, known", [
+    (True, True, True), (False, False, True), (1, True, True), (0, False, True),
+    (1.0, True, True), (0.0, False, True), (-1, False, True), ("true", True, True),
+    ("False", False, True), ("desirable", True, True), (" Undesirable ", False, True),
+    ("0", False, True), (None, True, True), ("math", True, False), (7, True, False),
+    ([0], True, False)])
+def test_a_label_leaves_an_undesirable_response_out_in_every_form(label, good, known):
+    dialogue = [USER("p"), ASSISTANT("c")]
+    conversation = [{"from": "human", "value": "p"}, {"from": "gpt", "value": "c"}]
+    for form in ({"prompt": "p", "completion": " c"},
+                 {"prompt": [USER("p")], "completion": "c"},
+                 {"messages": dialogue},
+                 {"conversations": conversation},
                  {"instruction": "p", "output": "c"}):
         for name in ("label", "kto_tag"):
             remarks = []
             prompt, responses = forms.read_record({**form, name: label}, remarks)
             assert prompt in ("p", f"{HUMAN}p{TURN}") and responses == ([" c"] if good else [])
-            known = label is None or label not in ("math", 7, [0])
-            said = [] if good else [(forms.LEFT_OUT, "labelled undesirable")]
-            assert remarks == (said if known else [(forms.UNUSED, name)])
+            if not known:
+                assert remarks == [(forms.UNUSED, name)]
+            elif not good:
+                assert remarks == [(forms.LEFT_OUT, "labelled undesirable")]
+            else:
+                assert remarks == []
 
 
-def test_rows_are_cut_counted_held_out_by_their_prompt_and_mapped_from_disk(empty_folder, tokenizer, capsys, monkeypatch):
-    rows = [comparison(i % 100, words=12) for i in range(130)]                 # thirty prompts come twice
-    rows[4:4] = ["{broken", "", {"prompt": "p", "completion": "\n"}, {"other": 1}, {"prompt": "x", "completion": " " + "long " * 200}]
-    cfg = texts_cfg(write_rows(empty_folder / "rows.jsonl", rows))
-    ours = corpus.rows_of(cfg, tokenizer, 90)
+def cfg_for(folder, rows, **changes):
+    """Settings whose --data is a file of these rows"""
+    return texts_cfg(write_rows(folder / "rows.jsonl", rows), **changes)
+
+
+def rows_for(folder, tokenizer, rows, **changes):
+    """These rows, written to a file, read back and tokenised"""
+    return corpus.rows_of(cfg_for(folder, rows, **changes), tokenizer, 90)
+
+
+def mixed_rows():
+    """130 comparisons, thirty prompts twice; from line 5 on three bad rows and a long one"""
+    rows = [comparison(i % 100, words=12) for i in range(130)]
+    rows[4:4] = ["{broken", "", {"prompt": "p", "completion": "\n"}, {"other": 1},
+                 {"prompt": "x", "completion": " " + "long " * 200}]
+    return rows
+
+
+def test_rows_are_cut_to_fit_and_counted_as_is_everything_left_out(
+        empty_folder, tokenizer, capsys):
+    rows = mixed_rows()
+    ours = rows_for(empty_folder, tokenizer, rows)
     said = capsys.readouterr().out
-    prompts = [row[0] for row in ours]
-    assert len(ours) == 131 and all(1 <= len(p) <= 60 and len(p) + max(len(y), len(z)) <= 90 for p, y, z in ours)
-    whole = [tokenizers.encode_prompt(tokenizer, forms.read_record(row)[0]) for row in rows if isinstance(row, dict) and "chosen" in row]
-    assert [p for p, (_, _, worse) in zip(prompts, ours) if worse] == [p[-60:] for p in whole]         # the end is kept
-    cut = sum(len(p) > 60 for p in whole)
-    assert cut > 20 and f"131 rows, {sum(ours.held_out)} of them held out; {cut} prompts cut to their last 60" in said
+    assert len(ours) == 131
+    for prompt, better, worse in ours:
+        assert 1 <= len(prompt) <= 60 and len(prompt) + max(len(better), len(worse)) <= 90
+    comparisons = [row for row in rows if isinstance(row, dict) and "chosen" in row]
+    whole = [tokenizers.encode_prompt(tokenizer, forms.read_record(row)[0]) for row in comparisons]
+    kept = [prompt for prompt, _, worse in ours if worse]
+    assert kept == [prompt[-60:] for prompt in whole]    # the end is kept
+    cut = sum(len(prompt) > 60 for prompt in whole)
+    assert cut > 20
+    assert (f"131 rows, {sum(ours.held_out)} of them held out; {cut} prompts cut to their last 60"
+            in said)
     assert "1 rows with a response cut to fit into 90" in said
-    for reason in ("1 more left out, not JSON: line 5", "1 more left out, an empty response: line 7",
+    for reason in ("1 more left out, not JSON: line 5",
+                   "1 more left out, an empty response: line 7",
                    "1 more left out, none of the known forms: keys other: line 8"):
         assert reason in said, reason
+
+
+def test_a_held_out_prompt_is_never_trained_on_and_stays_held_out(empty_folder, tokenizer):
+    cfg = cfg_for(empty_folder, mixed_rows())
+    ours = corpus.rows_of(cfg, tokenizer, 90)
+    prompts = [prompt for prompt, _, _ in ours]
     train, held = data.prompts(cfg, tokenizer, 90)
-    assert len(train) + len(held) == len(set(map(tuple, prompts))) == sum(ours.first) and len(held) > 4
-    assert not set(map(tuple, train)) & set(map(tuple, held)) and len(train) > 3 * len(held)
-    assert all(ours.held_out[i] == ours.held_out[prompts.index(p)] for i, p in enumerate(prompts))       # both times alike
-    other = corpus.rows_of(dataclasses.replace(cfg, max_prompt_tokens=50), tokenizer, 80)
+    assert len(train) + len(held) == len(set(map(tuple, prompts))) == sum(ours.first)
+    assert len(held) > 4 and len(train) > 3 * len(held)
+    assert not set(map(tuple, train)) & set(map(tuple, held))
+    for i, prompt in enumerate(prompts):                 # the second time as the first
+        assert ours.held_out[i] == ours.held_out[prompts.index(prompt)]
+    cut_more = dataclasses.replace(cfg, max_prompt_tokens=50)
+    other = corpus.rows_of(cut_more, tokenizer, 80)
     uncut = [i for i, prompt in enumerate(prompts) if len(prompt) < 50]
-    assert len(uncut) > 60 and other.held_out[uncut].tolist() == ours.held_out[uncut].tolist()         # for ever
+    assert len(uncut) > 60
+    assert other.held_out[uncut].tolist() == ours.held_out[uncut].tolist()
     better, worse = data.comparisons(cfg, tokenizer, 90, None, 1000)[0][0]["response_ids"]
-    assert better[-1] == worse[-1] == tokenizer.eot_token and tokenizer.decode(better).startswith(" Number")
+    assert better[-1] == worse[-1] == tokenizer.eot_token
+    assert tokenizer.decode(better).startswith(" Number")
     assert len(data.comparisons(cfg, tokenizer, 90, 7, 2)[0]) == 7
     assert data.demonstrations(cfg, tokenizer, 90, None, 5)[1][0][1][-1] == tokenizer.eot_token
-    assert isinstance(ours.tokens, np.memmap)
 
-    corpus.opened.cache_clear()
-    monkeypatch.setattr(corpus, "tokenise", None)                              # a second start tokenises nothing
-    capsys.readouterr()
-    assert list(corpus.rows_of(cfg, tokenizer, 90)) == list(ours) and said == capsys.readouterr().out
-    monkeypatch.undo()
-    monkeypatch.chdir(empty_folder)
-    for changed in (texts_cfg(cfg.data, max_prompt_tokens=40), texts_cfg(write_rows(empty_folder / "rows.jsonl", rows[:100]))):
-        assert len(corpus.rows_of(changed, tokenizer, 90)) != 131 or changed.max_prompt_tokens == 40
-    assert len(list((empty_folder / "out" / "tokens").iterdir())) == 4
+
+def test_stored_rows_are_used_until_the_data_or_a_setting_changes(
+        empty_folder, tokenizer, capsys, monkeypatch):
+    cfg = cfg_for(empty_folder, mixed_rows())
+    ours = list(corpus.rows_of(cfg, tokenizer, 90))
+    said = capsys.readouterr().out
+    corpus.load_rows.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "tokenise", None)          # a second start tokenises nothing
+        assert list(corpus.rows_of(cfg, tokenizer, 90)) == ours
+    assert said == capsys.readouterr().out and said
+    stored = empty_folder / "out" / "tokens"
+    assert len(list(stored.iterdir())) == 1
+    cut_more = dataclasses.replace(cfg, max_prompt_tokens=40)
+    assert list(corpus.rows_of(cut_more, tokenizer, 90)) != ours
+    assert len(list(stored.iterdir())) == 2
+    assert len(rows_for(empty_folder, tokenizer, mixed_rows()[:100])) == 96
+    assert len(list(stored.iterdir())) == 3
 
 
 def test_a_prompt_is_held_out_by_its_whole_text_wherever_it_is_cut(empty_folder, tokenizer):
-    path = write_rows(empty_folder / "rows.jsonl", [{"prompt": "and so on " * 20 + f"number {i}", "completion": " yes"} for i in range(90)])
-    sides = [corpus.rows_of(texts_cfg(path, max_prompt_tokens=n), tokenizer, 90).held_out.tolist() for n in (12, 30, 60)]
-    assert sides[0] == sides[1] == sides[2] and any(sides[0])
-    assert sides[0] == [corpus.held_out(("and so on " * 20 + f"number {i}").encode()) for i in range(90)]
+    prompts = ["and so on " * 20 + f"number {i}" for i in range(90)]
+    rows = [{"prompt": prompt, "completion": " yes"} for prompt in prompts]
+    wanted = [corpus.held_out(prompt.encode()) for prompt in prompts]
+    assert any(wanted)
+    for n in (12, 30, 60):
+        read = rows_for(empty_folder, tokenizer, rows, max_prompt_tokens=n)
+        assert read.held_out.tolist() == wanted
 
 
-def test_the_order_of_rows_is_not_that_of_the_file_and_is_the_same_for_every_seed(empty_folder, tokenizer):
-    path = write_rows(empty_folder / "sorted.jsonl", [{"prompt": f"{i} is", "completion": " good" if i < 100 else " bad"} for i in range(200)])
-    taken = [[y for _, y in data.demonstrations(texts_cfg(path, seed=seed), tokenizer, 90, 40, 10)[0]] for seed in (1, 2)]
-    assert taken[0] == taken[1] and len({tuple(y) for y in taken[0][:20]}) == 2             # both kinds among the first
+def test_rows_come_in_a_shuffled_order_that_is_the_same_for_every_seed(empty_folder, tokenizer):
+    rows = [{"prompt": f"{i} is", "completion": " good" if i < 100 else " bad"} for i in range(200)]
+    taken = []
+    for seed in (1, 2):
+        train, _ = data.demonstrations(
+            cfg_for(empty_folder, rows, seed=seed), tokenizer, 90, 40, 10)
+        taken.append([response for _, response in train])
+    assert taken[0] == taken[1]
+    assert len(set(map(tuple, taken[0][:20]))) == 2      # both kinds are among the first
 
 
 def test_pairs_of_equal_responses_compare_nothing_and_are_counted(empty_folder, tokenizer):
-    rows = [comparison(i) for i in range(80)] + [{"prompt": f"x {i}", "chosen": " same", "rejected": " same"} for i in range(40)]
-    cfg = texts_cfg(write_rows(empty_folder / "rows.jsonl", rows))
-    assert "40 with two responses alike, which compare nothing" in corpus.rows_of(cfg, tokenizer, 90).report
+    rows = [comparison(i) for i in range(80)]
+    rows += [{"prompt": f"x {i}", "chosen": " same", "rejected": " same"} for i in range(40)]
+    cfg = cfg_for(empty_folder, rows)
+    report = corpus.rows_of(cfg, tokenizer, 90).report
+    assert "40 with two equal responses, which compare nothing" in report
     assert sum(map(len, data.comparisons(cfg, tokenizer, 90, None, None))) == 80
     assert sum(map(len, data.demonstrations(cfg, tokenizer, 90, None, None))) == 120
 
@@ -1071,62 +1211,83 @@ def test_pairs_of_equal_responses_compare_nothing_and_are_counted(empty_folder, 
 def test_prompts_that_a_cut_makes_equal_are_on_one_side(empty_folder, tokenizer):
     rows = [{"prompt": f"number {i} " + "and so on " * 20, "completion": " yes"} for i in range(60)]
     rows += [{"prompt": f"number {i}", "completion": " yes"} for i in range(60)]
-    ours = corpus.rows_of(texts_cfg(write_rows(empty_folder / "rows.jsonl", rows), max_prompt_tokens=10), tokenizer, 40)
-    assert len({tuple(p) for p, _, _ in [ours[i] for i in range(60)]}) == 1 and not ours.held_out[:60].any()
+    ours = rows_for(empty_folder, tokenizer, rows, max_prompt_tokens=10)
+    assert len({tuple(ours[i][0]) for i in range(60)}) == 1 and not ours.held_out[:60].any()
     assert ours.first.sum() == 61 and ours.held_out[60:].any()
 
 
-def test_files_compressed_files_folders_and_plain_texts_are_read(empty_folder, tokenizer):
-    rows = [comparison(i) for i in range(60)]
+def test_files_gzipped_or_not_and_folders_of_them_are_read(empty_folder, tokenizer):
+    rows = [json.dumps(comparison(i)) for i in range(60)]
     write_rows(empty_folder / "a" / "one.jsonl", rows[:30])
     with gzip.open(empty_folder / "a" / "two.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows[30:])
+        file.write("\n".join(rows[30:]))
     (empty_folder / "a" / "readme.md").write_text("not a row")
     assert len(corpus.rows_of(texts_cfg(empty_folder / "a"), tokenizer, 90)) == 60
-    (empty_folder / "plain.txt").write_text("".join(f"line {i} of a long story\n" for i in range(2000)))
-    pieces = list(corpus.pieces(empty_folder / "plain.txt"))
-    assert "".join(pieces) == (empty_folder / "plain.txt").read_text() and all(len(piece) <= 1000 for piece in pieces) and len(pieces) > 40
-    (empty_folder / "one-line.txt").write_text("word " * 1000 + "\nend")
-    assert [len(piece) for piece in corpus.pieces(empty_folder / "one-line.txt")] == [1000] * 5 + [4]
-    (empty_folder / "cut.jsonl.gz").write_bytes((empty_folder / "a" / "two.jsonl.gz").read_bytes()[:-20])
+    compressed = (empty_folder / "a" / "two.jsonl.gz").read_bytes()
+    (empty_folder / "cut.jsonl.gz").write_bytes(compressed[:-20])
     with pytest.raises(Stopped, match=r"cut.jsonl.gz cannot be read past line \d+ \(EOFError"):
-        list(corpus.examples(str(empty_folder / "cut.jsonl.gz"), {}))
-    prompt, response, worse = corpus.rows_of(texts_cfg(empty_folder / "plain.txt"), tokenizer, 90)[0]
-    assert prompt == [tokenizer.eot_token] and tokenizer.decode(response).startswith("line 0 of a long story\n") and worse == []
-    with pytest.raises(Stopped, match="has no comparisons, but rows of one response"):
-        data.comparisons(texts_cfg(empty_folder / "plain.txt"), tokenizer, 90, None, 10)
-    split = texts_cfg(empty_folder / "plain.txt", text_prompt=5)
+        list(corpus.examples("cut.jsonl.gz", {}))
+
+
+def test_a_plain_text_is_read_in_pieces_cut_at_line_ends(empty_folder, tokenizer):
+    story = "".join(f"line {i} of a long story\n" for i in range(2000))
+    (empty_folder / "plain.txt").write_text(story)
+    pieces = list(corpus.pieces(empty_folder / "plain.txt"))
+    assert "".join(pieces) == story
+    assert max(map(len, pieces)) <= 1000 and len(pieces) > 40
+    assert all(piece.endswith("\n") for piece in pieces)
+    (empty_folder / "one-line.txt").write_text("word " * 1000 + "\nend")
+    lengths = [len(piece) for piece in corpus.pieces(empty_folder / "one-line.txt")]
+    assert lengths == [1000, 1000, 1000, 1000, 1000, 4]
+    cfg = texts_cfg("plain.txt")
+    prompt, response, worse = corpus.rows_of(cfg, tokenizer, 90)[0]
+    assert prompt == [tokenizer.eot_token] and worse == []
+    assert tokenizer.decode(response).startswith("line 0 of a long story\n")
+    with pytest.raises(Stopped, match="has no comparisons, only rows with one response"):
+        data.comparisons(cfg, tokenizer, 90, None, 10)
     whole = tokenizer.encode_ordinary(pieces[0])
-    assert corpus.rows_of(split, tokenizer, 90)[0] == (whole[:5], whole[5:90], [])
-    write_rows(empty_folder / "short.jsonl", [{"text": "abc"}] + [{"text": f"number {i} and more words"} for i in range(40)])
-    assert "no response left: line 1" in corpus.rows_of(texts_cfg(empty_folder / "short.jsonl", text_prompt=4), tokenizer, 90).report
+    with_prompts = corpus.rows_of(texts_cfg("plain.txt", text_prompt=5), tokenizer, 90)
+    assert with_prompts[0] == (whole[:5], whole[5:90], [])
+    rows = [{"text": "abc"}] + [{"text": f"number {i} and more words"} for i in range(40)]
+    short = rows_for(empty_folder, tokenizer, rows, text_prompt=4)
+    assert "no response left: line 1" in short.report
 
 
 def test_undesirable_rows_are_not_learned_and_their_prompts_serve_rl(empty_folder, tokenizer):
     rows = [{"prompt": f"Number {i} is", "completion": f" {i}", "label": i % 4 > 0}
             for i in range(160)]
-    rows.append({"prompt": "", "completion": " bad", "label": False})          # no use at all
-    cfg = texts_cfg(write_rows(empty_folder / "kto.jsonl", rows))
+    rows.append({"prompt": "", "completion": " bad", "label": False})          # of no use
+    cfg = cfg_for(empty_folder, rows)
     report = corpus.rows_of(cfg, tokenizer, 90).report
-    assert "kto.jsonl: 120 rows and 40 prompts without a response, " in report
+    assert "rows.jsonl: 120 rows and 40 prompts without a response, " in report
     assert "\n41 more left out, labelled undesirable: line 1, line 5, line 9, line 13," in report
     assert "not used" not in report
     parts = data.demonstrations(cfg, tokenizer, 90, None, None)
     learned = [tokenizer.decode(response[:-1]) for part in parts for _, response in part]
     assert sorted(learned) == sorted(f" {i}" for i in range(160) if i % 4)
     assert sum(map(len, data.prompts(cfg, tokenizer, 90))) == 160
-    assert not any(" 4" == text[-2:] for text in corpus.some_texts(cfg, 10, 1))
-    with pytest.raises(Stopped, match="has no comparisons, but rows of one response or none"):
+    assert not any(text.endswith(" 4") for text in data.some_texts(cfg, 10, 1))
+    with pytest.raises(Stopped, match="has no comparisons, only rows with one response or none"):
         data.check_comparisons(cfg)
 
 
-def test_a_label_beside_a_text_is_a_class_so_imdb_is_read_whole(empty_folder, tokenizer, monkeypatch):
-    class Loaded(list):
-        _fingerprint = "imdb"
-    rows = Loaded({"text": f"{i} is a film of many", "label": i % 2} for i in range(100))
-    fake = types.SimpleNamespace(load_dataset=lambda name, split: rows)
+class Loaded(list):
+    """A data set as the datasets package gives it"""
+    _fingerprint = "0123"
+
+
+@pytest.fixture
+def hub(empty_folder, monkeypatch):
+    """A replacement for the datasets package; a test gives it the functions it needs"""
+    fake = types.SimpleNamespace()
     monkeypatch.setitem(sys.modules, "datasets", fake)
     corpus.hub_data_set.cache_clear()
+    return fake
+
+
+def test_a_label_beside_a_text_is_a_class_so_imdb_is_read_whole(hub, tokenizer):
+    rows = Loaded({"text": f"{i} is a film of many", "label": i % 2} for i in range(100))
+    hub.load_dataset = lambda name, split: rows
     cfg = preset_of("imdb", sft, max_prompt_tokens=8)
     assert cfg.data == "hf:stanfordnlp/imdb"
     report = corpus.rows_of(cfg, tokenizer, 60).report
@@ -1137,11 +1298,15 @@ def test_a_label_beside_a_text_is_a_class_so_imdb_is_read_whole(empty_folder, to
 def test_fields_that_are_not_used_are_named_with_how_many_rows_have_them(empty_folder, tokenizer):
     rows = [{**comparison(i), "score": i, "id": None if i % 2 else "x", "messages": [USER("a")]}
             for i in range(60)]
-    report = corpus.rows_of(texts_cfg(write_rows(empty_folder / "rows.jsonl", rows)), tokenizer, 90).report
-    assert report.endswith("\nfields not used: id (30 rows), messages (60), score (60)")
-    rows = [{"prompt": "p", "completion": " c", **{f"field{n}": 1 for n in range(30)}}] * 2 + rows
-    report = corpus.rows_of(texts_cfg(write_rows(empty_folder / "rows.jsonl", rows)), tokenizer, 90).report
-    assert "\nfields not used: field0 (2 rows), field1 (2), " in report and report.endswith(", ..")
+    report = rows_for(empty_folder, tokenizer, rows).report
+    assert report.endswith("\nfields not used: id (30 rows), messages (60 rows), score (60 rows)")
+    many = {"prompt": "p", "completion": " c"} | {f"field{n}": 1 for n in range(30)}
+    report = rows_for(empty_folder, tokenizer, [many, many, *rows]).report
+    assert "\nfields not used: field0 (2 rows), field1 (2 rows), " in report
+    assert report.endswith(", ..")
+    remarks = []
+    forms.read_record({"messages": [USER("a")], "chosen": "b", "rejected": "c"}, remarks)
+    assert remarks == []                                 # here the messages are the prompt
 
 
 def test_special_tokens_written_out_in_responses_are_counted(empty_folder, tokenizer):
@@ -1149,65 +1314,71 @@ def test_special_tokens_written_out_in_responses_are_counted(empty_folder, token
     rows = [{"prompt": f"{i} <|im_start|>", "completion": f" yes{ends[i % 5]}"} for i in range(60)]
     rows += [{"prompt": f"{i} is", "chosen": " <b>a</b>", "rejected": " b</s></s>"}
              for i in range(60)]
-    read = corpus.rows_of(texts_cfg(write_rows(empty_folder / "rows.jsonl", rows)), tokenizer, 90)
+    read = rows_for(empty_folder, tokenizer, rows)
     for end in ends:
         n = 72 if end == "</s>" else 12
-        assert f"\n{n} of them kept as they stand, with {end} written out in a " in read.report
+        kept = f"\n{n} of them kept as they are, with {end} written out in a "
+        assert kept in read.report
     assert len(read.report.splitlines()) == 6
     assert tokenizer.decode(read[0][1]) == " yes<|endoftext|><|endoftext|>"
 
 
-def test_a_prompt_that_every_response_repeats_is_taken_off_and_counted(empty_folder, tokenizer):
+def test_a_prompt_that_every_response_repeats_is_removed_and_counted(empty_folder, tokenizer):
     rows = [{"prompt": f"Is {i} so?", "chosen": f"Is {i} so? Yes.", "rejected": f"Is {i} so? No."}
             for i in range(60)]
     rows += [{"prompt": "Is it?", "chosen": "Is it? Yes.", "rejected": " No."},
              {"prompt": "He", "completion": "Hello"},
              {"prompt": "copy me", "completion": "copy me"},
-             {"prompt": " ", "completion": " a"}, {"prompt": "1 +", "text": "1 + 1 = 2"}]
-    path = write_rows(empty_folder / "rows.jsonl", rows)
-    report = corpus.rows_of(texts_cfg(path), tokenizer, 90).report
-    taken, kept = report.splitlines()[1:]
-    assert taken.startswith("61 of them began each response with the prompt, which was taken off: ")
-    assert kept == ("1 of them kept as they stand, with one response that repeats the prompt: "
-                    "line 61")
-    read = [responses for _, _, responses in corpus.examples(path, {})]
-    assert read[0] == [" Yes.", " No."] and read[60:] == [
-        ["Is it? Yes.", " No."], ["Hello"], ["copy me"], [" a"], [" 1 = 2"]]
+             {"prompt": " ", "completion": " a"},
+             {"prompt": "1 +", "text": "1 + 1 = 2"}]
+    report = rows_for(empty_folder, tokenizer, rows).report
+    removed, kept = report.splitlines()[1:]
+    assert removed.startswith("61 of them began each response with the prompt, which was removed: ")
+    assert kept == "1 of them kept as they are, with one response that repeats the prompt: line 61"
+    read = [responses for _, _, responses in corpus.examples("rows.jsonl", {})]
+    assert read[0] == [" Yes.", " No."]
+    assert read[60:] == [["Is it? Yes.", " No."], ["Hello"], ["copy me"], [" a"], [" 1 = 2"]]
 
 
-def test_a_folder_names_its_files_without_hidden_ones_and_counts_rows_in_two(empty_folder, tokenizer):
+def test_a_folders_files_are_named_and_rows_in_two_of_them_counted(empty_folder, tokenizer):
     rows = [json.dumps(comparison(i)) for i in range(60)]
-    write_rows(empty_folder / "a" / "x.jsonl", [*rows, rows[0]])                       # twice in one file
-    for name in (".x.jsonl", ".cache/x.jsonl", "b/._x.json", "notes.txt"):
+    write_rows(empty_folder / "a" / "x.jsonl", [*rows, rows[0]])               # twice in one file
+    for name in (".x.jsonl", ".cache/x.jsonl", "b/._x.json", "notes.txt"):     # not read
         write_rows(empty_folder / "a" / name, rows)
     with gzip.open(empty_folder / "a" / "x.jsonl.gz", "wt") as file:
         file.write("\n".join(rows[30:]))
     write_rows(empty_folder / "a" / "b" / "x.jsonl", [json.dumps(comparison(60)), "{"])
     report = corpus.rows_of(texts_cfg(empty_folder / "a"), tokenizer, 90).report.splitlines()
-    assert "a: 92 rows, " in report[0] and report[1:] == [
-        "files read: b/x.jsonl, x.jsonl, x.jsonl.gz", "1 more left out, not JSON: b/x.jsonl line 2",
-        "30 of them kept as they stand, repeating a row of an earlier file: x.jsonl.gz line 1, "
+    assert "a: 92 rows, " in report[0]
+    assert report[1:] == [
+        "files read: b/x.jsonl, x.jsonl, x.jsonl.gz",
+        "1 more left out, not JSON: b/x.jsonl line 2",
+        "30 of them kept as they are, repeating a row of an earlier file: x.jsonl.gz line 1, "
         "x.jsonl.gz line 2, x.jsonl.gz line 3, x.jsonl.gz line 4, x.jsonl.gz line 5, .."]
 
 
 ROWS = [{"prompt": f"Größe {i}: 漢", "completion": f" 🦊 {i}"} for i in range(3)]
-TEXT = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+LINES = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+TEXT = "\n".join([*LINES, ""])
 
 
 @pytest.mark.parametrize("content", [
-    TEXT.encode("utf-8-sig"), TEXT.replace("\n", "\r\n").encode("utf-8-sig"), TEXT.encode("utf-16"),
-    codecs.BOM_UTF16_BE + TEXT.encode("utf-16-be"), TEXT.encode("utf-32"),
-    codecs.BOM_UTF32_BE + TEXT.encode("utf-32-be"), json.dumps(ROWS).encode(),
-    json.dumps(ROWS, indent=2).encode("utf-8-sig"),
-    ("\n [" + ",\n".join(TEXT.splitlines()) + "]").encode(),
-    json.dumps(ROWS, ensure_ascii=False).encode("utf-16"),
-    "".join(TEXT.splitlines(keepends=True)[:2]).encode("utf-8-sig")        # two files in one
-    + TEXT.splitlines()[2].encode("utf-8-sig")],
-    ids="bom crlf utf16 utf16be utf32 utf32be array pretty rows utf16array joined".split())
-def test_json_lines_and_arrays_are_read_in_every_encoding_gzipped_or_not(content, empty_folder):
+    pytest.param(TEXT.encode("utf-8-sig"), id="bom"),
+    pytest.param(TEXT.replace("\n", "\r\n").encode("utf-8-sig"), id="crlf"),
+    pytest.param(TEXT.encode("utf-16"), id="utf16"),
+    pytest.param(codecs.BOM_UTF16_BE + TEXT.encode("utf-16-be"), id="utf16be"),
+    pytest.param(TEXT.encode("utf-32"), id="utf32"),
+    pytest.param(codecs.BOM_UTF32_BE + TEXT.encode("utf-32-be"), id="utf32be"),
+    pytest.param(json.dumps(ROWS).encode(), id="array"),
+    pytest.param(json.dumps(ROWS, indent=2).encode("utf-8-sig"), id="pretty"),
+    pytest.param(("\n [" + ",\n".join(LINES) + "]").encode(), id="rows"),
+    pytest.param(json.dumps(ROWS, ensure_ascii=False).encode("utf-16"), id="utf16array"),
+    pytest.param("\n".join([*LINES[:2], ""]).encode("utf-8-sig") + LINES[2].encode("utf-8-sig"),
+                 id="two files joined")])
+def test_json_is_read_as_lines_or_array_in_every_encoding_gzipped_or_not(content, empty_folder):
     wanted = [(row["prompt"], [row["completion"]]) for row in ROWS]
-    for name, written in (("a.jsonl", content), ("a.json", content),
-                          ("a.json.gz", gzip.compress(content))):
+    compressed = gzip.compress(content)
+    for name, written in (("a.jsonl", content), ("a.json", content), ("a.json.gz", compressed)):
         (empty_folder / name).write_bytes(written)
         notes = {}
         found = list(corpus.examples(name, notes))
@@ -1218,31 +1389,33 @@ def test_json_lines_and_arrays_are_read_in_every_encoding_gzipped_or_not(content
 def test_texts_lose_their_byte_order_mark_and_bad_bytes_are_named(empty_folder):
     for encoding in ("utf-8-sig", "utf-16", "utf-32"):
         (empty_folder / "a.txt").write_text("Once upon a time\n", encoding=encoding)
-        (empty_folder / "b.txt.gz").write_bytes(gzip.compress((empty_folder / "a.txt").read_bytes()))
+        compressed = gzip.compress((empty_folder / "a.txt").read_bytes())
+        (empty_folder / "b.txt.gz").write_bytes(compressed)
         for name in ("a.txt", "b.txt.gz"):
             assert [row[2] for row in corpus.examples(name, {})] == [["Once upon a time\n"]]
-    for content, what in ((b'{"prompt": "p", "completion": " caf\xe9"}\n', "not JSON"),
-                          (b"[1, 2]\n", "not a JSON object"),
-                          (b'[{"prompt": "p"},\n', "not JSON, nor is the file as one array")):
+    for content, reason in ((b'{"prompt": "p", "completion": " caf\xe9"}\n', "not JSON"),
+                            (b"[1, 2]\n", "not a JSON object"),
+                            (b'[{"prompt": "p"},\n', "not JSON, nor is the file as one array")):
         (empty_folder / "c.json").write_bytes(content)
         notes = {}
         assert not list(corpus.examples("c.json", notes))
-        assert [reason.startswith(what) for _, reason in notes] == [True]
-    (empty_folder / "c.json").write_text("[1, 2]\n" + TEXT)                            # lines, all the same
+        assert [found.startswith(reason) for _, found in notes] == [True]
+    (empty_folder / "c.json").write_text("[1, 2]\n" + TEXT)                    # lines, not an array
     assert len(list(corpus.examples("c.json", {}))) == 3
 
 
 def test_csv_and_parquet_are_named_with_a_command_that_converts_them(empty_folder):
-    (empty_folder / "a b.csv").write_text('prompt,completion\n"2, 3","it\'s ""5"""\n', encoding="utf-8-sig")
-    with pytest.raises(Stopped, match="--data got a b.csv; it takes JSON. To convert") as said:
+    (empty_folder / "a b.csv").write_text('prompt,completion\n"2, 3","it\'s ""5"""\n',
+                                          encoding="utf-8-sig")
+    with pytest.raises(Stopped, match="--data got a b.csv; it takes JSON. To convert") as stopped:
         corpus.check_source("a b.csv")
-    command = str(said.value).split("To convert it: python", 1)[1]
+    command = str(stopped.value).split("To convert it: python", 1)[1]
     subprocess.run(sys.executable + command, shell=True, check=True)
     assert [row[1:] for row in corpus.examples("a b.csv.jsonl", {})] == [("2, 3", ['it\'s "5"'])]
     (empty_folder / "folder").mkdir()
     (empty_folder / "folder" / "x.parquet").touch()
-    message = "without any .jsonl.*x.parquet. .*pandas.read_parquet.*x.parquet.jsonl"
-    with pytest.raises(Stopped, match=message):
+    with pytest.raises(Stopped, match="without any .jsonl.*x.parquet. "
+                                      ".*pandas.read_parquet.*x.parquet.jsonl"):
         corpus.check_source("folder")
     with pytest.raises(Stopped, match="--ptx_data got folder/x.parquet; it takes JSON"):
         corpus.check_source("folder/x.parquet", "--ptx_data")
@@ -1250,241 +1423,306 @@ def test_csv_and_parquet_are_named_with_a_command_that_converts_them(empty_folde
 
 def test_prompts_alone_serve_rl_and_sft_takes_the_rows_with_a_response(empty_folder, tokenizer):
     prompts = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(80)]
-    cfg = texts_cfg(write_rows(empty_folder / "prompts.jsonl", prompts))
+    cfg = cfg_for(empty_folder, prompts)
     read = corpus.rows_of(cfg, tokenizer, 90)
-    assert "prompts.jsonl: 80 prompts without a response, " in read.report
+    assert "rows.jsonl: 80 prompts without a response, " in read.report
     assert read.report.endswith("fields not used: answer (80 rows)") and read[3][1:] == ([], [])
     assert sum(map(len, data.prompts(cfg, tokenizer, 90))) == 80
-    with pytest.raises(Stopped, match="prompts but no responses: there is nothing for SFT"):
+    with pytest.raises(Stopped, match="prompts but no responses, so SFT has nothing to learn from"):
         data.demonstrations(cfg, tokenizer, 90, None, None)
-    with pytest.raises(Stopped, match="there is nothing for a reward model or DPO to learn"):
+    with pytest.raises(Stopped, match="no comparisons, .* A reward model and DPO learn from"):
         data.comparisons(cfg, tokenizer, 90, None, None)
-    both = prompts + [comparison(i) for i in range(60)]
-    cfg = texts_cfg(write_rows(empty_folder / "both.jsonl", both))
-    assert "both.jsonl: 60 rows and 80 prompts" in corpus.rows_of(cfg, tokenizer, 90).report
+    cfg = cfg_for(empty_folder, prompts + [comparison(i) for i in range(60)])
+    assert "rows.jsonl: 60 rows and 80 prompts" in corpus.rows_of(cfg, tokenizer, 90).report
     assert sum(map(len, data.prompts(cfg, tokenizer, 90))) == 140
     for taken in (data.demonstrations, data.comparisons):
         assert sum(map(len, taken(cfg, tokenizer, 90, None, None))) == 60
-    data.check_comparisons(cfg)                            # the first comparison is far down
-    texts = corpus.some_texts(cfg, 81, 1)
+    data.check_comparisons(cfg)                          # the first comparison is far down
+    texts = data.some_texts(cfg, 81, 1)
     assert texts[79:] == ["What is 79?", comparison(0)["chosen"]]
 
 
 def test_rows_that_share_one_prompt_are_held_out_by_the_whole_row(empty_folder, tokenizer):
     rows = [{"prompt": "Praise it:", "chosen": f" good {i}", "rejected": f" bad {i}"}
             for i in range(80)]
-    cfg = texts_cfg(write_rows(empty_folder / "rows.jsonl", rows + rows))
+    cfg = cfg_for(empty_folder, rows + rows)
     read = corpus.rows_of(cfg, tokenizer, 90)
     assert "\ntoo few prompts to hold some of them out: rows are held out by a hash " in read.report
     assert f" {read.held_out.sum()} of these share their prompt with training rows" in read.report
-    assert read.held_out[:80].tolist() == read.held_out[80:].tolist()      # equal rows, one side
-    assert read.held_out[:80].tolist() == [
-        corpus.held_out(f"Praise it:\0 good {i}\0 bad {i}".encode()) for i in range(80)]
+    wanted = [corpus.held_out(f"Praise it:\0 good {i}\0 bad {i}".encode()) for i in range(80)]
+    assert read.held_out.tolist() == wanted + wanted     # equal rows are on one side
     train, held = data.comparisons(cfg, tokenizer, 90, None, None)
     assert len(train) > 100 and len(held) > 5 and len(train) + len(held) == 160
     assert [len(part) for part in data.prompts(cfg, tokenizer, 90)] == [1, 1]
     others = [{"prompt": f"Praise {i}:", "completion": f" good {i}"} for i in range(40)]
-    read = corpus.rows_of(texts_cfg(write_rows(empty_folder / "rows.jsonl", rows + others)), tokenizer, 90)
+    read = rows_for(empty_folder, tokenizer, rows + others)
     assert "too few" not in read.report and len(set(read.held_out[:80])) == 1
-    alone = texts_cfg(write_rows(empty_folder / "rows.jsonl", rows[:1]))
-    assert "too few" not in corpus.rows_of(alone, tokenizer, 90).report        # nor is that any help
+    alone = rows_for(empty_folder, tokenizer, rows[:1])
+    assert "too few" not in alone.report                 # a hash of the row would not help either
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("nowhere.jsonl", None, "--data got .*nowhere.jsonl; it takes reviews, hh, tldr, hf:OWNER/NAME, or a file or folder"),
-    ("empty.jsonl", "", "has no row that could be read. The first lines of corpus.py"),
-    ("broken.jsonl", "{\n", r"has no row that could be read: not JSON \(line 1\)"),
-    ("one.jsonl", '{"prompt": "a", "completion": " b"}\n', "1 rows to train on and 0 held out; there must be some of both"),
-    ("binary.jsonl", b"\xff\x00\x00\xfe", r"not JSON \(line 1\)")])
-def test_data_that_cannot_be_used_ends_with_one_clear_message(name, content, message, empty_folder, tokenizer):
+    ("nowhere.jsonl", None, "--data got .*nowhere.jsonl; it takes reviews, hh, tldr, "
+                            "hf:OWNER/NAME, or an existing file or folder"),
+    ("empty.jsonl", b"",
+     "has no row that could be read: it is empty. The first lines of lab/forms.py"),
+    ("broken.jsonl", b"{\n", r"has no row that could be read: not JSON \(line 1\)"),
+    ("one.jsonl", b'{"prompt": "a", "completion": " b"}\n',
+     "1 rows to train on and 0 held out; there must be some of both"),
+    ("binary.jsonl", b"\xff\x00\x00\xfe", r"not JSON \(line 1\)")],
+    ids=["nowhere", "empty", "broken", "one", "binary"])
+def test_data_that_cannot_be_used_ends_with_one_clear_message(
+        name, content, message, empty_folder, tokenizer):
     if content is not None:
-        (empty_folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        (empty_folder / name).write_bytes(content)
     with pytest.raises(Stopped, match=message):
         data.prompts(texts_cfg(empty_folder / name), tokenizer, 90)
 
 
-LINES = [                       # what a line of a file may hold, and what is said of it
-    ('{"prompt": "p", "completion": " c"', "not JSON"), ("[" * 100_000, "not JSON"), ("not json at all", "not JSON"), ("\x00\x01", "not JSON"),
-    ('{"prompt": "p", "completion": " \x01"}', "not JSON"), ("1" * 5000, "not JSON"), ("[1, 2]", "not a JSON object"), ("null", "not a JSON object"),
-    ('"text"', "not a JSON object"), ("{}", "none of the known forms: keys "), ('{"Prompt": "p"}', "none of the known forms: keys Prompt"),
-    ('{"prompt": "p", "completion": 3}', "a text is not a string"), ('{"prompt": 3, "completion": " c"}', "a text is not a string"),
+BAD_LINES = [                                            # and the reason that is given for each
+    ('{"prompt": "p", "completion": " c"', "not JSON"),
+    ("[" * 100_000, "not JSON"),
+    ("not json at all", "not JSON"),
+    ("\x00\x01", "not JSON"),
+    ('{"prompt": "p", "completion": " \x01"}', "not JSON"),
+    ("1" * 5000, "not JSON"),
+    ("[1, 2]", "not a JSON object"),
+    ("null", "not a JSON object"),
+    ('"text"', "not a JSON object"),
+    ("{}", "none of the known forms: keys "),
+    ('{"Prompt": "p"}', "none of the known forms: keys Prompt"),
+    ('{"prompt": "p", "completion": 3}', "a text is not a string"),
+    ('{"prompt": 3, "completion": " c"}', "a text is not a string"),
     ('{"prompt": "p", "chosen": " a", "rejected": null}', "only one of chosen and rejected"),
-    ('{"text": ["a"]}', "messages want a role"),
-    ('{"prompt": "p", "completion": ""}', "an empty response"), ('{"prompt": "p", "completion": " \\n\\t"}', "an empty response"),
+    ('{"text": ["a"]}', "a message without a role"),
+    ('{"prompt": "p", "completion": ""}', "an empty response"),
+    ('{"prompt": "p", "completion": " \\n\\t"}', "an empty response"),
     ('{"prompt": "p", "chosen": " a", "rejected": ""}', "an empty response"),
-    ('{"prompt": "p \\ud800", "completion": " c"}', "a lone surrogate, which is no text"),
-    ('{"prompt": "p", "completion": " \\udfff"}', "a lone surrogate, which is no text"),
-    ('{"messages": [{"role": "assistant", "content": null}]}', "messages want content, a text"),
+    ('{"prompt": "p \\ud800", "completion": " c"}', "a lone surrogate, which is not valid text"),
+    ('{"prompt": "p", "completion": " \\udfff"}', "a lone surrogate, which is not valid text"),
+    ('{"messages": [{"role": "assistant", "content": null}]}', "a message by assistant whose"),
     ('{"messages": "hello"}', "no prompt, and the texts share no"),
-    ('{"messages": [{"role": "robot", "content": "x"}]}', "messages want a role"), ('{"messages": [7]}', "messages want a role"),
-    ('{"messages": [{"role": ["user"], "content": "x"}]}', "messages want a role"),
-    ('{"messages": []}', "messages want at least one turn"),
+    ('{"messages": [{"role": "robot", "content": "x"}]}', "a message by robot; the role"),
+    ('{"messages": [7]}', "a message without a role"),
+    ('{"messages": [{"role": ["user"], "content": "x"}]}', "a message by ['user']; the role"),
+    ('{"messages": []}', "messages without a turn; there must be at least one"),
     ('{"chosen": [{"role": "assistant", "content": "a"}], "rejected": null}', "only one of chosen"),
     ('{"messages": [{"role": "user", "content": "a"}], "prompt": 5}', "a text is not a string"),
     ('{"\\ud800": 1, "\\u001b[2J": 2}', "none of the known forms: keys \\x1b[2J, \\ud800"),
-    ('{"info": {"post": null, "title": "t", "subreddit": "s"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}',
+    ('{"info": {"post": null, "title": "t", "subreddit": "s"}, '
+     '"summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}',
      "a comparison of summaries without its texts"),
     ('{"info": [], "summaries": [], "choice": "x"}', "a comparison of summaries without its texts"),
     ('{"chosen": "a", "rejected": "b"}', "no prompt, and the texts share no assistant turn")]
 
 
-@pytest.mark.parametrize("line, reason", LINES, ids=range(len(LINES)))
-def test_a_line_that_cannot_be_used_is_left_out_counted_and_named(line, reason, empty_folder, tokenizer):
+@pytest.mark.parametrize("line, reason", BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_line_that_cannot_be_used_is_left_out_counted_and_named(
+        line, reason, empty_folder, tokenizer):
     rows = [json.dumps(comparison(i)) for i in range(60)]
-    (empty_folder / "rows.jsonl").write_bytes("\n".join([*rows[:7], line, *rows[7:], line]).encode())        # the last one without a newline
-    read = corpus.rows_of(texts_cfg(empty_folder / "rows.jsonl"), tokenizer, 90)
-    assert len(read) == 60 and len(read.report.splitlines()) == 2
-    assert read.report.splitlines()[1].startswith(f"2 more left out, {reason}") and read.report.endswith(": line 8, line 62")
+    content = "\n".join([*rows[:7], line, *rows[7:], line])                    # without a last \n
+    (empty_folder / "rows.jsonl").write_bytes(content.encode())
+    read = corpus.rows_of(texts_cfg("rows.jsonl"), tokenizer, 90)
+    _, left_out = read.report.splitlines()
+    assert len(read) == 60
+    assert left_out.startswith(f"2 more left out, {reason}")
+    assert left_out.endswith(": line 8, line 62")
 
 
-def test_control_characters_are_kept_counted_and_shown_as_codes(empty_folder, tokenizer, capsys):
-    rows = [comparison(i) for i in range(60)] + [{"prompt": "a\x00b", "completion": " \x1b[2J\x9b"}, {"prompt": "tab\t", "completion": " line\r\n"}]
-    read = corpus.rows_of(texts_cfg(write_rows(empty_folder / "rows.jsonl", rows)), tokenizer, 90)
-    assert len(read) == 62 and read.report.endswith("\n1 of them kept as they stand, with control characters: line 61")
+def test_control_characters_are_kept_counted_and_shown_as_codes(empty_folder, tokenizer):
+    rows = [comparison(i) for i in range(60)]
+    rows += [{"prompt": "a\x00b", "completion": " \x1b[2J\x9b"},
+             {"prompt": "tab\t", "completion": " line\r\n"}]
+    read = rows_for(empty_folder, tokenizer, rows)
+    assert len(read) == 62
+    assert read.report.endswith("\n1 of them kept as they are, with control characters: line 61")
     prompt, response, _ = read[60]
-    assert tokenizer.decode(prompt) == "a\x00b" and files.visible(tokenizer.decode(response)) == " \\x1b[2J\\x9b<|endoftext|>"
-    assert files.visible("a\tb\r\nc \u00e9\u6f22") == "a\tb\r\nc \u00e9\u6f22"
+    assert tokenizer.decode(prompt) == "a\x00b"
+    assert files.visible(tokenizer.decode(response)) == " \\x1b[2J\\x9b<|endoftext|>"
+    harmless = "a\tb\r\nc \u00e9\u6f22"
+    assert files.visible(harmless) == harmless
 
 
-@pytest.mark.parametrize("text", ["word " * 2_000_000, " " * 10_000_000, "a" * 10_000_000, "\\n" * 5_000_000, "\\u0000" * 1_700_000],
-                         ids=["words", "spaces", "a", "newlines", "zeros"])
+@pytest.mark.parametrize("text", [
+    pytest.param("word " * 2_000_000, id="words"),
+    pytest.param(" " * 10_000_000, id="spaces"),
+    pytest.param("a" * 10_000_000, id="a"),
+    pytest.param("\\n" * 5_000_000, id="newlines"),
+    pytest.param("\\u0000" * 1_700_000, id="zeros")])
 def test_a_line_of_ten_megabytes_is_cut_like_any_other_row(text, empty_folder, tokenizer):
-    rows = [json.dumps(comparison(i)) for i in range(60)]
-    lines = [f'{{"prompt": "p", "completion": " x{text}"}}', f'{{"prompt": "{text} end", "completion": " x"}}']
-    (empty_folder / "rows.jsonl").write_text("\n".join([*rows, *lines]))
-    begun = time.time()
-    read = corpus.rows_of(texts_cfg(empty_folder / "rows.jsonl"), tokenizer, 90)
-    assert len(read) == 62 and time.time() - begun < 20
-    (prompt, response, _), (long_prompt, _, _) = read[60], read[61]
+    rows = [comparison(i) for i in range(60)]
+    rows += [f'{{"prompt": "p", "completion": " x{text}"}}',
+             f'{{"prompt": "{text} end", "completion": " x"}}']
+    cfg = cfg_for(empty_folder, rows)
+    start = time.time()
+    read = corpus.rows_of(cfg, tokenizer, 90)
+    assert len(read) == 62 and time.time() - start < 20
+    prompt, response, _ = read[60]
     assert len(prompt) + len(response) <= 90 and tokenizer.decode(response).startswith(" x")
-    assert len(long_prompt) <= 60 and tokenizer.decode(long_prompt).endswith(" end") and "1 prompts cut" in read.report
-    if text[0] == "w":                                   # a word of 100,000 letters takes seconds to learn from
-        assert tokenizers.train_tokenizer(corpus.some_texts(texts_cfg(empty_folder / "rows.jsonl"), 100, 10), 300).n_vocab <= 300
+    long_prompt, _, _ = read[61]
+    assert len(long_prompt) <= 60 and tokenizer.decode(long_prompt).endswith(" end")
+    assert "1 prompts cut" in read.report
+    if text.startswith("w"):                             # a word of 100,000 letters takes seconds
+        texts = data.some_texts(cfg, 100, 10)
+        assert tokenizers.train_tokenizer(texts, 300).n_vocab <= 300
 
 
-def test_folders_unreadable_files_and_bytes_that_are_no_text_are_refused_or_counted(empty_folder, tokenizer, monkeypatch):
-    rows = [json.dumps(comparison(i)) for i in range(60)]
-    (empty_folder / "a").mkdir()
-    (empty_folder / "a" / "rows.jsonl").write_text("\n".join(rows))
-    (empty_folder / "a" / "folder.jsonl").mkdir()                                      # named like a file
+def test_a_folder_named_like_a_file_is_skipped_and_odd_bytes_are_counted(empty_folder, tokenizer):
+    write_rows(empty_folder / "a" / "rows.jsonl", [comparison(i) for i in range(60)])
+    (empty_folder / "a" / "folder.jsonl").mkdir()
     assert len(corpus.rows_of(texts_cfg(empty_folder / "a"), tokenizer, 90)) == 60
     (empty_folder / "latin.txt").write_bytes(b"caf\xe9 and so on, a longer line\n" * 2000)
     read = corpus.rows_of(texts_cfg(empty_folder / "latin.txt"), tokenizer, 90)
-    assert f"\n{len(read)} of them kept as they stand, with bytes that are no UTF-8, read as \ufffd: piece 1, piece 2" in read.report
+    assert (f"\n{len(read)} of them kept as they are, with bytes that are not UTF-8, read as "
+            "\ufffd: piece 1, piece 2") in read.report
+
+
+def test_files_that_cannot_be_opened_are_refused_by_name(empty_folder, tokenizer, monkeypatch):
+    """Tests may run as root, who may read everything, so the refusal is simulated."""
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
     os.mkfifo(empty_folder / "pipe")
     with pytest.raises(Stopped, match="^error: --data got .*pipe; it takes reviews"):
         data.prompts(texts_cfg(empty_folder / "pipe"), tokenizer, 90)
-    denied = PermissionError(errno.EACCES, "Permission denied")                # tests may run as root, who may read all
-    monkeypatch.setitem(vars(files), "open", lambda *args: (_ for _ in ()).throw(denied))
+    cfg = cfg_for(empty_folder, [comparison(0)])
+    (empty_folder / "plain.txt").write_text("a line\n")
     corpus.digest.cache_clear()
-    with pytest.raises(Stopped, match="^error: .*rows.jsonl cannot be read .PermissionError"):
-        data.prompts(texts_cfg(empty_folder / "a"), tokenizer, 90)
-    monkeypatch.undo()
-    monkeypatch.chdir(empty_folder)
-    monkeypatch.setitem(vars(corpus), "open", lambda *args, **kwargs: (_ for _ in ()).throw(denied))
-    for name, place in (("a/rows.jsonl", "line 0"), ("latin.txt", "piece 0")):
-        with pytest.raises(Stopped, match=f"^error: .*{name} cannot be read past {place} .PermissionError"):
-            list(corpus.examples(str(empty_folder / name), {}))
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "open", denied, raising=False)
+        with pytest.raises(Stopped, match="^error: cannot read .*rows.jsonl .PermissionError"):
+            data.prompts(cfg, tokenizer, 90)
+    monkeypatch.setattr(corpus, "open", denied, raising=False)
+    for name in ("rows.jsonl", "plain.txt"):
+        with pytest.raises(Stopped, match=f"^error: {name} cannot be read past its start "
+                                          ".PermissionError"):
+            list(corpus.examples(name, {}))
 
 
-def test_tokens_that_were_damaged_on_the_disk_are_made_again(empty_folder, tokenizer, capsys):
-    cfg = texts_cfg(write_rows(empty_folder / "rows.jsonl", [comparison(i) for i in range(60)]))
+def test_stored_rows_that_were_damaged_are_made_again(empty_folder, tokenizer, capsys):
+    cfg = cfg_for(empty_folder, [comparison(i) for i in range(60)])
     rows = list(corpus.rows_of(cfg, tokenizer, 90))
-    folder = next((empty_folder / "out" / "tokens").iterdir())
-    for name in ("tokens.npy", "bounds.npy", "held_out.npy", "first.npy", "rows.txt"):
-        for content in (None, b"", (folder / name).read_bytes()[:-9] if name != "rows.txt" else b"\xff"):
-            corpus.opened.cache_clear()
-            (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
-            assert list(corpus.rows_of(cfg, tokenizer, 90)) == rows or content == b"" and name == "rows.txt"
-            assert "is damaged" in capsys.readouterr().out or content == b"" and name == "rows.txt"
-    assert [folder] == list((empty_folder / "out" / "tokens").iterdir())
+    stored, = (empty_folder / "out" / "tokens").iterdir()
+    whole = stored.read_bytes()
+    at = whole.index(np.load(stored)["tokens"].tobytes())
+    flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:]
+    damaged = [b"", b"\xff" * 100, whole[:-9], whole[:len(whole) // 2], flipped]
+    for missing in ("tokens", "bounds", "held_out", "first", "report"):
+        with np.load(io.BytesIO(whole)) as arrays:
+            others = {name: x for name, x in arrays.items() if name != missing}
+        np.savez(stored, **others)
+        damaged.append(stored.read_bytes())
+    for content in damaged:
+        corpus.load_rows.cache_clear()
+        capsys.readouterr()
+        stored.write_bytes(content)
+        assert list(corpus.rows_of(cfg, tokenizer, 90)) == rows
+        assert f"{stored.name}, which stores these rows, is damaged" in capsys.readouterr().out
+    corpus.load_rows.cache_clear()
+    stored.unlink()
+    assert list(corpus.rows_of(cfg, tokenizer, 90)) == rows
+    assert "damaged" not in capsys.readouterr().out
+    assert list((empty_folder / "out" / "tokens").iterdir()) == [stored]
 
 
 def test_settings_that_leave_no_room_and_folders_without_rows_are_refused(empty_folder, tokenizer):
     (empty_folder / "void").mkdir()
     with pytest.raises(Stopped, match="is a folder without any .jsonl"):
         data.prompts(texts_cfg(empty_folder / "void"), tokenizer, 90)
-    path = write_rows(empty_folder / "rows.jsonl", [comparison(i) for i in range(80)])
-    with pytest.raises(Stopped, match="--max_prompt_tokens 90 leaves no room for a response in the model's block_size 90"):
-        data.prompts(texts_cfg(path, max_prompt_tokens=90), tokenizer, 90)
-    with pytest.raises(Stopped, match="prompts of up to 60 tokens and --max_new_tokens 31 exceed .* 90; lower --max_new_tokens to 30"):
-        data.prompts(texts_cfg(path, max_new_tokens=31), tokenizer, 90)
-    with pytest.raises(Stopped, match="5000 held-out prompts are asked for .*, there are"):
-        data.prompts(texts_cfg(path), tokenizer, 90, 5000)
+    cfg = cfg_for(empty_folder, [comparison(i) for i in range(80)])
+    with pytest.raises(Stopped, match="--max_prompt_tokens 90 leaves no room for a response in the "
+                                      "model's block_size 90"):
+        data.prompts(dataclasses.replace(cfg, max_prompt_tokens=90), tokenizer, 90)
+    with pytest.raises(Stopped, match="prompts of up to 60 tokens and --max_new_tokens 31 exceed "
+                                      ".* 90; lower --max_new_tokens to 30"):
+        data.prompts(dataclasses.replace(cfg, max_new_tokens=31), tokenizer, 90)
+    with pytest.raises(Stopped, match=r"5000 held-out prompts are wanted .* there are \d+; lower"):
+        data.prompts(cfg, tokenizer, 90, 5000)
 
 
-def test_the_hub_is_asked_for_the_published_files(empty_folder, tokenizer, monkeypatch):
+def no_network(*args, **kwargs):
+    raise OSError("no route to host")
+
+
+def test_the_hub_is_asked_for_hh_rlhfs_published_files(empty_folder, monkeypatch):
     import huggingface_hub
     path = write_rows(empty_folder / "stored.jsonl", [comparison(i) for i in range(40)])
-    asked_for = []
+    requests = []
 
     def fetch(repository, name, repo_type):
-        asked_for.append((repository, name, repo_type))
+        requests.append((repository, name, repo_type))
         return path
+
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     assert len(list(corpus.examples("hh", {}))) == 80
-    assert asked_for == [("Anthropic/hh-rlhf", f"{part}/train.jsonl.gz", "dataset") for part in ("harmless-base", "helpful-base")]
-
-    def no_network(*args, **kwargs):
-        raise OSError("no route to host")
+    assert requests == [("Anthropic/hh-rlhf", "harmless-base/train.jsonl.gz", "dataset"),
+                        ("Anthropic/hh-rlhf", "helpful-base/train.jsonl.gz", "dataset")]
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
-    with pytest.raises(Stopped, match="--data hh could not be fetched from the hub .OSError.*--data FOLDER reads them"):
+    with pytest.raises(Stopped, match="--data hh could not be fetched from the hub .OSError.*"
+                                      "--data FOLDER"):
         list(corpus.examples("hh", {}))
-    record = {"info": {"post": "p", "title": "t", "subreddit": "s"}, "summaries": [{"text": " a"}, {"text": " b"}], "choice": 0}
-    monkeypatch.setattr(corpus.urllib.request, "urlretrieve", lambda url, to: write_rows(to, [record]))
-    assert [responses for _, _, responses in corpus.examples("tldr", {})] == [[" a", " b"]] * 8
-    monkeypatch.setattr(corpus.urllib.request, "urlretrieve", no_network)
-    assert len(list(corpus.examples("tldr", {}))) == 8                         # they are here by now
+
+
+def test_comparisons_of_summaries_are_downloaded_once(empty_folder, monkeypatch):
+    record = {"info": {"post": "p", "title": "t", "subreddit": "s"},
+              "summaries": [{"text": " a"}, {"text": " b"}], "choice": 0}
+    request = corpus.urllib.request
+    monkeypatch.setattr(request, "urlretrieve", lambda url, to: write_rows(to, [record]))
+    assert [row[2] for row in corpus.examples("tldr", {})] == [[" a", " b"]] * 8
+    monkeypatch.setattr(request, "urlretrieve", no_network)
+    assert len(list(corpus.examples("tldr", {}))) == 8   # from the disk
     shutil.rmtree(empty_folder / "out" / "downloads")
     with pytest.raises(Stopped, match="batch3.json could not be fetched .no route to host"):
         list(corpus.examples("tldr", {}))
 
 
-def test_data_sets_of_the_hub_go_through_the_datasets_package_and_say_so_where_it_is_missing(empty_folder, tokenizer, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)                         # as if not installed
-    with pytest.raises(Stopped, match="--data hf:a/b takes the datasets package: pip install datasets"):
-        list(corpus.examples("hf:a/b", {}))
+def test_data_sets_of_the_hub_need_the_datasets_package(hub, tokenizer, monkeypatch):
+    def load_dataset(name, split):
+        if (name, split) != ("a/b", "train"):
+            raise ZeroDivisionError
+        return Loaded(comparison(i) for i in range(50))
 
-    class Loaded(list):
-        _fingerprint = "0123"
-    stand_in = types.SimpleNamespace(load_dataset=lambda name, split: Loaded(comparison(i) for i in range(50))
-                                     if (name, split) == ("a/b", "train") else 1 / 0)
-    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    hub.load_dataset = load_dataset
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", None)     # as if not installed
+        with pytest.raises(Stopped, match="--data hf:a/b needs the datasets package: pip install "
+                                          "datasets"):
+            list(corpus.examples("hf:a/b", {}))
     assert len(corpus.rows_of(texts_cfg("hf:a/b"), tokenizer, 90)) == 50
     with pytest.raises(Stopped, match="--data hf:a/c could not be loaded .ZeroDivisionError"):
         list(corpus.examples("hf:a/c", {}))
 
 
-def test_configurations_and_splits_of_the_hub_are_chosen_and_named(empty_folder, tokenizer, monkeypatch):
-    class Loaded(list):
-        _fingerprint = "0123"
-    there = {"main": ["train", "test"], "extra": ["train"]}
+def test_configurations_and_splits_of_the_hub_are_chosen_and_named(hub, tokenizer, monkeypatch):
+    splits = {"main": ["train", "test"], "extra": ["train"]}
 
     def load_dataset(path, name=None, split=None):
-        if path != "maths/sums" or split not in there[name]:
+        if path != "maths/sums" or split not in splits[name]:
             raise ValueError("not\nthere")
         return Loaded({"prompt": name, "completion": f" {split} {i}"} for i in range(3))
 
     def get_dataset_config_names(path):
-        return [*there] if path == "maths/sums" else ["main"]
-    fake = types.SimpleNamespace(
-        load_dataset=load_dataset, get_dataset_config_names=get_dataset_config_names,
-        get_dataset_split_names=lambda path, name="main": there[name])
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    corpus.hub_data_set.cache_clear()
+        return list(splits) if path == "maths/sums" else ["main"]
+
+    def get_dataset_split_names(path, name="main"):
+        return splits[name]
+
+    hub.load_dataset = load_dataset
+    hub.get_dataset_config_names = get_dataset_config_names
+    hub.get_dataset_split_names = get_dataset_split_names
     for source, prompt, found in (("hf:maths/sums/main:test", "main", " test 2"),
                                   ("hf:maths/sums/extra", "extra", " train 2")):
         assert list(corpus.examples(source, {}))[2] == ("row 2", prompt, [found])
-        response = corpus.rows_of(texts_cfg(source), tokenizer, 90)[2][1]      # stored for each
+        response = corpus.rows_of(texts_cfg(source), tokenizer, 90)[2][1]      # stored apart
         assert tokenizer.decode(response[:-1]) == found
     for source, choices in (
-            ("maths/sums", "give hf:maths/sums/CONFIGURATION, which is one of main, extra"),
-            ("maths/sums/man", "give hf:maths/sums/CONFIGURATION, which is one of main, extra"),
-            ("maths/sums/extra:test", "give hf:maths/sums/extra:SPLIT, which is one of train"),
-            ("maths/one:dev", "give hf:maths/one:SPLIT, which is one of train, test")):
+            ("maths/sums", "give hf:maths/sums/CONFIGURATION, one of: main, extra"),
+            ("maths/sums/man", "give hf:maths/sums/CONFIGURATION, one of: main, extra"),
+            ("maths/sums/extra:test", "give hf:maths/sums/extra:SPLIT, one of: train"),
+            ("maths/one:dev", "give hf:maths/one:SPLIT, one of: train, test")):
         with pytest.raises(Stopped, match=f"hf:{source} could not .*{re.escape(choices)}$"):
             list(corpus.examples(f"hf:{source}", {}))
-    monkeypatch.setattr(fake, "get_dataset_config_names", lambda path: 1 / 0)
+    monkeypatch.setattr(hub, "get_dataset_config_names", no_network)
     with pytest.raises(Stopped, match="ValueError: not.; check the name and the network"):
         list(corpus.examples("hf:maths/sums/main:dev", {}))
 
