@@ -91,34 +91,43 @@ def tokenizer():
     return tokenizers.train_tokenizer(review_texts(400, seed=3))
 
 
-HUMAN, TURN = "\n\nHuman: ", forms.TURN
+HUMAN = "\n\nHuman: "
+TURN = forms.TURN
 
 
 def comparison(i, words=3):
-    """A row in HH-RLHF's form, with prompts and responses that differ from row to row"""
-    prompt = f"{HUMAN}Tell me about number {i}" + " and so on" * (i % words) + f".{TURN}"
-    return {"chosen": f"{prompt} Number {i} is good" + "!" * (i % 4), "rejected": f"{prompt} I do not like {i}."}
+    """A row in HH-RLHF's form; prompts and responses have different lengths in different rows"""
+    longer = " and so on" * (i % words)
+    prompt = f"{HUMAN}Tell me about number {i}{longer}.{TURN}"
+    marks = "!" * (i % 4)
+    return {"chosen": f"{prompt} Number {i} is good{marks}",
+            "rejected": f"{prompt} I do not like {i}."}
 
 
 def write_rows(path, rows):
+    """Write rows, objects or lines of text, to a file -> its path as text"""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return str(path)
 
 
 @pytest.fixture
 def empty_folder(tmp_path, monkeypatch):
+    """Work in an empty folder -> its path"""
     monkeypatch.chdir(tmp_path)
     corpus.load_rows.cache_clear()
     return tmp_path
 
 
 def texts_cfg(path, **changes):
-    return dataclasses.replace(ppo.Config(), data=str(path), **{**dict(max_prompt_tokens=60, max_new_tokens=20), **changes})
+    """Settings for rows from a file"""
+    lengths = {"max_prompt_tokens": 60, "max_new_tokens": 20}
+    return dataclasses.replace(ppo.Config(), data=str(path), **(lengths | changes))
 
 
 def in_a_child(work):
-    """What became of a forked process that does some work: the signal that ended it, or its exit code"""
+    """Do some work in a forked process -> minus the signal that ended it, or its exit code"""
     child = os.fork()
     if child == 0:
         code = 1
@@ -132,8 +141,9 @@ def in_a_child(work):
 
 
 def killed_at(monkeypatch, owner, name, call, after=False):
-    """From here on this process is killed at some call of a function, before it or after it"""
-    original, calls = getattr(owner, name), []
+    """From now on the call-th call of a function kills this process, before it or after it."""
+    original = getattr(owner, name)
+    calls = []
 
     def deadly(*args, **kwargs):
         calls.append(1)
@@ -147,14 +157,14 @@ def killed_at(monkeypatch, owner, name, call, after=False):
 
 
 class Malicious:
+    """An object whose unpickling makes a folder"""
+
     def __init__(self, folder):
         self.folder = str(folder)
 
     def __reduce__(self):
         return (os.mkdir, (self.folder,))
 
-
-# ---- a reward function of the user's
 
 def load_own(tokenizer, spec, **changes):
     """The reward that --reward names, not normalised"""
@@ -163,7 +173,7 @@ def load_own(tokenizer, spec, **changes):
 
 
 def tiny_config(script, **changes):
-    return script.Config(**{"config": "tiny", **changes})
+    return script.Config(**({"config": "tiny"} | changes))
 
 
 def log_of(folder):
@@ -172,7 +182,7 @@ def log_of(folder):
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory):
-    """python ppo.py --config tiny, which makes all three stages, then the others; -> folder, results of ppo"""
+    """python ppo.py --config tiny, which makes all three stages; then the others -> folder, results"""
     home = tmp_path_factory.mktemp("whole_run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
@@ -185,14 +195,14 @@ def whole_run(tmp_path_factory):
 
 @pytest.fixture
 def finished_run(whole_run, monkeypatch):
-    """Work where the whole run stands, so that --base tiny finds its stages -> out/"""
+    """Work in the folder of the whole run, where --base tiny finds its stages -> out/"""
     monkeypatch.chdir(whole_run[0].parent.parent)
     return whole_run[0].parent
 
 
 @contextlib.contextmanager
 def crash_at(step, monkeypatch):
-    """The power goes right after an update was logged"""
+    """The power fails right after an update was logged."""
     original = runs.Run.log
 
     def crash(run, now, *args, **kwargs):
@@ -205,14 +215,18 @@ def crash_at(step, monkeypatch):
 
 
 def assert_same_run(folder, other):
-    """Checkpoints and results bit for bit, logs but for times; each update once"""
-    ours, theirs = map(files.load_checkpoint, (folder, other))
-    for saved in (ours, theirs):
-        saved["config"] = {name: value for name, value in saved["config"].items() if name not in (*settings.MAY_CHANGE_ON_RESUME, "base")}
-    assert_same_bits(ours, theirs)
-    timed = re.compile("_seconds$|_per_second$")
-    logs = [[{k: v for k, v in line.items() if not timed.search(k)} for line in log_of(run)] for run in (folder, other)]
-    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(len(logs[0])))
+    """Checkpoints and results are equal bit for bit, logs except for times; each update is there once"""
+    free = (*settings.MAY_CHANGE_ON_RESUME, "base")
+    checkpoints, logs = [], []
+    for run in (folder, other):
+        saved = files.load_checkpoint(run)
+        saved["config"] = {k: v for k, v in saved["config"].items() if k not in free}
+        checkpoints.append(saved)
+        logs.append([{k: v for k, v in line.items() if not re.search("_seconds$|_per_second$", k)}
+                     for line in log_of(run)])
+    assert_same_bits(*checkpoints)
+    assert logs[0] == logs[1]
+    assert [line["step"] for line in logs[0]] == list(range(len(logs[0])))
     assert (folder / "results.json").read_text() == (other / "results.json").read_text()
 
 
@@ -233,74 +247,84 @@ def assert_same_bits(a, b):
 
 
 def short_config(script, **changes):
-    """A run of a second, with several checkpoints"""
-    return tiny_config(script, **{**dict(steps=5, save_every=2, n_texts=100, n_eval=8, batch_size=4, eval_every=3), **changes})
+    """A run of SFT in a second, with several checkpoints"""
+    short = dict(steps=5, save_every=2, n_texts=100, n_eval=8, batch_size=4, eval_every=3)
+    return tiny_config(script, **(short | changes))
 
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Drawing takes longer than all else in a run of two updates."""
+    """Drawing takes longer than the rest of a run of two updates."""
     monkeypatch.setattr(reports, "curves", lambda folder, panels: folder / "curves.png")
 
-
-# ---- Models, data and rewards of one's own, end to end
 
 @pytest.fixture(scope="session")
 def user_run(tmp_path_factory):
     """
-    A folder with what a user brings: gpt2, a model and its tokenizer as transformers saves them, pairs.jsonl,
-    story.txt; and a run `own` of every stage on them, LoRA at rank 2 in all -> folder, what ppo said of itself
+    A user's folder -> its path, results of ppo
+
+    It has gpt2, a model and its tokenizer as transformers saves them, pairs.jsonl, story.txt, and a
+    run `own` of every stage on them, with LoRA of rank 2.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
     home = tmp_path_factory.mktemp("own")
     rows = [comparison(i) for i in range(160)]
     tokenizer = tokenizers.train_tokenizer([row["chosen"] for row in rows], 400)
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(vocab_size=tokenizer.n_vocab, n_positions=96, n_layer=1, n_head=2, n_embd=32,
-                               bos_token_id=tokenizer.eot_token, eos_token_id=tokenizer.eot_token)).save_pretrained(home / "gpt2")
+    config = GPT2Config(vocab_size=tokenizer.n_vocab, n_positions=96, n_layer=1, n_head=2, n_embd=32,
+                        bos_token_id=tokenizer.eot_token, eos_token_id=tokenizer.eot_token)
+    GPT2LMHeadModel(config).save_pretrained(home / "gpt2")
     tokenizers.export_tokenizer(tokenizer, home / "gpt2")
     write_rows(home / "pairs.jsonl", rows)
-    (home / "story.txt").write_text("".join(f"Number {i} is good, says the story.\n" for i in range(400)))
+    story = [f"Number {i} is good, says the story.\n" for i in range(400)]
+    (home / "story.txt").write_text("".join(story))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         patch.setattr(reports, "curves", lambda folder, panels: folder / "curves.png")
-        sft.main(user_config(sft, init="gpt2", steps=30, n_texts=None, n_eval=10, batch_size=8, lora_rank=0))
+        few = dict(n_eval=4, n_samples=4)
+        sft.main(user_config(sft, init="gpt2", steps=30, n_texts=None, n_eval=10, batch_size=8,
+                             lora_rank=0))
         reward_model.main(user_config(reward_model, n_prompts=None, n_held_out=15))
-        results = ppo.main(user_config(ppo, ptx_coef=0.5, ptx_data="story.txt", ema=0.8, n_eval=4, n_samples=4, steps=4))
-        dpo.main(user_config(dpo, n_pairs=100, n_eval=4, n_samples=4))
-        grpo.main(user_config(grpo, n_eval=4, n_samples=4, steps=3))
+        results = ppo.main(user_config(ppo, steps=4, ptx_coef=0.5, ptx_data="story.txt", ema=0.8,
+                                       **few))
+        dpo.main(user_config(dpo, n_pairs=100, **few))
+        grpo.main(user_config(grpo, steps=3, **few))
     return home, results
 
 
 def user_config(script, **changes):
-    return tiny_config(script, **{**dict(out="own", data="pairs.jsonl", max_prompt_tokens=40, max_new_tokens=12, lora_rank=2), **changes})
+    """Settings for a stage on the user's files"""
+    user = dict(out="own", data="pairs.jsonl", max_prompt_tokens=40, max_new_tokens=12, lora_rank=2)
+    return tiny_config(script, **(user | changes))
 
 
 @pytest.fixture
 def user_folder(user_run, monkeypatch, no_pictures):
-    """Work in that folder -> out/"""
+    """Work in the user's folder -> out/"""
     monkeypatch.chdir(user_run[0])
     return user_run[0] / "out"
 
-
-# ---- rewards of one's own
 
 @pytest.fixture(scope="session")
 def classifiers(tmp_path_factory):
     """Folders with small classifiers of one, two and three labels, with tokenizers of their own"""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
-    home, words = tmp_path_factory.mktemp("classifiers"), ["[PAD]", "[UNK]", *"the a is not good superb plot acting . ! see it".split()]
+    home = tmp_path_factory.mktemp("classifiers")
+    words = ["[PAD]", "[UNK]", *"the a is not good superb plot acting . ! see it".split()]
     bare = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     bare.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="[PAD]", unk_token="[UNK]",
+                                   model_max_length=12)
     for labels in (1, 2, 3):
         torch.manual_seed(labels)
-        bert = BertForSequenceClassification(BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                                        intermediate_size=32, max_position_embeddings=12, num_labels=labels, pad_token_id=0))
+        bert = BertForSequenceClassification(BertConfig(
+            vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=32, max_position_embeddings=12, num_labels=labels, pad_token_id=0))
         for p in bert.parameters():
             p.data.normal_(std=0.3)
         bert.save_pretrained(home / str(labels))
-        PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="[PAD]", unk_token="[UNK]", model_max_length=12).save_pretrained(home / str(labels))
+        fast.save_pretrained(home / str(labels))
     return home
 
 

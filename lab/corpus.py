@@ -355,6 +355,8 @@ def rows_of(cfg, tokenizer, block_size):
     if path.exists():
         try:
             return load_rows(cfg.data, path)
+        except MemoryError:
+            raise
         except Exception as error:                       # numpy raises many kinds
             print(f"{path}, which stores these rows, is damaged ({first_line(error)}); making it "
                   "again")

@@ -229,8 +229,8 @@ def load_checkpoint(folder, *wanted):
              f"{first_line(error)[:100]}); {recovery_hint(folder)}")
     must_hold(saved, folder, "step", "config", *wanted)
     if type(saved["step"]) is not int or not isinstance(saved["config"], dict):
-        stop(f"{path} is not a checkpoint of this project: its step is {saved['step']!r:.50}; "
-             + recovery_hint(folder))
+        stop(f"{path} is not a checkpoint of this project: its step is {saved['step']!r:.50}, its "
+             f"config a {type(saved['config']).__name__}; {recovery_hint(folder)}")
     return saved
 
 
