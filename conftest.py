@@ -182,7 +182,7 @@ def log_of(folder):
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory):
-    """python ppo.py --config tiny, which makes all three stages; then the others -> folder, results"""
+    """python ppo.py --config tiny, which makes all stages; then the others -> folder, results"""
     home = tmp_path_factory.mktemp("whole_run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
@@ -215,7 +215,7 @@ def crash_at(step, monkeypatch):
 
 
 def assert_same_run(folder, other):
-    """Checkpoints and results are equal bit for bit, logs except for times; each update is there once"""
+    """Checkpoints, results and logs are equal bit for bit, except for times; no update is missing"""
     free = (*settings.MAY_CHANGE_ON_RESUME, "base")
     checkpoints, logs = [], []
     for run in (folder, other):
@@ -271,8 +271,9 @@ def user_run(tmp_path_factory):
     rows = [comparison(i) for i in range(160)]
     tokenizer = tokenizers.train_tokenizer([row["chosen"] for row in rows], 400)
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=tokenizer.n_vocab, n_positions=96, n_layer=1, n_head=2, n_embd=32,
-                        bos_token_id=tokenizer.eot_token, eos_token_id=tokenizer.eot_token)
+    eos_id = tokenizer.eot_token
+    config = GPT2Config(vocab_size=tokenizer.n_vocab, n_positions=96, n_layer=1, n_head=2,
+                        n_embd=32, bos_token_id=eos_id, eos_token_id=eos_id)
     GPT2LMHeadModel(config).save_pretrained(home / "gpt2")
     tokenizers.export_tokenizer(tokenizer, home / "gpt2")
     write_rows(home / "pairs.jsonl", rows)
