@@ -290,17 +290,20 @@ def classifiers(tmp_path_factory):
     """Folders with small classifiers of one, two and three labels, with tokenizers of their own"""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
-    home, words = tmp_path_factory.mktemp("classifiers"), ["[PAD]", "[UNK]", *"the a is not good superb plot acting . ! see it".split()]
+    home = tmp_path_factory.mktemp("classifiers")
+    words = "[PAD] [UNK] the a is not good superb plot acting . ! see it".split()
     bare = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     bare.pre_tokenizer = pre_tokenizers.Whitespace()
     for labels in (1, 2, 3):
         torch.manual_seed(labels)
-        bert = BertForSequenceClassification(BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                                        intermediate_size=32, max_position_embeddings=12, num_labels=labels, pad_token_id=0))
+        bert = BertForSequenceClassification(BertConfig(
+            vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=32, max_position_embeddings=12, num_labels=labels, pad_token_id=0))
         for p in bert.parameters():
             p.data.normal_(std=0.3)
         bert.save_pretrained(home / str(labels))
-        PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="[PAD]", unk_token="[UNK]", model_max_length=12).save_pretrained(home / str(labels))
+        PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="[PAD]", unk_token="[UNK]",
+                                model_max_length=12).save_pretrained(home / str(labels))
     return home
 
 

@@ -5943,6 +5943,14 @@ def test_the_tables_name_every_formula_file_and_section():
 SCRIPT_FILES = {f"{script.__name__}.py": script for script in (*SCRIPTS, sample)}
 
 
+def script_of(command):
+    """-> the script that a command runs or None, its arguments"""
+    for i, word in enumerate(command[:3]):               # python first_nan.py ppo.py
+        if word in SCRIPT_FILES:
+            return SCRIPT_FILES[word], command[i + 1:]
+    return None, []
+
+
 def commands_in_blocks(text):
     """The commands of a page's bash blocks -> list of lists of words"""
     commands = []
@@ -5969,28 +5977,17 @@ def commands_in_lines(text):
     """
     The scripts with options in a page's `code` -> list of lists of words
 
-    A single capital letter, as in sft.py D --n N, is a value or other options. An option at the
-    end is only named, without its value.
+    A single capital letter, as in  sft.py D --out hh,  stands for other options. An option at the
+    end, as in  sft.py --init,  is only named.
     """
     commands = []
     for code in code_in_lines(text):
-        words = code.split()
-        if "--" in code and any(word in SCRIPT_FILES for word in words[:3]):
+        words = [word for word in code.split() if not re.fullmatch("[A-Z]", word)]
+        if "--" in code and script_of(words)[0]:
             if words[-1].startswith("--"):
-                words[-1] += "=1"
-            for i, word in enumerate(words):
-                if re.fullmatch("[A-Z]", word):
-                    words[i] = "1" if words[i - 1].startswith("--") else ""
-            commands.append([word for word in words if word])
+                words.pop()
+            commands.append(words)
     return commands
-
-
-def script_of(command):
-    """-> the script that a command runs or None, its arguments"""
-    for i, word in enumerate(command):
-        if word in SCRIPT_FILES:
-            return SCRIPT_FILES[word], command[i + 1:]
-    return None, []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -6000,11 +5997,12 @@ def test_every_command_of_a_page_parses(page):
         script, arguments = script_of(command)
         if script and "--help" not in arguments:
             settings.parse(script.Config, "", arguments)
-    options = {field.name for script in SCRIPT_FILES.values()
-               for field in dataclasses.fields(script.Config)}
+    options = {"help"}
+    for script in SCRIPT_FILES.values():
+        options |= {field.name for field in dataclasses.fields(script.Config)}
     for code in code_in_lines(text):
-        for option in re.findall(r"^--([\w-]+)", code):
-            assert option in options, option
+        if code.startswith("--") or script_of(code.split())[0]:
+            assert set(re.findall(r"--([\w-]+)", code)) <= options, code
 
 
 def test_commands_are_found_on_the_pages():
