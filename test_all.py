@@ -9,6 +9,24 @@ Every formula against an independent oracle, every script end to end. Offline, o
     python test_all.py flips            draw docs/flips.png as well
 
 A test's name is the claim it checks.
+
+    line   section
+     111   reviews.py
+     353   model.py
+    1132   sft.py
+    1154   reward_model.py
+    1232   ppo.py
+    1578   dpo.py
+    1779   grpo.py
+    2297   policy_gradient.py
+    2374   frontier.py
+    2574   evaluate.py
+    2604   What people copy
+    2739   Any shapes, any values: what hypothesis finds by trying
+    2916   The proof: a problem so small that every response can be listed
+    3973   The scripts, end to end at --config tiny
+    5717   The house: what holds for every file
+    5872   README.md and docs/
 """
 
 import ast
@@ -2688,7 +2706,7 @@ def pasted_source(name):
 def test_every_formula_of_the_table_is_pasted_or_named_as_part_of_a_script():
     names = {name for _, name, _, _ in ROW.findall(README)}
     assert names == {*COPIED, *PARTS_OF_SCRIPTS}
-    quote = README[README.index("## Quote it"):README.index("## What differs")]
+    quote = re.search(r"\n## Quote it\n(.*?)\n## ", README, re.S)[1]
     for name in (*PARTS_OF_SCRIPTS, *TAKES_ALONG, *itertools.chain(*TAKES_ALONG.values())):
         assert f"{name}`" in quote, name
 
@@ -3951,12 +3969,46 @@ def test_conservative_policy_iteration_bound():
     assert max(overestimates) > 1e-3             # so the surrogate alone is not a bound
 
 
+# --------------------------------------------------------------------------------------------------
+# The scripts, end to end at --config tiny
+
+FEW = dict(n_eval=4, n_samples=4)                # prompts and responses of the final comparison
+
+
+def tiny_models(out):
+    """The SFT policy of the run tiny, its tokenizer and its reward model"""
+    reference, tokenizer = sft.load_policy(out / "tiny" / "sft", "cpu")
+    scorer = reward_model.load_reward_model(out / "tiny" / "reward_model", reference, tokenizer,
+                                            "cpu")
+    return reference, tokenizer, scorer
+
+
+def stage_log(out, run, script):
+    return log_of(out / run / script.__name__)
+
+
+def option_id(value):
+    """dict(lam=0.9, beta=1) -> lam-beta, a script -> its name; for the ids of cases"""
+    if isinstance(value, dict):
+        return "-".join(value)
+    return getattr(value, "__name__", "")
+
+
+def option_folder(changes):
+    """dict(lam=0.9, beta=1) -> lam-0.9_beta-1"""
+    return "_".join(f"{name}-{value}" for name, value in changes.items())
+
+
+# ---- sft.py, reward_model.py and ppo.py
+
 def test_one_command_makes_every_stage_with_all_its_files(whole_run):
     folder, _ = whole_run
     for stage in ("sft", "reward_model", "ppo", "dpo", "grpo", "../ladder/policy_gradient"):
-        for name in ("checkpoint.pt", "log.jsonl", "config.json", "report.txt", "results.json", "tokenizer.json"):
+        for name in ("checkpoint.pt", "log.jsonl", "config.json", "report.txt", "results.json",
+                     "tokenizer.json"):
             assert (folder / stage / name).stat().st_size > 0
-        for picture in ("ladder.png", "variance.png") if "ladder" in stage else ("curves.png",):
+        pictures = ("ladder.png", "variance.png") if "ladder" in stage else ("curves.png",)
+        for picture in pictures:
             assert (folder / stage / picture).read_bytes()[:4] == b"\x89PNG"
         steps = [line["step"] for line in log_of(folder / stage)]
         assert steps == list(range(len(steps))) and len(steps) >= 8
@@ -3964,21 +4016,23 @@ def test_one_command_makes_every_stage_with_all_its_files(whole_run):
 
 
 def test_sft_learns(whole_run):
-    log, results = log_of(whole_run[0] / "sft"), files.read_json(whole_run[0] / "sft" / "results.json")
+    log = log_of(whole_run[0] / "sft")
+    results = files.read_json(whole_run[0] / "sft" / "results.json")
     assert log[0]["held_out"] > 100 and results["held_out"] < 40
-    assert results["above_entropy"] == pytest.approx(results["held_out"] - results["entropy"])
+    above_entropy = results["held_out"] - results["entropy"]
+    assert results["above_entropy"] == pytest.approx(above_entropy)
     assert 14 < results["entropy"] < 18
 
 
-def test_reward_model_agrees_with_annotators_and_is_normalised(whole_run, finished_run):
-    results = files.read_json(whole_run[0] / "reward_model" / "results.json")
+def test_the_reward_model_agrees_with_annotators_and_is_normalised(whole_run, finished_run):
+    folder = whole_run[0] / "reward_model"
+    results = files.read_json(folder / "results.json")
     assert 0.6 < results["accuracy"] < results["bayes_accuracy"] < 1
-    tokenizer = tokenizers.load_tokenizer(whole_run[0] / "sft")
-    policy, _ = sft.load_policy(whole_run[0] / "sft", "cpu")
-    scorer = reward_model.load_reward_model(whole_run[0] / "reward_model", policy, tokenizer, "cpu")
-    held_out = files.read_json(whole_run[0] / "reward_model" / "comparisons.json")[1]
+    _, _, scorer = tiny_models(finished_run)
+    held_out = files.read_json(folder / "comparisons.json")[1]
     scores = reward_model.score_all(scorer, held_out, "cpu")
-    assert scores.mean().item() == pytest.approx(0, abs=1e-4) and scores.std().item() == pytest.approx(1, abs=1e-4)
+    assert scores.mean().item() == pytest.approx(0, abs=1e-4)
+    assert scores.std().item() == pytest.approx(1, abs=1e-4)
 
 
 def test_comparisons_hold_the_ids_that_were_sampled_best_first(whole_run):
@@ -3989,8 +4043,9 @@ def test_comparisons_hold_the_ids_that_were_sampled_best_first(whole_run):
     for c in comparisons + held_out:
         assert tokenizer.encode_ordinary(c["prompt"]) == c["prompt_ids"]
         for text, ids, gold in zip(c["responses"], c["response_ids"], c["gold"]):
-            assert tokenizers.decode_response(tokenizer, ids)[0] == text
-            assert gold == pytest.approx(reviews.gold(c["prompt"], *tokenizers.decode_response(tokenizer, ids)), abs=1e-5)
+            decoded = tokenizers.decode_response(tokenizer, ids)
+            assert decoded[0] == text
+            assert gold == pytest.approx(reviews.gold(c["prompt"], *decoded), abs=1e-5)
         firsts.append(c["gold"][0])
         lasts.append(c["gold"][-1])
     assert sum(firsts) > sum(lasts) + 100
@@ -4008,96 +4063,108 @@ def test_ppo_raises_the_score_and_starts_where_it_should(whole_run):
     assert log[1]["beta"] == pytest.approx(log[0]["beta"] * (1 - 0.2 * 32 / 640))
 
 
-def test_the_reported_comparison_matches_the_two_checkpoints_so_the_reference_did_not_move(whole_run):
-    folder, results = whole_run
-    reference, tokenizer = sft.load_policy(folder / "sft", "cpu")
-    scorer = reward_model.load_reward_model(folder / "reward_model", reference, tokenizer, "cpu")
+def test_the_reported_comparison_can_be_made_again_from_the_checkpoints(finished_run):
+    """So the reference did not move in any of these runs."""
+    reference, tokenizer, scorer = tiny_models(finished_run)
     for script, name in ((ppo, "PPO"), (dpo, "DPO"), (grpo, "GRPO")):
-        policy, _ = sft.load_policy(folder / script.__name__, "cpu")
-        _, again = compare.compare({"SFT": reference, name: policy}, reward_of(scorer, tiny_config(script)), tokenizer,
-                                    held_out_prompts(tokenizer, tiny_config(script).n_eval, 1337), tiny_config(script))
-        assert again == files.read_json(folder / script.__name__ / "results.json")
+        folder = finished_run / "tiny" / script.__name__
+        cfg = tiny_config(script)
+        policies = {"SFT": reference, name: sft.load_policy(folder, "cpu")[0]}
+        prompts = held_out_prompts(tokenizer, cfg.n_eval, 1337)
+        _, again = compare.compare(policies, reward_of(scorer, cfg), tokenizer, prompts, cfg)
+        assert again == files.read_json(folder / "results.json")
 
 
 def test_an_update_wires_rollout_rewards_advantages_and_losses_together(finished_run, monkeypatch):
-    """One run of two updates, every call of the maths recorded and compared with the definitions."""
+    """One run of two updates, every call of the maths recorded and compared with the definitions"""
     calls = {}
+    critic_values = []
 
-    def spy(name, owner=ppo):
+    def record(owner, name):
         original = getattr(owner, name)
 
         def recorded(*args, **kwargs):
+            if name == "gae":                            # before the critic moves on
+                inputs = calls["roll_out"][-1][1][0]
+                critic = calls["ScalarGPT"][0][1]
+                mask = args[2]
+                critic_values.append((critic(inputs) * mask).detach())
             result = original(*args, **kwargs)
             calls.setdefault(name, []).append((args, result))
             return result
         monkeypatch.setattr(owner, name, recorded)
 
     for name in ("ScalarGPT", "roll_out", "gae", "policy_loss", "value_loss", "shape_rewards"):
-        spy(name)
-    spy("__call__", reward_py.Reward)
-    spied, critic_values = ppo.gae, []
-
-    def gae(rewards, values, mask, gamma, lam):              # before the critic moves on
-        inputs = calls["roll_out"][-1][1][0]
-        critic_values.append((calls["ScalarGPT"][0][1](inputs) * mask).detach())
-        return spied(rewards, values, mask, gamma, lam)
-
-    monkeypatch.setattr(ppo, "gae", gae)
-    ppo.main(tiny_config(ppo, out="wired", base="tiny", steps=2, batch_size=16, minibatch_size=16, n_eval=8, lam=0.9,
-                  gamma=0.98, beta=0.3, kl_control="fixed"))
+        record(ppo, name)
+    record(reward_py.Reward, "__call__")
+    ppo.main(tiny_config(ppo, out="wired", base="tiny", steps=2, batch_size=16, minibatch_size=16,
+                         n_eval=8, lam=0.9, gamma=0.98, beta=0.3, kl_control="fixed"))
+    reference, _, _ = tiny_models(finished_run)
     for update in range(2):
         inputs, targets, mask, finished = calls["roll_out"][update][1]
         scores = calls["__call__"][update][1]
-        (given, old_logprobs, ref_logprobs, rewards_mask, beta), rewards = calls["shape_rewards"][update]
-        assert torch.equal(given, scores) and torch.equal(rewards_mask, mask) and beta == 0.3
+        args, rewards = calls["shape_rewards"][update]
+        shaped_scores, old_logprobs, ref_logprobs, rewards_mask, beta = args
+        assert torch.equal(shaped_scores, scores) and torch.equal(rewards_mask, mask)
+        assert beta == 0.3
+        expected = token_logprobs(reference, inputs, targets, mask).detach()
+        torch.testing.assert_close(ref_logprobs, expected)
         (gae_rewards, values, _, gamma, lam), (advantages, returns) = calls["gae"][update]
         assert torch.equal(gae_rewards, rewards) and (gamma, lam) == (0.98, 0.9)
         assert torch.equal(values, critic_values[update]) and values.any() == (update > 0)
-        (logprobs, loss_old, whitened, loss_mask, clip_eps), _ = calls["policy_loss"][update]
-        rows = [next(b for b in range(16) if torch.equal(old_logprobs[b], row)) for row in loss_old]     # shuffled
+        args, _ = calls["policy_loss"][update]
+        logprobs, loss_old, whitened, loss_mask, clip_eps = args
+        rows = [next(b for b in range(16) if torch.equal(old_logprobs[b], row))
+                for row in loss_old]                                           # shuffled
         torch.testing.assert_close(whitened, ppo.whiten(advantages, mask)[rows])
         torch.testing.assert_close(logprobs.detach(), loss_old, atol=1e-5, rtol=0)
         assert torch.equal(loss_mask, mask[rows]) and clip_eps == 0.2
-        (new_values, old_values, targets_of_critic, _, eps), _ = calls["value_loss"][update]
-        torch.testing.assert_close(targets_of_critic, returns[rows])
+        (new_values, old_values, critic_returns, _, eps), _ = calls["value_loss"][update]
+        torch.testing.assert_close(critic_returns, returns[rows])
         assert torch.equal(old_values, values[rows]) and new_values.requires_grad and eps == 0.2
-        reference, _ = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
-        torch.testing.assert_close(ref_logprobs, token_logprobs(reference, inputs, targets, mask).detach())
     critic = files.load_checkpoint(finished_run / "wired" / "ppo")["critic"]
     assert critic["head.weight"].abs().max() > 0
 
 
-def test_no_room_for_a_response_ends_at_once_with_both_numbers(finished_run):
-    for script in (reward_model, ppo):
-        with pytest.raises(Stopped, match="--max_new_tokens 70 exceed the model's block_size 72; lower --max_new_tokens to 5"):
-            script.main(tiny_config(script, out="room", base="tiny", max_new_tokens=70))
-    with pytest.raises(Stopped, match="--max_new_tokens 60 exceed the model's block_size 60; lower --max_new_tokens to"):
-        sft.main(tiny_config(sft, out="room", block_size=60, max_new_tokens=60))
-    with pytest.raises(Stopped, match="exceed --block_size 40; raise that"):
-        sft.main(tiny_config(sft, out="room", block_size=40, max_new_tokens=1))
+@pytest.mark.parametrize("script, changes, message", [
+    (reward_model, dict(base="tiny", max_new_tokens=70),
+     "--max_new_tokens 70 exceed the model's block_size 72; lower --max_new_tokens to 5"),
+    (ppo, dict(base="tiny", max_new_tokens=70),
+     "--max_new_tokens 70 exceed the model's block_size 72; lower --max_new_tokens to 5"),
+    (sft, dict(block_size=60, max_new_tokens=60),
+     "--max_new_tokens 60 exceed the model's block_size 60; lower --max_new_tokens to"),
+    (sft, dict(block_size=40, max_new_tokens=1), "exceed --block_size 40; raise it")])
+def test_no_room_for_a_response_ends_at_once_with_both_numbers(script, changes, message,
+                                                               finished_run):
+    with pytest.raises(Stopped, match=message):
+        script.main(tiny_config(script, out="room", **changes))
 
 
-def test_one_bad_stage_among_many_is_left_out_by_name(finished_run, capsys, monkeypatch):
+def test_one_bad_stage_among_many_is_left_out_by_name(finished_run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    for stage in ("sft", "reward_model", "ppo"):
+        shutil.copytree(finished_run / "tiny" / stage, out / "tiny" / stage)
     for run in ("damaged", "foreign", "older", "unfinished"):
-        shutil.copytree(finished_run / "tiny" / "ppo", finished_run / run / "ppo", dirs_exist_ok=True)
-    (finished_run / "damaged" / "ppo" / "checkpoint.pt").write_bytes((finished_run / "tiny" / "ppo" / "checkpoint.pt").read_bytes()[:5000])
-    torch.save({"weights": torch.zeros(3)}, finished_run / "foreign" / "ppo" / "checkpoint.pt")
-    config = files.read_json(finished_run / "older" / "ppo" / "config.json")
+        shutil.copytree(finished_run / "tiny" / "ppo", out / run / "ppo")
+    monkeypatch.chdir(tmp_path)
+    damaged = out / "damaged" / "ppo" / "checkpoint.pt"
+    damaged.write_bytes(damaged.read_bytes()[:5000])
+    torch.save({"weights": torch.zeros(3)}, out / "foreign" / "ppo" / "checkpoint.pt")
+    older = out / "older" / "ppo" / "config.json"
+    config = files.read_json(older)
     for name in ("score_clip", "ptx_coef", "ema", "text_prompt", "whiten_rewards"):
         del config[name]
-    files.write(finished_run / "older" / "ppo" / "config.json", json.dumps(config))
-    (finished_run / "unfinished" / "ppo" / "report.txt").unlink()
+    files.write(older, json.dumps(config))
+    (out / "unfinished" / "ppo" / "report.txt").unlink()
     small = dict(out="among_bad", base="tiny", n_eval=2, n_reference=4, n_samples=2)
     found = evaluate.main(tiny_config(evaluate, **small))
-    out = capsys.readouterr().out
-    assert "older/ppo" in found and not {"damaged/ppo", "foreign/ppo", "unfinished/ppo"} & set(found)
-    for said in ("leaving out damaged/ppo: error: out/damaged/ppo/checkpoint.pt cannot be read", "leaving out foreign/ppo: error: ",
-                 "leaving out unfinished/ppo: it is not finished"):
-        assert said in out
-    with pytest.raises(Stopped, match="damaged/ppo/checkpoint.pt cannot be read"):         # one that was asked for
+    said = capsys.readouterr().out
+    assert set(found) == {"SFT", "tiny/ppo", "older/ppo"}
+    assert "leaving out damaged/ppo: error: cannot read out/damaged/ppo/checkpoint.pt as a" in said
+    assert "leaving out foreign/ppo: error: " in said
+    assert "leaving out unfinished/ppo: it is not finished" in said
+    with pytest.raises(Stopped, match="cannot read out/damaged/ppo/checkpoint.pt"):   # asked for
         evaluate.main(tiny_config(evaluate, runs="tiny, damaged/ppo", **small))
-    for run in ("damaged", "foreign", "older", "unfinished", "among_bad"):
-        shutil.rmtree(finished_run / run)
 
 
 def test_a_damaged_stage_does_not_keep_others_from_being_sampled(finished_run, capsys):
@@ -4109,57 +4176,83 @@ def test_a_damaged_stage_does_not_keep_others_from_being_sampled(finished_run, c
     shutil.rmtree(finished_run / "half_damaged")
 
 
-def test_one_sample_has_no_standard_deviation_to_speak_of(finished_run, capsys, no_pictures):
-    results = ppo.main(tiny_config(ppo, out="single", base="tiny", steps=1, n_eval=1, n_samples=1))
+def test_one_sample_has_no_standard_deviation(finished_run, capsys, no_pictures):
+    cfg = tiny_config(ppo, out="single", base="tiny", steps=1, n_eval=1, n_samples=1)
+    results = ppo.main(cfg)
     assert "standard deviations" not in capsys.readouterr().out and "gold_gain" not in results
-    json.loads((finished_run / "single" / "ppo" / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    written = (finished_run / "single" / "ppo" / "results.json").read_text()
+    json.loads(written, parse_constant=pytest.fail)      # which is called for NaN and Infinity
 
 
-def test_without_a_bonus_the_update_builds_no_graph_for_the_entropy(finished_run, monkeypatch, no_pictures):
-    held_out_prompts, original = [], ppo.token_logprobs
+def test_without_a_bonus_the_update_builds_no_graph_for_the_entropy(finished_run, monkeypatch,
+                                                                    no_pictures):
+    wanted = []                                  # whether each call with a graph asks for entropy
+    original = ppo.token_logprobs
+
     def recorded(*args, return_entropy=False, **kwargs):
         if torch.is_grad_enabled():
-            held_out_prompts.append(return_entropy)
+            wanted.append(return_entropy)
         return original(*args, return_entropy=return_entropy, **kwargs)
     monkeypatch.setattr(ppo, "token_logprobs", recorded)
     for coef in (0.0, 0.1):
-        ppo.main(tiny_config(ppo, out=f"bonus_{coef}", base="tiny", steps=1, n_eval=2, n_samples=2, entropy_coef=coef))
-    assert held_out_prompts == [False] * 2 + [True] * 2
-    assert log_of(finished_run / "bonus_0.0" / "ppo")[0]["entropy"] > 0
+        ppo.main(tiny_config(ppo, out=f"bonus_{coef}", base="tiny", steps=1, n_eval=2, n_samples=2,
+                             entropy_coef=coef))
+    assert wanted == [False, False, True, True]
+    assert stage_log(finished_run, "bonus_0.0", ppo)[0]["entropy"] > 0
 
 
 @pytest.fixture(scope="module")
 def two_updates(whole_run):
-    """The log of two updates by default settings, to compare options with."""
+    """Logs of two updates by default settings, {script: log}, to compare options with"""
+    out = whole_run[0].parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(whole_run[0].parent.parent)
+        patch.chdir(out.parent)
         ppo.main(tiny_config(ppo, out="default", base="tiny", steps=2, n_eval=8))
-    return log_of(whole_run[0].parent / "default" / "ppo")
+        grpo.main(tiny_config(grpo, out="default", base="tiny", steps=2, **FEW))
+    return {script: stage_log(out, "default", script) for script in (ppo, grpo)}
+
+
+def check_option_acts(script, changes, update, metric, out, default_log, **small):
+    """Two updates with some options differ from two by default in a metric of an update."""
+    name = f"{script.__name__}_" + option_folder(changes)
+    results = script.main(tiny_config(script, out=name, base="tiny", steps=2, **small, **changes))
+    assert math.isfinite(results["score"]) and math.isfinite(results["kl_ref"])
+    log = stage_log(out, name, script)
+    assert log[0]["kl_ref"] == 0
+    assert log[update][metric] != pytest.approx(default_log[update][metric], rel=1e-4)
 
 
 @pytest.mark.parametrize("changes, update, metric", [
-    (dict(surrogate="kl_penalty"), 1, "policy_loss"), (dict(kl_control="fixed"), 1, "beta"),
-    (dict(whiten_rewards=True), 0, "value_loss"), (dict(score_clip=0.5), 0, "score"),
-    (dict(entropy_coef=1.0), 0, "grad_norm"), (dict(critic_init="sft"), 1, "value_loss"),
-    (dict(critic_target="td"), 0, "value_loss"), (dict(critic_target="score"), 1, "value_loss"),
-    (dict(critic_target="mc", lam=0.9), 1, "explained_variance"), (dict(lam=0.9), 0, "value_loss"),
-    (dict(gamma=0.9), 0, "value_loss"), (dict(value_clip_eps=0.001), 0, "value_clip_fraction"), (dict(epochs=2), 0, "kl_old"),
-    (dict(temperature=0.7), 0, "entropy"), (dict(missing_eos_score=None), 0, "score"), (dict(beta=1.0), 1, "value_loss"),
-    (dict(clip_eps=0.01), 0, "clip_fraction"), (dict(grad_clip=0.01), 1, "score"), (dict(critic_lr=1e-2), 1, "value_loss"),
-    (dict(batch_size=1, minibatch_size=1), 0, "score"), (dict(batch_size=6, minibatch_size=3, max_new_tokens=1), 0, "score")],
-    ids=lambda c: "-".join(c) if isinstance(c, dict) else "")
-def test_every_option_of_ppo_acts_on_the_quantity_it_names(changes, update, metric, finished_run, two_updates, no_pictures):
-    name = "option_" + "_".join(f"{k}-{v}" for k, v in changes.items())
-    results = ppo.main(tiny_config(ppo, out=name, base="tiny", steps=2, n_eval=8, **changes))
-    assert math.isfinite(results["score"]) and math.isfinite(results["kl_ref"])
-    log = log_of(finished_run / name / "ppo")
-    assert log[0]["kl_ref"] == 0
-    assert log[update][metric] != pytest.approx(two_updates[update][metric], rel=1e-4)
+    (dict(surrogate="kl_penalty"), 1, "policy_loss"),
+    (dict(kl_control="fixed"), 1, "beta"),
+    (dict(whiten_rewards=True), 0, "value_loss"),
+    (dict(score_clip=0.5), 0, "score"),
+    (dict(entropy_coef=1.0), 0, "grad_norm"),
+    (dict(critic_init="sft"), 1, "value_loss"),
+    (dict(critic_target="td"), 0, "value_loss"),
+    (dict(critic_target="score"), 1, "value_loss"),
+    (dict(critic_target="mc", lam=0.9), 1, "explained_variance"),
+    (dict(lam=0.9), 0, "value_loss"),
+    (dict(gamma=0.9), 0, "value_loss"),
+    (dict(value_clip_eps=0.001), 0, "value_clip_fraction"),
+    (dict(epochs=2), 0, "kl_old"),
+    (dict(temperature=0.7), 0, "entropy"),
+    (dict(missing_eos_score=None), 0, "score"),
+    (dict(beta=1.0), 1, "value_loss"),
+    (dict(clip_eps=0.01), 0, "clip_fraction"),
+    (dict(grad_clip=0.01), 1, "score"),
+    (dict(critic_lr=1e-2), 1, "value_loss"),
+    (dict(batch_size=1, minibatch_size=1), 0, "score"),
+    (dict(batch_size=6, minibatch_size=3, max_new_tokens=1), 0, "score")], ids=option_id)
+def test_every_option_of_ppo_acts_on_the_quantity_it_names(changes, update, metric, finished_run,
+                                                           two_updates, no_pictures):
+    check_option_acts(ppo, changes, update, metric, finished_run, two_updates[ppo], n_eval=8)
 
 
-def test_beta_follows_kl_ref_of_each_update(finished_run):
-    ppo.main(tiny_config(ppo, out="followed", base="tiny", kl_target=0.5, kl_horizon=100.0, n_eval=8))
-    log = log_of(finished_run / "followed" / "ppo")
+def test_beta_follows_kl_ref_of_each_update(finished_run, no_pictures):
+    ppo.main(tiny_config(ppo, out="followed", base="tiny", kl_target=0.5, kl_horizon=100.0,
+                         n_eval=8))
+    log = stage_log(finished_run, "followed", ppo)
     for before, after in zip(log, log[1:]):
         error = min(max(before["kl_ref"] / 0.5 - 1, -0.2), 0.2)
         assert after["beta"] == pytest.approx(before["beta"] * (1 + error * 32 / 100))
@@ -4167,210 +4260,279 @@ def test_beta_follows_kl_ref_of_each_update(finished_run):
 
 
 def test_an_eos_in_the_prompt_does_not_finish_the_response():
-    gpt, cfg = small_gpt(std=0.4), dataclasses.replace(ppo.Config(), max_new_tokens=2)
-    _, targets, mask, finished = ppo.roll_out(gpt, [[1, 10, 2]] * 60, cfg, 10, seeded())
+    cfg = dataclasses.replace(ppo.Config(), max_new_tokens=2)
+    prompts = [[1, 10, 2] for _ in range(60)]
+    _, targets, mask, finished = ppo.roll_out(small_gpt(std=0.4), prompts, cfg, 10, seeded())
     assert finished.tolist() == [10 in t[m > 0].tolist() for t, m in zip(targets, mask)]
     assert finished.any() and not finished.all()
 
 
-def test_kl_penalty_coefficient_follows_kl_old(finished_run):
-    ppo.main(tiny_config(ppo, out="penalised", base="tiny", surrogate="kl_penalty", kl_old_target=0.01, steps=8, n_eval=8))
-    log = log_of(finished_run / "penalised" / "ppo")
+def test_the_kl_penalty_coefficient_follows_kl_old(finished_run, no_pictures):
+    ppo.main(tiny_config(ppo, out="penalised", base="tiny", surrogate="kl_penalty",
+                         kl_old_target=0.01, steps=8, n_eval=8))
+    log = stage_log(finished_run, "penalised", ppo)
     for before, after in zip(log, log[1:]):
-        factor = 2 if before["kl_old"] > 0.015 else 0.5 if before["kl_old"] < 0.01 / 1.5 else 1
+        factor = 1
+        if before["kl_old"] > 0.015:
+            factor = 2
+        elif before["kl_old"] < 0.01 / 1.5:
+            factor = 0.5
         assert after["kl_penalty_coef"] == before["kl_penalty_coef"] * factor
     assert len({line["kl_penalty_coef"] for line in log}) > 1
 
 
 def test_an_entropy_bonus_raises_the_entropy(finished_run, no_pictures):
-    entropies = [ppo.main(tiny_config(ppo, out=f"bonus{c}", base="tiny", entropy_coef=c, n_eval=32))["entropy"] for c in (0.0, 3.0)]
-    assert entropies[1] > entropies[0] + 0.1
+    plain, raised = (ppo.main(tiny_config(ppo, out=f"bonus{coef}", base="tiny", n_eval=32,
+                                          entropy_coef=coef))["entropy"] for coef in (0.0, 3.0))
+    assert raised > plain + 0.1
 
 
-def test_with_a_learning_rate_of_zero_nothing_moves_over_all_epochs(finished_run):
+def test_with_a_learning_rate_of_zero_nothing_moves_over_all_epochs(finished_run, no_pictures):
     ppo.main(tiny_config(ppo, out="still", base="tiny", steps=2, epochs=3, lr=0.0, n_eval=8))
-    for line in log_of(finished_run / "still" / "ppo"):
+    for line in stage_log(finished_run, "still", ppo):
         assert line["ratio"] == pytest.approx(1, abs=1e-6) and line["clip_fraction"] == 0
         assert line["kl_ref"] == line["kl_old"] == 0
 
 
-@pytest.mark.parametrize("changes", [dict(loss="fidelity"), dict(token_wise=True), dict(n_responses=2, margin=0.5),
-                                     dict(batch_size=1, epochs=2)], ids=lambda c: "-".join(c))
+@pytest.mark.parametrize("changes", [
+    dict(loss="fidelity"),
+    dict(token_wise=True),
+    dict(n_responses=2, margin=0.5),
+    dict(batch_size=1, epochs=2)], ids=option_id)
 def test_every_option_of_the_reward_model_runs(changes, finished_run, no_pictures):
     name = "rm_" + "-".join(changes)
-    results = reward_model.main(tiny_config(reward_model, out=name, base="tiny", **{"n_prompts": 40, **changes}))
+    results = reward_model.main(tiny_config(reward_model, out=name, base="tiny", n_prompts=40,
+                                            **changes))
     assert 0.4 < results["accuracy"] < results["bayes_accuracy"]
-    pairs = 40 * (1 if "n_responses" in changes else 6)
-    assert f"on {pairs} held-out comparisons" in (finished_run / name / "reward_model" / "report.txt").read_text()
+    pairs = 40 if "n_responses" in changes else 240
+    report = (finished_run / name / "reward_model" / "report.txt").read_text()
+    assert f"on {pairs} held-out comparisons" in report
 
 
 def test_a_beta_raised_a_hundredfold_keeps_the_policy_at_the_reference(finished_run, no_pictures):
-    kls = [ppo.main(tiny_config(ppo, out=f"beta{beta}", base="tiny", kl_control="fixed", beta=beta))["kl_ref"]
-           for beta in (0.02, 2.0)]
-    assert kls[1] < 0.5 * kls[0]
+    low, high = (ppo.main(tiny_config(ppo, out=f"beta{beta}", base="tiny", kl_control="fixed",
+                                      beta=beta))["kl_ref"] for beta in (0.02, 2.0))
+    assert high < 0.5 * low
 
 
-# ---- dpo.py and evaluate.py, end to end
+# ---- dpo.py and evaluate.py
 
 def test_dpo_starts_at_the_reference_and_raises_gold_from_comparisons_alone(whole_run):
-    log = log_of(whole_run[0] / "dpo")
+    folder = whole_run[0] / "dpo"
+    log = log_of(folder)
     first, last = log[0], log[-1]
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5) and first["margin"] == pytest.approx(0, abs=1e-5)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["margin"] == pytest.approx(0, abs=1e-5)
     assert first["accuracy"] == 0.5 and first["kl_ref"] == 0
     assert last["kl_ref"] > 0.05 and last["gold"] > first["gold"] and last["margin"] > 0.05
-    assert all(("kl_ref" in line) == (line["step"] % 5 == 0 or line is last) for line in log)
-    pairs = files.read_json(whole_run[0] / "dpo" / "pairs_0.json")
+    for line in log:
+        assert ("kl_ref" in line) == (line["step"] % 5 == 0 or line is last)
     reference, _ = sft.load_policy(whole_run[0] / "sft", "cpu")
-    for pair in pairs[:20]:
-        for ids, stored in zip((pair["chosen_ids"], pair["rejected_ids"]), pair["ref_logprobs"]):
-            alone = token_logprobs(reference, *data.collate([pair["prompt_ids"]], [ids])).sum().item()
-            assert stored == pytest.approx(alone, abs=1e-4)
+    for pair in files.read_json(folder / "pairs_0.json")[:20]:
+        for name, stored in zip(("chosen_ids", "rejected_ids"), pair["ref_logprobs"], strict=True):
+            batch = data.collate([pair["prompt_ids"]], [pair[name]])
+            assert stored == pytest.approx(token_logprobs(reference, *batch).sum().item(), abs=1e-4)
 
 
-DPO_OPTIONS = [dict(loss="robust", label_smoothing=0.1), dict(label_smoothing=0.1), dict(loss="ipo"), dict(loss="hinge"),
-               dict(loss="fidelity"), dict(length_normalise=True), dict(reference_free=True), dict(margin=0.5),
-               dict(length_normalise=True, mask_shared_prefix=True), dict(nll_coef=1.0), dict(labels="soft"),
-               dict(labels="reward_model"), dict(labels="annotators", rounds=2), dict(beta=1.0), dict(grad_clip=0.01),
-               dict(labels="soft", rounds=2, epochs=2), dict(batch_size=1), dict(missing_eos_score=None, labels="soft"),
-               dict(length_normalise=True, reference_free=True, margin=0.5, beta=2.0), dict(score_clip=0.1, labels="soft")]
-
-
-@pytest.mark.parametrize("changes", DPO_OPTIONS, ids=lambda c: "-".join(map(str, itertools.chain(*c.items()))))
-def test_every_option_of_dpo_acts(changes, finished_run, whole_run, capsys, no_pictures):
-    name = "dpo_" + "_".join(f"{k}-{v}" for k, v in changes.items())
-    n = 16 * changes.get("batch_size", 16) // 16 * 3 * changes.get("rounds", 1)
-    results = dpo.main(tiny_config(dpo, out=name, base="tiny", **{"n_pairs": n, "n_eval": 4, "n_samples": 4, **changes}))
-    log, plain = log_of(finished_run / name / "dpo"), log_of(whole_run[0] / "dpo")
-    assert len(log) == 3 * changes.get("rounds", 1) * changes.get("epochs", 1)
+@pytest.mark.parametrize("changes", [
+    dict(loss="robust", label_smoothing=0.1),
+    dict(label_smoothing=0.1),
+    dict(loss="ipo"),
+    dict(loss="hinge"),
+    dict(loss="fidelity"),
+    dict(length_normalise=True),
+    dict(reference_free=True),
+    dict(margin=0.5),
+    dict(length_normalise=True, mask_shared_prefix=True),
+    dict(nll_coef=1.0),
+    dict(labels="soft"),
+    dict(labels="reward_model"),
+    dict(labels="annotators", rounds=2),
+    dict(beta=1.0),
+    dict(grad_clip=0.01),
+    dict(labels="soft", rounds=2, epochs=2),
+    dict(batch_size=1),
+    dict(missing_eos_score=None, labels="soft"),
+    dict(length_normalise=True, reference_free=True, margin=0.5, beta=2.0),
+    dict(score_clip=0.1, labels="soft")], ids=option_folder)
+def test_every_option_of_dpo_acts(changes, finished_run, no_pictures):
+    name = "dpo_" + option_folder(changes)
+    rounds = changes.get("rounds", 1)
+    n_pairs = 3 * changes.get("batch_size", 16) * rounds
+    results = dpo.main(tiny_config(dpo, out=name, base="tiny", n_pairs=n_pairs, **FEW, **changes))
+    log = stage_log(finished_run, name, dpo)
+    default_log = stage_log(finished_run, "tiny", dpo)
+    assert len(log) == 3 * rounds * changes.get("epochs", 1)
     assert math.isfinite(results["score"]) and log[0]["kl_ref"] == 0
-    assert len(list((finished_run / name / "dpo").glob("pairs_*.json"))) == changes.get("rounds", 1)
-    moved = {key for key in ("loss", "margin", "grad_norm", "chosen_logprobs", "nll") for step in (0, 2)
-             if log[step][key] != pytest.approx(plain[step][key], rel=1e-3, abs=1e-6)}
-    assert moved, "changed nothing"
+    assert len(list((finished_run / name / "dpo").glob("pairs_*.json"))) == rounds
+    changed = {key for key in ("loss", "margin", "grad_norm", "chosen_logprobs", "nll")
+               for step in (0, 2)
+               if log[step][key] != pytest.approx(default_log[step][key], rel=1e-3, abs=1e-6)}
+    assert changed
 
 
-def test_masking_the_shared_prefix_alone_changes_nothing_and_says_so(finished_run, capsys):
-    small = dict(base="tiny", n_pairs=48, n_eval=4, n_samples=4)
-    dpo.main(tiny_config(dpo, out="prefix", mask_shared_prefix=True, **small))
-    assert "--mask_shared_prefix changes nothing without --length_normalise" in capsys.readouterr().out
-    dpo.main(tiny_config(dpo, out="no_prefix", **small))
-    margins = [[line["margin"] for line in log_of(finished_run / run / "dpo")] for run in ("prefix", "no_prefix")]
+def test_masking_the_shared_prefix_alone_changes_nothing_and_says_so(finished_run, capsys,
+                                                                     no_pictures):
+    margins = []
+    for masked in (False, True):
+        assert "--mask_shared_prefix changes nothing" not in capsys.readouterr().out
+        out = f"prefix_{masked}"
+        dpo.main(tiny_config(dpo, out=out, base="tiny", n_pairs=48, mask_shared_prefix=masked,
+                             **FEW))
+        margins.append([line["margin"] for line in stage_log(finished_run, out, dpo)])
+    said = capsys.readouterr().out
+    assert "--mask_shared_prefix changes nothing without --length_normalise" in said
     assert margins[0] == pytest.approx(margins[1], abs=1e-4)
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(beta=0.0), "--beta got 0"), (dict(label_smoothing=0.5), "--label_smoothing got 0.5"),
-    (dict(loss="ipo", label_smoothing=0.1), "belongs to --loss sigmoid .cDPO. and robust, this is --loss ipo"),
+    (dict(beta=0.0), "--beta got 0"),
+    (dict(label_smoothing=0.5), "--label_smoothing got 0.5"),
+    (dict(loss="ipo", label_smoothing=0.1),
+     "belongs to --loss sigmoid .cDPO. and robust, this is --loss ipo"),
     (dict(n_pairs=20, rounds=2), "less than one batch of 16 pairs"),
     (dict(n_pairs=5000), "asks for 5000 of the annotators' comparisons, .*reward_model has 960"),
-    (dict(n_eval=500), "500 held-out prompts are asked for .*, there are 197")])
+    (dict(n_eval=500), "500 held-out prompts are wanted .* and there are 197")])
 def test_dpo_refuses_what_cannot_be(changes, message, finished_run):
     with pytest.raises(Stopped, match=message):
         dpo.main(tiny_config(dpo, out="refused", base="tiny", **changes))
     assert not (finished_run / "refused").exists()
 
 
-def test_pairs_of_identical_responses_are_left_out_and_counted(finished_run, monkeypatch, capsys):
+def test_pairs_of_identical_responses_are_left_out_and_counted(finished_run, monkeypatch, capsys,
+                                                               no_pictures):
     original = dpo.pairs_of_rankings
 
-    def doubled(*args):
-        return [{**pair, "rejected_ids": pair["chosen_ids"]} if i % 3 == 0 else pair for i, pair in enumerate(original(*args))]
-    monkeypatch.setattr(dpo, "pairs_of_rankings", doubled)
-    dpo.main(tiny_config(dpo, out="identical", base="tiny", n_pairs=48, n_eval=4, n_samples=4))
-    assert "round 0: 32 pairs, 16 more were of identical responses" in capsys.readouterr().out
+    def with_identical(*args):
+        pairs = original(*args)
+        for pair in pairs[::3]:
+            pair["rejected_ids"] = pair["chosen_ids"]
+        return pairs
+    monkeypatch.setattr(dpo, "pairs_of_rankings", with_identical)
+    dpo.main(tiny_config(dpo, out="identical", base="tiny", n_pairs=48, **FEW))
+    said = capsys.readouterr().out
+    assert "round 0: 32 pairs; 16 with identical responses are left out" in said
     assert len(files.read_json(finished_run / "identical" / "dpo" / "pairs_0.json")) == 32
 
 
-def test_nll_keeps_the_chosen_responses_likely(finished_run):
-    chosen = [log_of(finished_run / name / "dpo")[-1]["nll"] for name in ("nll0.0", "nll3.0") if dpo.main(
-        tiny_config(dpo, out=name, base="tiny", nll_coef=float(name[3:]), n_eval=4, n_samples=4))]
-    assert chosen[1] < chosen[0]
+def test_nll_keeps_the_chosen_responses_likely(finished_run, no_pictures):
+    nll = []
+    for coef in (0.0, 3.0):
+        dpo.main(tiny_config(dpo, out=f"nll{coef}", base="tiny", nll_coef=coef, **FEW))
+        nll.append(stage_log(finished_run, f"nll{coef}", dpo)[-1]["nll"])
+    assert nll[1] < nll[0]
 
 
 @pytest.fixture(scope="module")
 def evaluated(whole_run):
+    """-> results, folder of an evaluation of the runs tiny and fixed"""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(whole_run[0].parent.parent)
-        ppo.main(tiny_config(ppo, out="fixed", base="tiny", kl_control="fixed", beta=0.5, n_eval=4, n_samples=4))
-        return evaluate.main(tiny_config(evaluate, runs="tiny,fixed", overoptimise=True)), whole_run[0] / "evaluate"
+        ppo.main(tiny_config(ppo, out="fixed", base="tiny", kl_control="fixed", beta=0.5, **FEW))
+        results = evaluate.main(tiny_config(evaluate, runs="tiny,fixed", overoptimise=True))
+    return results, whole_run[0] / "evaluate"
 
 
 def test_evaluate_finds_every_policy_and_reports_where_it_landed(evaluated):
     results, folder = evaluated
-    assert list(results) == ["SFT", "fixed/ppo", "tiny/dpo", "tiny/grpo", "tiny/ppo", "overoptimisation"]
+    policies = ["fixed/ppo", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
+    assert list(results) == ["SFT", *policies, "overoptimisation"]
     report = (folder / "report.md").read_text()
-    for heading in ("## The limit", "## Best of n", "## Win rates", "## Samples", "## Over-optimisation"):
-        assert heading in report
+    for heading in ("The limit", "Best of n", "Win rates", "Samples", "Over-optimisation"):
+        assert f"## {heading}" in report
     for text in (report, (folder / "report.txt").read_text()):
-        assert "\ncommand     python evaluate.py --config tiny" in text and "\nmade with   commit " in text
+        assert "\ncommand     python evaluate.py --config tiny" in text
+        assert "\nmade with   commit " in text
     for picture in ("frontier.png", "overoptimisation.png"):
         assert (folder / picture).read_bytes()[:4] == b"\x89PNG" and f"({picture})" in report
     assert results["SFT"]["kl_ref"] == 0 and results["SFT"]["elo_by_gold"] == 1000
-    assert "fraction" in results["fixed/ppo"] and "fraction" not in results["tiny/ppo"] and "fraction" in results["tiny/dpo"]
+    assert "fraction" in results["fixed/ppo"] and "fraction" in results["tiny/dpo"]
+    assert "fraction" not in results["tiny/ppo"]
     assert results["tiny/grpo"]["aims_at_optimum"] and results["tiny/grpo"]["fraction"] > 0.3
-    for name in ("fixed/ppo", "tiny/ppo", "tiny/dpo", "tiny/grpo"):
+    for name in policies:
         assert -1 < results[name]["share"] < 1.3 and results[name]["kl_ref"] > 0.05
     assert results["tiny/ppo"]["share"] > 0.3 and results["tiny/ppo"]["elo_by_score"] > 1000
-    log = log_of(folder.parent.parent / "tiny-weak" / "ppo")
-    last = [line["score"] for line in log[-3:]]                # means over five updates, two to either side
+    log = stage_log(folder.parent.parent, "tiny-weak", ppo)
+    last = [line["score"] for line in log[-3:]]          # means over five updates, two on each side
     assert results["overoptimisation"]["end_score"] == pytest.approx(sum(last) / 3)
     assert results["overoptimisation"]["fall"] >= 0
     json.dumps(results, allow_nan=False)
 
 
-def test_samples_carry_the_densities_scores_and_texts_of_the_policies_that_wrote_them(whole_run, finished_run):
-    reference, tokenizer = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
+def test_samples_carry_the_densities_scores_and_texts_of_their_policies(finished_run):
+    """Each policy is sampled again by itself, and measured under every policy."""
+    reference, tokenizer, scorer = tiny_models(finished_run)
     actor, _ = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
-    scorer = reward_model.load_reward_model(finished_run / "tiny" / "reward_model", reference, tokenizer, "cpu")
-    reward, prompts = reward_of(scorer, tiny_config(ppo)), held_out_prompts(tokenizer, 3)
-    samples = compare.collect({"SFT": reference, "PPO": actor}, reward, tokenizer, prompts, [4, 2],
-                               tiny_config(ppo, temperature=0.8, seed=9))
+    policies = {"SFT": reference, "PPO": actor}
+    reward = reward_of(scorer, tiny_config(ppo))
+    prompts = held_out_prompts(tokenizer, 3)
+    samples = compare.collect(policies, reward, tokenizer, prompts, [4, 2],
+                              tiny_config(ppo, temperature=0.8, seed=9))
     assert samples.columns("SFT") == slice(0, 4) and samples.columns("PPO") == slice(4, 6)
-    for k, policy in enumerate((reference, actor)):                            # sampled again, one policy at a time
-        n, at = samples.counts[k], samples.columns(samples.names[k])
-        ids = [p for p in prompts for _ in range(n)]
-        tokens, mask = generate(policy, ids, 24, tokenizer.eot_token, 0.8, seeded(9))
+    for (name, policy), n in zip(policies.items(), samples.counts, strict=True):
+        columns = samples.columns(name)
+
+        def check(ours, theirs):
+            torch.testing.assert_close(ours[:, columns].float(), theirs.view(3, n).float(),
+                                       atol=2e-4, rtol=1e-4)
+
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        tokens, mask = generate(policy, repeated, 24, tokenizer.eot_token, 0.8, seeded(9))
         inputs, targets = data.shift(tokens)
+        batch = (inputs, targets, mask)
         finished = data.met_eos(targets, mask, tokenizer.eot_token)
-        close = lambda ours, theirs: torch.testing.assert_close(
-            ours[:, at].float(), theirs.view(3, n).float(), atol=2e-4, rtol=1e-4)
-        for j, other in enumerate((reference, actor)):
-            close(samples.logprobs[j], token_logprobs(other, inputs, targets, mask, 0.8).sum(1).detach())
-        close(samples.entropy, token_logprobs(policy, inputs, targets, mask, 0.8, True)[1].sum(1).detach())
-        close(samples.scores, reward(inputs, targets, mask, finished))
-        close(samples.lengths, mask.sum(1))
-        close(samples.finished, finished)
-        asking = [tokenizer.decode(p) for p in ids]
-        texts = [tokenizers.decode_response(tokenizer, y) for y in data.responses_of(tokens, mask)]
-        close(samples.gold, torch.tensor([reviews.gold(p, *t) for p, t in zip(asking, texts)]))
-        close(samples.grammatical, torch.tensor([reviews.grammatical(p, *t) for p, t in zip(asking, texts)]))
-        assert [t for row in samples.texts for t in row[at]] == [t for t, _ in texts]
-        assert samples.asked == asking[::n]
+        for logprobs, other in zip(samples.logprobs, policies.values(), strict=True):
+            check(logprobs, token_logprobs(other, *batch, 0.8).sum(1).detach())
+        _, entropy = token_logprobs(policy, *batch, 0.8, return_entropy=True)
+        check(samples.entropy, entropy.sum(1).detach())
+        check(samples.scores, reward(*batch, finished))
+        check(samples.lengths, mask.sum(1))
+        check(samples.finished, finished)
+        asked = [tokenizer.decode(prompt) for prompt in repeated]
+        texts = [tokenizers.decode_response(tokenizer, ids)
+                 for ids in data.responses_of(tokens, mask)]
+        gold = [reviews.gold(prompt, *text) for prompt, text in zip(asked, texts)]
+        grammatical = [reviews.grammatical(prompt, *text) for prompt, text in zip(asked, texts)]
+        check(samples.gold, torch.tensor(gold))
+        check(samples.grammatical, torch.tensor(grammatical))
+        assert [t for row in samples.texts for t in row[columns]] == [t for t, _ in texts]
+        assert samples.asked == asked[::n]
 
 
-def test_no_batch_of_samples_repeats_another(whole_run, finished_run):
-    reference, tokenizer = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
-    samples = compare.collect({"SFT": reference}, lambda inputs, targets, mask, finished: mask.sum(1), tokenizer,
-                               held_out_prompts(tokenizer, 1), [1100], tiny_config(ppo, max_new_tokens=4, seed=9))
-    assert samples.texts[0][1024:] != samples.texts[0][:76]    # they are sampled 1024 at a time
+def test_no_batch_of_samples_repeats_an_earlier_one(finished_run):
+    reference, tokenizer, _ = tiny_models(finished_run)
+
+    def length(inputs, targets, mask, finished):
+        return mask.sum(1)
+    samples = compare.collect({"SFT": reference}, length, tokenizer, held_out_prompts(tokenizer, 1),
+                              [1100], tiny_config(ppo, max_new_tokens=4, seed=9))
+    assert samples.texts[0][1024:] != samples.texts[0][:76]      # they are sampled 1024 at a time
 
 
-def test_evaluate_leaves_out_what_started_elsewhere_and_refuses_runs_that_are_not_there(finished_run, capsys):
+SMALL_EVALUATION = dict(n_eval=2, n_reference=8, n_samples=4)
+
+
+def test_evaluate_leaves_out_runs_from_a_different_sft_policy(finished_run, capsys, no_pictures):
     sft.main(tiny_config(sft, out="elsewhere", steps=5))
-    ppo.main(tiny_config(ppo, out="elsewhere", base="tiny", steps=1, n_eval=4, n_samples=4))
-    small = dict(n_eval=2, n_reference=8, n_samples=4)
-    results = evaluate.main(tiny_config(evaluate, out="tiny", runs="tiny,elsewhere", **small))
-    assert "leaving out elsewhere/ppo: it started from a different SFT policy" in capsys.readouterr().out
+    ppo.main(tiny_config(ppo, out="elsewhere", base="tiny", steps=1, **FEW))
+    cfg = tiny_config(evaluate, out="tiny", runs="tiny,elsewhere", **SMALL_EVALUATION)
+    results = evaluate.main(cfg)
+    said = capsys.readouterr().out
+    assert "leaving out elsewhere/ppo: it started from a different SFT policy" in said
     assert list(results) == ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
-    assert "overoptimisation" not in results                   # and a second time replaced the first
-    shutil.copytree(finished_run / "tiny" / "ppo", finished_run / "tiny" / "ppo.old")      # an interrupted --overwrite's
-    shutil.copytree(finished_run / "tiny" / "sft", finished_run / "tiny" / "sft.old")
-    assert list(evaluate.main(tiny_config(evaluate, runs="tiny", **small))) == ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
-    for changes, message in ((dict(n_reference=1), "--n_reference got 1"), (dict(max_new_tokens=70), "lower --max_new_tokens to")):
-        with pytest.raises(Stopped, match=message):
-            evaluate.main(tiny_config(evaluate, runs="tiny", **{**small, **changes}))
-    with pytest.raises(Stopped, match="--runs names nowhere, but out/nowhere has no finished stage"):
-        evaluate.main(tiny_config(evaluate, runs="nowhere"))
+    for stage in ("ppo", "sft"):                         # as an interrupted --overwrite leaves them
+        shutil.copytree(finished_run / "tiny" / stage, finished_run / "tiny" / f"{stage}.old")
+    again = evaluate.main(dataclasses.replace(cfg, runs="tiny"))
+    assert list(again) == ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(n_reference=1), "--n_reference got 1"),
+    (dict(max_new_tokens=70), "lower --max_new_tokens to"),
+    (dict(runs="nowhere"), "--runs names nowhere, but out/nowhere has no finished stage")])
+def test_evaluate_refuses_what_cannot_be(changes, message, finished_run):
+    with pytest.raises(Stopped, match=message):
+        evaluate.main(tiny_config(evaluate, **{"runs": "tiny", **SMALL_EVALUATION, **changes}))
 
 
 def test_evaluate_without_any_policy_shows_the_limit_alone(finished_run, tmp_path, monkeypatch):
@@ -4380,234 +4542,332 @@ def test_evaluate_without_any_policy_shows_the_limit_alone(finished_run, tmp_pat
     assert list(evaluate.main(tiny_config(evaluate, n_eval=2, n_reference=8))) == ["SFT"]
 
 
-# ---- grpo.py and policy_gradient.py, end to end
+# ---- grpo.py and policy_gradient.py
 
 def test_grpo_raises_the_score_and_starts_where_it_should(whole_run):
-    log, results = log_of(whole_run[0] / "grpo"), files.read_json(whole_run[0] / "grpo" / "results.json")
+    log = log_of(whole_run[0] / "grpo")
+    results = files.read_json(whole_run[0] / "grpo" / "results.json")
     assert results["score"] > results["sft"]["score"] + 0.3 and results["kl_ref"] > 0.1
-    assert log[0]["kl_ref"] == log[0]["kl_ref_k3"] == 0 and all(line["beta"] == 0.25 for line in log)
-    assert all(line["kl_old"] >= 0 and 0 <= line["equal_groups"] < 1 and line["group_std"] > 0 for line in log)
+    assert log[0]["kl_ref"] == log[0]["kl_ref_k3"] == 0
+    for line in log:
+        assert line["beta"] == 0.25
+        assert line["kl_old"] >= 0 and 0 <= line["equal_groups"] < 1 and line["group_std"] > 0
 
 
 @pytest.mark.parametrize("kl_in", ["reward", "loss"])
 def test_a_grpo_update_wires_groups_rewards_and_weights_together(kl_in, finished_run, monkeypatch):
-    """One run of two updates, the calls of the maths compared with the definitions."""
-    calls, recorded_losses = {}, []
-    for owner, name in ((ppo, "roll_out"), (reward_py.Reward, "__call__"), (ppo, "score_rollout"), (grpo, "token_logprobs"),
-                        (grpo, "group_advantages"), (grpo, "token_weights"), (grpo, "grpo_loss"), (ppo, "kl_estimate"),
-                        (runs.Run, "must_be_finite")):
-        def recorded(*args, original=getattr(owner, name), name=name, **kwargs):
-            if name == "must_be_finite":
-                recorded_losses.append(kwargs.get("loss"))
-            calls.setdefault(name, []).append((args, original(*args, **kwargs)))
-            return calls[name][-1][1]
+    """One run, the calls of the maths in two updates compared with the definitions"""
+    calls = {}
+    backward = []                                # what .backward() was called on
+    original_backward = torch.Tensor.backward
+
+    def record(owner, name):
+        original = getattr(owner, name)
+
+        def recorded(*args, **kwargs):
+            result = original(*args, **kwargs)
+            calls.setdefault(name, []).append((args, result))
+            return result
         monkeypatch.setattr(owner, name, recorded)
-    grpo.main(tiny_config(grpo, out=f"wired_{kl_in}", base="tiny", steps=4, batch_size=12, minibatch_size=12, group_size=3,
-                   n_eval=4, n_samples=4, kl_in=kl_in, beta=0.4, advantage="rloo", normalise="fixed", clip_eps=0.1,
-                   clip_eps_high=0.3))
-    losses = [loss for loss in recorded_losses if loss is not None]
-    reference, tokenizer = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
+
+    def recorded_backward(loss):
+        backward.append(loss.detach())
+        original_backward(loss)
+    monkeypatch.setattr(torch.Tensor, "backward", recorded_backward)
+    for name in ("roll_out", "score_rollout", "kl_estimate"):
+        record(ppo, name)
+    for name in ("token_logprobs", "group_advantages", "token_weights", "grpo_loss"):
+        record(grpo, name)
+    record(reward_py.Reward, "__call__")
+    out = f"wired_{kl_in}"
+    grpo.main(tiny_config(grpo, out=out, base="tiny", steps=4, batch_size=12, minibatch_size=12,
+                          group_size=3, kl_in=kl_in, beta=0.4, advantage="rloo", normalise="fixed",
+                          clip_eps=0.1, clip_eps_high=0.3, **FEW))
+    reference, tokenizer, _ = tiny_models(finished_run)
+    log = stage_log(finished_run, out, grpo)
     for update in range(2):
         inputs, targets, mask, _ = calls["roll_out"][update][1]
         prompts, _ = data.texts_of(tokenizer, inputs, targets, mask)
-        assert all(len(set(prompts[i:i + 3])) == 1 for i in range(0, 12, 3)) and len(set(prompts)) > 1       # groups
+        groups = [set(prompts[i:i + 3]) for i in range(0, 12, 3)]
+        assert all(len(group) == 1 for group in groups) and len(set(prompts)) > 1
         old_logprobs, _ = calls["score_rollout"][update][1]
-        ref_logprobs = calls["token_logprobs"][3 * update][1]                  # then the update's, then kl_old's
-        torch.testing.assert_close(ref_logprobs, token_logprobs(reference, inputs, targets, mask).detach())
+        ref_logprobs = calls["token_logprobs"][3 * update][1]    # then the update's, then kl_old's
+        expected = token_logprobs(reference, inputs, targets, mask).detach()
+        torch.testing.assert_close(ref_logprobs, expected)
+
         scores = calls["__call__"][update][1]
-        (rewards, G, kind), advantages = calls["group_advantages"][update]
+        (rewards, group_size, kind), advantages = calls["group_advantages"][update]
+        assert (group_size, kind) == (3, "rloo")
         kl = (old_logprobs - ref_logprobs).sum(1)
-        assert (kl.abs().max() > 0) == (update > 0) and (G, kind) == (3, "rloo")
-        torch.testing.assert_close(rewards, scores - 0.4 * kl if kl_in == "reward" else scores)
-        (logprobs, loss_old, loss_advantages, weights, *clip), _ = calls["grpo_loss"][update]
-        rows = [next(b for b in range(12) if torch.equal(old_logprobs[b], row)) for row in loss_old]         # shuffled
-        assert rows != list(range(12)) and clip == [0.1, 0.3]
+        assert (kl.abs().max() > 0) == (update > 0)
+        expected = scores - 0.4 * kl if kl_in == "reward" else scores
+        torch.testing.assert_close(rewards, expected)
+
+        args, (loss, _) = calls["grpo_loss"][update]
+        logprobs, loss_old, loss_advantages, weights, *clip = args
+        rows = [next(b for b in range(12) if torch.equal(old_logprobs[b], row))
+                for row in loss_old]
+        assert rows != list(range(12)) and clip == [0.1, 0.3]                  # shuffled
         assert torch.equal(loss_advantages, advantages[rows])
         torch.testing.assert_close(logprobs.detach(), loss_old, atol=1e-5, rtol=0)
         torch.testing.assert_close(weights, mask[rows] / (12 * 24))
-        k3 = [args for args, _ in calls["kl_estimate"] if len(args) == 3 and args[0] is logprobs]
-        assert len(k3) == (kl_in == "loss") and all(torch.equal(ref, ref_logprobs[rows]) for _, ref, _ in k3)
-        loss = calls["grpo_loss"][update][1][0]
+
+        k3_calls = [args for args, _ in calls["kl_estimate"] if len(args) == 3]
+        in_loss = [ref for actor, ref, _ in k3_calls if actor is logprobs]
+        assert len(in_loss) == (kl_in == "loss")
+        assert all(torch.equal(ref, ref_logprobs[rows]) for ref in in_loss)
         if kl_in == "loss":
             ratio = torch.exp(ref_logprobs[rows] - logprobs)
             loss = loss + 0.4 * (weights * (ratio - 1 - ratio.log())).sum()
-        torch.testing.assert_close(losses[update], loss)
-        kl_old = [args for args, _ in calls["kl_estimate"] if len(args) == 3 and args[0] is not logprobs
-                  and torch.equal(args[0], old_logprobs[rows])]
-        assert len(kl_old) == 1 and not torch.equal(kl_old[0][1], kl_old[0][0])        # KL(old, new), not the reverse
-        line = log_of(finished_run / f"wired_{kl_in}" / "grpo")[update]
-        assert line["group_std"] == pytest.approx(rewards.view(-1, 3).std(dim=1).mean().item(), rel=1e-5)
-        assert line["equal_groups"] == sum(len(set(group.tolist())) == 1 for group in scores.view(-1, 3)) / 4
-    saved, line = files.load_checkpoint(finished_run / f"wired_{kl_in}" / "grpo"), log_of(finished_run / f"wired_{kl_in}" / "grpo")[-1]
-    assert saved["optimizer"]["param_groups"][0]["lr"] == pytest.approx(line["lr"]) and line["lr"] < 1.5e-3
+        torch.testing.assert_close(backward[update], loss.detach())
+        kl_old = [new for old, new, _ in k3_calls
+                  if old is not logprobs and torch.equal(old, old_logprobs[rows])]
+        assert len(kl_old) == 1                                  # KL(old, new), not the reverse
+        assert not torch.equal(kl_old[0], old_logprobs[rows])
 
-
-@pytest.fixture(scope="module")
-def two_grpo_updates(whole_run):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(whole_run[0].parent.parent)
-        grpo.main(tiny_config(grpo, out="default", base="tiny", steps=2, n_eval=4, n_samples=4))
-    return log_of(whole_run[0].parent / "default" / "grpo")
+        group_std = rewards.view(-1, 3).std(dim=1).mean().item()
+        assert log[update]["group_std"] == pytest.approx(group_std, rel=1e-5)
+        equal = sum(len(set(group.tolist())) == 1 for group in scores.view(-1, 3))
+        assert log[update]["equal_groups"] == equal / 4
+    saved = files.load_checkpoint(finished_run / out / "grpo")
+    lr = saved["optimizer"]["param_groups"][0]["lr"]
+    assert lr == pytest.approx(log[-1]["lr"]) and lr < 1.5e-3
 
 
 @pytest.mark.parametrize("changes, update, metric", [
-    (dict(advantage="dr_grpo"), 0, "grad_norm"), (dict(advantage="rloo"), 0, "grad_norm"),
-    (dict(advantage="reinforce"), 0, "grad_norm"), (dict(kl_in="loss"), 1, "group_std"), (dict(normalise="sequence"), 0, "grad_norm"),
-    (dict(normalise="fixed"), 0, "grad_norm"), (dict(clip_eps=0.01), 0, "clip_fraction"),
-    (dict(clip_eps=0.01, clip_eps_high=0.5), 0, "clip_fraction"), (dict(group_size=2), 0, "group_std"),
-    (dict(beta=2.0), 1, "group_std"), (dict(epochs=2), 0, "kl_old"), (dict(temperature=0.7), 0, "entropy"),
-    (dict(missing_eos_score=None), 0, "score"), (dict(score_clip=0.5), 0, "score"), (dict(grad_clip=0.01), 1, "score"),
+    (dict(advantage="dr_grpo"), 0, "grad_norm"),
+    (dict(advantage="rloo"), 0, "grad_norm"),
+    (dict(advantage="reinforce"), 0, "grad_norm"),
+    (dict(kl_in="loss"), 1, "group_std"),
+    (dict(normalise="sequence"), 0, "grad_norm"),
+    (dict(normalise="fixed"), 0, "grad_norm"),
+    (dict(clip_eps=0.01), 0, "clip_fraction"),
+    (dict(clip_eps=0.01, clip_eps_high=0.5), 0, "clip_fraction"),
+    (dict(group_size=2), 0, "group_std"),
+    (dict(beta=2.0), 1, "group_std"),
+    (dict(epochs=2), 0, "kl_old"),
+    (dict(temperature=0.7), 0, "entropy"),
+    (dict(missing_eos_score=None), 0, "score"),
+    (dict(score_clip=0.5), 0, "score"),
+    (dict(grad_clip=0.01), 1, "score"),
     (dict(batch_size=1, minibatch_size=1, group_size=1, advantage="reinforce"), 0, "score"),
     (dict(batch_size=6, minibatch_size=2, group_size=3, max_new_tokens=1), 0, "score")],
-    ids=lambda c: "-".join(c) if isinstance(c, dict) else "")
-def test_every_option_of_grpo_acts_on_the_quantity_it_names(changes, update, metric, finished_run, two_grpo_updates, no_pictures):
-    name = "grpo_" + "_".join(f"{k}-{v}" for k, v in changes.items())
-    results = grpo.main(tiny_config(grpo, out=name, base="tiny", steps=2, n_eval=4, n_samples=4, **changes))
-    assert math.isfinite(results["score"]) and math.isfinite(results["kl_ref"])
-    log = log_of(finished_run / name / "grpo")
-    assert log[0]["kl_ref"] == 0
-    assert log[update][metric] != pytest.approx(two_grpo_updates[update][metric], rel=1e-4)
+    ids=option_id)
+def test_every_option_of_grpo_acts_on_the_quantity_it_names(changes, update, metric, finished_run,
+                                                            two_updates, no_pictures):
+    check_option_acts(grpo, changes, update, metric, finished_run, two_updates[grpo], **FEW)
 
 
 def test_a_beta_in_the_loss_keeps_the_policy_at_the_reference(finished_run, no_pictures):
-    kls = [grpo.main(tiny_config(grpo, out=f"loss{beta}", base="tiny", kl_in="loss", advantage="rloo", beta=beta, n_eval=8,
-                          n_samples=8))["kl_ref"] for beta in (0.02, 5.0)]
-    assert kls[1] < 0.5 * kls[0]
+    low, high = (grpo.main(tiny_config(grpo, out=f"loss{beta}", base="tiny", kl_in="loss",
+                                       advantage="rloo", beta=beta, n_eval=8,
+                                       n_samples=8))["kl_ref"] for beta in (0.02, 5.0))
+    assert high < 0.5 * low
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(batch_size=10, minibatch_size=2), "--batch_size 10 is not a multiple of --group_size 4; every group must be whole"),
-    (dict(minibatch_size=64), "--minibatch_size 64 does not divide --batch_size 32: .*; 32 does"),
-    (dict(group_size=1), "--group_size 1 has nobody to compare a response with, as --advantage grpo does"),
-    (dict(reward="nowhere.py:f"), "but nowhere.py is not there"), (dict(max_new_tokens=70), "lower --max_new_tokens to")])
+    (dict(batch_size=10, minibatch_size=2),
+     "--batch_size 10 is not a multiple of --group_size 4; every group must be whole"),
+    (dict(minibatch_size=64), "--minibatch_size 64 does not divide --batch_size 32, .*; 32 does"),
+    (dict(group_size=1), "--group_size 1 leaves nothing to compare a response with, and "
+                         "--advantage grpo compares"),
+    (dict(reward="nowhere.py:f"), "but nowhere.py does not exist"),
+    (dict(max_new_tokens=70), "lower --max_new_tokens to")])
 def test_grpo_refuses_what_cannot_be(changes, message, finished_run):
     with pytest.raises(Stopped, match=message):
         grpo.main(tiny_config(grpo, out="refused", base="tiny", **changes))
     assert not (finished_run / "refused").exists()
 
 
-def test_a_verifiable_reward_is_learned_and_equal_groups_are_counted(finished_run, capsys):
-    """Few of the tiny policy's reviews keep the request, so that most groups are equal; a simpler rule goes up at once"""
+def test_a_verifiable_reward_is_learned_and_equal_groups_are_counted(finished_run, capsys,
+                                                                     no_pictures):
+    """
+    A simple rule is learned at once. The request of the built-in task is too hard for the tiny
+    policy: few of its reviews keep it, so most groups are equal.
+    """
     (finished_run.parent / "rule.py").write_text(
-        "def short(prompts, responses):\n    return [float(len(r.split()) < 12) for r in responses]\n")
-    results = grpo.main(tiny_config(grpo, out="rule", base="tiny", reward="rule.py:short", missing_eos_score=0.0,
-                             normalise_reward=False))
-    log = log_of(finished_run / "rule" / "grpo")
+        "def short(prompts, responses):\n"
+        "    return [float(len(r.split()) < 12) for r in responses]\n")
+    results = grpo.main(tiny_config(grpo, out="rule", base="tiny", reward="rule.py:short",
+                                    missing_eos_score=0.0, normalise_reward=False))
+    log = stage_log(finished_run, "rule", grpo)
     assert results["score"] > results["sft"]["score"] + 0.15
-    assert all((line["equal_groups"] * 8) % 1 == 0 and (line["score"] * 32) % 1 == 0 for line in log)
+    for line in log:                                     # eight groups, 32 responses
+        assert (line["equal_groups"] * 8) % 1 == 0 and (line["score"] * 32) % 1 == 0
     assert 0 < log[0]["equal_groups"] < 1
-    assert any(line["equal_groups"] > 0 < line["kl_ref"] for line in log[1:])  # of scores: the KLs differ all the same
-    results = grpo.main(tiny_config(grpo, out="request", base="tiny", reward=f"{HERE}/reviews.py:request_kept",
-                             missing_eos_score=0.0, steps=2, n_eval=4, n_samples=4, normalise_reward=False))
+    # Groups are equal if their scores are, although their KLs differ
+    assert any(line["equal_groups"] > 0 < line["kl_ref"] for line in log[1:])
+    results = grpo.main(tiny_config(
+        grpo, out="request", base="tiny", reward=f"{HERE}/reviews.py:request_kept", steps=2,
+        missing_eos_score=0.0, normalise_reward=False, **FEW))
     assert 0 <= results["score"] < 0.3
-    evaluate.main(tiny_config(evaluate, out="tiny", runs="tiny,rule", n_eval=2, n_reference=8, n_samples=4))
-    assert "leaving out rule/grpo: it was trained for a different reward" in capsys.readouterr().out
+    evaluate.main(tiny_config(evaluate, out="tiny", runs="tiny,rule", **SMALL_EVALUATION))
+    said = capsys.readouterr().out
+    assert "leaving out rule/grpo: it was trained for a different reward" in said
+
+
+LADDER = policy_gradient.LADDER
 
 
 def test_the_ladder_starts_every_rung_from_the_same_place(whole_run):
     folder = whole_run[0].parent / "ladder" / "policy_gradient"
-    log, results = log_of(folder), files.read_json(folder / "results.json")
-    assert [line["rung"] for line in log] == [rung for rung in policy_gradient.LADDER for _ in range(4)]
-    for line in log[::4]:                                                      # the same models, prompts and samples
-        for metric in ("score", "gold", "kl_ref", "entropy", "response_length", "explained_variance"):
+    log = log_of(folder)
+    assert [line["rung"] for line in log] == [rung for rung in LADDER for _ in range(4)]
+    for line in log[::4]:                                # the same models, prompts and samples
+        for metric in ("score", "gold", "kl_ref", "entropy", "response_length",
+                       "explained_variance"):
             assert line[metric] == log[0][metric], (line["rung"], metric)
-        assert line["kl_ref"] == 0 and line["objective"] == pytest.approx(line["score"], abs=1e-5)
+        assert line["kl_ref"] == 0
+        assert line["objective"] == pytest.approx(line["score"], abs=1e-5)
     for line in log:
-        assert line["objective"] == pytest.approx(line["score"] - 0.25 * line["kl_ref"], abs=1e-4)
+        objective = line["score"] - 0.25 * line["kl_ref"]
+        assert line["objective"] == pytest.approx(objective, abs=1e-4)
         assert ("kl_step" in line) == (line["rung"] == "trpo") and "grad_norm" in line
         if line["rung"] == "trpo":
-            assert 0 <= line["kl_step"] <= 0.01 * (line["lr"] / 2e-3) ** 2 + 1e-9 and line["gain"] >= 0
-    for first, last in zip(log[::4], log[3::4]):                               # the critic learns on every rung
+            max_kl = 0.01 * (line["lr"] / 2e-3) ** 2
+            assert 0 <= line["kl_step"] <= max_kl + 1e-9 and line["gain"] >= 0
+    for first, last in zip(log[::4], log[3::4]):         # the critic learns on every rung
         assert first["explained_variance"] == 0 != last["explained_variance"]
     saved = files.load_checkpoint(folder)
-    assert len({saved[f"policy_{rung}"]["transformer.wte.weight"].sum().item() for rung in policy_gradient.LADDER}) == 10
+    embeddings = {saved[f"policy_{rung}"]["transformer.wte.weight"].sum().item()
+                  for rung in LADDER}
+    assert len(embeddings) == 10                         # each rung ends at a policy of its own
     assert_same_bits(dict(saved["policy_trpo"]), dict(saved["actor"]))
-    assert set(results) == {"SFT", "noise", *policy_gradient.LADDER}
+
+
+def test_the_ladder_reports_every_rung_and_its_noise(whole_run):
+    results = files.read_json(whole_run[0].parent / "ladder" / "policy_gradient" / "results.json")
+    assert set(results) == {"SFT", "noise", *LADDER}
+    for name in ("SFT", *LADDER):
+        objective = results[name]["score"] - 0.25 * results[name]["kl_ref"]
+        assert results[name]["objective"] == pytest.approx(objective)
     noise = results["noise"]
-    assert len(noise) == 13 and all(x["variance"] > 0 for x in noise.values())
-    for rung in ("importance", "clip", "kl_penalty", "trpo"):                  # where the ratio is 1, they are gae
-        assert noise[rung]["variance"] == pytest.approx(noise["gae"]["variance"], rel=1e-3)
-    for before, rung in zip(policy_gradient.LADDER, policy_gradient.LADDER[1:]):
-        assert noise[rung]["change"] == pytest.approx(noise[rung]["variance"] - noise[before]["variance"], abs=1e-9)
-    assert noise["clip, later"]["change"] == pytest.approx(noise["clip, later"]["variance"] - noise["clip"]["variance"])
-    for rung in ("importance", "clip", "kl_penalty"):                          # an update later they are not
-        assert noise[f"{rung}, later"]["variance"] != pytest.approx(noise["gae"]["variance"], rel=1e-3)
-    assert noise["baseline"]["variance"] != pytest.approx(noise["reward_to_go"]["variance"], rel=1e-6)       # a critic
-    for name in ("SFT", *policy_gradient.LADDER):
-        r = results[name]
-        assert r["objective"] == pytest.approx(r["score"] - 0.25 * r["kl_ref"])
+    variance = {name: x["variance"] for name, x in noise.items()}
+    assert len(noise) == 13 and min(variance.values()) > 0
+    for rung in ("importance", "clip", "kl_penalty", "trpo"):    # with a ratio of 1 they are gae
+        assert variance[rung] == pytest.approx(variance["gae"], rel=1e-3)
+    for rung in ("importance", "clip", "kl_penalty"):            # an update later they are not
+        assert variance[f"{rung}, later"] != pytest.approx(variance["gae"], rel=1e-3)
+    for before, rung in zip(LADDER, LADDER[1:]):
+        change = variance[rung] - variance[before]
+        assert noise[rung]["change"] == pytest.approx(change, abs=1e-9)
+    change = variance["clip, later"] - variance["clip"]
+    assert noise["clip, later"]["change"] == pytest.approx(change)
+    assert variance["baseline"] != pytest.approx(variance["reward_to_go"], rel=1e-6)     # a critic
 
 
 def test_a_rung_alone_is_the_rung_in_the_ladder(finished_run):
-    """So nothing of the rungs before it is left: weights, critic, optimizers, coefficient, random numbers."""
+    """
+    So no rung leaves anything behind for the next: weights, critic, optimizers, coefficient,
+    random numbers.
+    """
     policy_gradient.main(tiny_config(policy_gradient, out="alone", base="tiny", rung="kl_penalty"))
-    timed = re.compile("_seconds$|_per_second$|^step$")
-    alone, ladder = ([{k: v for k, v in line.items() if not timed.search(k)} for line in log_of(
-        finished_run / run / "policy_gradient") if line["rung"] == "kl_penalty"] for run in ("alone", "ladder"))
-    assert alone == ladder
+    differs = re.compile("_seconds$|_per_second$|^step$")
+    lines = {}
+    for run in ("alone", "ladder"):
+        log = stage_log(finished_run, run, policy_gradient)
+        lines[run] = [{name: value for name, value in line.items() if not differs.search(name)}
+                      for line in log if line["rung"] == "kl_penalty"]
+    assert lines["alone"] == lines["ladder"] != []
 
 
-@pytest.mark.parametrize("rung", policy_gradient.LADDER)
-def test_every_rung_climbs_on_the_samples_it_is_given(rung, finished_run, whole_run):
-    """At a temperature that is not 1: the loss falls by so many gradient steps, or by one within its KL"""
-    reference, tokenizer = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
-    scorer = reward_model.load_reward_model(finished_run / "tiny" / "reward_model", reference, tokenizer, "cpu")
+@pytest.mark.parametrize("rung", LADDER)
+def test_every_rung_climbs_on_the_samples_it_is_given(rung, finished_run):
+    """The loss falls by so many gradient steps, or by one within its KL; at temperature 0.7"""
+    reference, tokenizer, scorer = tiny_models(finished_run)
     cfg = tiny_config(policy_gradient, temperature=0.7, batch_size=32, minibatch_size=8)
-    reward = reward_of(scorer, cfg)
-    critic = ScalarGPT(scorer.config, init_from=scorer).eval()                 # one with something to say
+    critic = ScalarGPT(scorer.config, init_from=scorer).eval()       # one whose values are not 0
     actor, _ = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
-    roll = policy_gradient.roll_out(actor, critic, reference, reward, tokenizer, held_out_prompts(tokenizer, 32, 1), cfg, seeded())
-    torch.testing.assert_close(policy_gradient.logprobs_of(actor, roll, cfg).detach(), roll["old_logprobs"])
-    loss_of = lambda: policy_gradient.rung_loss(rung, policy_gradient.logprobs_of(actor, roll, cfg), roll, cfg, 0.1).item()
-    before, order, start = loss_of(), torch.arange(32), copy.deepcopy(actor)
+    rollout = policy_gradient.sample_rollout(
+        actor, critic, reference, reward_of(scorer, cfg), tokenizer,
+        held_out_prompts(tokenizer, 32, 1), cfg, seeded())
+    logprobs = policy_gradient.logprobs_of(actor, rollout, cfg).detach()
+    torch.testing.assert_close(logprobs, rollout["old_logprobs"])
+
+    def loss_now():
+        logprobs = policy_gradient.logprobs_of(actor, rollout, cfg)
+        return policy_gradient.rung_loss(rung, logprobs, rollout, cfg, 0.1).item()
+
+    def distributions(policy):
+        return policy_gradient.token_distributions(policy, rollout["inputs"], rollout["mask"], 0.7)
+
+    class Run:                                           # the two methods that a climb calls
+        taken = 0
+
+        def step(self, grad_clip, **optimizers):
+            for optimizer in optimizers.values():
+                optimizer.step()
+                optimizer.zero_grad()
+            self.taken += 1
+            return {}
+
+        def must_be_finite(self, **values):
+            pass
+
+    run = Run()
+    order = torch.arange(32)
+    before = loss_now()
+    start = copy.deepcopy(actor)
     if rung == "trpo":
-        taken = policy_gradient.climb_by_trpo(actor, roll, order, cfg, 1e-3)
-        assert before - loss_of() == pytest.approx(taken["gain"], abs=1e-5)
-        kl = policy_gradient.mean_kl(*(policy_gradient.token_distributions(m, roll["inputs"], roll["mask"], 0.7)
-                                       for m in (start, actor))).item()
+        taken = policy_gradient.climb_by_trpo(actor, rollout, order, cfg, 1e-3, run)
+        assert before - loss_now() == pytest.approx(taken["gain"], abs=1e-5)
+        kl = policy_gradient.mean_kl(distributions(start), distributions(actor)).item()
         assert kl == pytest.approx(taken["kl_step"], rel=1e-3) and 1e-4 < kl <= 1e-3
+        assert run.taken == 1
     else:
-        optimizer, steps = torch.optim.SGD(actor.parameters(), lr=1e-3), []
-        optimizer.register_step_post_hook(lambda *_: steps.append(1))
-        policy_gradient.climb(rung, actor, optimizer, roll, order, cfg, 0.1, types.SimpleNamespace(must_be_finite=lambda *_, **__: None))
-        assert len(steps) == (1 if rung in policy_gradient.PSI else 4)
-    assert loss_of() < before - 1e-4
+        optimizer = torch.optim.SGD(actor.parameters(), lr=1e-3)
+        policy_gradient.climb(rung, actor, optimizer, rollout, order, cfg, 0.1, run)
+        assert run.taken == (1 if rung in policy_gradient.PSI else 4)
+    assert loss_now() < before - 1e-4
 
 
-@pytest.mark.parametrize("changes", [dict(rung="clip", clip_eps=0.01), dict(rung="kl_penalty", kl_old_target=10.0),
-                                     dict(rung="trpo", max_kl=1e-4), dict(rung="gae", lam=0.0, batch_size=1, minibatch_size=1,
-                                                                          fisher_rows=1), dict(rung="gae", beta=0.0)],
-                         ids=lambda c: "-".join(map(str, c.values())))
-def test_one_rung_runs_by_itself_and_its_options_act(changes, finished_run, whole_run, monkeypatch):
-    bounds, step = [], policy_gradient.trpo_step
-    monkeypatch.setattr(policy_gradient, "trpo_step", lambda *args: bounds.append(args[3]) or step(*args))
-    name, rung = "rung_" + "_".join(f"{k}-{v}" for k, v in changes.items()), changes["rung"]
+@pytest.mark.parametrize("changes", [
+    dict(rung="clip", clip_eps=0.01),
+    dict(rung="kl_penalty", kl_old_target=10.0),
+    dict(rung="trpo", max_kl=1e-4),
+    dict(rung="gae", lam=0.0, batch_size=1, minibatch_size=1, fisher_rows=1),
+    dict(rung="gae", beta=0.0)], ids=option_folder)
+def test_one_rung_runs_by_itself_and_its_options_act(changes, finished_run, monkeypatch):
+    bounds = []
+    original = policy_gradient.trpo_step
+
+    def recorded(parameters, measure, fisher_kl, max_kl, *args):
+        bounds.append(max_kl)
+        return original(parameters, measure, fisher_kl, max_kl, *args)
+    monkeypatch.setattr(policy_gradient, "trpo_step", recorded)
+    name = "rung_" + option_folder(changes)
+    rung = changes["rung"]
     results = policy_gradient.main(tiny_config(policy_gradient, out=name, base="tiny", **changes))
-    log = log_of(finished_run / name / "policy_gradient")
-    plain = [line for line in log_of(finished_run / "ladder" / "policy_gradient") if line["rung"] == rung]
+    log = stage_log(finished_run, name, policy_gradient)
+    default_log = [line for line in stage_log(finished_run, "ladder", policy_gradient)
+                   if line["rung"] == rung]
     assert list(results) == ["SFT", rung] and math.isfinite(results[rung]["score"])
-    assert log[2]["score"] != plain[2]["score"] or log[2]["objective"] != plain[2]["objective"]
+    assert (log[2]["score"] != default_log[2]["score"]
+            or log[2]["objective"] != default_log[2]["objective"])
     if rung == "trpo":
         assert all(line["kl_step"] <= 1e-4 for line in log)
-        assert bounds == [pytest.approx(1e-4 * (line["lr"] / 2e-3) ** 2) for line in log] and min(bounds) < 5e-5
+        expected = [1e-4 * (line["lr"] / 2e-3) ** 2 for line in log]
+        assert bounds == pytest.approx(expected) and min(bounds) < 5e-5
     if rung == "kl_penalty":
         assert [line["kl_penalty_coef"] for line in log] == [1, 0.5, 0.25, 0.125]
 
 
 def test_every_rung_of_a_ladder_is_evaluated(finished_run):
-    small = dict(out="rungs", base="tiny", n_eval=2, n_reference=8, n_samples=4)
-    assert list(evaluate.main(tiny_config(evaluate, runs="ladder,tiny/dpo", **small))) == ["SFT", "tiny/dpo"]
+    small = dict(out="rungs", base="tiny", **SMALL_EVALUATION)
+    results = evaluate.main(tiny_config(evaluate, runs="ladder,tiny/dpo", **small))
+    assert list(results) == ["SFT", "tiny/dpo"]
     results = evaluate.main(tiny_config(evaluate, runs="ladder/policy_gradient", **small))
-    assert list(results) == ["SFT", *(f"ladder/policy_gradient/{rung}" for rung in policy_gradient.LADDER)]
-    weights = files.load_checkpoint(finished_run / "ladder" / "policy_gradient")["policy_kl_penalty"]
-    policy, _ = sft.load_policy(finished_run / "ladder" / "policy_gradient", "cpu", "policy_kl_penalty")
+    assert list(results) == ["SFT", *(f"ladder/policy_gradient/{rung}" for rung in LADDER)]
+    folder = finished_run / "ladder" / "policy_gradient"
+    weights = files.load_checkpoint(folder)["policy_kl_penalty"]
+    policy, _ = sft.load_policy(folder, "cpu", "policy_kl_penalty")
     assert torch.equal(policy.transformer.wte.weight, weights["transformer.wte.weight"])
-    with pytest.raises(Stopped, match="holds no policy but"):
-        sft.load_policy(finished_run / "ladder" / "policy_gradient", "cpu")
+    with pytest.raises(Stopped, match="checkpoint.pt has no policy, so a different stage"):
+        sft.load_policy(folder, "cpu")
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(minibatch_size=12), "--minibatch_size 12 does not divide --batch_size 16: .*; 8 does"),
+    (dict(minibatch_size=12), "--minibatch_size 12 does not divide --batch_size 16, .*; 8 does"),
     (dict(fisher_rows=17), "--fisher_rows 17 is more than --batch_size 16"),
     (dict(variance_rows=8), "--batch_size 16 is not a multiple of 4 times --variance_rows 8")])
 def test_the_ladder_refuses_what_cannot_be(changes, message, finished_run):
@@ -4615,354 +4875,487 @@ def test_the_ladder_refuses_what_cannot_be(changes, message, finished_run):
         policy_gradient.main(tiny_config(policy_gradient, out="refused", base="tiny", **changes))
 
 
-def test_every_stage_runs_on_weights_and_data_of_ones_own_with_lora(user_run):
+# ---- weights, tokenizers and data of the user's
+
+def test_every_stage_runs_on_weights_and_data_of_the_users_with_lora(user_run):
     home, results = user_run
-    log = log_of(home / "out" / "own" / "ppo")
-    assert log[0]["kl_ref"] == 0 == log[0]["kl_ref_k3"] and log[-1]["kl_ref"] != 0      # the shared reference: exactly 0
-    assert all("gold" not in line for stage in ("ppo", "dpo", "grpo") for line in log_of(home / "out" / "own" / stage))
+    out = home / "out"
+    log = stage_log(out, "own", ppo)
+    assert log[0]["kl_ref"] == log[0]["kl_ref_k3"] == 0          # exactly: the weights are shared
+    assert log[-1]["kl_ref"] != 0
+    for script in (ppo, dpo, grpo):
+        assert all("gold" not in line for line in stage_log(out, "own", script))
     assert "gold" not in results and "grammatical" not in results and "PPO, averaged" in results
-    assert log_of(home / "out" / "own" / "dpo")[0]["loss"] == pytest.approx(math.log(2))
-    held = files.read_json(home / "out" / "own" / "reward_model" / "results.json")
-    assert held["accuracy"] > 0.9 and "bayes_accuracy" not in held             # rejected ones say that they do not like it
-    untrained = files.read_json(home / "out" / "own" / "sft" / "results.json")["held_out_per_token"]
-    assert untrained < 0.8 * math.log(400)
+    assert stage_log(out, "own", dpo)[0]["loss"] == pytest.approx(math.log(2))
+    agreed = files.read_json(out / "own" / "reward_model" / "results.json")
+    assert agreed["accuracy"] > 0.9 and "bayes_accuracy" not in agreed
+    learned = files.read_json(out / "own" / "sft" / "results.json")
+    assert learned["held_out_per_token"] < 0.8 * math.log(400)   # 400 tokens, all equally likely
 
 
-def test_lora_trains_the_change_alone_and_the_next_stage_gets_it_merged(user_run, user_folder):
-    saved, start = (files.load_checkpoint(user_folder / "own" / stage) for stage in ("ppo", "sft"))
-    for name, weight in start["policy"].items():                               # the base has not moved,
-        assert torch.equal(saved["policy"][name], weight), name
-    assert all(w.any() for name, w in saved["policy"].items() if name.endswith("lora_b"))   # the change has
-    assert not any("lora" in name for name in start["policy"]) and saved["critic"]["head.weight"].any()
-    merged, _ = sft.load_policy(user_folder / "own" / "ppo", "cpu")
+def test_lora_trains_the_change_alone_and_the_next_stage_gets_it_merged(user_folder):
+    own = user_folder / "own"
+    saved = files.load_checkpoint(own / "ppo")
+    start = files.load_checkpoint(own / "sft")
+    for name, weight in start["policy"].items():                 # the base weights have not moved
+        assert "lora" not in name and torch.equal(saved["policy"][name], weight), name
+    for name, weight in saved["policy"].items():
+        assert weight.any() or not name.endswith("lora_b"), name
+    assert saved["critic"]["head.weight"].any()
+
+    merged, tokenizer = sft.load_policy(own / "ppo", "cpu")
     unmerged = model.add_lora(GPT(merged.config), 2).eval()
     unmerged.load_state_dict(saved["policy"])
+    sft_policy, _ = sft.load_policy(own / "sft", "cpu")
     ids = torch.randint(300, (4, 50), generator=seeded())
     torch.testing.assert_close(merged(ids), unmerged(ids), atol=1e-5, rtol=1e-5)
-    assert (merged(ids) - sft.load_policy(user_folder / "own" / "sft", "cpu")[0](ids)).abs().max() > 1e-4
-    tokenizer = tokenizers.load_tokenizer(user_folder / "own" / "sft")
-    rm_saved = files.load_checkpoint(user_folder / "own" / "reward_model")
-    scorer = reward_model.load_reward_model(user_folder / "own" / "reward_model", sft.load_policy(user_folder / "own" / "sft", "cpu")[0], tokenizer, "cpu")
-    assert any("lora" in name for name in rm_saved["reward_model"]) and not any("lora" in name for name in scorer.state_dict())
-    # a policy that LoRA made is the SFT policy of another run: merged, and the reference of what comes next
-    shutil.copytree(user_folder / "own" / "ppo", user_folder / "again" / "sft", dirs_exist_ok=True)
-    config = files.read_json(user_folder / "own" / "sft" / "config.json") | {"out": "again"}
+    assert (merged(ids) - sft_policy(ids)).abs().max() > 1e-4
+    scorer = reward_model.load_reward_model(own / "reward_model", sft_policy, tokenizer, "cpu")
+    stored = files.load_checkpoint(own / "reward_model")["reward_model"]
+    assert any("lora" in name for name in stored)
+    assert not any("lora" in name for name in scorer.state_dict())
+
+
+def test_a_policy_that_lora_made_can_be_the_sft_policy_of_a_run(user_folder):
+    """It is merged then, and also the reference."""
+    shutil.copytree(user_folder / "own" / "ppo", user_folder / "again" / "sft")
+    config = files.read_json(user_folder / "own" / "sft" / "config.json")
+    config["out"] = "again"
     (user_folder / "again" / "sft" / "config.json").write_text(json.dumps(config))
-    ppo.main(user_config(ppo, out="again", reward="word.py:exclaims" if (user_folder.parent / "word.py").write_text(
-        "def exclaims(prompts, responses):\n    return [r.count('!') + len(r) / 9 for r in responses]\n") else "", steps=1, n_eval=4, n_samples=4))
-    assert log_of(user_folder / "again" / "ppo")[0]["kl_ref"] == 0
+    (user_folder.parent / "word.py").write_text(
+        "def exclaims(prompts, responses):\n"
+        "    return [r.count('!') + len(r) / 9 for r in responses]\n")
+    ppo.main(user_config(ppo, out="again", reward="word.py:exclaims", steps=1, **FEW))
+    assert stage_log(user_folder, "again", ppo)[0]["kl_ref"] == 0
 
 
 def test_lora_on_fresh_weights_and_on_the_ladder_is_refused(user_folder):
-    with pytest.raises(Stopped, match="fresh ones need all of themselves. Give --init"):
+    with pytest.raises(Stopped, match="fresh weights must all be trained. Give --init"):
         sft.main(tiny_config(sft, out="fresh", lora_rank=2))
     with pytest.raises(Stopped, match="the ladder compares gradients of all weights"):
         policy_gradient.main(user_config(policy_gradient))
 
 
-@pytest.mark.parametrize("stage, kind", [("sft", "AutoModelForCausalLM"), ("ppo", "AutoModelForCausalLM"), ("dpo", "AutoModelForCausalLM"),
-                                         ("grpo", "AutoModelForCausalLM"), ("reward_model", "AutoModelForSequenceClassification")])
-def test_every_stage_is_exported_for_transformers_with_its_tokenizer(stage, kind, user_folder, tmp_path):
-    import transformers
-    (reward_model if stage == "reward_model" else sft).export(user_folder / "own" / stage, str(tmp_path / "exported"))
-    theirs = getattr(transformers, kind).from_pretrained(tmp_path / "exported").eval()
-    its = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
-    policy, tokenizer = sft.load_policy(user_folder / "own" / ("sft" if stage == "reward_model" else stage), "cpu")
-    prompt, response = forms.read_record(comparison(7))[0], " Number 7 is good!"
-    ids = its(prompt + response + tokenizers.EOS, return_tensors="pt")["input_ids"]
-    assert ids[0].tolist() == tokenizer.encode_ordinary(prompt + response) + [tokenizer.eot_token]
+@pytest.mark.parametrize("stage", ["sft", "ppo", "dpo", "grpo", "reward_model"])
+def test_every_stage_is_exported_for_transformers_with_its_tokenizer(stage, user_folder, tmp_path):
+    from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
+                              AutoTokenizer)
+    own = user_folder / "own"
+    exported = tmp_path / "exported"
+    kind = AutoModelForCausalLM
+    export = sft.export
     if stage == "reward_model":
-        ours = reward_model.load_reward_model(user_folder / "own" / stage, policy, tokenizer, "cpu")
-        batch = data.collate([tokenizer.encode_ordinary(prompt)], [tokenizer.encode_ordinary(response) + [tokenizer.eot_token]])
-        torch.testing.assert_close(theirs(ids).logits[0], sequence_scores(ours, *batch), atol=1e-4, rtol=0)
+        kind = AutoModelForSequenceClassification
+        export = reward_model.export
+    export(own / stage, str(exported))
+    theirs = kind.from_pretrained(exported).eval()
+    prompt = forms.read_record(comparison(7))[0]
+    response = " Number 7 is good!"
+    text = prompt + response + tokenizers.EOS
+    ids = AutoTokenizer.from_pretrained(exported)(text, return_tensors="pt")["input_ids"]
+    tokenizer = tokenizers.load_tokenizer(own / stage)
+    response_ids = tokenizer.encode_ordinary(response) + [tokenizer.eot_token]
+    whole = tokenizer.encode_ordinary(prompt + response) + [tokenizer.eot_token]
+    assert ids[0].tolist() == whole
+    if stage == "reward_model":
+        policy, _ = sft.load_policy(own / "sft", "cpu")
+        ours = reward_model.load_reward_model(own / stage, policy, tokenizer, "cpu")
+        batch = data.collate([tokenizer.encode_ordinary(prompt)], [response_ids])
+        torch.testing.assert_close(theirs(ids).logits[0], sequence_scores(ours, *batch),
+                                   atol=1e-4, rtol=0)
     else:
+        policy, _ = sft.load_policy(own / stage, "cpu")
         torch.testing.assert_close(theirs(ids).logits, policy(ids), atol=1e-4, rtol=1e-4)
-        assert GPT.from_pretrained(tmp_path / "exported").config.vocab_size == tokenizer.n_vocab       # and back again
+        assert GPT.from_pretrained(exported).config.vocab_size == tokenizer.n_vocab
     if stage == "ppo":
-        averaged, _ = sft.load_policy(user_folder / "own" / stage, "cpu", "policy_ema")
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported-ema").eval()
+        averaged, _ = sft.load_policy(own / stage, "cpu", "policy_ema")
+        theirs = kind.from_pretrained(tmp_path / "exported-ema").eval()
         torch.testing.assert_close(theirs(ids).logits, averaged(ids), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(init="gpt2", block_size=97), "block_size 97 is longer than the 96 positions that gpt2 has weights for; lower it to that"),
-    (dict(init="nowhere"), "no tokenizer in nowhere: nowhere is not a folder here, and could not be"
-                           " fetched from the hub by that name"),
-    (dict(tokenizer="nowhere"), "no tokenizer in nowhere"), (dict(n_texts=None, data="reviews"), "--n_texts none takes all"),
-    (dict(init="gpt2", tokenizer="other"), "the tokenizer has .* token ids, gpt2 has weights for .*; they do not belong together"),
-    (dict(batch_size=500, n_texts=None), "there are .* texts to train on, less than one batch; lower --batch_size 500"),
-    (dict(block_size=45), "prompts of up to 40 tokens and --max_new_tokens 12 exceed the model's block_size 45"),
+    (dict(init="gpt2", block_size=97),
+     "block_size 97 is longer than the 96 positions that gpt2 has weights for; lower it to that"),
+    (dict(init="nowhere"), "no tokenizer in nowhere: nowhere is not a folder here and could not be "
+                           "fetched from the hub .OSError.; check the spelling and the network"),
+    (dict(tokenizer="nowhere"), "no tokenizer in nowhere"),
+    (dict(n_texts=None, data="reviews"), "--n_texts none takes all"),
+    (dict(init="gpt2", tokenizer="other"),
+     "the tokenizer has .* token ids, gpt2 has weights for .*; they do not belong together"),
+    (dict(batch_size=500, n_texts=None),
+     "there are .* texts to train on, less than one batch; lower --batch_size 500"),
+    (dict(block_size=45),
+     "prompts of up to 40 tokens and --max_new_tokens 12 exceed the model's block_size 45"),
     (dict(init="gpt2", max_prompt_tokens=90), "block_size 102 is longer than the 96 positions")])
-def test_weights_and_tokenizers_that_do_not_fit_are_refused(changes, message, user_folder, monkeypatch):
+def test_weights_and_tokenizers_that_do_not_fit_are_refused(changes, message, user_folder,
+                                                            monkeypatch):
     import huggingface_hub
 
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
-    if not (user_folder.parent / "other").exists():
-        tokenizers.export_tokenizer(tokenizers.train_tokenizer([p + r for p, r in zip(*reviews.sample(200))], 600), user_folder.parent / "other")
+    other = user_folder.parent / "other"
+    if changes.get("tokenizer") == "other":
+        tokenizers.export_tokenizer(tokenizers.train_tokenizer(review_texts(200, 0), 600), other)
     with pytest.raises(Stopped, match=message):
-        sft.main(user_config(sft, **{**dict(out="refused", lora_rank=0), **changes}))
+        sft.main(user_config(sft, **{"out": "refused", "lora_rank": 0, **changes}))
     assert not (user_folder / "refused").exists()
 
 
 def test_weights_and_tokenizers_come_from_the_hub_by_name(user_folder, monkeypatch):
     import huggingface_hub
-    fetched, copies = [], ["gpt2", "as_bin"]
+    fetched = []
+    copy_of_hub = "gpt2"
 
     def fetch(name, allow_patterns):
         fetched.append((name, allow_patterns))
-        return copies[0]
+        return copy_of_hub
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     theirs = tokenizers.gpt2_tokenizer("someone/gpt")
-    assert tokenizers.tokenizer_id(theirs) == tokenizers.tokenizer_id(tokenizers.load_tokenizer(user_folder / "own" / "sft"))
+    ours = tokenizers.load_tokenizer(user_folder / "own" / "sft")
+    assert tokenizers.tokenizer_id(theirs) == tokenizers.tokenizer_id(ours)
     GPT.from_pretrained("someone/gpt")
     assert fetched == [("someone/gpt", ["*.json", "merges.txt"]),
                        ("someone/gpt", ["*.json", "model*.safetensors"])]
     shutil.copytree("gpt2", "as_bin", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(load_file("gpt2/model.safetensors"), "as_bin/pytorch_model.bin")
-    copies.pop(0)
-    GPT.from_pretrained("someone/older")                 # which has no safetensors
+    copy_of_hub = "as_bin"                               # older: it has no safetensors
+    GPT.from_pretrained("someone/older")
     assert fetched[-1] == ("someone/older", ["*.json", "pytorch_model*.bin"])
 
 
-def test_stages_start_from_a_checkpoint_of_nanogpt_and_a_tokenizer_of_ones_own(user_folder, monkeypatch):
-    """GPT-2's by default; characters are refused, since nanoGPT lists them in a pickle"""
-    (user_folder.parent / "nano").mkdir(exist_ok=True)
+def test_stages_start_from_a_checkpoint_of_nanogpt(user_folder):
+    nano = user_folder.parent / "nano"
+    nano.mkdir()
     weights = nanogpt_weights(True, V=410, T=96, C=32)
-    ckpt = str(save_nanogpt(user_folder.parent / "nano" / "ckpt.pt", weights, n_embd=32, block_size=96))
+    save_nanogpt(nano / "ckpt.pt", weights, n_embd=32, block_size=96)
     small = dict(out="nano", init="nano/ckpt.pt", lora_rank=0, batch_size=8)
-    sft.main(user_config(sft, tokenizer="gpt2", steps=1, lr=1e-9, n_texts=None, n_eval=6, **small))       # that folder
+    sft.main(user_config(sft, tokenizer="gpt2", steps=1, lr=1e-9, n_texts=None, n_eval=6, **small))
     policy, tokenizer = sft.load_policy(user_folder / "nano" / "sft", "cpu")
-    assert (policy.config.vocab_size, policy.config.activation) == (400, "gelu") and tokenizer.n_vocab == 400
-    torch.testing.assert_close(policy.transformer.h[1].mlp.c_fc.weight, weights["h.1.mlp.c_fc.weight"])
-    torch.testing.assert_close(policy.transformer.wte.weight, weights["wte.weight"][:400])
+    assert policy.config.activation == "gelu"
+    assert policy.config.vocab_size == tokenizer.n_vocab == 400          # those of the folder gpt2
+    ours = policy.transformer
+    torch.testing.assert_close(ours.h[1].mlp.c_fc.weight, weights["h.1.mlp.c_fc.weight"])
+    torch.testing.assert_close(ours.wte.weight, weights["wte.weight"][:400])
     reward_model.main(user_config(reward_model, n_prompts=40, n_held_out=10, **small))
-    assert files.load_checkpoint(user_folder / "nano" / "reward_model")["gpt"]["activation"] == "gelu"
+    saved = files.load_checkpoint(user_folder / "nano" / "reward_model")
+    assert saved["gpt"]["activation"] == "gelu"
 
+
+def test_a_checkpoint_of_nanogpt_has_gpt2s_tokenizer_or_the_one_beside_it(user_folder, monkeypatch):
+    nano = user_folder.parent / "nano2"
+    nano.mkdir()
+    weights = nanogpt_weights(True, V=410, T=96, C=32)
+    save_nanogpt(nano / "ckpt.pt", weights, n_embd=32, block_size=96)
     gpt2s = types.SimpleNamespace(n_vocab=50257)
     monkeypatch.setattr(tokenizers.tiktoken, "get_encoding", {"gpt2": gpt2s}.get)
-    with pytest.raises(Stopped, match="nano/ckpt.pt has 410 token ids, fewer than GPT-2's 50257"):
-        sft.tokenizer_of("nano/ckpt.pt")
-    save_nanogpt(ckpt, weights, vocab_size=50304)
-    assert sft.tokenizer_of("nano/ckpt.pt") is gpt2s is sft.tokenizer_of("nano")
-    tokenizers.export_tokenizer(tokenizer, user_folder.parent / "nano")                    # files beside it count
-    assert tokenizers.tokenizer_id(sft.tokenizer_of("nano/ckpt.pt")) == tokenizers.tokenizer_id(tokenizer)
-    (user_folder.parent / "characters").mkdir(exist_ok=True)
-    (user_folder.parent / "characters" / "meta.pkl").write_bytes(pickle.dumps(Malicious(user_folder / "owned")))
+    with pytest.raises(Stopped, match="ckpt.pt has 410 token ids, fewer than GPT-2's 50257"):
+        sft.tokenizer_of("nano2/ckpt.pt")
+    save_nanogpt(nano / "ckpt.pt", weights, n_embd=32, block_size=96, vocab_size=50304)
+    assert sft.tokenizer_of("nano2/ckpt.pt") is gpt2s is sft.tokenizer_of("nano2")
+    tokenizer = tokenizers.load_tokenizer(user_folder / "own" / "sft")
+    tokenizers.export_tokenizer(tokenizer, nano)
+    beside = sft.tokenizer_of("nano2/ckpt.pt")
+    assert tokenizers.tokenizer_id(beside) == tokenizers.tokenizer_id(tokenizer)
+
+
+def test_characters_of_nanogpt_are_refused_since_they_are_in_a_pickle(user_folder):
+    folder = user_folder.parent / "characters"
+    folder.mkdir()
+    (folder / "meta.pkl").write_bytes(pickle.dumps(Malicious(user_folder / "owned")))
     for source in ("characters", "characters/meta.pkl"):
-        with pytest.raises(Stopped, match="meta.pkl lists characters .* is not read, since a pickle can run code"):
-            sft.main(user_config(sft, out="refused", init=ckpt, tokenizer=source, lora_rank=0))
+        with pytest.raises(Stopped, match="meta.pkl, which lists characters for nanoGPT, is not "
+                                          "read, since a pickle can run code"):
+            sft.main(user_config(sft, out="refused", init="gpt2", tokenizer=source, lora_rank=0))
     assert not (user_folder / "owned").exists() and not (user_folder / "refused").exists()
 
 
-def test_a_reward_model_of_another_size_gives_the_critic_its_size(user_folder):
+def test_a_reward_model_of_a_different_size_gives_the_critic_its_size(user_folder):
     from transformers import GPT2Config, GPT2LMHeadModel
+    wider = user_folder.parent / "wider"
     tokenizer = tokenizers.load_tokenizer(user_folder / "own" / "sft")
-    GPT2LMHeadModel(GPT2Config(vocab_size=tokenizer.n_vocab + 3, n_positions=96, n_layer=2, n_head=2, n_embd=16, bos_token_id=0,
-                               eos_token_id=0)).save_pretrained(user_folder.parent / "wider")
-    if not (user_folder.parent / "wider" / "tokenizer.json").exists():
-        tokenizers.export_tokenizer(tokenizer, user_folder.parent / "wider")
-    reward_model.main(user_config(reward_model, out="sized", base="own", init="wider", n_prompts=40, n_held_out=10, lora_rank=0))
-    ppo.main(user_config(ppo, out="sized", base="own", steps=1, n_eval=4, n_samples=4, lora_rank=0))
+    GPT2LMHeadModel(GPT2Config(
+        vocab_size=tokenizer.n_vocab + 3, n_positions=96, n_layer=2, n_head=2, n_embd=16,
+        bos_token_id=0, eos_token_id=0)).save_pretrained(wider)
+    tokenizers.export_tokenizer(tokenizer, wider)
+    small = dict(out="sized", base="own", lora_rank=0)
+    reward_model.main(user_config(reward_model, init="wider", n_prompts=40, n_held_out=10, **small))
+    ppo.main(user_config(ppo, steps=1, **FEW, **small))
     saved = files.load_checkpoint(user_folder / "sized" / "ppo")
-    assert (saved["critic_gpt"]["n_layer"], saved["critic_gpt"]["n_embd"]) == (2, 16) and saved["gpt"]["n_embd"] == 32
+    assert (saved["critic_gpt"]["n_layer"], saved["critic_gpt"]["n_embd"]) == (2, 16)
+    assert saved["gpt"]["n_embd"] == 32
     assert saved["critic"]["transformer.wte.weight"].shape == (tokenizer.n_vocab, 16)
-    foreign = tokenizers.train_tokenizer([p + r for p, r in zip(*reviews.sample(300))], tokenizer.n_vocab)
-    tokenizers.export_tokenizer(foreign, user_folder.parent / "wider")
-    with pytest.raises(Stopped, match="wider has another tokenizer than the SFT policy"):
-        reward_model.main(user_config(reward_model, out="sized-too", base="own", init="wider", n_prompts=40))
+    sample.main(tiny_config(sample, out="sized", stage="sft,ppo", n=1))
+    foreign = tokenizers.train_tokenizer(review_texts(300, 0), tokenizer.n_vocab)
+    tokenizers.export_tokenizer(foreign, wider)
+    with pytest.raises(Stopped, match="wider uses a different tokenizer from the SFT policy"):
+        reward_model.main(user_config(reward_model, out="sized-too", base="own", init="wider",
+                                      n_prompts=40))
 
 
-def test_everything_is_evaluated_that_was_trained_for_the_reward_even_with_tokens_in_out(user_folder, capsys):
-    assert (user_folder / "tokens").is_dir()
-    found = evaluate.main(user_config(evaluate, lora_rank=0, n_eval=2, n_reference=4, n_samples=2))
+def test_everything_trained_for_the_reward_is_evaluated(user_folder, capsys):
+    assert (user_folder / "tokens").is_dir()             # a folder in out/ that is not a run
+    small = dict(lora_rank=0, n_eval=2, n_reference=4, n_samples=2)
+    found = evaluate.main(user_config(evaluate, **small))
     assert {"SFT", "own/ppo", "own/ppo/ema", "own/dpo", "own/grpo"} <= set(found)
-    assert "fraction" not in found["own/dpo"] and "gold" not in (user_folder / "own" / "evaluate" / "report.md").read_text()
-    shutil.copytree(user_folder / "own" / "grpo", user_folder / "old" / "grpo", dirs_exist_ok=True)
-    saved = files.load_checkpoint(user_folder / "old" / "grpo") | {"reward": "0123456789abcdef"}       # as it was before
+    assert "fraction" not in found["own/dpo"]
+    assert "gold" not in (user_folder / "own" / "evaluate" / "report.md").read_text()
+    shutil.copytree(user_folder / "own" / "grpo", user_folder / "old" / "grpo")
+    saved = files.load_checkpoint(user_folder / "old" / "grpo")
+    saved["reward"] = "0123456789abcdef"                         # as earlier versions stored it
     torch.save(saved, user_folder / "old" / "grpo" / "checkpoint.pt")
-    evaluate.main(user_config(evaluate, lora_rank=0, runs="own,old", n_eval=2, n_reference=4, n_samples=2))
-    assert "leaving out old/grpo: it was trained for a different reward" in capsys.readouterr().out
+    evaluate.main(user_config(evaluate, runs="own,old", **small))
+    said = capsys.readouterr().out
+    assert "leaving out old/grpo: it was trained for a different reward" in said
 
 
-def test_too_few_rows_for_a_batch_are_said_before_anything_is_written(user_folder):
-    for script, changes, what in ((reward_model, dict(n_prompts=None, batch_size=400), "comparisons"), (dpo, dict(batch_size=300, n_pairs=400), "pairs")):
-        with pytest.raises(Stopped, match=f"there are 1.. {what} to train on, less than one batch; lower --batch_size"):
-            script.main(user_config(script, out="few", base="own", **changes))
+@pytest.mark.parametrize("script, changes, what", [
+    (reward_model, dict(n_prompts=None, batch_size=400), "comparisons"),
+    (dpo, dict(batch_size=300, n_pairs=400), "pairs")], ids=option_id)
+def test_too_few_rows_for_a_batch_are_refused_before_any_work(script, changes, what, user_folder):
+    message = f"there are 1.. {what} to train on, less than one batch; lower --batch_size"
+    with pytest.raises(Stopped, match=message):
+        script.main(user_config(script, out="few", base="own", **changes))
     assert not (user_folder / "few").exists()
 
 
 def test_rl_takes_prompts_alone_from_a_base_and_sft_refuses_them_at_once(user_folder):
     rows = [{"prompt": f"Is {i} good?", "id": i} for i in range(90)]
     write_rows(user_folder.parent / "prompts.jsonl", rows)
-    judge = "def score(prompts, responses): return [len(x) for x in responses]"
-    (user_folder.parent / "judge.py").write_text(judge)
-    held_out_prompts = dict(out="asked", data="prompts.jsonl")
-    with pytest.raises(Stopped, match="nothing for SFT to learn"):
-        sft.main(user_config(sft, init="gpt2", lora_rank=0, **held_out_prompts))
+    (user_folder.parent / "judge.py").write_text(
+        "def score(prompts, responses): return [len(x) for x in responses]")
+    given = dict(out="asked", data="prompts.jsonl")
+    with pytest.raises(Stopped, match="SFT has nothing to learn from"):
+        sft.main(user_config(sft, init="gpt2", lora_rank=0, **given))
     for script, changes in ((reward_model, {}), (ppo, {}), (dpo, dict(reward="judge.py:score"))):
-        with pytest.raises(Stopped, match="nothing for a reward model or DPO"):
-            script.main(user_config(script, **held_out_prompts, **changes))    # without making an SFT policy first
-    assert not (user_folder / "asked").exists()
-    judged = dict(base="own", reward="judge.py:score", n_eval=2, n_samples=2, **held_out_prompts)
-    ppo.main(user_config(ppo, steps=1, **judged))
-    assert "asked/ppo" in evaluate.main(user_config(evaluate, lora_rank=0, n_reference=4, **judged))
+        with pytest.raises(Stopped, match="no comparisons, only rows with one response or none"):
+            script.main(user_config(script, **given, **changes))
+    assert not (user_folder / "asked").exists()          # so no SFT policy was made first, either
+    given |= dict(base="own", reward="judge.py:score", n_eval=2, n_samples=2)
+    ppo.main(user_config(ppo, steps=1, **given))
+    found = evaluate.main(user_config(evaluate, lora_rank=0, n_reference=4, **given))
+    assert "asked/ppo" in found
 
 
 # ---- parts of a batch
 
 @pytest.mark.parametrize("script, changes", [
-    (sft, dict(steps=2, weight_decay=0.0)), (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4)), (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4, token_wise=True)),
-    (ppo, dict(steps=2, entropy_coef=0.1)), (ppo, dict(steps=2, surrogate="kl_penalty", batch_size=30, minibatch_size=15)), (dpo, dict(n_pairs=32, nll_coef=3.0)),
-    (grpo, dict(steps=2, kl_in="loss", normalise="sequence")), (policy_gradient, dict(steps=2, rung="clip")), (policy_gradient, dict(steps=2, rung="gae"))],
-    ids=lambda x: getattr(x, "__name__", None) or "-".join(x))
-def test_a_batch_in_parts_has_the_gradient_and_the_metrics_of_the_whole(script, changes, finished_run, monkeypatch, no_pictures):
-    """Rows are ragged, so that a mean of the parts' means would be another. By SGD: AdamW makes much of little."""
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, **kwargs: torch.optim.SGD(parameters, lr=lr))
-    ended, small = [], {} if script in (sft, reward_model) else dict(n_eval=2, n_samples=2)
+    (sft, dict(steps=2, weight_decay=0.0)),
+    (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4)),
+    (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4, token_wise=True)),
+    (ppo, dict(steps=2, entropy_coef=0.1)),
+    (ppo, dict(steps=2, surrogate="kl_penalty", batch_size=30, minibatch_size=15)),
+    (dpo, dict(n_pairs=32, nll_coef=3.0)),
+    (grpo, dict(steps=2, kl_in="loss", normalise="sequence")),
+    (policy_gradient, dict(steps=2, rung="clip")),
+    (policy_gradient, dict(steps=2, rung="gae"))], ids=option_id)
+def test_a_batch_in_parts_has_the_gradient_and_the_metrics_of_the_whole(
+        script, changes, finished_run, monkeypatch, no_pictures):
+    """
+    Rows are ragged, so the mean of the parts' means would be wrong. Trained by SGD, since AdamW
+    makes much of small differences.
+    """
+    def sgd(parameters, lr, **others):
+        return torch.optim.SGD(parameters, lr=lr)
+    monkeypatch.setattr(torch.optim, "AdamW", sgd)
+    small = {} if script is sft else {"base": "tiny"}
+    if script not in (sft, reward_model):
+        small |= dict(n_eval=2, n_samples=2)
+    logs, checkpoints = [], []
     for parts in (1, 4):
         name = f"{script.__name__}_in_{parts}"
         shutil.rmtree(finished_run / name, ignore_errors=True)
-        script.main(tiny_config(script, out=name, base="" if script is sft else "tiny", accumulation=parts, **{**small, **changes}))
-        folder = finished_run / name / script.__name__
-        ended.append((log_of(folder), files.load_checkpoint(folder)))
-    (log, saved), (log_in_parts, saved_in_parts) = ended
-    for line, other in zip(log, log_in_parts, strict=True):
-        for metric in line:
-            if not metric.endswith(("_seconds", "_per_second", "rung")):
-                at_the_edge = metric == "value_clip_fraction"                  # equal but for rounding, in the first minibatch
-                assert other[metric] == pytest.approx(line[metric], rel=2e-4, abs=1e-2 if at_the_edge else 1e-5), metric
+        script.main(tiny_config(script, out=name, accumulation=parts, **small, **changes))
+        logs.append(stage_log(finished_run, name, script))
+        checkpoints.append(files.load_checkpoint(finished_run / name / script.__name__))
+    for whole, parts in zip(*logs, strict=True):
+        for metric in whole:
+            if metric.endswith(("_seconds", "_per_second", "rung")):
+                continue
+            # In the first minibatch the values are at the edge of the clip range, up to rounding
+            atol = 1e-2 if metric == "value_clip_fraction" else 1e-5
+            assert parts[metric] == pytest.approx(whole[metric], rel=2e-4, abs=atol), metric
     key = {reward_model: "reward_model", policy_gradient: "actor"}.get(script, "policy")
-    start = files.load_checkpoint(finished_run / "tiny" / "sft")["policy"]
-    moved = 0.0
-    for weight, weights in saved[key].items():
-        torch.testing.assert_close(saved_in_parts[key][weight], weights, atol=2e-6, rtol=1e-4)
-        moved += (weights - start[weight]).abs().sum().item() if weight in start and script is not sft else 1.0
-    assert moved > 1e-3
+    for name, weights in checkpoints[0][key].items():
+        torch.testing.assert_close(checkpoints[1][key][name], weights, atol=2e-6, rtol=1e-4)
+    if script is not sft:                                # the others started from the SFT policy
+        start = files.load_checkpoint(finished_run / "tiny" / "sft")["policy"]
+        trained = checkpoints[0][key]
+        moved = sum((trained[name] - weight).abs().sum().item() for name, weight in start.items()
+                    if name in trained)
+        assert moved > 1e-3
 
 
-def test_parts_are_of_about_one_size_and_hold_every_row_once():
+def test_parts_have_about_one_size_and_hold_every_row_once():
     for n, parts in ((8, 1), (8, 3), (5, 4), (2, 7)):
-        split = data.parts(list(range(n)), parts)
-        assert sum(split, []) == list(range(n)) and len(split) <= parts and max(map(len, split)) == -(-n // parts)
-        assert torch.equal(torch.cat(data.parts(torch.arange(n), parts)), torch.arange(n))
+        rows = list(range(n))
+        split = [part for part, _ in data.microbatches(rows, parts)]
+        assert sum(split, []) == rows and len(split) <= parts
+        assert max(map(len, split)) == -(-n // parts)
+        tensors = [part for part, _ in data.microbatches(torch.arange(n), parts)]
+        assert torch.equal(torch.cat(tensors), torch.arange(n))
+
+
+def test_shares_of_parts_sum_to_one_and_follow_the_weights():
+    shares = [share.item() for _, share in data.microbatches([0, 1, 2, 3, 4], 3)]
+    assert shares == pytest.approx([0.4, 0.4, 0.2])
+    shares = [share.item() for _, share in data.microbatches([0, 1, 2], 2, [5, 1, 2])]
+    assert shares == pytest.approx([0.75, 0.25])
+
+
+def test_means_weigh_values_by_their_shares():
+    means = data.Means()
+    means.add({"loss": torch.tensor(1.0)}, torch.tensor(0.75))
+    means.add({"loss": 5.0}, 0.25)                       # a minibatch in two parts
+    means.add({"loss": 4.0, "lr": 0.1})                  # a second minibatch in one
+    assert means.result() == pytest.approx({"loss": 3.0, "lr": 0.1})
 
 
 # ---- what PPO can do besides
 
-def test_the_average_follows_its_formula_and_is_evaluated_beside_the_actor(finished_run, monkeypatch, no_pictures):
+def test_the_average_follows_its_formula_and_is_evaluated_beside_the_actor(
+        finished_run, monkeypatch, no_pictures):
     average, policy = small_gpt(seed=1), small_gpt(seed=2)
     before = copy.deepcopy(average.state_dict())
     ppo.move_average(average, policy, 0.9)
     for name, weight in average.state_dict().items():
         torch.testing.assert_close(weight, 0.9 * before[name] + 0.1 * policy.state_dict()[name])
-    passed, move = [], ppo.move_average
+    actors = []                                          # the actor's weights at each call
+    original = ppo.move_average
 
-    def spied(mean, actor, share):
-        passed.append(copy.deepcopy(actor.state_dict()))
-        move(mean, actor, share)
-    monkeypatch.setattr(ppo, "move_average", spied)
-    results = ppo.main(tiny_config(ppo, out="averaged", base="tiny", steps=3, n_eval=4, n_samples=4, ema=0.6))
-    saved, start = files.load_checkpoint(finished_run / "averaged" / "ppo"), files.load_checkpoint(finished_run / "tiny" / "sft")["policy"]
-    for name in start:                       # once an update, whatever else is switched on
-        expected = start[name]
-        for weights in passed:
+    def recorded(mean, actor, share):
+        actors.append(copy.deepcopy(actor.state_dict()))
+        original(mean, actor, share)
+    monkeypatch.setattr(ppo, "move_average", recorded)
+    results = ppo.main(tiny_config(ppo, out="averaged", base="tiny", steps=3, ema=0.6, **FEW))
+    assert len(actors) == 3                              # once an update
+    saved = files.load_checkpoint(finished_run / "averaged" / "ppo")
+    for name, expected in files.load_checkpoint(finished_run / "tiny" / "sft")["policy"].items():
+        for weights in actors:
             expected = 0.6 * expected + 0.4 * weights[name]
         torch.testing.assert_close(saved["policy_ema"][name], expected)
-    assert len(passed) == 3 and results["PPO, averaged"]["kl_ref"] != results["kl_ref"]
-    found = evaluate.main(tiny_config(evaluate, out="tiny", runs="averaged", n_eval=2, n_reference=8, n_samples=4))
+    assert results["PPO, averaged"]["kl_ref"] != results["kl_ref"]
+    found = evaluate.main(tiny_config(evaluate, out="tiny", runs="averaged", **SMALL_EVALUATION))
     assert list(found) == ["SFT", "averaged/ppo", "averaged/ppo/ema"]
 
 
 def test_the_gradient_with_ptx_is_the_sum_of_the_two(finished_run, monkeypatch, no_pictures):
-    """The first gradient of the actor, without clipping, is that of the policy loss plus coef times that of the texts"""
-    gradients, drawn, clip = {}, [], torch.nn.utils.clip_grad_norm_
-    draw = data.draw
+    """The actor's first gradient, unclipped: of the policy loss, plus coef times of the texts"""
+    first_gradients = []
+    texts = []                                           # of each gradient step
+    original_clip = torch.nn.utils.clip_grad_norm_
+    original_draw = data.draw
+    original_texts = data.built_in_texts
 
-    def spied(items, n, generator):
-        rows = draw(items, n, generator)
-        if isinstance(rows[0], tuple):                                         # texts, not prompts
-            drawn.append(rows)
+    def few_texts(n, n_held_out, seed):                  # 20,000 take seconds to write
+        return original_texts(min(n, 500), n_held_out, seed)
+
+    def recorded_draw(items, n, generator):
+        rows = original_draw(items, n, generator)
+        if isinstance(rows[0], tuple):                   # texts, not prompts
+            texts.append(rows)
         return rows
 
-    def record(parameters, limit):
-        parameters = list(parameters)
-        gradients.setdefault(name, torch.cat([p.grad.flatten().clone() for p in parameters]))
-        return clip(parameters, limit)
-    monkeypatch.setattr(data, "draw", spied)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
-    for name, coef in (("plain", 0.0), ("ptx", 0.7)):
-        ppo.main(tiny_config(ppo, out=f"gradient_{name}", base="tiny", steps=1, n_eval=4, n_samples=4, ptx_coef=coef, minibatch_size=32))
-    policy, _ = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
-    inputs, targets, mask = data.collate(*zip(*drawn[0]))
+    def recorded_clip(parameters, limit):
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+        return original_clip(parameters, limit)
+    monkeypatch.setattr(data, "built_in_texts", few_texts)
+    monkeypatch.setattr(data, "draw", recorded_draw)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recorded_clip)
+    for coef in (0.0, 0.7):
+        gradients = []
+        ppo.main(tiny_config(ppo, out=f"ptx_{coef}", base="tiny", steps=1, ptx_coef=coef,
+                             minibatch_size=32, **FEW))
+        first_gradients.append(gradients[0])
+    policy, _, _ = tiny_models(finished_run)
+    inputs, targets, mask = data.collate(*zip(*texts[0]))
     loss = -masked_mean(token_logprobs(policy, inputs, targets, mask), mask)
     loss.backward()
-    texts = torch.cat([p.grad.flatten() for p in policy.parameters()])
-    torch.testing.assert_close(gradients["ptx"], gradients["plain"] + 0.7 * texts, atol=1e-6, rtol=1e-4)
-    assert len(drawn[0]) == 32 and log_of(finished_run / "gradient_ptx" / "ppo")[0]["ptx_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    text_gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    plain, with_ptx = first_gradients
+    torch.testing.assert_close(with_ptx, plain + 0.7 * text_gradient, atol=1e-6, rtol=1e-4)
+    logged = stage_log(finished_run, "ptx_0.7", ppo)[0]["ptx_loss"]
+    assert len(texts[0]) == 32 and logged == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_during_warm_up_the_critic_alone_learns(finished_run, no_pictures):
-    ppo.main(tiny_config(ppo, out="warmed", base="tiny", steps=3, n_eval=4, n_samples=4, critic_warmup=3))
-    saved, start = (files.load_checkpoint(finished_run / run) for run in ("warmed/ppo", "tiny/sft"))
-    assert all(torch.equal(saved["policy"][name], weight) for name, weight in start["policy"].items())
-    assert saved["critic"]["head.weight"].any() and all(line["kl_ref"] == 0 for line in log_of(finished_run / "warmed" / "ppo"))
-    ppo.main(tiny_config(ppo, out="warmed-2", base="tiny", steps=3, n_eval=4, n_samples=4, critic_warmup=1))
-    log = log_of(finished_run / "warmed-2" / "ppo")
-    assert log[1]["kl_ref"] == 0 != log[2]["kl_ref"] and log[0]["kl_old"] == 0 < log[1]["kl_old"]
+    ppo.main(tiny_config(ppo, out="warmed", base="tiny", steps=3, critic_warmup=3, **FEW))
+    saved = files.load_checkpoint(finished_run / "warmed" / "ppo")
+    for name, weight in files.load_checkpoint(finished_run / "tiny" / "sft")["policy"].items():
+        assert torch.equal(saved["policy"][name], weight)
+    assert saved["critic"]["head.weight"].any()
+    for line in stage_log(finished_run, "warmed", ppo):
+        assert line["kl_ref"] == line["grad_norm"] == 0 < line["critic_grad_norm"]
+    ppo.main(tiny_config(ppo, out="warmed-2", base="tiny", steps=3, critic_warmup=1, **FEW))
+    log = stage_log(finished_run, "warmed-2", ppo)
+    assert log[1]["kl_ref"] == 0 != log[2]["kl_ref"]
+    assert log[0]["kl_old"] == 0 < log[1]["kl_old"]
 
 
-@pytest.mark.parametrize("script", [sft, reward_model, ppo, dpo, grpo], ids=lambda s: s.__name__)
-def test_every_stage_runs_in_bfloat16_with_checkpointing(script, user_folder):
-    changes = {sft: dict(init="gpt2", steps=2, n_texts=None, n_eval=10, batch_size=8, lora_rank=0), reward_model: dict(n_prompts=16, n_held_out=8)}
-    changes = changes.get(script, dict(n_eval=2, n_samples=2) | (dict(n_pairs=32) if script is dpo else dict(steps=2)))
-    script.main(user_config(script, out=f"half_{script.__name__}", base="" if script is sft else "own", dtype="bfloat16", checkpointing=True, **changes))
-    folder = user_folder / f"half_{script.__name__}" / script.__name__
-    saved = files.load_checkpoint(folder)
+@pytest.mark.parametrize("script, changes", [
+    (sft, dict(init="gpt2", steps=2, n_texts=None, n_eval=10, batch_size=8, lora_rank=0)),
+    (reward_model, dict(base="own", n_prompts=16, n_held_out=8)),
+    (ppo, dict(base="own", steps=2, n_eval=2, n_samples=2)),
+    (dpo, dict(base="own", n_pairs=32, n_eval=2, n_samples=2)),
+    (grpo, dict(base="own", steps=2, n_eval=2, n_samples=2))],
+    ids=lambda x: getattr(x, "__name__", ""))
+def test_every_stage_runs_in_bfloat16_with_checkpointing(script, changes, user_folder):
+    name = f"half_{script.__name__}"
+    script.main(user_config(script, out=name, dtype="bfloat16", checkpointing=True, **changes))
+    saved = files.load_checkpoint(user_folder / name / script.__name__)
     weights = saved.get("policy") or saved["reward_model"]
-    assert all(w.dtype == torch.float32 for w in weights.values()) and saved["gpt"]["dtype"] == "bfloat16"
-    if script in (ppo, grpo):
-        assert log_of(folder)[0]["kl_ref"] == 0                                # also in bfloat16: the same products
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    assert saved["gpt"]["dtype"] == "bfloat16"
+    if script in (ppo, grpo):                            # also in bfloat16: the same products
+        assert stage_log(user_folder, name, script)[0]["kl_ref"] == 0
+
+
+# ---- rewards from classifiers and functions
+
+def classifier_batch(tokenizer, prompts, responses):
+    """-> inputs, targets, mask, finished: texts as a reward gets them, each with its EOS"""
+    batch = data.collate(*tokenizers.encode_texts(tokenizer, prompts, responses))
+    return *batch, torch.ones(len(prompts), dtype=torch.bool)
 
 
 @pytest.mark.parametrize("labels", [1, 2])
-def test_a_classifier_of_transformers_scores_by_its_logit_or_the_difference_of_two(labels, classifiers, tokenizer):
+def test_a_classifier_scores_by_its_logit_or_the_difference_of_two(labels, classifiers, tokenizer):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    reward = load_own(tokenizer, str(classifiers / str(labels)), missing_eos_score=None)
+    folder = classifiers / str(labels)
+    reward = load_own(tokenizer, str(folder), missing_eos_score=None)
     prompts = ["the plot", "a good acting . the plot is not good", "", "see it . " * 9]
     responses = [" is good .", " is superb !", " superb", " the end is not good and far away ."]
-    batch = data.collate(*tokenizers.encode_texts(tokenizer, prompts, responses))
-    scores = reward(*batch, torch.tensor([True] * 4))
-    its = AutoTokenizer.from_pretrained(classifiers / str(labels))
-    theirs = AutoModelForSequenceClassification.from_pretrained(classifiers / str(labels)).eval()
+    scores = reward(*classifier_batch(tokenizer, prompts, responses))
+    its_tokenizer = AutoTokenizer.from_pretrained(folder)
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     for prompt, response, score in zip(prompts, responses, scores):
-        ids = torch.tensor([its(prompt + response)["input_ids"][-12:]])        # too long: the end is what was written
-        logits = theirs(ids).logits[0]
-        assert score.item() == pytest.approx((logits[1] - logits[0] if labels == 2 else logits[0]).item(), abs=1e-5)
-    assert scores.std() > 0.01 and reward.made_for.startswith(str(classifiers / str(labels)))
-    nothing = data.collate([[tokenizer.eot_token]], [[tokenizer.eot_token]])   # an empty text
-    assert torch.isfinite(reward(*nothing, torch.tensor([True]))).all()
+        ids = its_tokenizer(prompt + response)["input_ids"][-12:]    # a long text keeps its end
+        logits = theirs(torch.tensor([ids])).logits[0]
+        expected = logits[1] - logits[0] if labels == 2 else logits[0]
+        assert score.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert scores.std() > 0.01 and reward.made_for.startswith(str(folder))
+    empty = data.collate([[tokenizer.eot_token]], [[tokenizer.eot_token]])
+    assert torch.isfinite(reward(*empty, torch.tensor([True]))).all()
 
 
 @pytest.mark.parametrize("problem", [None, "multi_label_classification"])
 @pytest.mark.parametrize("labels", [1, 2, 3])
 def test_a_classifier_rewards_the_label_that_is_named(labels, problem, classifiers, tokenizer,
                                                       tmp_path, capsys):
-    """log p / (1 - p) of it, with p by softmax, or by sigmoid where labels may hold together"""
-    folder = tmp_path / "c:d"                                                  # a colon of its own
+    """log p / (1 - p) of the label: p by softmax, or by sigmoid if labels may hold together"""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    folder = tmp_path / "c:d"                            # a colon that parts no label
     shutil.copytree(classifiers / str(labels), folder)
-    config = json.loads((folder / "config.json").read_text())
     names = ["mild", "not mild", "5 stars"][:labels]
+    config = json.loads((folder / "config.json").read_text())
     config |= {"id2label": dict(enumerate(names)), "label2id": {}, "problem_type": problem}
     (folder / "config.json").write_text(json.dumps(config))
-    texts = tokenizers.encode_texts(tokenizer, ["the plot", "a good"], [" is good .", " acting !"])
-    batch = (*data.collate(*texts), torch.tensor([True] * 2))
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    its = AutoTokenizer.from_pretrained(folder)
+    batch = classifier_batch(tokenizer, ["the plot", "a good"], [" is good .", " acting !"])
+    its_tokenizer = AutoTokenizer.from_pretrained(folder)
     theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    logits = torch.stack([theirs(its(text, return_tensors="pt").input_ids).logits[0] for text in
-                          ("the plot is good .", "a good acting !")]).double().detach()
+    logits = torch.stack([theirs(its_tokenizer(text, return_tensors="pt").input_ids).logits[0]
+                          for text in ("the plot is good .", "a good acting !")])
+    logits = logits.double().detach()
     p = logits.sigmoid() if problem or labels == 1 else logits.softmax(dim=1)
     made_for = set()
     for i, name in enumerate(names):
@@ -4977,7 +5370,7 @@ def test_a_classifier_rewards_the_label_that_is_named(labels, problem, classifie
         made_for.add(reward.made_for)
     assert len(made_for) == labels
     with pytest.raises(Stopped, match="c:d:mold, but that classifier has no label mold .did "
-                       "you mean mild.*; it has mild"):
+                                      "you mean mild.*; it has mild"):
         load_own(tokenizer, f"{folder}:mold")
     if labels == 2 and not problem:
         plain = load_own(tokenizer, str(folder), missing_eos_score=None)
@@ -4990,245 +5383,331 @@ def test_only_a_colon_before_a_label_or_a_function_parts_a_reward(empty_folder):
         assert reward_py.split(whole) == (whole, "")
         assert reward_py.split(whole + ":a b") == (whole, "a b")
     (empty_folder / "run:2").mkdir()
-    assert reward_py.split("run:2") == ("run:2", "") and reward_py.split("run:2:x") == ("run:2", "x")
+    assert reward_py.split("run:2") == ("run:2", "")
+    assert reward_py.split("run:2:x") == ("run:2", "x")
 
 
 def test_a_roberta_reads_two_positions_less_than_it_has(tokenizer, classifiers, tmp_path):
     from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
     torch.manual_seed(0)
     RobertaForSequenceClassification(RobertaConfig(
-        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=12,
-        num_labels=1, pad_token_id=0)).save_pretrained(tmp_path)
-    its = AutoTokenizer.from_pretrained(classifiers / "1")
-    its.model_max_length = int(1e30)                                           # as when nobody said
-    its.save_pretrained(tmp_path)
-    batch = data.collate(*tokenizers.encode_texts(tokenizer, ["see it . " * 9], [" is good ."]))
-    assert torch.isfinite(load_own(tokenizer, str(tmp_path))(*batch, torch.tensor([True]))).all()
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=12, num_labels=1,
+        pad_token_id=0)).save_pretrained(tmp_path)
+    its_tokenizer = AutoTokenizer.from_pretrained(classifiers / "1")
+    its_tokenizer.model_max_length = int(1e30)           # as transformers has it if none was given
+    its_tokenizer.save_pretrained(tmp_path)
+    batch = classifier_batch(tokenizer, ["see it . " * 9], [" is good ."])
+    assert torch.isfinite(load_own(tokenizer, str(tmp_path))(*batch)).all()
 
 
-def test_classifiers_of_more_labels_are_refused_and_other_weights_are_another_reward(classifiers, tokenizer, tmp_path):
-    with pytest.raises(Stopped, match="tells 3 classes apart; a reward is one number, so name "
-                       "the label to reward: .*/3:LABEL, with one of LABEL_0, "):
+def test_a_classifier_without_one_trained_number_to_give_is_refused(classifiers, tokenizer,
+                                                                    tmp_path):
+    with pytest.raises(Stopped, match="has 3 labels and a reward is one number; name the label to "
+                                      "reward: .*/3:LABEL, with one of LABEL_0, "):
         load_own(tokenizer, str(classifiers / "3"))
-    GPT(GPTConfig(20, 16, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path / "no-head", eos_id=0)
-    tokenizers.export_tokenizer(tokenizer, tmp_path / "no-head")
-    with pytest.raises(Stopped, match="has no weights for score.weight: it was not trained to classify"):
-        load_own(tokenizer, str(tmp_path / "no-head"))
-    shutil.copytree(classifiers / "1", tmp_path / "copy")
-    one = load_own(tokenizer, str(tmp_path / "copy")).made_for
+    GPT(GPTConfig(20, 16, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path, eos_id=0)
+    tokenizers.export_tokenizer(tokenizer, tmp_path)
+    with pytest.raises(Stopped, match="has no weights for score.weight: it was not trained to "
+                                      "classify"):
+        load_own(tokenizer, str(tmp_path))
+
+
+def test_a_classifier_with_other_weights_is_a_different_reward(classifiers, tokenizer, tmp_path):
     from transformers import BertForSequenceClassification
-    changed = BertForSequenceClassification.from_pretrained(tmp_path / "copy")
+    folder = tmp_path / "copy"
+    shutil.copytree(classifiers / "1", folder)
+    before = load_own(tokenizer, str(folder)).made_for
+    changed = BertForSequenceClassification.from_pretrained(folder)
     changed.classifier.bias.data.add_(1.0)
-    changed.save_pretrained(tmp_path / "copy")
-    assert load_own(tokenizer, str(tmp_path / "copy")).made_for != one
+    changed.save_pretrained(folder)
+    assert load_own(tokenizer, str(folder)).made_for != before
+
+
+def with_weight(name, tensor):
+    return lambda tensors: tensors | {name: tensor}
+
+
+def without_queries(tensors):
+    return {name: tensor for name, tensor in tensors.items() if "query.weight" not in name}
 
 
 @pytest.mark.parametrize("weights, message", [
-    (prefixed("_orig_mod."), ""), (prefixed("module._orig_mod."), ""), (prefixed("base_model.model."), ""),
-    (lambda x: x | {"bert.embeddings.position_ids": torch.arange(12)[None]}, ""),
-    (prefixed("foo."), "has no weights for bert.embeddings"),
-    (lambda x: x | {"cls.predictions.bias": torch.zeros(3)}, "does not use: cls.predictions.bias"),
-    (lambda x: x | {"classifier.weight": torch.zeros(5, 16)},
-     r"has classifier.weight of shape \(5, 16\), and its config.json wants \(1, 16\)"),
-    (lambda x: {name: w for name, w in x.items() if "query.weight" not in name}, "has no weights for .*query"),
-    ("adapter_config.json", "holds an adapter .LoRA.*; merge it into them first")])
-def test_a_classifiers_weights_all_load_or_are_refused_by_name(weights, message, classifiers, tokenizer, tmp_path):
-    batch = data.collate(*tokenizers.encode_texts(tokenizer, ["the plot"], [" is good"]))
-    whole = load_own(tokenizer, str(classifiers / "1"))(*batch, torch.tensor([True]))
-    shutil.copytree(classifiers / "1", tmp_path / "x")
+    pytest.param(prefixed("_orig_mod."), "", id="compiled"),
+    pytest.param(prefixed("module._orig_mod."), "", id="compiled, parallel"),
+    pytest.param(prefixed("base_model.model."), "", id="peft"),
+    pytest.param(with_weight("bert.embeddings.position_ids", torch.arange(12)[None]), "",
+                 id="positions"),
+    pytest.param(prefixed("foo."), "has no weights for bert.embeddings", id="foreign"),
+    pytest.param(with_weight("cls.predictions.bias", torch.zeros(3)),
+                 "does not use: cls.predictions.bias", id="unknown"),
+    pytest.param(with_weight("classifier.weight", torch.zeros(5, 16)),
+                 r"has classifier.weight of shape \(5, 16\), and its config.json wants \(1, 16\)",
+                 id="shape"),
+    pytest.param(without_queries, "has no weights for .*query", id="missing"),
+    pytest.param("adapter_config.json", "holds an adapter .LoRA.*; merge it into them first",
+                 id="adapter")])
+def test_a_classifiers_weights_all_load_or_are_refused_by_name(weights, message, classifiers,
+                                                               tokenizer, tmp_path):
+    batch = classifier_batch(tokenizer, ["the plot"], [" is good"])
+    expected = load_own(tokenizer, str(classifiers / "1"))(*batch)
+    folder = tmp_path / "x"
+    shutil.copytree(classifiers / "1", folder)
     if isinstance(weights, str):
-        (tmp_path / "x" / weights).write_text("{}")
+        (folder / weights).write_text("{}")
     else:
-        tensors = weights(load_file(classifiers / "1" / "model.safetensors"))
-        save_file(tensors, tmp_path / "x" / "model.safetensors", metadata={"format": "pt"})
+        tensors = load_file(folder / "model.safetensors")
+        save_file(weights(tensors), folder / "model.safetensors", metadata={"format": "pt"})
     if message:
         with pytest.raises(Stopped, match=f"^error: --reward .*{message}"):
-            load_own(tokenizer, str(tmp_path / "x"))
+            load_own(tokenizer, str(folder))
     else:
-        assert torch.equal(load_own(tokenizer, str(tmp_path / "x"))(*batch, torch.tensor([True])), whole)
+        assert torch.equal(load_own(tokenizer, str(folder))(*batch), expected)
 
 
 def test_an_exported_reward_model_is_the_same_reward_as_before(finished_run, tmp_path):
-    policy, tokenizer = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
-    reward_model.export(finished_run / "tiny" / "reward_model", str(tmp_path / "exported"))
-    scorer = reward_model.load_reward_model(finished_run / "tiny" / "reward_model", policy, tokenizer, "cpu")
-    tokens, mask = generate(policy, held_out_prompts(tokenizer, 20), 24, tokenizer.eot_token, generator=seeded())
+    policy, tokenizer, scorer = tiny_models(finished_run)
+    exported = str(tmp_path / "exported")
+    reward_model.export(finished_run / "tiny" / "reward_model", exported)
+    tokens, mask = generate(policy, held_out_prompts(tokenizer, 20), 24, tokenizer.eot_token,
+                            generator=seeded())
     inputs, targets = data.shift(tokens)
     finished = data.met_eos(targets, mask, tokenizer.eot_token)
-    theirs = load_own(tokenizer, str(tmp_path / "exported"), missing_eos_score=-3.0)(inputs, targets, mask, finished)
-    ours = reward_of(scorer, tiny_config(ppo))(inputs, targets, mask, finished)
-    again = [tokenizer.encode_ordinary(tokenizer.decode(ids)) == ids for ids in (row[m > 0][:-1].tolist() for row, m in zip(targets, mask))]
-    same = torch.tensor(again) & finished                                      # text that gives its ids again
+    batch = (inputs, targets, mask, finished)
+    theirs = load_own(tokenizer, exported, missing_eos_score=-3.0)(*batch)
+    ours = reward_of(scorer, tiny_config(ppo))(*batch)
+    responses = [ids[:-1] for ids in data.responses_of(tokens, mask)]
+    same = torch.tensor([tokenizer.encode_ordinary(tokenizer.decode(ids)) == ids
+                         for ids in responses]) & finished       # the text gives the ids again
     assert same.sum() > 4
     torch.testing.assert_close(theirs[same], ours[same], atol=1e-4, rtol=0)
 
 
+LENGTH = "def length(prompts, responses):\n    return [1000 + 7 * len(r) for r in responses]\n"
+
+
 def test_any_reward_is_normalised_on_samples_of_the_sft_policy(finished_run, capsys, no_pictures):
-    (finished_run.parent / "length.py").write_text("def length(prompts, responses):\n    return [1000 + 7 * len(r) for r in responses]\n")
-    policy, tokenizer = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
-    cfg = tiny_config(ppo, out="length", base="tiny", reward="length.py:length", steps=2, n_eval=8, n_samples=8)
+    (finished_run.parent / "length.py").write_text(LENGTH)
+    policy, tokenizer, _ = tiny_models(finished_run)
+    cfg = tiny_config(ppo, out="length", base="tiny", reward="length.py:length", steps=2,
+                      n_eval=8, n_samples=8)
     train, _ = data.prompts(cfg, tokenizer, 72)
-    reward = reward_py.load_reward(dataclasses.replace(cfg, missing_eos_score=None), policy, tokenizer, train, "cpu")
-    tokens, mask = generate(policy, data.draw(train, 2000, seeded(5)), 24, tokenizer.eot_token, generator=seeded(6))
+
+    def load(**changes):
+        changed = dataclasses.replace(cfg, **changes)
+        return reward_py.load_reward(changed, policy, tokenizer, train, "cpu")
+
+    reward = load(missing_eos_score=None)
+    tokens, mask = generate(policy, data.draw(train, 2000, seeded(5)), 24, tokenizer.eot_token,
+                            generator=seeded(6))
     inputs, targets = data.shift(tokens)
-    scores = reward(inputs, targets, mask, data.met_eos(targets, mask, tokenizer.eot_token))
-    assert abs(scores.mean()) < 4 * (1 / 512 + 1 / 2000) ** 0.5 and scores.std().item() == pytest.approx(1, abs=0.1)
-    lengths = torch.tensor([len(r) for r in data.texts_of(tokenizer, inputs, targets, mask)[1]])
-    torch.testing.assert_close(scores, reward.gain * (1000 + 7 * lengths) + reward.bias, atol=1e-3, rtol=1e-4)
+    finished = data.met_eos(targets, mask, tokenizer.eot_token)
+    scores = reward(inputs, targets, mask, finished)
+    assert abs(scores.mean()) < 4 * (1 / 512 + 1 / 2000) ** 0.5
+    assert scores.std().item() == pytest.approx(1, abs=0.1)
+    _, responses = data.texts_of(tokenizer, inputs, targets, mask)
+    raw = torch.tensor([1000.0 + 7 * len(response) for response in responses])
+    torch.testing.assert_close(scores, reward.gain * raw + reward.bias, atol=1e-3, rtol=1e-4)
+
     ppo.main(cfg)
     said = capsys.readouterr().out
-    assert "length.py:length has mean 1" in said and "the critic starts from the SFT policy" in said      # --critic_init rm
+    assert "length.py:length has mean 1" in said
+    assert "the critic starts from the SFT policy" in said       # although --critic_init is rm
     saved = files.load_checkpoint(finished_run / "length" / "ppo")["reward"]
-    assert (saved["gain"], saved["bias"]) == (reward.gain, reward.bias)        # whatever the seed: see evaluate
-    assert dataclasses.replace(cfg, seed=3).seed == 3 and reward_py.load_reward(
-        dataclasses.replace(cfg, seed=3), policy, tokenizer, train, "cpu").state_dict() == saved
-    found = evaluate.main(tiny_config(evaluate, out="tiny", runs="length", reward="length.py:length", n_eval=2, n_reference=8, n_samples=4))
+    assert (saved["gain"], saved["bias"]) == (reward.gain, reward.bias)
+    assert load(seed=3).state_dict() == saved            # the same for each seed, as evaluate needs
+    found = evaluate.main(tiny_config(evaluate, out="tiny", runs="length",
+                                      reward="length.py:length", **SMALL_EVALUATION))
     assert list(found) == ["SFT", "length/ppo"]
-    plain = reward_py.load_reward(dataclasses.replace(cfg, normalise_reward=False), policy, tokenizer, train, "cpu")
+    plain = load(normalise_reward=False)
     assert (plain.gain, plain.bias) == (1.0, 0.0)
-    assert reward.matches(saved) and reward.matches(saved | {"gain": 1.05 * saved["gain"]}) and not plain.matches(saved)
+    assert reward.matches(saved) and not plain.matches(saved)
+    assert reward.matches(saved | {"gain": 1.05 * saved["gain"]})
 
 
-@pytest.mark.parametrize("script, changes", [(ppo, dict(steps=2)), (grpo, dict(steps=2)), (policy_gradient, dict(steps=2, rung="clip")),
-                                             (dpo, dict(n_pairs=32, labels="soft"))], ids=lambda x: getattr(x, "__name__", ""))
-def test_every_stage_follows_a_reward_of_ones_own(script, changes, finished_run, no_pictures):
-    (finished_run.parent / "length.py").write_text("def length(prompts, responses):\n    return [1000 + 7 * len(r) for r in responses]\n")
-    script.main(tiny_config(script, out="by_length", base="tiny", reward="length.py:length", n_eval=4, n_samples=4, **changes))
-    assert files.load_checkpoint(finished_run / "by_length" / script.__name__)["reward"]["made_for"].startswith("length.py:length ")
-    assert abs(log_of(finished_run / "by_length" / script.__name__)[0]["score"]) < 3  # raw ones are above 1000
-    (finished_run.parent / "length.py").write_text("def length(prompts, responses):\n    return [-len(r) for r in responses]\n")
-    cfg = tiny_config(script, out="by_length", base="tiny", reward="length.py:length", n_eval=4, n_samples=4, **changes)
-    (finished_run / "by_length" / script.__name__ / "report.txt").unlink()           # as if it had been interrupted
-    with pytest.raises(Stopped, match="begun with a different reward .length.py:length"):
+@pytest.mark.parametrize("script, changes", [
+    (ppo, dict(steps=2)),
+    (grpo, dict(steps=2)),
+    (policy_gradient, dict(steps=2, rung="clip")),
+    (dpo, dict(n_pairs=32, labels="soft"))], ids=lambda x: getattr(x, "__name__", ""))
+def test_every_stage_follows_a_reward_of_the_users(script, changes, finished_run, no_pictures):
+    (finished_run.parent / "length.py").write_text(LENGTH)
+    cfg = tiny_config(script, out="by_length", base="tiny", reward="length.py:length", **FEW,
+                      **changes)
+    script.main(cfg)
+    folder = finished_run / "by_length" / script.__name__
+    made_for = files.load_checkpoint(folder)["reward"]["made_for"]
+    assert made_for.startswith("length.py:length ")
+    assert abs(log_of(folder)[0]["score"]) < 3           # normalised: raw ones are above 1000
+    (finished_run.parent / "length.py").write_text(LENGTH.replace("1000 + 7 *", "-"))
+    (folder / "report.txt").unlink()                     # as if it had been interrupted
+    with pytest.raises(Stopped, match="started with a different reward .length.py:length"):
         script.main(dataclasses.replace(cfg, resume=True))
 
 
 # ---- sample.py
 
+def sampled_responses(policy, tokenizer, prompts, **options):
+    """What sample.py samples by default -> tokens, mask, response token lists"""
+    tokens, mask = generate(policy, prompts, 24, tokenizer.eot_token, **options)
+    return tokens, mask, data.responses_of(tokens, mask)
+
+
 def test_samples_are_shown_side_by_side_with_scores(finished_run, capsys):
     sample.main(tiny_config(sample, stage="sft,ppo,ladder/policy_gradient/clip", score=True, n=3))
     said = capsys.readouterr().out
-    policy, tokenizer = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
+    _, tokenizer, scorer = tiny_models(finished_run)
+    policy, _ = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
     prompts = held_out_prompts(tokenizer, 3, 1337)
-    tokens, mask = generate(policy, prompts, 24, tokenizer.eot_token, generator=seeded(1337))
-    scorer = reward_model.load_reward_model(finished_run / "tiny" / "reward_model", sft.load_policy(finished_run / "tiny" / "sft", "cpu")[0], tokenizer, "cpu")
+    tokens, mask, responses = sampled_responses(policy, tokenizer, prompts, generator=seeded(1337))
     inputs, targets = data.shift(tokens)
-    scores = reward_of(scorer, tiny_config(ppo))(inputs, targets, mask, data.met_eos(targets, mask, tokenizer.eot_token))
-    for prompt, ids, score in zip(prompts, data.responses_of(tokens, mask), scores):
-        text, finished = tokenizers.decode_response(tokenizer, ids)
-        assert f"    ppo  score {score:.2f} {text}{'' if finished else ' ..'}\n" in said and tokenizer.decode(prompt) in said
+    finished = data.met_eos(targets, mask, tokenizer.eot_token)
+    scores = reward_of(scorer, tiny_config(ppo))(inputs, targets, mask, finished)
+    for prompt, ids, score in zip(prompts, responses, scores):
+        text, ended = tokenizers.decode_response(tokenizer, ids)
+        shown = text if ended else f"{text} .."
+        assert f"    ppo  score {score:.2f} {shown}\n" in said
+        assert tokenizer.decode(prompt) in said
     assert said.count("\n    sft  score") == said.count("ladder/policy_gradient/clip  score") == 3
 
 
-def test_a_prompt_of_ones_own_is_answered_greedily_the_same_way_each_time(finished_run, capsys):
+def test_a_prompt_of_the_users_is_answered_greedily_the_same_way_each_time(finished_run, capsys):
     sample.main(tiny_config(sample, stage="ppo", prompt=TINY_PROMPT, temperature=0.0, n=2))
     prompt, *answers = capsys.readouterr().out.strip("\n").split("\n")
-    assert prompt == TINY_PROMPT and len(answers) == 2 and answers[0] == answers[1] and answers[0].startswith("    ppo ")
+    assert prompt == TINY_PROMPT and len(answers) == 2 and answers[0] == answers[1]
     policy, tokenizer = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
-    tokens, mask = generate(policy, [tokenizers.encode_prompt(tokenizer, TINY_PROMPT)], 24, tokenizer.eot_token, temperature=0)
-    assert tokenizers.decode_response(tokenizer, data.responses_of(tokens, mask)[0])[0] in answers[0]
-    cfg = settings.parse(sample.Config, "", ["--temperature", "0"])
-    assert cfg.temperature == 0
+    ids = tokenizers.encode_prompt(tokenizer, TINY_PROMPT)
+    _, _, responses = sampled_responses(policy, tokenizer, [ids], temperature=0)
+    text, _ = tokenizers.decode_response(tokenizer, responses[0])
+    assert answers[0].startswith("    ppo ") and text in answers[0]
+
+
+def test_only_sampling_takes_a_temperature_of_zero():
+    assert settings.parse(sample.Config, "", ["--temperature", "0"]).temperature == 0
     with pytest.raises(Stopped, match="--temperature got 0.0; it takes a number above 0"):
         settings.parse(ppo.Config, "", ["--temperature", "0"])
 
 
-@pytest.mark.parametrize("what", ["kl", "value", "advantage"])
-def test_tokens_are_shown_with_what_ppo_computed_of_them(what, finished_run, capsys):
-    sample.main(tiny_config(sample, stage="sft,ppo", tokens=what, n=2))
+@pytest.mark.parametrize("quantity", ["kl", "value", "advantage"])
+def test_tokens_are_shown_with_what_ppo_computes_of_them(quantity, finished_run, capsys):
+    sample.main(tiny_config(sample, stage="sft,ppo", tokens=quantity, n=2))
     said = capsys.readouterr().out
-    reference, tokenizer = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
+    reference, tokenizer, scorer = tiny_models(finished_run)
     policy, _ = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
     saved = files.load_checkpoint(finished_run / "tiny" / "ppo")
-    tokens, mask = generate(policy, held_out_prompts(tokenizer, 2, 1337), 24, tokenizer.eot_token, generator=seeded(1337))
-    inputs, targets = data.shift(tokens)
-    logprobs, ref_logprobs = (token_logprobs(p, inputs, targets, mask).detach() for p in (policy, reference))
     critic = ScalarGPT(GPTConfig(**saved["critic_gpt"])).eval()
     critic.load_state_dict(saved["critic"])
+    prompts = held_out_prompts(tokenizer, 2, 1337)
+    tokens, mask, responses = sampled_responses(policy, tokenizer, prompts, generator=seeded(1337))
+    inputs, targets = data.shift(tokens)
+    logprobs, ref_logprobs = (token_logprobs(p, inputs, targets, mask).detach()
+                              for p in (policy, reference))
     values = critic(inputs).detach() * mask
-    scorer = reward_model.load_reward_model(finished_run / "tiny" / "reward_model", reference, tokenizer, "cpu")
-    scores = reward_of(scorer, tiny_config(ppo))(inputs, targets, mask, data.met_eos(targets, mask, tokenizer.eot_token))
-    rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, mask, saved["control"]["beta"])
-    shown = {"kl": logprobs - ref_logprobs, "value": values, "advantage": ppo.gae(rewards, values, mask, 1.0, 1.0)[0]}[what]
-    for row, m, ids in zip(shown, mask, data.responses_of(tokens, mask)):
-        expected = "".join(f"{tokenizer.decode_single_token_bytes(i).decode(errors='replace')}[{x:+.2f}]" for i, x in zip(ids, row[m > 0]))
+    finished = data.met_eos(targets, mask, tokenizer.eot_token)
+    scores = reward_of(scorer, tiny_config(ppo))(inputs, targets, mask, finished)
+    beta = saved["control"]["beta"]
+    rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, mask, beta)
+    shown = {"kl": logprobs - ref_logprobs, "value": values,
+             "advantage": ppo.gae(rewards, values, mask, 1.0, 1.0)[0]}[quantity]
+    for row, m, ids in zip(shown, mask, responses):
+        words = [tokenizer.decode_single_token_bytes(i).decode(errors="replace") for i in ids]
+        expected = "".join(f"{word}[{x:+.2f}]" for word, x in zip(words, row[m > 0], strict=True))
         assert f"    ppo {expected}\n" in said
-    assert ("(it has no critic)" in said) == (what != "kl") and "\033" not in said
+    assert ("(it has no critic)" in said) == (quantity != "kl") and "\033" not in said
 
 
-def test_colours_grow_with_the_number_and_tell_its_sign_and_are_left_out_where_there_are_none(monkeypatch):
+def test_colours_tell_size_and_sign_and_are_for_terminals_that_have_them(monkeypatch):
     text = sample.paint(["a", "b", "c", "d"], [2.0, 0.1, -2.0, -0.9], 2.0, colour=True)
     shades = [int(x) for x in re.findall(r"48;5;(\d+)m", text)]
     assert shades == [sample.BLUES[4], sample.BLUES[0], sample.ORANGES[4], sample.ORANGES[2]]
     assert re.sub(r"\033\[[\d;]*m", "", text) == "abcd"
     assert sample.paint(["a", " b"], [2.0, -0.125], 2.0, colour=False) == "a[+2.00] b[-0.12]"
     terminal = types.SimpleNamespace(isatty=lambda: True)
+    file = types.SimpleNamespace(isatty=lambda: False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert sample.in_colour(terminal) and not sample.in_colour(types.SimpleNamespace(isatty=lambda: False))
+    assert sample.in_colour(terminal) and not sample.in_colour(file)
     monkeypatch.setenv("NO_COLOR", "")
     assert not sample.in_colour(terminal)
 
 
-def test_stages_that_are_not_there_are_named_with_those_that_are(finished_run, capsys):
-    with pytest.raises(Stopped, match="--stage names pppo, but neither out/tiny/pppo nor out/pppo has a checkpoint; there are: .*tiny/ppo"):
-        sample.main(tiny_config(sample, stage="sft,pppo"))
-    with pytest.raises(Stopped, match="has no such policy to sample from; its policies: ppo"):
-        sample.main(tiny_config(sample, stage="ppo/emma"))
-    with pytest.raises(Stopped, match="shorten the prompts, or train a model that reads more"):
-        sample.main(tiny_config(sample, stage="ppo", prompt="a long prompt " * 30))
+@pytest.mark.parametrize("changes, message", [
+    (dict(stage="sft,pppo"), "--stage names pppo, but neither out/tiny/pppo nor out/pppo has a "
+                             "checkpoint; there are: .*tiny/ppo"),
+    (dict(stage="ppo/emma"), "has no such policy; its policies: ppo"),
+    (dict(stage="ppo", prompt="a long prompt " * 30),
+     "shorten the prompts, or train a model that reads more")])
+def test_sample_refuses_what_it_cannot_sample(changes, message, finished_run):
+    with pytest.raises(Stopped, match=message):
+        sample.main(tiny_config(sample, **changes))
 
 
 def test_a_stage_is_sampled_with_the_data_and_the_reward_it_was_made_with(user_folder, capsys):
     for names, run in (("sft,ppo,ppo/ema", "own"), ("own/sft,own/ppo,own/ppo/ema", "")):
         sample.main(tiny_config(sample, out=run, stage=names, score=True, tokens="value", n=2))
         said = capsys.readouterr().out
-        assert said.count("Tell me about number") == 2 and said.count("ppo/ema  score") == 2 and "using out/own/sft" in said
-    sample.main(tiny_config(sample, out="sized", stage="sft,ppo", n=1)) if (user_folder / "sized" / "ppo" / "checkpoint.pt").exists() else None
-    sft.main(user_config(sft, out="alone", init="gpt2", steps=2, n_texts=None, n_eval=10, batch_size=8, lora_rank=0))
-    with pytest.raises(Stopped, match="own/ppo started from a different SFT policy than this run's"):
+        assert said.count("Tell me about number") == said.count("ppo/ema  score") == 2
+        assert "using out/own/sft" in said
+    sft.main(user_config(sft, out="alone", init="gpt2", steps=2, n_texts=None, n_eval=10,
+                         batch_size=8, lora_rank=0))
+    with pytest.raises(Stopped, match="own/ppo started from a different SFT policy than this"):
         sample.main(tiny_config(sample, stage="alone/sft,own/ppo", tokens="kl"))
 
 
 # ---- presets
 
-@pytest.mark.parametrize("script, name", [(script, name) for script in (*SCRIPTS, sample) for name in script.Config.presets if name not in ("small", "tiny")],
-                         ids=lambda x: getattr(x, "__name__", x))
-def test_every_preset_runs_on_a_small_model_and_a_small_file(script, name, user_folder, classifiers, monkeypatch):
-    """Only sizes and sources are changed; what is left is the preset"""
+SMALL_STAGES = {
+    sft: dict(init="gpt2", block_size=60, steps=2, batch_size=4, n_eval=6),
+    reward_model: dict(batch_size=8, n_held_out=8),
+    ppo: dict(steps=1, batch_size=8, minibatch_size=4, n_eval=2, n_samples=2),
+    dpo: dict(n_pairs=24, batch_size=8, n_eval=2, n_samples=2),
+    grpo: dict(steps=1, batch_size=16, minibatch_size=8, n_eval=2, n_samples=2),
+    evaluate: dict(n_eval=2, n_reference=4, n_samples=2),
+    sample: dict(stage="sft,ppo", n=1)}
+
+
+@pytest.mark.parametrize("script, name", [
+    (script, name) for script in (*SCRIPTS, sample) for name in script.Config.presets
+    if name not in ("small", "tiny")], ids=lambda x: getattr(x, "__name__", x))
+def test_every_preset_runs_on_a_small_model_and_a_small_file(script, name, user_folder,
+                                                             classifiers, monkeypatch):
+    """Only sizes and sources are changed; the rest is the preset's."""
+    source = "pairs.jsonl"
     if name == "imdb":
-        source = write_rows(user_folder.parent / "imdb.jsonl", [{"text": f"{i} is a good film of many" + "!" * (i % 5), "label": 1} for i in range(160)])
-    else:
-        source = "pairs.jsonl"
-    given = preset_of(name, script)
-    small = dict(out=f"preset_{name}", data=source, device="cpu", max_prompt_tokens=min(given.max_prompt_tokens, 40), max_new_tokens=12)
-    shape = {sft: dict(init="gpt2", block_size=60, steps=2, batch_size=4, n_eval=6), reward_model: dict(batch_size=8, n_held_out=8),
-             ppo: dict(steps=1, batch_size=8, minibatch_size=4, n_eval=2, n_samples=2), dpo: dict(n_pairs=24, batch_size=8, n_eval=2, n_samples=2),
-             grpo: dict(steps=1, batch_size=16, minibatch_size=8, n_eval=2, n_samples=2), evaluate: dict(n_eval=2, n_reference=4, n_samples=2, runs=f"preset_{name}"),
-             sample: dict(stage="sft,ppo", n=1)}
-    monkeypatch.setitem(sft.Config.presets, name, sft.Config.presets[name] | shape[sft])     # also of the stages that it makes first
-    if name in reward_model.Config.presets:
-        monkeypatch.setitem(reward_model.Config.presets, name, reward_model.Config.presets[name] | shape[reward_model])
-    if getattr(given, "reward", "reward_model") != "reward_model":
+        rows = [{"text": f"{i} is a good film of many" + "!" * (i % 5), "label": 1}
+                for i in range(160)]
+        source = write_rows(user_folder.parent / "imdb.jsonl", rows)
+    preset = script.Config(config=name)
+    small = dict(config=name, out=f"preset_{name}", data=source, device="cpu", max_new_tokens=12,
+                 max_prompt_tokens=min(preset.max_prompt_tokens, 40))
+    for stage in (sft, reward_model):                    # these are made on the way
+        presets_of_stage = stage.Config.presets
+        if name in presets_of_stage:
+            changed = presets_of_stage[name] | SMALL_STAGES[stage]
+            monkeypatch.setitem(presets_of_stage, name, changed)
+    if getattr(preset, "reward", "reward_model") != "reward_model":
         small["reward"] = str(classifiers / "2")
+    if script is evaluate:
+        small["runs"] = f"preset_{name}"
     if script is sample and not (user_folder / f"preset_{name}" / "ppo").exists():
-        ppo.main(preset_of(name, ppo, **small, **shape[ppo]))
-    script.main(preset_of(name, script, **small, **shape[script]))
+        ppo.main(ppo.Config(**small, **SMALL_STAGES[ppo]))
+    script.main(script.Config(**small, **SMALL_STAGES[script]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1337, 1, 2])
 def test_the_small_run_reaches_its_figures(seed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    threads, begun = torch.get_num_threads(), time.time()
-    torch.set_num_threads(os.cpu_count())                                      # as the command has, not one as the other tests
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())                # as the command has; other tests take one
+    started = time.time()
     try:
         results = ppo.main(ppo.Config(config="small", seed=seed))
     finally:
         torch.set_num_threads(threads)
-    taken = time.time() - begun
-    sft_results = files.read_json(tmp_path / "out/small/sft/results.json")
-    assert sft_results["above_entropy"] < 0.8 and sft_results["grammatical"] > 0.95
+    taken = time.time() - started
+    learned = files.read_json(tmp_path / "out/small/sft/results.json")
+    assert learned["above_entropy"] < 0.8 and learned["grammatical"] > 0.95
     assert files.read_json(tmp_path / "out/small/reward_model/results.json")["ratio"] > 0.90
     assert results["gold_gain"] > 1.3 and results["kl_ref"] < 5
     assert taken < 240
@@ -5237,39 +5716,123 @@ def test_the_small_run_reaches_its_figures(seed, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 # The house: what holds for every file
 
+ORDER = ("presets", "model", "reviews", "data", "sft", "reward_model", "reward", "frontier",
+         "compare", "ppo", "dpo", "grpo", "policy_gradient", "evaluate", "sample")
+ROOT = [HERE / f"{name}.py" for name in ORDER]
+LAB = sorted(path for path in (HERE / "lab").glob("*.py") if path.name != "test_lab.py")
+TESTS = [HERE / "test_all.py", HERE / "conftest.py", HERE / "lab" / "test_lab.py"]
+PAGES = {path: path.read_text(encoding="utf-8")
+         for path in (HERE / "README.md", *sorted((HERE / "docs").glob("*.md")))}
+README = "\n".join(PAGES.values())                       # and docs/
 
-def test_no_file_of_the_project_can_run_what_it_reads():
+
+def nodes_of(path):
+    return ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def imports_of(path):
+    """The packages and modules that a file imports, also within functions -> set of names"""
+    names = set()
+    for node in nodes_of(path):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", LAB, ids=lambda path: path.name)
+def test_the_workshop_imports_nothing_of_the_project_but_itself(path):
+    assert not imports_of(path) & {*ORDER, "conftest", "test_all"}
+
+
+def test_imports_point_one_way():
+    """Each file imports only from those before it; the workshop, lab, is before all."""
+    assert sorted(ORDER) == sorted(module.__name__ for module in MODULES)
+    for i, path in enumerate(ROOT):
+        later = imports_of(path) & {*ORDER[i:], "conftest", "test_all"}
+        assert not later, f"{path.name} imports {later}"
+
+
+def long_lines(path, limit=100):
+    """
+    Lines longer than 100 columns -> list of FILE:LINE
+
+    In Markdown not those that cannot be broken: tables, lines with a URL, pictures, formulas, and
+    what a program printed, in ```text blocks.
+    """
+    found = []
+    block = ""
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        allowed = False
+        if path.suffix == ".md":
+            if line.startswith("```"):
+                block = "" if block else line
+            unbroken = line.lstrip().startswith(("|", "![", "$$")) or "://" in line
+            allowed = unbroken or block == "```text"
+        if len(line) > limit and not allowed:
+            found.append(f"{path.relative_to(HERE)}:{number}")
+    return found
+
+
+def test_no_line_is_longer_than_100_columns():
+    found = [line for path in (*ROOT, *LAB, *TESTS, *PAGES) for line in long_lines(path)]
+    assert not found, f"{len(found)} lines: {' '.join(found)}"
+
+
+def test_presets_name_stages_and_fields_that_exist_with_values_they_take():
+    stages = {script.__name__: script for script in (*SCRIPTS, sample)}
+    for name, preset in presets.PRESETS.items():
+        assert set(preset) <= {"all", *stages}
+        for stage in set(preset) - {"all"}:
+            cfg = stages[stage].Config(config=name)      # TypeError, if a field does not exist
+            settings.check_fields(cfg)
+            for field, value in (preset["all"] | preset[stage]).items():
+                assert getattr(cfg, field) == value, (name, stage, field)
+
+
+@pytest.mark.parametrize("path", [*ROOT, *LAB], ids=lambda path: path.name)
+def test_no_file_of_the_project_can_run_what_it_reads(path):
     """
     No exec, eval or pickle; torch.load with weights_only, numpy.load without pickles; the user's
     own code in guest alone
     """
-    for module in MODULES:
-        for node in ast.walk(ast.parse(inspect.getsource(module))):
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-                assert not {"pickle", "marshal", "shelve", "dill", "joblib"} & set(names), module
-            if isinstance(node, ast.Call):
-                called = ast.unparse(node.func)
-                assert called not in ("eval", "exec", "__import__", "compile"), module
-                assert called.split(".")[-1] != "exec_module" or module is guest
-                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                assert called != "torch.load" or keywords["weights_only"] == "True", module
-                assert called != "np.load" or "allow_pickle" not in keywords, module
+    for node in nodes_of(path):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            assert not {"pickle", "marshal", "shelve", "dill", "joblib", "runpy"} & set(names)
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "__import__", "compile")
+            assert called.split(".")[-1] != "exec_module" or path.name == "guest.py"
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert called != "torch.load" or keywords["weights_only"] == "True"
+            assert called != "np.load" or "allow_pickle" not in keywords
+
+
+def fields_read(sources):
+    """The names of the attributes of anything called cfg in some source -> set"""
+    found = set()
+    for node in ast.walk(ast.parse(sources)):
+        if isinstance(node, ast.Attribute):
+            owner = node.value                           # cfg, or self.cfg, or run.cfg
+            if "cfg" in (getattr(owner, "id", ""), getattr(owner, "attr", "")):
+                found.add(node.attr)
+    return found
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 def test_every_config_field_is_read_and_has_a_comment_that_help_prints(script, capsys):
     sources = "".join(map(inspect.getsource, (script, runs, process, settings)))
-    for helper in (reward_py.load_reward, reward_py.Reward, compare.compare, ppo.roll_out,
-                   ppo.score_rollout, ppo.check_kl_ref, ppo.check_first_ratio):
-        if helper.__name__ in sources:                   # these are given the whole cfg
-            sources += inspect.getsource(helper)
-    sources += inspect.getsource(data) + inspect.getsource(corpus)
-    read = {node.attr for node in ast.walk(ast.parse(sources)) if isinstance(node, ast.Attribute)
-            and isinstance(node.value, (ast.Name, ast.Attribute))
-            and "cfg" in (getattr(node.value, "id", ""), getattr(node.value, "attr", ""))}
-    read |= {"dtype", "checkpointing"} if "cfg.compute_options()" in sources else set()
-    fields = {f.name for f in dataclasses.fields(script.Config)}
+    for part in (reward_py.load_reward, reward_py.Reward, compare.compare, ppo.roll_out,
+                 ppo.score_rollout, ppo.check_kl_ref, ppo.check_first_ratio):
+        if part.__name__ in sources:                     # these are given the whole cfg
+            sources += inspect.getsource(part)
+    read = fields_read(sources + inspect.getsource(data) + inspect.getsource(corpus))
+    if "cfg.compute_options()" in sources:
+        read |= {"dtype", "checkpointing"}
+    fields = {field.name for field in dataclasses.fields(script.Config)}
     assert fields <= read, f"never read: {fields - read}"
     with pytest.raises(SystemExit):
         settings.parse(script.Config, script.__doc__, ["--help"])
@@ -5280,74 +5843,217 @@ def test_every_config_field_is_read_and_has_a_comment_that_help_prints(script, c
 
 
 def test_the_sampler_uses_no_attention_that_plans_for_each_length(monkeypatch):
-    seen, original = [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(model.F, "scaled_dot_product_attention",
-                        lambda *args, **kwargs: (seen.append(torch.backends.cuda.cudnn_sdp_enabled()), original(*args, **kwargs))[1])
+    enabled = []                                         # whether cuDNN may be used, at each call
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(*args, **kwargs):
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return original(*args, **kwargs)
+    monkeypatch.setattr(model.F, "scaled_dot_product_attention", recorded)
     before = torch.backends.cuda.cudnn_sdp_enabled()
     for _ in range(2):
         generate(small_gpt(), [[1, 2]], 3, 10)
-    assert len(seen) > 4 and not any(seen) and torch.backends.cuda.cudnn_sdp_enabled() == before
+    assert len(enabled) > 4 and not any(enabled)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 def test_importing_any_file_does_nothing(tmp_path):
-    names = ", ".join(m.__name__ for m in MODULES)
-    code = f"import socket; socket.socket.connect = None; import {names}, sys; print('transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(HERE)})
+    names = [*ORDER, *(f"lab.{path.stem}" for path in LAB if path.stem != "__init__")]
+    code = ("import socket; socket.socket.connect = None\n"
+            f"import {', '.join(names)}, sys\n"
+            "print('transformers' in sys.modules)")
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": str(HERE)})
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "False", "")
     assert not list(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------------------------------------
-# README.md
+# README.md and docs/
 
-README = (HERE / "README.md").read_text(encoding="utf-8")
-ROW = re.compile(r"\| `(\w+)\.(\w+)` \| \[\w+\.py:(\d+)\]\(\w+\.py#L\d+\) \| `(\w+)` \|")
+# A row of the table of formulas: `ppo.gae` | [ppo.py:147](ppo.py#L147) | `test_gae_..`
+ROW = re.compile(
+    r"\| `(\w+)\.(\w+)` \| \[\w+\.py:(\d+)\]\((?:\.\./)?\w+\.py#L\d+\) \| `(\w+)` \|")
+# A row of the reading table: [`ppo.py`](ppo.py) | 572
+READING = re.compile(r"^\| (\[`\w+\.py`\][^|]*) \| (\d+) \|", re.M)
+# The sections and their lines in the docstring of this file, and a section's banner
+CONTENTS = re.compile(r"(?<=\n    line   section\n)(    *\d+  .*\n)+")
+BANNER = re.compile(r"# -{98}\n# (.*)")
 
 
 def line_of(module_name, name):
     return inspect.getsourcelines(getattr(sys.modules[module_name], name))[1]
 
 
-def test_the_maths_table_points_at_the_right_lines_and_at_tests_that_exist():
-    rows = ROW.findall(README)
-    assert len(rows) > 15
-    for module_name, name, line, test in rows:
-        assert int(line) == line_of(module_name, name), "python test_all.py rewrites the line numbers"
+def formula_row(match):
+    module, name, _, test = match.groups()
+    up = "../" if "](../" in match[0] else ""
+    line = line_of(module, name)
+    return f"| `{module}.{name}` | [{module}.py:{line}]({up}{module}.py#L{line}) | `{test}` |"
+
+
+def reading_row(match):
+    files_of_row = re.findall(r"`(\w+\.py)`", match[1])
+    n_lines = sum((HERE / name).read_text(encoding="utf-8").count("\n") for name in files_of_row)
+    return f"| {match[1]} | {n_lines} |"
+
+
+def with_contents(source):
+    """A test file's source with the lines of its sections as they are now in its docstring"""
+    lines = []
+    for match in BANNER.finditer(source):
+        number = source.count("\n", 0, match.start(1)) + 1
+        lines.append(f"    {number:4}   {match[1]}\n")
+    return CONTENTS.sub(lambda match: "".join(lines), source)
+
+
+def up_to_date(path):
+    """A file's text with its generated numbers as they are now"""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        return with_contents(with_contents(text))        # a new section moves all others
+    return READING.sub(reading_row, ROW.sub(formula_row, text))
+
+
+GENERATED = (HERE / "test_all.py", HERE / "README.md", HERE / "docs" / "maths.md")
+
+
+@pytest.mark.parametrize("path", GENERATED, ids=lambda path: path.name)
+def test_line_numbers_are_up_to_date(path):
+    current = up_to_date(path).split("\n")
+    written = path.read_text(encoding="utf-8").split("\n")
+    assert written == current, "run python test_all.py, which rewrites the line numbers"
+
+
+def test_the_tables_name_every_formula_file_and_section():
+    rows = ROW.findall(PAGES[HERE / "docs" / "maths.md"])
+    assert len(rows) > 40 and len(ROW.findall(PAGES[HERE / "README.md"])) == 5
+    for module_name, name, line, test in ROW.findall(README):
+        assert int(line) == line_of(module_name, name)
         assert test in globals(), test
-    pasted = {name for _, name, _, _ in rows}
-    assert set(COPIED) <= pasted, "every function people copy stands in the table"
+    assert set(COPIED) <= {name for _, name, _, _ in rows}
+    in_table = re.findall(r"`(\w+)\.py`", " ".join(cell for cell, _ in READING.findall(README)))
+    assert {*in_table, "presets"} == {*ORDER, "test_all"}
+    assert CONTENTS.search(__doc__)[0].count("\n") == len(BANNER.findall(inspect.getsource(
+        sys.modules[__name__]))) > 10
 
 
-def test_every_command_in_the_readme_parses():
-    commands = re.findall(
-        r"python (sft|reward_model|ppo|dpo|grpo|policy_gradient|evaluate|sample)\.py((?: --[\w-]+(?: (?!--)(?:\"[^\"]*\"|[\w.,:+/-]+))?)+)", README)
-    assert len(commands) >= 5
-    for name, arguments in commands:
-        script = sys.modules[name]
-        words = [word.replace("N", "1") if word == "N" else word for word in shlex.split(arguments)]
-        if "--help" not in words:
-            settings.parse(script.Config, "", words)
-    for flag, value in re.findall(r"`--(\w+)(?: ([\w.]+))?", README):
-        assert any(flag in {f.name for f in dataclasses.fields(s.Config)} for s in (*SCRIPTS, sample)), flag
+# ---- what the pages say about the code
+
+SCRIPT_FILES = {f"{script.__name__}.py": script for script in (*SCRIPTS, sample)}
 
 
-def test_the_readmes_way_to_the_first_nan_finds_it_and_nothing_where_there_is_none(finished_run):
-    code = re.search(r"```python\n(# first_nan.py\n.*?)```", README, re.S)[1]
-    (finished_run.parent / "first_nan.py").write_text(code)
-    (finished_run.parent / "score.py").write_text("import torch\ndef f(prompts, responses):\n    x = torch.tensor([float(len(r)) for r in responses])\n"
-                                            "    return (x - 20).log().tolist() if len(x) == 32 else x.tolist()\n")
-    command = [sys.executable, "first_nan.py", str(HERE / "ppo.py"), "--config", "tiny", "--base", "tiny", "--steps", "1", "--n_eval", "2", "--n_samples", "2"]
-    both = [subprocess.Popen(command + options, cwd=finished_run.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                             env={**os.environ, "PYTHONPATH": str(HERE)})
-            for options in (["--out", "no_nan"], ["--out", "first_nan", "--reward", "score.py:f"])]
-    fine, bad = (process.communicate()[1] for process in both)
-    assert both[0].returncode == 0, fine
-    assert "(x - 20).log().tolist()" in bad and "ArithmeticError: aten.log.default made a nan of [torch.Size([32])]" in bad
+def script_of(command):
+    """-> the script that a command runs or None, its arguments"""
+    for i, word in enumerate(command[:3]):               # python first_nan.py ppo.py
+        if word in SCRIPT_FILES:
+            return SCRIPT_FILES[word], command[i + 1:]
+    return None, []
 
 
-def test_the_readmes_notebook_runs(finished_run, capsys):
-    code = re.search(r"```python\n(# notebook.py\n.*?)```", README, re.S)[1]
+def commands_in_blocks(text):
+    """The commands of a page's bash blocks -> list of lists of words"""
+    commands = []
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            command = []
+            for word in shlex.split(line, comments=True):
+                if word in ("&&", "|", ";"):
+                    commands.append(command)
+                    command = []
+                else:
+                    command.append(word)
+            commands.append(command)
+    return [command for command in commands if command]
+
+
+def code_in_lines(text):
+    """The `code` within a page's paragraphs and tables -> list of texts"""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    return re.findall(r"`([^`]+)`", text)
+
+
+def commands_in_lines(text):
+    """
+    The scripts with options in a page's `code` -> list of lists of words
+
+    A single capital letter, as in  sft.py D --out hh,  stands for other options. An option at the
+    end, as in  sft.py --init,  is only named.
+    """
+    commands = []
+    for code in code_in_lines(text):
+        words = [word for word in code.split() if not re.fullmatch("[A-Z]", word)]
+        if "--" in code and script_of(words)[0]:
+            if words[-1].startswith("--"):
+                words.pop()
+            commands.append(words)
+    return commands
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_parses(page):
+    text = PAGES[page]
+    for command in commands_in_blocks(text) + commands_in_lines(text):
+        script, arguments = script_of(command)
+        if script and "--help" not in arguments:
+            settings.parse(script.Config, "", arguments)
+    options = {"help"}
+    for script in SCRIPT_FILES.values():
+        options |= {field.name for field in dataclasses.fields(script.Config)}
+    for code in code_in_lines(text):
+        if code.startswith("--") or script_of(code.split())[0]:
+            assert set(re.findall(r"--([\w-]+)", code)) <= options, code
+
+
+def test_commands_are_found_on_the_pages():
+    """So the test above has something to check."""
+    commands = [command for text in PAGES.values() for command in commands_in_blocks(text)]
+    assert sum(script_of(command)[0] is not None for command in commands) >= 30
+    inline = [command for text in PAGES.values() for command in commands_in_lines(text)]
+    assert len(inline) >= 10
+    assert commands_in_blocks("```bash\na && python ppo.py \\\n    --lr 1  # fast\n\nb | c\n```") \
+        == [["a"], ["python", "ppo.py", "--lr", "1"], ["b"], ["c"]]
+
+
+def snippet(name):
+    """The Python block of the pages that begins with  # NAME"""
+    return re.search(rf"```python\n(# {name}\n.*?)```", README, re.S)[1]
+
+
+def test_the_first_reward_of_the_pages_can_be_used(finished_run, tokenizer):
+    (finished_run.parent / "short.py").write_text(snippet("short.py"))
+    reward = load_own(tokenizer, f"{finished_run.parent}/short.py:short", missing_eos_score=None)
+    batch = data.collate(*tokenizers.encode_texts(tokenizer, ["a", "b"], [" c d e.", " f."]))
+    scores = reward(*batch, torch.tensor([True, True]))
+    assert scores.tolist() == pytest.approx([-0.6, -0.2])
+
+
+def test_the_way_to_the_first_nan_finds_it_and_else_nothing(finished_run):
+    folder = finished_run.parent
+    (folder / "first_nan.py").write_text(snippet("first_nan.py"))
+    (folder / "score.py").write_text(
+        "import torch\n"
+        "def f(prompts, responses):\n"
+        "    x = torch.tensor([float(len(r)) for r in responses])\n"
+        "    return (x - 20).log().tolist() if len(x) == 32 else x.tolist()\n")
+    command = [sys.executable, "first_nan.py", str(HERE / "ppo.py"), "--config", "tiny",
+               "--base", "tiny", "--steps", "1", "--n_eval", "2", "--n_samples", "2"]
+    processes = []
+    reward = ["--reward", "score.py:f", "--normalise_reward", "0"]
+    for options in (["--out", "no_nan"], ["--out", "first_nan", *reward]):
+        processes.append(subprocess.Popen(
+            command + options, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            text=True, env=os.environ | {"PYTHONPATH": str(HERE)}))
+    without, with_nan = (process.communicate()[1] for process in processes)
+    assert processes[0].returncode == 0, without
+    assert "(x - 20).log().tolist()" in with_nan
+    message = "ArithmeticError: aten.log.default made a nan of [torch.Size([32])]"
+    assert message in with_nan
+
+
+def test_the_notebook_of_the_pages_runs(finished_run, capsys):
+    code = snippet("notebook.py")
+    assert 'out="notebook"' in code
     exec(code.replace('out="notebook"', 'out="notebook", base="tiny"'), {})
     results = files.read_json(finished_run / "notebook" / "ppo" / "results.json")
     assert capsys.readouterr().out.endswith(f"{results['score']} {results['kl_ref']}\n")
@@ -5355,23 +6061,52 @@ def test_the_readmes_notebook_runs(finished_run, capsys):
     assert "holds a run with" in capsys.readouterr().out
 
 
-def test_every_metric_that_is_logged_is_in_the_readme(whole_run):
+def test_every_metric_that_is_logged_is_on_a_page(whole_run):
     for stage in ("sft", "reward_model", "ppo", "dpo", "grpo", "../ladder/policy_gradient"):
-        for name in set().union(*log_of(whole_run[0] / stage)) - {"step"}:
-            assert f"`{name}`" in README, name
+        for line in log_of(whole_run[0] / stage):
+            for name in set(line) - {"step"}:
+                assert f"`{name}`" in README, name
 
 
-def test_files_pictures_and_links_in_the_readme_exist():
-    for path in re.findall(r"\]\((?!http|#)([^)#]+)", README):
-        assert (HERE / path).exists(), path
+# ---- links
+
+def without_code(text):
+    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    return re.sub(r"`[^`]*`", "`code`", text)
+
+
+def anchors_of(text):
+    """The anchors that GitHub gives to the headings of a page"""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_anchors_and_pictures_of_a_page_exist(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(PAGES[page])):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = Path(os.path.normpath(page.parent / path)) if path else page
+        assert file.exists(), target
+        if re.fullmatch(r"L\d+", anchor):
+            assert int(anchor[1:]) <= file.read_text(encoding="utf-8").count("\n"), target
+        elif anchor:
+            assert anchor in anchors_of(PAGES[file]), target
+
+
+def test_every_page_is_linked_from_the_front_page_and_every_picture_is_shown():
+    front = PAGES[HERE / "README.md"]
+    for path in (HERE / "docs").iterdir():
+        if path.suffix == ".md":
+            assert f"](docs/{path.name})" in front, path.name
+        else:
+            assert f"{path.name})" in README, path.name
 
 
 if __name__ == "__main__":
     if "flips" in sys.argv:
         print(draw_flips(HERE / "docs" / "flips.png"))
-
-    def row(match):
-        module_name, name, _, test = match.groups()
-        line = line_of(module_name, name)
-        return f"| `{module_name}.{name}` | [{module_name}.py:{line}]({module_name}.py#L{line}) | `{test}` |"
-    (HERE / "README.md").write_text(ROW.sub(row, README), encoding="utf-8")
+    for path in GENERATED:
+        path.write_text(up_to_date(path), encoding="utf-8")
