@@ -11,22 +11,23 @@ Every formula against an independent oracle, every script end to end. Offline, o
 A test's name is the claim it checks.
 
     line   section
-     111   reviews.py
-     353   model.py
-    1132   sft.py
-    1154   reward_model.py
-    1232   ppo.py
-    1578   dpo.py
-    1779   grpo.py
-    2297   policy_gradient.py
-    2374   frontier.py
-    2574   evaluate.py
-    2604   What people copy
-    2739   Any shapes, any values: what hypothesis finds by trying
-    2916   The proof: a problem so small that every response can be listed
-    3973   The scripts, end to end at --config tiny
-    5717   The house: what holds for every file
-    5872   README.md and docs/
+     113   reviews.py
+     303   data.py
+     358   model.py
+    1138   sft.py
+    1160   reward_model.py
+    1238   ppo.py
+    1584   dpo.py
+    1785   grpo.py
+    2303   policy_gradient.py
+    2380   frontier.py
+    2580   evaluate.py
+    2610   What people copy
+    2745   Any shapes, any values: what hypothesis finds by trying
+    2922   The proof: a problem so small that every response can be listed
+    3979   The scripts, end to end at --config tiny
+    5723   The house: what holds for every file
+    5878   README.md and docs/
 """
 
 import ast
@@ -72,9 +73,9 @@ import reward as reward_py
 import reward_model
 import sample
 import sft
-from conftest import (AWKWARD, Malicious, held_out_prompts, assert_same_bits, comparison, load_own, log_of,
-                      user_config, preset_of, review_texts, seeded, small_gpt,
-                      small_scalar, tiny_config, write_rows)
+from conftest import (AWKWARD, assert_same_bits, comparison, held_out_prompts, load_own, log_of,
+                      Malicious, review_texts, seeded, small_gpt,
+                      small_scalar, tiny_config, user_config, write_rows)
 from lab import config as settings
 from lab import corpus, files, forms, guest, pretrained, process
 from lab import report as reports
@@ -90,18 +91,19 @@ MODULES = (reviews, presets, data, model, reward_py, frontier, compare, *SCRIPTS
 
 def reward_of(scalar, cfg, **changes):
     """The reward that a reward model of ours gives"""
-    return reward_py.Reward(functools.partial(sequence_scores, scalar), "", dataclasses.replace(cfg, **changes))
+    cfg = dataclasses.replace(cfg, **changes)
+    return reward_py.Reward(functools.partial(sequence_scores, scalar), "", cfg)
 
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 1]]
-RESPONSES = [[4, 5, 10], [2, 3, 4, 5, 10], [10], [7, 7, 7, 7, 7, 7]]          # EOS is 10; the last has none
+RESPONSES = [[4, 5, 10], [2, 3, 4, 5, 10], [10], [7, 7, 7, 7, 7, 7]]   # EOS is 10; the last has none
 
 
 def ragged(seed=0, dtype=torch.float64, B=5, T=9):
     """Random (B, T) tensors and a mask of contiguous responses of different places and lengths."""
     generator = seeded(seed)
     starts = [0, 2, 4, 8, 1][:B]
-    ends = [9, 3, 9, 9, 5][:B]                                                 # lengths 9, 1, 5, 1, 4
+    ends = [9, 3, 9, 9, 5][:B]                           # lengths 9, 1, 5, 1, 4
     mask = torch.tensor([[float(s <= t < e) for t in range(T)] for s, e in zip(starts, ends)])
     values = torch.randn(4, B, T, generator=generator, dtype=dtype) * mask
     return (*values, mask.to(dtype))
@@ -196,9 +198,9 @@ def test_the_mood_shows_most_in_the_aspect_that_was_asked_for():
         return sum(p * reviews.GRADES[word[1:]] for word, p in options.items())
 
     for mood in (-2, -1, 1, 2):
-        held_out_prompts, other = mean_grade(mood, " acting"), mean_grade(mood, " plot")
-        assert held_out_prompts * mood > other * mood > 0
-        assert 0.5 < held_out_prompts / (reviews.LEAN * mood) < 1.3
+        asked, other = mean_grade(mood, " acting"), mean_grade(mood, " plot")
+        assert asked * mood > other * mood > 0
+        assert 0.5 < asked / (reviews.LEAN * mood) < 1.3
 
 
 def test_every_review_of_the_grammar_has_no_fault_and_parses_back():
@@ -296,6 +298,9 @@ def test_agreement_is_the_expected_accuracy_and_gold_reaches_the_bayes_accuracy(
     assert reviews.agreement(gold, gold).item() == pytest.approx(best)
     assert best > accuracy
 
+
+# --------------------------------------------------------------------------------------------------
+# data.py
 
 def test_supervised_targets_of_the_drawn_example():
     inputs, targets, mask = data.collate([[1, 2, 3]], [[4, 5, 10]])
@@ -739,7 +744,8 @@ def test_an_exported_tokenizer_is_the_same_in_transformers_and_comes_back(tmp_pa
         ids = tokenizer.encode_ordinary(text)
         assert theirs(text, split_special_tokens=True)["input_ids"] == ids, text
         assert theirs.decode(ids) == text
-    assert tokenizers.tokenizer_id(tokenizers.gpt2_tokenizer(tmp_path)) == tokenizers.tokenizer_id(tokenizer)
+    read = tokenizers.gpt2_tokenizer(tmp_path)
+    assert tokenizers.tokenizer_id(read) == tokenizers.tokenizer_id(tokenizer)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -3293,7 +3299,7 @@ def draw_flips(path, n=20000, seeds=3):
     for (name, options_at), style in zip(FLIPPED.items(), ("o-", "s--", "^-.", "D:")):
         fractions, distances = [], []
         for rate in rates:
-            user_run, _ = dpo_optimum(listing, flips=rate, **options_at(rate))
+            pi_star, _ = dpo_optimum(listing, flips=rate, **options_at(rate))
             _, _, wins = labelled_pairs(listing, rate)
             p = wins.flatten()
             runs = []
@@ -3303,8 +3309,8 @@ def draw_flips(path, n=20000, seeds=3):
                 policy, _ = train_by_dpo(listing, counts=counts, **options_at(rate))
                 runs.append(policy)
             fractions.append(torch.tensor([listing.fraction(p) for p in runs]))
-            distances.append(torch.tensor([listing.distance(p, user_run) for p in runs]))
-            rows.append([name, f"{rate:.0%}", fractions[-1].mean().item(), listing.fraction(user_run),
+            distances.append(torch.tensor([listing.distance(p, pi_star) for p in runs]))
+            rows.append([name, f"{rate:.0%}", fractions[-1].mean().item(), listing.fraction(pi_star),
                          distances[-1].mean().item()])
         for axis, values in zip(axes, (fractions, distances)):
             means, deviations = [v.mean() for v in values], [v.std() for v in values]
@@ -3325,9 +3331,9 @@ def draw_flips(path, n=20000, seeds=3):
 def expected_advantages(rewards, p, kind):
     """A response's mean advantage over its partner in a group of two: (P, N), (P, N) -> (P, N)"""
     P, N = rewards.shape
-    user_run = rewards[:, :, None].expand(P, N, N)
+    ours = rewards[:, :, None].expand(P, N, N)
     partner = rewards[:, None, :].expand(P, N, N)
-    groups = torch.stack([user_run, partner], dim=-1)                               # (P, N, N, 2)
+    groups = torch.stack([ours, partner], dim=-1)                               # (P, N, N, 2)
     advantages = grpo.group_advantages(groups.flatten(), 2, kind).view(P, N, N, 2)[..., 0]
     return (advantages * p[:, None, :]).sum(2)
 
