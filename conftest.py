@@ -215,7 +215,7 @@ def crash_at(step, monkeypatch):
 
 
 def assert_same_run(folder, other):
-    """Checkpoints, results and logs are equal bit for bit, except for times; no update is missing"""
+    """Checkpoints, results and logs are equal bit for bit, except for times; no update is lost"""
     free = (*settings.MAY_CHANGE_ON_RESUME, "base")
     checkpoints, logs = [], []
     for run in (folder, other):

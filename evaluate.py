@@ -403,12 +403,14 @@ def draw_frontier(samples, path):
 
 
 def label_points(axis, labels):
-    """Name points (y, x, name, colour) in a column at the lower right, a thin line to each"""
+    """Name points (y, x, name, colour) in a column at the lower right, with a thin line to each"""
     gap = min(0.07, 0.5 / len(labels))
     for place, (y, x, name, colour) in enumerate(sorted(labels)):
-        axis.annotate(report.no_math(name), (x, y), xytext=(0.68, 0.04 + gap * place),
+        line = dict(arrowstyle="-", color=colour, linewidth=0.8, relpos=(0, 0.5), shrinkA=0,
+                    shrinkB=5)
+        axis.annotate(report.no_math(name), (x, y), xytext=(0.68, 0.05 + gap * place),
                       textcoords="axes fraction", color=colour, fontsize=11, va="center",
-                      arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.8, shrinkB=5))
+                      arrowprops=line)
 
 
 def overoptimisation(log, gold_mean, gold_std):

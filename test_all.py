@@ -96,7 +96,7 @@ def reward_of(scalar, cfg, **changes):
 
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 1]]
-RESPONSES = [[4, 5, 10], [2, 3, 4, 5, 10], [10], [7, 7, 7, 7, 7, 7]]   # EOS is 10; the last has none
+RESPONSES = [[4, 5, 10], [2, 3, 4, 5, 10], [10], [7, 7, 7, 7, 7, 7]]   # EOS is 10; the last: none
 
 
 def ragged(seed=0, dtype=torch.float64, B=5, T=9):
@@ -520,7 +520,7 @@ def test_folders_without_one_whole_gpt2_are_refused_by_what_they_hold(gpt2_folde
         (folder / "config.json").write_text(content)
         assert_refused(folder, message)
     (folder / "config.json").unlink()
-    assert_refused(folder, "has no config.json, which says what its weights are")
+    assert_refused(folder, "has no config.json, which describes the weights")
     quantized = {"quantization_config": {"quant_method": "gptq"}}
     assert_refused(gpt2_variant(gpt2_folder, config=quantized), "quantized weights .*gptq")
 
@@ -2002,7 +2002,7 @@ def test_a_spec_that_names_no_reward_is_refused(spec, message, tokenizer, empty_
 
 
 @pytest.mark.parametrize("name, message, shown", [
-    pytest.param("one", "was given 3 prompts and responses and gave back 1 numbers", "", id="one"),
+    pytest.param("one", "was given 3 prompts and responses and returned 1 numbers", "", id="one"),
     pytest.param("broken", "the reward function broken ended in the ZeroDivisionError above",
                  "return [1 / 0 for r in responses]", id="broken"),
     pytest.param("generator", "ended in the ZeroDivisionError above", "1 / 0", id="generator")])
@@ -2175,7 +2175,7 @@ def test_a_reward_gives_true_and_false_and_one_number_for_one_response(three_rew
     ("[10 ** 400] * 3", "type int"),
     ("torch.zeros(3, 2)", r"its shape is .3, 2."),
     ("np.array([1.0, None, 2.0])", "item .1. is None"),
-    ("np.array(2.0)", "gave back 1 numbers"),
+    ("np.array(2.0)", "returned 1 numbers"),
     ("async_one()", "a coroutine .*asyncio.run"),
     ("async_many()", "an? async_generator ")])
 @pytest.mark.filterwarnings("error")
@@ -2184,7 +2184,7 @@ def test_what_is_not_a_list_of_numbers_is_refused_and_named(answer, why, three_r
             "async def async_one(): pass\n"
             "async def async_many(): yield\n"
             f"f = lambda p, r: {answer}\n")
-    with pytest.raises(Stopped, match=f"^error: the reward function f .*{why}.*should give one"):
+    with pytest.raises(Stopped, match=f"^error: the reward function f .*{why}.*should return one"):
         three_rewards(code)
 
 
@@ -3310,7 +3310,8 @@ def draw_flips(path, n=20000, seeds=3):
                 runs.append(policy)
             fractions.append(torch.tensor([listing.fraction(p) for p in runs]))
             distances.append(torch.tensor([listing.distance(p, pi_star) for p in runs]))
-            rows.append([name, f"{rate:.0%}", fractions[-1].mean().item(), listing.fraction(pi_star),
+            rows.append([name, f"{rate:.0%}", fractions[-1].mean().item(),
+                         listing.fraction(pi_star),
                          distances[-1].mean().item()])
         for axis, values in zip(axes, (fractions, distances)):
             means, deviations = [v.mean() for v in values], [v.std() for v in values]
