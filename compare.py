@@ -104,7 +104,7 @@ def collect(policies, reward, tokenizer, ids, counts, cfg):
     at_once = max(16, min(1024, 2 ** 30 // cache))
     batches = [(k, i) for k, n in enumerate(counts) for i in range(0, n * P, at_once)]
     rows = []                                                                # response token lists
-    told = f"sampling {sum(counts)} responses to each of {P} held-out prompts"
+    told = f"sampling {sum(counts)} responses, of all policies, to each of {P} held-out prompts"
     for k, i in progress(batches, told):
         if i == 0:                           # every policy's uniforms start from the same seed
             generator = torch.Generator().manual_seed(cfg.seed)
@@ -121,7 +121,7 @@ def collect(policies, reward, tokenizer, ids, counts, cfg):
     logprobs = torch.zeros(len(policies), len(rows), dtype=torch.float64)
     texts = [decode_response(tokenizer, row)[0] for row in rows]
     lengths = torch.tensor([len(ids[p]) + len(row) for p, row in zip(prompt_of, rows)])
-    for at in progress(lengths.argsort(stable=True).split(128), "weighing them"):
+    for at in progress(lengths.argsort(stable=True).split(128), "scoring them under every policy"):
         batch = data.collate([ids[prompt_of[i]] for i in at], [rows[i] for i in at])
         inputs, targets, mask = (t.to(device) for t in batch)                # (b, T) each
         finished = data.met_eos(targets, mask, eos_id)
@@ -256,8 +256,8 @@ def compare(policies, reward, tokenizer, prompts, cfg):
             results["gold_gain"] = gain
             lines += [
                 f"The true utility, gold, which training never saw, is {gain:+.2f} standard",
-                f"deviations above the {before} policy's, at {means[after]['kl_ref']:.2f} nats of",
-                "KL per response."]
+                f"deviations above the {before} policy's, at a KL of {means[after]['kl_ref']:.2f} "
+                "nats per response."]
     if limit["share"] is not None:
         lines += [
             f"The best possible score at that KL is about {limit['best_score']:.2f}: {after} made "

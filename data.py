@@ -243,8 +243,8 @@ def stop_without_comparisons(cfg):
 
 def check_n_eval(n_eval, n_held_out):
     if n_eval > n_held_out:
-        stop(f"{n_eval} held-out prompts are wanted (--n_eval, in sample.py --n) and there are "
-             f"{n_held_out}; lower it to that or less")
+        stop(f"--n_eval {n_eval} (in sample.py --n) asks for more held-out prompts than the "
+             f"{n_held_out} that there are; lower it, or take more data")
 
 
 def check_room(cfg, longest, block_size):
@@ -263,7 +263,7 @@ def check_minibatch(cfg):
         fits = max(n for n in range(1, min(cfg.minibatch_size, cfg.batch_size) + 1)
                    if cfg.batch_size % n == 0)
         stop(f"--minibatch_size {cfg.minibatch_size} does not divide --batch_size "
-             f"{cfg.batch_size}, so gradient steps would differ in weight; {fits} does")
+             f"{cfg.batch_size}, so minibatches would differ in size; try {fits}")
 
 
 def check_enough(n, batch_size, what):

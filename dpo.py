@@ -19,7 +19,7 @@ margin.
                     which the reward model was trained, or those of --data; or fresh samples,
                     labelled by the reward model: a drawn label or the probability itself (soft)
     2. reference    log pi_ref of both responses, sums over tokens in fp32, computed once and stored
-    3. logprobs     the same of pi_theta, by the training forward
+    3. logprobs     the same of pi_theta, by the training forward pass
     4. update       the loss of the margins; one gradient step
     5. log          one line; now and then samples of the policy, because only they show its KL
     With --rounds, 1 and 2 are repeated during training, with pairs that the policy itself wrote.
@@ -52,7 +52,7 @@ from reward import REWARD_HINT, Rewarded, check_reward, load_reward
 
 
 @dataclass
-class Config(Rewarded):              # which adds --reward and how its scores are treated
+class Config(Rewarded):              # Rewarded adds --reward and the options for its scores
     labels: Literal["annotators", "reward_model", "soft"] = "annotators"    # who labels the pairs
     n_pairs: int = 8000             # comparisons to train on, in all rounds together
     rounds: int = 1                 # from the second on, the policy itself writes the pairs
@@ -382,7 +382,7 @@ def main(cfg):
             means.add({"nll": nll.detach()}, token_share)
         lr = learning_rate(step, steps, cfg.lr, cfg.warmup, cfg.lr_floor)
         set_learning_rate(optimizer, lr)
-        means.add(run.step(cfg.grad_clip, TRY, grad_norm=optimizer))
+        means.add(run.step(cfg.grad_clip, TRY, grad_norm=optimizer))         # clips, steps, zeroes
 
         # ---- 5. log
         metrics |= means.result() | {"lr": lr}

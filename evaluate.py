@@ -41,7 +41,7 @@ from reward import Rewarded, check_reward, load_reward
 
 
 @dataclass
-class Config(Rewarded):              # which adds --reward, to measure by
+class Config(Rewarded):              # Rewarded adds --reward, to measure by
     runs: str = ""                  # runs or stages to evaluate, as in A,B/ppo; default: all
     n_eval: int = 32                # held-out prompts
     n_reference: int = 256          # the reference's responses to each; best of n goes up to it

@@ -8,7 +8,7 @@ does this:
 
     1. roll out     y_1 .. y_G ~ pi_old to each of a batch of prompts x
     2. score        r(x, y_i), by the reward model or by any function of prompts and responses
-    3. logprobs     log pi_old and log pi_ref of every token, by the training forward
+    3. logprobs     log pi_old and log pi_ref of every token, by the training forward pass
     4. rewards      R_i = r(x, y_i) - beta sum_t (log pi_old - log pi_ref)(a_t | s_t), with
                     --kl_in reward; or R_i = r(x, y_i), with --kl_in loss
     5. advantages   of each group, by --advantage:
@@ -54,7 +54,7 @@ from reward import REWARD_HINT, Rewarded, check_reward, load_reward
 
 
 @dataclass
-class Config(Rewarded):              # which adds --reward and how its scores are treated
+class Config(Rewarded):              # Rewarded adds --reward and the options for its scores
     steps: int = 80                 # updates, each on fresh responses
     batch_size: int = 128           # responses per update
     group_size: int = 4             # G, responses to one prompt
@@ -266,7 +266,7 @@ def main(cfg):
                 loss.backward()                                  # no share: the weights have it
                 means.add(metrics, share)
             means.add({"policy_loss": policy_loss})
-            means.add(run.step(cfg.grad_clip, TRY, grad_norm=optimizer))
+            means.add(run.step(cfg.grad_clip, TRY, grad_norm=optimizer))     # clips, steps, zeroes
         run.lap("update")
         rows = minibatches[0]                                    # one is enough to see kl_old
         with torch.no_grad():

@@ -65,7 +65,7 @@ LADDER = ("plain_value", "total_return", "reward_to_go", "baseline", "a2c", "gae
 
 
 @dataclass
-class Config(Rewarded):              # which adds --reward and how its scores are treated
+class Config(Rewarded):              # Rewarded adds --reward and the options for its scores
     rung: Literal[("all", *LADDER)] = "all"     # one rung of the ladder, or all of them
     steps: int = 40                 # updates of each rung, each on fresh responses
     batch_size: int = 128           # responses per update
@@ -84,7 +84,7 @@ class Config(Rewarded):              # which adds --reward and how its scores ar
     fisher_rows: int = 32           # trpo: responses for the Fisher-vector products
     lr: float = 1e-3                # actor's AdamW learning rate at its peak
     critic_lr: float = 1e-3         # critic's AdamW learning rate at its peak
-    warmup: int = 2                 # updates of linear warm-up, then linear decay
+    warmup: int = 2                 # updates of linear warm-up, then linear lr_factor
     lr_floor: float = 0.02          # final learning rates, as a share of the peak
     grad_clip: float = 1.0          # largest gradient norm
     variance_rollouts: int = 16     # rollouts for the variance of the gradients
@@ -529,7 +529,7 @@ def main(cfg):
     policies = {rung: copy.deepcopy(actor).cpu() for rung in rungs}          # where each rung ended
     probe = torch.nn.ModuleDict({"actor": copy.deepcopy(actor), "critic": copy.deepcopy(critic),
                                  "moved": copy.deepcopy(actor)})             # an update later
-    adam = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
+    adam = dict(betas=(0.9, 0.95), eps=1e-5, weight_lr_factor=0.0, fused=True)
     optimizer = torch.optim.AdamW(actor.parameters(), lr=cfg.lr, **adam)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, **adam)
     penalty = ppo.ThresholdKL(cfg.kl_penalty_coef, cfg.kl_old_target)
@@ -566,13 +566,13 @@ def main(cfg):
         run.lap("rollout")
 
         # ---- 2. climb
-        decay = learning_rate(update, cfg.steps, 1.0, cfg.warmup, cfg.lr_floor)
-        set_learning_rate(optimizer, decay * cfg.lr)
-        set_learning_rate(critic_optimizer, decay * cfg.critic_lr)
+        lr_factor = learning_rate(update, cfg.steps, 1.0, cfg.warmup, cfg.lr_floor)
+        set_learning_rate(optimizer, lr_factor * cfg.lr)
+        set_learning_rate(critic_optimizer, lr_factor * cfg.critic_lr)
         order = torch.randperm(cfg.batch_size, generator=run.generator)
         coef = penalty.coef                                      # the value that this update uses
         if rung == "trpo":                   # a step's KL grows with the square of its length
-            metrics = climb_by_trpo(actor, rollout, order, cfg, decay ** 2 * cfg.max_kl, run)
+            metrics = climb_by_trpo(actor, rollout, order, cfg, lr_factor ** 2 * cfg.max_kl, run)
         else:
             metrics = climb(rung, actor, optimizer, rollout, order, cfg, coef, run)
         _, returns = ppo.gae(rollout["rewards"], rollout["values"], mask, cfg.gamma,
@@ -595,7 +595,7 @@ def main(cfg):
             "entropy": masked_mean(rollout["entropy"], mask),
             "explained_variance": ppo.explained_variance(rollout["values"], returns, mask),
             "response_length": mask.sum(dim=1).mean(),
-            "eos_rate": rollout["finished"].float().mean(), "lr": decay * cfg.lr}
+            "eos_rate": rollout["finished"].float().mean(), "lr": lr_factor * cfg.lr}
         metrics |= true_utility(cfg, tokenizer, rollout["inputs"], rollout["targets"], mask)
         run.log(step, metrics, ["score", "gold", "kl_ref", "objective", "kl_old", "entropy",
                                 "explained_variance", "response_length"])

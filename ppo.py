@@ -8,7 +8,7 @@ process is one response token: s_t = prompt and y_<t, a_t = y_t. Every update do
 
     1. roll out     responses y ~ pi_old, the current actor, to a batch of prompts x
     2. score        r_phi(x, y) on the sampled ids; a fixed low score if there is no EOS
-    3. logprobs     log pi_old, log pi_ref and V_old of every token, by the training forward
+    3. logprobs     log pi_old, log pi_ref and V_old of every token, by the training forward pass
     4. rewards      R_t = - beta (log pi_old - log pi_ref)(a_t | s_t), plus r_phi at the last token
                     (Ziegler et al. 2019, equation 2)
     5. advantages   A_t = sum_l (gamma lambda)^l delta_{t+l},  delta_t = R_t + gamma V_{t+1} - V_t
@@ -17,7 +17,7 @@ process is one response token: s_t = prompt and y_<t, a_t = y_t. Every update do
                     Actor: - mean min(rho A, clip(rho, 1 - eps, 1 + eps) A)
                     (Schulman et al. 2017, equation 7), or - mean (rho A - coef KL(pi_old,
                     pi_theta)) (equation 8). Critic: 0.5 mean max((V - G)^2, (V_clipped - G)^2)
-    7. control      beta follows kl_ref, the KL to the reference; coef kl_old, the KL to pi_old
+    7. control      beta follows kl_ref, the KL to the reference; coef follows kl_old, that to pi_old
     8. log          one line
 
 --ptx_coef adds coef times the SFT loss on a stream of texts to the actor's loss, so that the policy
@@ -26,7 +26,7 @@ actor's weights.
 
 Departures from Ziegler et al. and their code: the critic is a model of its own with its own
 learning rate, responses end at EOS, rewards are not whitened (--whiten_rewards 1), one epoch
-instead of four, lambda 1 instead of 0.95, and a KL controller's horizon for a run of minutes.
+instead of four, lambda 1 instead of 0.95, and a shorter KL horizon, because runs take minutes.
 
     python ppo.py --config small
         -> out/small/ppo: checkpoint.pt, log.jsonl, curves.png, report.txt
@@ -48,7 +48,7 @@ from reward import REWARD_HINT, Rewarded, check_reward, load_reward
 
 
 @dataclass
-class Config(Rewarded):              # which adds --reward and how its scores are treated
+class Config(Rewarded):              # Rewarded adds --reward and the options for its scores
     steps: int = 80                 # updates, each on fresh responses
     batch_size: int = 128           # responses per update
     minibatch_size: int = 32        # responses per gradient step
@@ -436,8 +436,8 @@ def main(cfg):
     texts = {"data": train_prompts}
     if cfg.ptx_coef:
         texts["ptx_data"] = load_ptx_texts(cfg, tokenizer, block_size)
-    run.begin()
-    sources = run.sources(tokenizer, actor, **texts)
+    run.begin()                                          # nothing is written before this line
+    sources = run.sources(tokenizer, actor, **texts)     # what the run is made from, for resume
     critic = ScalarGPT(trunk.config, init_from=trunk, zero_head=True).to(device).eval()
     add_lora(actor, cfg.lora_rank)
     add_lora(critic, cfg.lora_rank)
@@ -481,23 +481,23 @@ def main(cfg):
 
         # ---- 5. advantages
         advantages, _ = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)   # (B, T)
-        # A + V, or with --critic_target a different target
+        # The same as gae's second result, A + V, unless --critic_target asks for a different target
         returns = critic_targets(rewards, old_values, scores, mask, cfg.critic_target,
                                  cfg.gamma, cfg.lam)                         # (B, T)
         run.must_be_finite(TRY, advantages=advantages, returns=returns)
         advantages = whiten(advantages, mask)
 
         # ---- 6. update
-        decay = learning_rate(step, cfg.steps, 1.0, cfg.warmup, cfg.lr_floor)
-        set_learning_rate(actor_optimizer, decay * cfg.lr)
-        set_learning_rate(critic_optimizer, decay * cfg.critic_lr)
+        lr_factor = learning_rate(step, cfg.steps, 1.0, cfg.warmup, cfg.lr_floor)
+        set_learning_rate(actor_optimizer, lr_factor * cfg.lr)
+        set_learning_rate(critic_optimizer, lr_factor * cfg.critic_lr)
         means = data.Means()
         lengths = mask.sum(dim=1)                                            # (B,)
         for minibatch in data.minibatches(cfg.batch_size, cfg.minibatch_size, cfg.epochs,
                                           run.generator):
-            # A part's share is its share of the minibatch's tokens: 1, unless --accumulation
+            # share: this part's fraction of the minibatch's tokens; 1 without --accumulation
             for rows, share in data.microbatches(minibatch, cfg.accumulation, lengths[minibatch]):
-                # The entropy's graph is as large as that of the logprobs: only for a bonus
+                # A gradient through the entropy doubles the memory: only if there is a bonus
                 bonus = cfg.entropy_coef > 0
                 scored = token_logprobs(actor, inputs[rows], targets[rows], mask[rows],
                                         cfg.temperature, return_entropy=bonus)
@@ -523,10 +523,11 @@ def main(cfg):
                 drawn = data.draw(texts["ptx_data"], cfg.minibatch_size, run.generator)
                 means.add({"ptx_loss": add_ptx_gradient(actor, drawn, cfg.ptx_coef,
                                                         cfg.accumulation)})
-            if step < cfg.critic_warmup:
-                actor_optimizer.zero_grad()                      # the critic learns alone at first
-            means.add(run.step(cfg.grad_clip, TRY, grad_norm=actor_optimizer,
-                               critic_grad_norm=critic_optimizer))
+            if step < cfg.critic_warmup:                         # the critic learns alone at first:
+                actor_optimizer.zero_grad()                      # no gradient, so no step
+            norms = run.step(cfg.grad_clip, TRY, grad_norm=actor_optimizer,
+                             critic_grad_norm=critic_optimizer)  # clips, steps, zeroes
+            means.add(norms)
         if cfg.ema:
             move_average(state["policy_ema"], actor, cfg.ema)
         run.lap("update")
@@ -551,7 +552,7 @@ def main(cfg):
             "entropy": masked_mean(entropy, mask),
             "explained_variance": explained_variance(old_values, returns, mask),
             "response_length": lengths.mean(), "eos_rate": finished.float().mean(),
-            "lr": decay * cfg.lr, "critic_lr": decay * cfg.critic_lr,
+            "lr": lr_factor * cfg.lr, "critic_lr": lr_factor * cfg.critic_lr,
             "tokens_per_second": lengths.sum().item() / run.clock.total()}
         metrics |= true_utility(cfg, tokenizer, inputs, targets, mask)
         if step == 0:

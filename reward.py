@@ -128,6 +128,8 @@ def check_reward(cfg):
         data.check_comparisons(cfg)
         return
     path, name = split(cfg.reward)
+    if os.path.isfile(f"{path}.py") and not os.path.exists(path):
+        stop(f"--reward got {cfg.reward} (did you mean {path}.py:{name or 'FUNCTION'}?)")
     if not os.path.exists(path) and "/" not in path and nearest(cfg.reward, ["reward_model"]):
         stop(f"--reward got {cfg.reward}{nearest(cfg.reward, ['reward_model'])}")
     if cfg.reward.endswith(".py"):
@@ -154,7 +156,7 @@ def check_function(path, name):
         stop(f"--reward got {path}:{name}, but {path} does not exist")
     try:
         source = Path(path).read_bytes()
-        ast.parse(source)
+        ast.parse(source, path)
     except (OSError, ValueError, SyntaxError) as error:
         stop(f"--reward got {path}:{name}, but {path} cannot be read ({type(error).__name__}: "
              f"{error})")

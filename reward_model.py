@@ -335,7 +335,7 @@ def main(cfg):
             loss, metrics = preference_loss(chosen, rejected, cfg.loss, cfg.margin, weights)
             (share * loss).backward()
             means.add(metrics, share)
-        means.add(run.step(cfg.grad_clip, grad_norm=optimizer))
+        means.add(run.step(cfg.grad_clip, grad_norm=optimizer))              # clips, steps, zeroes
         metrics = means.result() | {"lr": lr}
         run.log(step, metrics, ["loss", "accuracy", "margin", "lr", "grad_norm"], every=20)
         run.checkpoint(step + 1)

@@ -266,7 +266,7 @@ def main(cfg):
             loss = sft_loss(token_logprobs(policy, inputs, targets, mask), mask)
             (share * loss).backward()
             means.add({"loss": loss.detach()}, share)
-        means.add(run.step(cfg.grad_clip, grad_norm=optimizer))
+        means.add(run.step(cfg.grad_clip, grad_norm=optimizer))              # clips, steps, zeroes
         metrics = means.result() | {"lr": lr}
         if step % cfg.eval_every == 0:
             metrics["held_out"] = nats_per_response(policy, held_prompts, held_responses, device)

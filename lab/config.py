@@ -77,8 +77,10 @@ MAY_CHANGE_ON_RESUME = ("out", "device", "deterministic", "accumulation", "check
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        stop(f"{message.removeprefix('argument ')}. --help lists all options; a value that starts "
-             "with - is given as --flag=VALUE")
+        message = message.removeprefix("argument ")
+        message = message.replace(": expected one argument", " needs a value")
+        stop(f"{message}; --help lists all options. Write a value that starts with - as "
+             "--flag=VALUE")
 
 
 def parse(Config, doc, argv):
@@ -137,7 +139,7 @@ def read_value(name, kind, text):
 
 
 def nearest(word, known):
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
@@ -201,13 +203,13 @@ def folder_of(name):
 # Types and ranges
 
 NAMES = {bool: "1 or 0", int: "a whole number", float: "a number", str: "a text"}
-COUNT = ("a whole number from 1", lambda x: x >= 1)      # ints, unless RANGES says otherwise
-COUNT_FROM_0 = ("a whole number from 0", lambda x: x >= 0)
-FROM_0 = ("a number from 0", lambda x: x >= 0)           # floats, unless RANGES says otherwise
+COUNT = ("a whole number, 1 or more", lambda x: x >= 1)      # ints, unless RANGES says otherwise
+COUNT_FROM_0 = ("a whole number, 0 or more", lambda x: x >= 0)
+FROM_0 = ("a number, 0 or more", lambda x: x >= 0)           # floats, unless RANGES says otherwise
 ABOVE_0 = ("a number above 0", lambda x: x > 0)
 SHARE = ("a number from 0 to 1", lambda x: 0 <= x <= 1)
-BELOW_1 = ("a number from 0 to just below 1", lambda x: 0 <= x < 1)
-ANY = ("a number", lambda x: True)
+BELOW_1 = ("a number from 0 up to, but not, 1", lambda x: 0 <= x < 1)
+ANY = ("a finite number", lambda x: True)
 
 RANGES = {
     "seed": COUNT_FROM_0, "warmup": COUNT_FROM_0, "critic_warmup": COUNT_FROM_0,

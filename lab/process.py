@@ -195,22 +195,26 @@ def pick_device(cfg):
 def environment(device):
     """What the bits of a result depend on besides its settings, as a dict of plain values"""
     root = Path(__file__).resolve().parent.parent
-    # A clone may belong to a different user. Without a .git of its own this folder has no commit:
-    # git would search the folders above it, and find the project that it was copied into.
-    git = ["git", "-c", "safe.directory=*", "describe", "--always", "--dirty", "--exclude=*",
-           "--abbrev=12"]
-    ceiling = os.environ | {"GIT_CEILING_DIRECTORIES": str(root.parent)}
-    try:
-        commit = subprocess.run(git, text=True, capture_output=True, timeout=10, cwd=root,
-                                env=ceiling).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):         # git is not installed
-        commit = ""
+    commit = ask_git(root, "rev-parse", "--short=12", "HEAD")
+    if commit and ask_git(root, "status", "--porcelain", "--", "*.py"):      # or a new script
+        commit += " with changes"
     found = {"host": platform.node(), "device": str(device), "threads": torch.get_num_threads(),
-             "commit": commit.replace("-dirty", " with changes") or "unknown",
-             "python": platform.python_version()}
+             "commit": commit or "unknown", "python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # copied into place, not installed
             found[name] = "unknown"
     return found
+
+
+def ask_git(folder, *command):
+    """What git says about a folder, or nothing"""
+    # A clone may belong to a different user. A folder without a .git of its own has no commit: git
+    # would search the folders above it, and find the project that it was copied into.
+    ceiling = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    try:
+        return subprocess.run(["git", "-c", "safe.directory=*", *command], cwd=folder, env=ceiling,
+                              text=True, capture_output=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):         # git is not installed
+        return ""

@@ -549,8 +549,8 @@ class Run:
 
     def show(self):
         """Print again what a finished stage printed at its end -> its results"""
-        print("This stage finished earlier; changes of the code since then do not show. "
-              "--overwrite runs it again, --out NAME runs it beside.\n")
+        print("This stage finished earlier; later changes to the code do not show. --overwrite "
+              "runs it again, --out NAME keeps this result and makes a new run.\n")
         print((self.folder / "report.txt").read_text(encoding="utf-8"))
         self.export_if_asked()
         return files.read_json(self.folder / "results.json")
