@@ -84,7 +84,7 @@ class Config(Rewarded):              # Rewarded adds --reward and the options fo
     fisher_rows: int = 32           # trpo: responses for the Fisher-vector products
     lr: float = 1e-3                # actor's AdamW learning rate at its peak
     critic_lr: float = 1e-3         # critic's AdamW learning rate at its peak
-    warmup: int = 2                 # updates of linear warm-up, then linear lr_factor
+    warmup: int = 2                 # updates of linear warm-up, then linear decay
     lr_floor: float = 0.02          # final learning rates, as a share of the peak
     grad_clip: float = 1.0          # largest gradient norm
     variance_rollouts: int = 16     # rollouts for the variance of the gradients
@@ -529,7 +529,7 @@ def main(cfg):
     policies = {rung: copy.deepcopy(actor).cpu() for rung in rungs}          # where each rung ended
     probe = torch.nn.ModuleDict({"actor": copy.deepcopy(actor), "critic": copy.deepcopy(critic),
                                  "moved": copy.deepcopy(actor)})             # an update later
-    adam = dict(betas=(0.9, 0.95), eps=1e-5, weight_lr_factor=0.0, fused=True)
+    adam = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(actor.parameters(), lr=cfg.lr, **adam)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, **adam)
     penalty = ppo.ThresholdKL(cfg.kl_penalty_coef, cfg.kl_old_target)

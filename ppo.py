@@ -17,7 +17,7 @@ process is one response token: s_t = prompt and y_<t, a_t = y_t. Every update do
                     Actor: - mean min(rho A, clip(rho, 1 - eps, 1 + eps) A)
                     (Schulman et al. 2017, equation 7), or - mean (rho A - coef KL(pi_old,
                     pi_theta)) (equation 8). Critic: 0.5 mean max((V - G)^2, (V_clipped - G)^2)
-    7. control      beta follows kl_ref, the KL to the reference; coef follows kl_old, that to pi_old
+    7. control      beta follows kl_ref, the KL to the reference; coef follows kl_old, to pi_old
     8. log          one line
 
 --ptx_coef adds coef times the SFT loss on a stream of texts to the actor's loss, so that the policy
