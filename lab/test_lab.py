@@ -1530,11 +1530,13 @@ def forked(script, *options):
     """
     The command SCRIPT.py --config tiny .. in a fork of this process, which saves it the imports
 
-    -> the process, which does not outlive the test, and what it prints, errors included
+    -> the process, which does not outlive the test, and what it prints, errors included. It has a
+    session of its own, as on a terminal of its own.
     """
     reading, writing = os.pipe()
 
     def work():
+        os.setsid()
         os.dup2(writing, 1)
         os.dup2(writing, 2)
         sys.stdout = open(1, "w", buffering=1, closefd=False)
@@ -1957,24 +1959,22 @@ def test_random_numbers_continue_where_they_were(script, changes, finished_run, 
     assert_same_run(*(finished_run / out / script.__name__ for out in ("lucky", "lucky_resumed")))
 
 
-def test_the_same_seed_gives_the_same_bits_whatever_hashes_and_threads_do(tmp_path):
-    """PYTHONHASHSEED, and the threads that tokenise"""
-    path = write_rows(tmp_path / "pairs.jsonl", [comparison(i) for i in range(150)])
-    command = stage_command(sft, "--data", path, "--max_prompt_tokens", "40", "--steps", "4",
-                            "--n_eval", "5", "--eval_every", "2")
-    homes, processes = [], []
-    for hash_seed, threads in (("1", "1"), ("2", "4")):
-        homes.append(tmp_path / hash_seed)
-        homes[-1].mkdir()
-        environment = {"PYTHONHASHSEED": hash_seed, "RAYON_NUM_THREADS": threads,
-                       "TOKENIZERS_PARALLELISM": "true"}
-        processes.append(subprocess.Popen(command, cwd=homes[-1], env=os.environ | environment,
-                                          stdout=subprocess.DEVNULL))
-    assert [process.wait() for process in processes] == [0, 0]
-    assert_same_run(*(home / "out" / "tiny" / "sft" for home in homes))
-    first, second = (list((home / "out" / "tokens").iterdir()) for home in homes)
-    assert len(first) == 1 and [path.name for path in first] == [path.name for path in second]
-    assert first[0].read_bytes() == second[0].read_bytes()
+def test_the_same_seed_gives_the_same_bits_whatever_hashes_and_threads_do(empty_folder,
+                                                                          no_pictures):
+    """In this process, and in one with a different PYTHONHASHSEED and more threads that tokenise"""
+    write_rows(empty_folder / "pairs.jsonl", [comparison(i) for i in range(150)])
+    sft.main(tiny_config(sft, out="here", data="pairs.jsonl", max_prompt_tokens=40, steps=4,
+                         n_eval=5, eval_every=2))
+    [cached] = (empty_folder / "out" / "tokens").iterdir()
+    before = cached.read_bytes()
+    cached.unlink()
+    changes = {"PYTHONHASHSEED": "2", "RAYON_NUM_THREADS": str(os.cpu_count() + 1),
+               "TOKENIZERS_PARALLELISM": "true"}
+    command = stage_command(sft, "--out", "there", "--data", "pairs.jsonl", "--max_prompt_tokens",
+                            "40", "--steps", "4", "--n_eval", "5", "--eval_every", "2")
+    subprocess.run(command, env=os.environ | changes, stdout=subprocess.DEVNULL, check=True)
+    assert_same_run(*(empty_folder / "out" / name / "sft" for name in ("here", "there")))
+    assert cached.read_bytes() == before
 
 
 def test_accumulation_and_checkpointing_may_change_on_resume(finished_run, monkeypatch,
@@ -2466,23 +2466,24 @@ def f(prompts, responses):
     ppo.main(tiny_config(ppo, out="untouched", base="tiny", **changes))
     slow = finished_run.parent / "slow"
     slow.touch()
-    command = stage_command(ppo, "--out", "touched", "--base", "tiny")
+    options = ["--out", "touched", "--base", "tiny"]
     for name, value in changes.items():
-        command += [f"--{name}", str(value)]
-    with started(command, finished_run.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                 start_new_session=True) as process:
+        options += [f"--{name}", str(value)]
+    with forked(ppo, *options) as (process, output):
         deadline = time.time() + 60
-        while slow.exists() and process.poll() is None and time.time() < deadline:
+        while slow.exists() and process.is_alive() and time.time() < deadline:
             time.sleep(0.01)
         time.sleep(0.2)                                          # until the workers have started
         os.killpg(process.pid, signal.SIGINT)
         try:
-            out, err = process.communicate(timeout=20)
+            process.join(timeout=20)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 1 and "saved after 1 of 2 updates in out/touched/ppo; the " in err
-    assert out.count("this update, then saving") == 1            # said by the run, not by workers
+        text = output.read()
+    assert process.exitcode == 1
+    assert "saved after 1 of 2 updates in out/touched/ppo; the " in text
+    assert text.count("this update, then saving") == 1           # said by the run, not by workers
     ppo.main(tiny_config(ppo, out="touched", base="tiny", resume=True, **changes))
     assert_same_run(finished_run / "touched" / "ppo", finished_run / "untouched" / "ppo")
 
@@ -2512,18 +2513,37 @@ def test_a_reader_that_goes_away_makes_a_run_save_and_leave(finished_run):
     assert 0 < files.load_checkpoint(folder)["step"] == log_lines(folder)
 
 
-def test_a_closed_or_full_output_changes_nothing(finished_run):
-    quick = shlex.join(stage_command(sft, "--steps", "3", "--n_eval", "8", "--n_texts", "100",
-                                     "--batch_size", "4"))
-    running = {}
-    for name, output in (("closed", ">&-"), ("full", "> /dev/full"), ("mute", ">&- 2>&-")):
-        running[name] = subprocess.Popen(f"{quick} --out {name} {output}", shell=True, text=True,
-                                         cwd=finished_run.parent, stderr=subprocess.PIPE)
-    for name, process in running.items():
-        folder = finished_run / name / "sft"
-        assert (process.communicate()[1], process.returncode) == ("", 0)
-        assert (folder / "report.txt").exists()
-        assert [line["step"] for line in log_of(folder)] == [0, 1, 2]
+@pytest.mark.parametrize("closed", [(1,), (1, 2)], ids=[">&-", ">&- 2>&-"])
+def test_a_closed_output_changes_nothing(closed, finished_run, tmp_path):
+    """Its number is then the next file's that is opened."""
+    cfg = short_config(sft, out=f"closed_{len(closed)}", steps=3)
+    errors = tmp_path / "errors"
+
+    def work():
+        sys.stderr = open(errors, "w")
+        os.dup2(sys.stderr.fileno(), 2)
+        for number in closed:
+            os.close(number)
+        sys.stdout = None                                # as Python sets it then
+        if 2 in closed:
+            sys.stderr = None
+        sft.main(cfg)
+    assert in_a_child(work) == 0 and errors.read_text() == ""
+    folder = finished_run / cfg.out / "sft"
+    assert (folder / "report.txt").exists()
+    assert [line["step"] for line in log_of(folder)] == [0, 1, 2]
+
+
+def test_a_full_output_changes_nothing(finished_run):
+    """A real process: Python writes what is left in the buffer when it exits."""
+    command = stage_command(sft, "--out", "full", "--steps", "3", "--n_eval", "8", "--n_texts",
+                            "100", "--batch_size", "4")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.stderr, done.returncode) == ("", 0)
+    folder = finished_run / "full" / "sft"
+    assert (folder / "report.txt").exists()
+    assert [line["step"] for line in log_of(folder)] == [0, 1, 2]
 
 
 def test_a_run_name_with_dollars_is_drawn_as_it_is(tmp_path, capsys):
