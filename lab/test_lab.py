@@ -1511,7 +1511,7 @@ def uninterrupted(out, script):
 
 
 def stage_command(script, *options):
-    return [sys.executable, "-u", str(HERE / f"{script.__name__}.py"), "--config", "tiny", *options]
+    return [sys.executable, str(HERE / f"{script.__name__}.py"), "--config", "tiny", *options]
 
 
 @contextlib.contextmanager
@@ -2490,6 +2490,9 @@ def f(prompts, responses):
 
 # ---- output, pictures, disk
 
+BUFFERED = os.environ | {"PYTHONUNBUFFERED": ""}         # as usual, whatever these tests run under
+
+
 def test_closing_the_output_ends_with_one_line():
     done = subprocess.run(f"{sys.executable} {HERE}/sft.py --help | head -1", shell=True, text=True,
                           capture_output=True)
@@ -2501,8 +2504,8 @@ def test_a_reader_that_goes_away_makes_a_run_save_and_leave(finished_run):
     """As with  | head  or a killed tee"""
     command = stage_command(sft, "--out", "reader", "--steps", "100000", "--save_every", "100000",
                             "--n_eval", "8", "--n_texts", "100")
-    with started(command, finished_run.parent, stdout=subprocess.PIPE,
-                 stderr=subprocess.PIPE) as process:
+    with started(command, finished_run.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                 env=BUFFERED) as process:
         for line in process.stdout:
             if re.match(" +[0-9]+ ", line):
                 break
@@ -2539,7 +2542,7 @@ def test_a_full_output_changes_nothing(finished_run):
     command = stage_command(sft, "--out", "full", "--steps", "3", "--n_eval", "8", "--n_texts",
                             "100", "--batch_size", "4")
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=BUFFERED)
     assert (done.stderr, done.returncode) == ("", 0)
     folder = finished_run / "full" / "sft"
     assert (folder / "report.txt").exists()
