@@ -1715,11 +1715,11 @@ def test_data_of_a_different_kind_than_the_earlier_stages_is_noticed(user_folder
     with pytest.raises(Stopped, match="was made with --data pairs.jsonl, this is --data reviews; "
                                       "give a different --out, and --base own"):
         policy_gradient.main(tiny_config(policy_gradient, out="own"))
-    shutil.copytree(user_folder / "own" / "sft", user_folder / "begun" / "sft", dirs_exist_ok=True)
-    (user_folder / "begun" / "sft" / "report.txt").unlink()      # unfinished, and on other data
-    with pytest.raises(Stopped, match="begun/sft was made with --data pairs.jsonl, this is --data "
+    shutil.copytree(user_folder / "own" / "sft", user_folder / "half" / "sft", dirs_exist_ok=True)
+    (user_folder / "half" / "sft" / "report.txt").unlink()      # unfinished, and on other data
+    with pytest.raises(Stopped, match="half/sft was made with --data pairs.jsonl, this is --data "
                                       "reviews"):
-        ppo.main(tiny_config(ppo, out="begun"))
+        ppo.main(tiny_config(ppo, out="half"))
     with pytest.raises(Stopped, match="--data has no annotators for them"):
         dpo.main(user_config(dpo, out="rounds", base="own", rounds=2))
 
