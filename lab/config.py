@@ -147,7 +147,11 @@ def comments_of(Config):
     """{field: the comment behind it in the source}, which is its help text"""
     comments = {}
     for cls in reversed(Config.__mro__[:-1]):
-        comments |= dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
+        try:
+            source = inspect.getsource(cls)
+        except (OSError, TypeError):                     # python -m cProfile hides the script
+            continue
+        comments |= dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source, re.M))
     return comments
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lab.config import Presets
 from lab.files import first_line, stop
 from lab.run import Run
 
@@ -141,7 +142,9 @@ class Guest:
             return False
         if {"site-packages", "dist-packages"} & set(path.relative_to(self.folder).parts):
             return False
-        return path.parent != HERE or self.folder == HERE and not hasattr(module, "Config")
+        if path.parent == HERE:                          # beside our scripts, which are not its own
+            return self.folder == HERE and not isinstance(getattr(module, "Config", None), Presets)
+        return True
 
     def imported(self):
         """The files from its folder that it has imported, without the file itself"""
