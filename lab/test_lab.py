@@ -39,7 +39,6 @@ import numpy as np
 import pytest
 import torch
 
-import compare
 import data
 import dpo
 import evaluate
@@ -49,9 +48,9 @@ import ppo
 import reward_model
 import sample
 import sft
-from conftest import (AWKWARD, HUMAN, Malicious, TURN, assert_same_bits, assert_same_run,
-                      comparison, crash_at, in_a_child, killed_at, load_own,
-                      log_of, user_config, preset_of, review_texts, short_config, small_gpt,
+from conftest import (AWKWARD, HUMAN, Malicious, TURN, assert_same_run, comparison, crash_at,
+                      in_a_child, killed_at, load_own, log_of, user_config,
+                      preset_of, review_texts, short_config, small_gpt,
                       texts_cfg, tiny_config, write_rows)
 from lab import config as settings
 from lab import corpus, files, forms, guest, process
@@ -297,8 +296,8 @@ def test_unreadable_json_is_refused_and_a_log_is_read_up_to_a_torn_line(tmp_path
     ("--stesp 5", "unknown option --stesp (did you mean --steps?)"),
     ("--steps five", "--steps got five; it takes a whole number"),
     ("--steps 1.5", "--steps got 1.5; it takes a whole number"),
-    ("--steps", "--steps: expected one argument"),
-    ("--steps --resume", "--steps: expected one argument"),
+    ("--steps", "--steps needs a value"),
+    ("--steps --resume", "--steps needs a value"),
     ("--lr nan", "--lr got nan; it takes a number"),
     ("--lr fast", "--lr got fast; it takes a number"),
     ("--surrogate clap",
@@ -307,11 +306,11 @@ def test_unreadable_json_is_refused_and_a_log_is_read_up_to_a_torn_line(tmp_path
     ("--resume maybe", "--resume got maybe; it takes 1 or 0"),
     ("steps 5", "unknown option steps"),
     ("--missing_eos_score low", "--missing_eos_score got low; it takes a number"),
-    ("--score_clip", "--score_clip: expected one argument. --help lists all options"),
-    ("--batch_size 0", "--batch_size got 0; it takes a whole number from 1"),
-    ("--ema 1.0", "--ema got 1.0; it takes a number from 0 to just below 1"),
-    ("--save_every -1", "--save_every got -1; it takes a whole number from 1"),
-    ("--beta -0.1", "--beta got -0.1; it takes a number from 0"),
+    ("--score_clip", "--score_clip needs a value; --help lists all options"),
+    ("--batch_size 0", "--batch_size got 0; it takes a whole number, 1 or more"),
+    ("--ema 1.0", "--ema got 1.0; it takes a number from 0 up to, but not, 1"),
+    ("--save_every -1", "--save_every got -1; it takes a whole number, 1 or more"),
+    ("--beta -0.1", "--beta got -0.1; it takes a number, 0 or more"),
     ("--temperature 0", "--temperature got 0.0; it takes a number above 0"),
     ("--kl_target 0", "--kl_target got 0.0; it takes a number above 0")])
 def test_bad_command_lines_are_refused_with_the_value_and_a_valid_range(argv, message):
@@ -323,13 +322,13 @@ def test_bad_command_lines_are_refused_with_the_value_and_a_valid_range(argv, me
 WRONG = {bool: [1, "yes", None], int: [2.0, True, "3", -1, 2 ** 32],
          float: ["0.1", True, math.nan, math.inf, -math.inf], str: [3, None, True]}
 OUT_OF_RANGE = {                                         # by what the message says is wanted
-    "a whole number from 1": [0],
-    "a whole number from 0": [-1],
-    "a number from 0": [-0.5],
+    "a whole number, 1 or more": [0],
+    "a whole number, 0 or more": [-1],
+    "a number, 0 or more": [-0.5],
     "a number above 0": [-0.5, 0.0],
     "a number from 0 to 1": [-0.5, 1.5],
-    "a number from 0 to just below 1": [-0.5, 1.0, 1.5],
-    "a number": [],
+    "a number from 0 up to, but not, 1": [-0.5, 1.0, 1.5],
+    "a finite number": [],
 }
 WRONG_NAMES = ["..", "a/..", "/", "a\\b", "tokens", "out/tokens", "x\0y", "x" * 101, "\udcff"]
 
@@ -360,7 +359,8 @@ def test_every_field_is_typed_and_range_checked_before_any_work(script, empty_fo
             settings.check_fields(dataclasses.replace(tiny_config(script), **{name: 1}))
     assert refused == kinds.keys()
     if script is not sample:                             # which has no folder of its own
-        with pytest.raises(Stopped, match="^error: --seed got -1; it takes a whole number from 0"):
+        message = "^error: --seed got -1; it takes a whole number, 0 or more"
+        with pytest.raises(Stopped, match=message):
             script.main(tiny_config(script, seed=-1))
     for preset in script.Config.presets:
         settings.check_fields(script.Config(config=preset))
@@ -376,9 +376,9 @@ def id_of_case(part):
 
 @pytest.mark.parametrize("script, changes, message", [
     (ppo, dict(minibatch_size=24),
-     "--minibatch_size 24 does not divide --batch_size 32.*; 16 does"),
+     "--minibatch_size 24 does not divide --batch_size 32.*; try 16"),
     (ppo, dict(n_eval=100_000),
-     r"100000 held-out prompts are wanted .* there are \d+; lower it"),
+     r"--n_eval 100000 .* asks for more held-out prompts than the \d+ that"),
     (ppo, dict(reward="nowhere.py:f"),
      "--reward got nowhere.py:f, but nowhere.py does not exist"),
     (ppo, dict(reward="broken.py:f"), "but broken.py cannot be read .SyntaxError"),
@@ -411,7 +411,7 @@ def id_of_case(part):
     (sft, dict(n_head=3), "--n_embd 32 is not a multiple of --n_head 3"),
     (sft, dict(vocab_size=256), "--vocab_size got 256; it takes 257 or more"),
     (evaluate, dict(data="nowhere"), "--data got nowhere"),
-    (evaluate, dict(n_eval=100_000), "held-out prompts are wanted")], ids=id_of_case)
+    (evaluate, dict(n_eval=100_000), "asks for more held-out prompts")], ids=id_of_case)
 def test_impossible_settings_are_refused_before_any_work(script, changes, message, empty_folder):
     (empty_folder / "broken.py").write_text("def f(:")
     (empty_folder / "fine.py").write_text(
@@ -465,7 +465,7 @@ def test_any_value_can_be_given_with_an_equals_sign(words, value):
     assert (cfg.prompt, cfg.n) == (value, 2)
     again = shlex.split(settings.command(cfg, "sample"))[2:]
     assert settings.parse(sample.Config, "", again) == cfg
-    with pytest.raises(Stopped, match="--prompt: expected .* is given as --flag=VALUE"):
+    with pytest.raises(Stopped, match="--prompt needs a value; .* as --flag=VALUE"):
         settings.parse(sample.Config, "", ["--prompt", "--n", "2"])
 
 
@@ -1636,7 +1636,8 @@ def test_settings_that_leave_no_room_and_folders_without_rows_are_refused(empty_
     with pytest.raises(Stopped, match="prompts of up to 60 tokens and --max_new_tokens 31 exceed "
                                       ".* 90; lower --max_new_tokens to 30"):
         data.prompts(dataclasses.replace(cfg, max_new_tokens=31), tokenizer, 90)
-    with pytest.raises(Stopped, match=r"5000 held-out prompts are wanted .* there are \d+; lower"):
+    message = r"--n_eval 5000 .* asks for more held-out prompts than the \d+ that"
+    with pytest.raises(Stopped, match=message):
         data.prompts(cfg, tokenizer, 90, 5000)
 
 
@@ -2899,10 +2900,20 @@ def test_the_commit_is_gits_or_unknown(monkeypatch):
     monkeypatch.setattr(subprocess, "run", no_git)
     assert process.environment("cpu")["commit"] == "unknown"
 
-    def dirty(*args, **kwargs):
-        return types.SimpleNamespace(stdout="0123456789ab-dirty\n")
-    monkeypatch.setattr(subprocess, "run", dirty)
-    assert process.environment("cpu")["commit"] == "0123456789ab with changes"
+
+def test_an_edited_or_a_new_script_counts_as_a_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "__file__", str(tmp_path / "lab" / "process.py"))
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "ppo.py").write_text("")
+    subprocess.run("git init -q . && git add . && "
+                   "git -c user.name=a -c user.email=a@b commit -qm one",
+                   shell=True, cwd=tmp_path, check=True)
+    assert re.fullmatch("[0-9a-f]{12}", process.environment("cpu")["commit"])
+    (tmp_path / "my_ppo.py").write_text("")
+    assert process.environment("cpu")["commit"].endswith(" with changes")
+    (tmp_path / "my_ppo.py").unlink()
+    (tmp_path / "ppo.py").write_text("edited = True\n")
+    assert process.environment("cpu")["commit"].endswith(" with changes")
 
 
 def test_the_next_command_says_all_that_the_next_stage_must_know(user_folder):
@@ -3105,7 +3116,7 @@ def test_a_reward_beside_our_scripts_may_import_them(empty_folder, tokenizer, mo
      "the reward gave 2 to each of 512 responses of the SFT policy"),
     ("nan", "return [float('nan')] * len(responses)",
      "the reward of a response of the SFT policy is nan; only finite numbers can be learned from"),
-    ("few", "return [1.0]", "gave back 1 numbers; it should give one for each"),
+    ("few", "return [1.0]", "returned 1 numbers; it should return one for each"),
     ("broken", "raise ValueError('no judge today')",
      "the reward function broken ended in the ValueError above")])
 def test_a_reward_that_cannot_be_used_stops_before_anything_is_written(name, body, message,
