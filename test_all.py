@@ -25,9 +25,9 @@ A test's name is the claim it checks.
     2610   What people copy
     2745   Any shapes, any values: what hypothesis finds by trying
     2922   The proof: a problem so small that every response can be listed
-    3979   The scripts, end to end at --config tiny
-    5723   The house: what holds for every file
-    5878   README.md and docs/
+    3980   The scripts, end to end at --config tiny
+    5724   The house: what holds for every file
+    5879   README.md and docs/
 """
 
 import ast
