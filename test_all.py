@@ -4144,7 +4144,7 @@ def test_an_update_wires_rollout_rewards_advantages_and_losses_together(finished
 def test_no_room_for_a_response_ends_at_once_with_both_numbers(script, changes, message,
                                                                finished_run):
     with pytest.raises(Stopped, match=message):
-        script.main(tiny_config(script, out="room", **changes))
+        script.main(tiny_config(script, out="no_room", **changes))
 
 
 def test_one_bad_stage_among_many_is_left_out_by_name(finished_run, tmp_path, monkeypatch, capsys):
@@ -4399,7 +4399,7 @@ def test_masking_the_shared_prefix_alone_changes_nothing_and_says_so(finished_ru
      "belongs to --loss sigmoid .cDPO. and robust, this is --loss ipo"),
     (dict(n_pairs=20, rounds=2), "less than one batch of 16 pairs"),
     (dict(n_pairs=5000), "asks for 5000 of the annotators' comparisons, .*reward_model has 960"),
-    (dict(n_eval=500), "500 held-out prompts are wanted .* and there are 197")])
+    (dict(n_eval=500), "--n_eval 500 .* asks for more held-out prompts than the 197 that")])
 def test_dpo_refuses_what_cannot_be(changes, message, finished_run):
     with pytest.raises(Stopped, match=message):
         dpo.main(tiny_config(dpo, out="refused", base="tiny", **changes))
@@ -4675,7 +4675,7 @@ def test_a_beta_in_the_loss_keeps_the_policy_at_the_reference(finished_run, no_p
 @pytest.mark.parametrize("changes, message", [
     (dict(batch_size=10, minibatch_size=2),
      "--batch_size 10 is not a multiple of --group_size 4; every group must be whole"),
-    (dict(minibatch_size=64), "--minibatch_size 64 does not divide --batch_size 32, .*; 32 does"),
+    (dict(minibatch_size=64), "--minibatch_size 64 does not divide --batch_size 32, .*; try 32"),
     (dict(group_size=1), "--group_size 1 leaves nothing to compare a response with, and "
                          "--advantage grpo compares"),
     (dict(reward="nowhere.py:f"), "but nowhere.py does not exist"),
@@ -4874,7 +4874,7 @@ def test_every_rung_of_a_ladder_is_evaluated(finished_run):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(minibatch_size=12), "--minibatch_size 12 does not divide --batch_size 16, .*; 8 does"),
+    (dict(minibatch_size=12), "--minibatch_size 12 does not divide --batch_size 16, .*; try 8"),
     (dict(fisher_rows=17), "--fisher_rows 17 is more than --batch_size 16"),
     (dict(variance_rows=8), "--batch_size 16 is not a multiple of 4 times --variance_rows 8")])
 def test_the_ladder_refuses_what_cannot_be(changes, message, finished_run):
