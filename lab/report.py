@@ -151,9 +151,9 @@ def curves(folder, panels):
                 axis.plot(*zip(*points), style, color=colour, linewidth=1.5, label=name)
                 drawn += [value for _, value in points]
         # A single spike, such as kl_old can have, would flatten the rest of its curve
-        if min(drawn) >= 0 and max(drawn) > 10 * statistics.median(drawn) > 0:
+        if min(drawn) > 0 and max(drawn) > 10 * statistics.median(drawn):
             axis.set_yscale("log")
-            unit = f"{unit}, log scale"
+            unit = f"{unit}, log scale" if unit else "log scale"
         axis.set(title=heading, xlabel="update", ylabel=unit)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
