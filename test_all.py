@@ -4144,7 +4144,7 @@ def test_an_update_wires_rollout_rewards_advantages_and_losses_together(finished
 def test_no_room_for_a_response_ends_at_once_with_both_numbers(script, changes, message,
                                                                finished_run):
     with pytest.raises(Stopped, match=message):
-        script.main(tiny_config(script, out="no_room", **changes))
+        script.main(tiny_config(script, out="too_long", **changes))
 
 
 def test_one_bad_stage_among_many_is_left_out_by_name(finished_run, tmp_path, monkeypatch, capsys):
