@@ -288,7 +288,9 @@ def read(prompt, response, finished=True):
     sentences = re.findall(r"[^.]*\.|[^.]+$", response)
     last = sentences[-1] if sentences else ""
     verdict = VERDICTS.get(last[1:]) if last.startswith(" ") else None
-    sentiment, broken, used = float(verdict or 0), 0, []
+    sentiment = float(verdict or 0)
+    broken = 0
+    used = []
     for sentence in sentences if verdict is None else sentences[:-1]:
         broken += not sentence_pattern(genre).fullmatch(sentence)
         terms = TERMS.findall(sentence)
