@@ -442,9 +442,9 @@ def encoded(cfg, tokenizer, block_size, notes, counts):
             prompt = next(ids)
             responses = [next(ids) + [eos_id] for _ in answers]
             if not prompt and cfg.text_prompt:
-                text = responses[0]
-                prompt = text[:cfg.text_prompt]
-                responses = [text[cfg.text_prompt:]]
+                whole = responses[0]
+                prompt = whole[:cfg.text_prompt]
+                responses = [whole[cfg.text_prompt:]]
                 prompt_text = tokenizer.decode_bytes(prompt)
             prompt = prompt or [eos_id]
             counts["prompts cut"] += len(prompt) > cfg.max_prompt_tokens
