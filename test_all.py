@@ -20,14 +20,14 @@ A test's name is the claim it checks.
     1584   dpo.py
     1785   grpo.py
     2303   policy_gradient.py
-    2380   frontier.py
-    2580   evaluate.py
-    2610   What people copy
-    2745   Any shapes, any values: what hypothesis finds by trying
-    2922   The proof: a problem so small that every response can be listed
-    3980   The scripts, end to end at --config tiny
-    5724   The house: what holds for every file
-    5879   README.md and docs/
+    2380   frontier.py, compare.py
+    2641   evaluate.py
+    2671   What people copy
+    2806   Any shapes, any values: what hypothesis finds by trying
+    2983   The proof: a problem so small that every response can be listed
+    4041   The scripts, end to end at --config tiny
+    5786   The house: what holds for every file
+    5941   README.md and docs/
 """
 
 import ast
@@ -2377,7 +2377,7 @@ def test_gradient_noise_is_the_trace_of_the_covariance_and_the_square_of_the_mea
 
 
 # --------------------------------------------------------------------------------------------------
-# frontier.py
+# frontier.py, compare.py
 
 def test_the_mixture_is_the_average_density_by_number_of_samples():
     logprobs = torch.randn(2, 3, 4, generator=seeded(), dtype=torch.float64)
@@ -2536,6 +2536,67 @@ def test_which_grpo_runs_aim_at_the_measured_optimum(aims, changes, few_samples)
     (policy_gradient, {"gamma": 0.9})])
 def test_runs_with_an_objective_of_their_own_get_no_fraction(script, changes, few_samples):
     assert objective_of(few_samples, script, **changes) is None
+
+
+def random_samples(n=(4, 3), P=5, T=6):
+    """Samples of two policies with random numbers in every field"""
+    generator = seeded(3)
+    N = sum(n)
+
+    def numbers(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    lengths = torch.randint(1, T, (P, N), generator=generator).double()
+    return compare.Samples(
+        prompts=[[1]] * P, names=["SFT", "PPO"], counts=list(n), asked=["x"] * P,
+        texts=[["y"] * N] * P, scores=numbers(P, N), logprobs=numbers(2, P, N) - 3,
+        entropy=numbers(P, N).abs() * lengths, lengths=lengths,
+        finished=(numbers(P, N) > 0).double(), gold=numbers(P, N),
+        grammatical=(numbers(P, N) > 0).double())
+
+
+@pytest.mark.parametrize("name, columns", [("SFT", range(4)), ("PPO", range(4, 7))])
+def test_measures_are_means_over_a_policys_own_responses(name, columns):
+    samples = random_samples()
+    means, errors = compare.measure(samples, name)
+    k = samples.names.index(name)
+    quantities = {
+        "score": samples.scores, "gold": samples.gold, "eos_rate": samples.finished,
+        "kl_ref": samples.logprobs[k] - samples.logprobs[0], "response_length": samples.lengths,
+        "grammatical": samples.grammatical}
+    assert means.keys() == {*quantities, "entropy"}
+    for metric, values in quantities.items():
+        by_prompt = [sum(row[i] for i in columns) / len(columns) for row in values.tolist()]
+        assert means[metric] == pytest.approx(np.mean(by_prompt)), metric
+        assert errors[metric] == pytest.approx(np.std(by_prompt, ddof=1) / 5 ** 0.5), metric
+    entropy = sum(samples.entropy[p, i].item() for p in range(5) for i in columns)
+    tokens = sum(samples.lengths[p, i].item() for p in range(5) for i in columns)
+    assert means["entropy"] == pytest.approx(entropy / tokens)               # a mean over tokens
+
+
+def test_the_error_of_the_fraction_is_the_standard_error_of_j():
+    """Over fresh responses to the same prompts J scatters as the formula says"""
+    samples = random_samples(n=(200, 40))
+    samples.logprobs[1] = samples.logprobs[0]                # KL 0, so J is the mean score
+    beta = 0.5
+    found = compare.fraction_of_optimum(samples, "PPO", beta)
+    start = samples.scores[:, :200].mean().item()
+    scores = samples.scores[:, 200:].tolist()
+    variance = sum(np.var(row, ddof=1) / 40 for row in scores) / 5 ** 2      # of the mean of means
+    gain = found["objective"] - start
+    assert found["standard_error"] == pytest.approx(variance ** 0.5 / gain)
+    assert found["fraction"] == pytest.approx((np.mean(scores) - start) / gain)
+
+
+def test_the_gain_in_gold_is_in_standard_deviations_of_sfts_gold(monkeypatch):
+    samples = random_samples()
+    monkeypatch.setattr(compare, "collect", lambda *args: samples)
+    text, results = compare.compare({"SFT": None, "PPO": None}, None, None, [[1]] * 5,
+                                    ppo.Config(n_samples=4))
+    sft_gold = samples.gold[:, :4].flatten().tolist()
+    gain = samples.gold[:, 4:].mean().item() - np.mean(sft_gold)
+    assert results["gold_gain"] == pytest.approx(gain / np.std(sft_gold))
+    assert f"{results['gold_gain']:+.2f} standard" in text
 
 
 def test_the_limit_table_marks_points_with_too_few_samples(listing):
@@ -4611,6 +4672,7 @@ def test_a_grpo_update_wires_groups_rewards_and_weights_together(kl_in, finished
         torch.testing.assert_close(rewards, expected)
 
         args, (loss, _) = calls["grpo_loss"][update]
+        assert log[update]["policy_loss"] == loss.item()
         logprobs, loss_old, loss_advantages, weights, *clip = args
         rows = [next(b for b in range(12) if torch.equal(old_logprobs[b], row))
                 for row in loss_old]
