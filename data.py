@@ -1,46 +1,40 @@
 """
-Text to tokens to tensors: the one shift, the one collate, tokenizers. Where texts come from: corpus.py.
+Batches: the one shift, the one collate, and the rows that a stage trains on.
 
     tokens   (B, T+1)   p0 p1 p2 r0 r1 EOS pad pad
     inputs   (B, T)     p0 p1 p2 r0 r1 EOS pad          tokens[:, :-1]
     targets  (B, T)     p1 p2 r0 r1 EOS pad pad         tokens[:, 1:]
     mask     (B, T)     0  0  1  1  1   0   0           1 where the target is a response token
 
-Tokenizers are tiktoken encodings, with the EOS's id as eot_token. Text never becomes that token or
-one of the other special ones. The tokenizer that a run uses is written as tokenizer.json beside its
-checkpoints, and its fingerprint is stored in each of them.
+    shift, collate              token lists to tensors
+    minibatches, microbatches   rows of a gradient step; its parts, if it does not fit into memory
+    Means                       means of metrics over such parts
+    prompts, demonstrations, comparisons    of the built-in task or --data, to train on and held out
 """
 
-import base64
 import functools
-import hashlib
-import json
-from pathlib import Path
 
-import tiktoken
 import torch
 
-import files
-import pretrained
-
-EOS = "<|endoftext|>"
-# How GPT-2 cuts text into words before it merges bytes within them
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
+import reviews
+from lab import corpus
+from lab.files import stop
+from lab.tokenizer import decode_response, encode_prompt, encode_texts
 
 # --------------------------------------------------------------------------------------------------
 # Tensors
 
 def shift(tokens):
-    """(B, T+1) tokens -> inputs (B, T), targets (B, T). The only place where anything is shifted."""
+    """(B, T+1) tokens -> inputs, targets, (B, T) each. The only place where anything is shifted."""
     return tokens[:, :-1], tokens[:, 1:]
 
 
 def collate(prompts, responses):
     """
-    Lists of token lists -> inputs, targets, mask, each (B, T), padded on the right with 0.
+    Lists of token lists -> inputs, targets, mask, each (B, T), padded on the right with 0
 
-    A response carries its own EOS, where it has one; all its tokens are in the mask, no prompt's is.
+    A response carries its own EOS, if it has one. The mask is 1 for all tokens of the responses and
+    0 for those of the prompts.
 
     >>> inputs, targets, mask = collate([[5, 6], [7]], [[8, 9], [9]])
     >>> inputs.tolist(), targets.tolist(), mask.tolist()
@@ -64,22 +58,38 @@ def collate(prompts, responses):
 
 
 def responses_of(tokens, mask):
-    """Collate's inverse for a rollout: tokens (B, T+1), mask (B, T) -> list of response token lists"""
+    """The inverse of collate for a rollout: tokens (B, T+1), mask (B, T) -> response token lists"""
     targets = shift(tokens)[1]
     return [row[m > 0].tolist() for row, m in zip(targets.cpu(), mask.cpu())]
 
 
+def texts_of(tokenizer, inputs, targets, mask):
+    """The rows of a batch -> prompts, responses, as texts without any EOS"""
+    prompts, responses = [], []
+    for row, chosen, m in zip(inputs.tolist(), targets.tolist(), (mask > 0).tolist()):
+        prompt = row[:m.index(True) + 1]
+        if prompt == [tokenizer.eot_token]:              # an empty prompt
+            prompt = []
+        response = [token for token, in_response in zip(chosen, m) if in_response]
+        prompts.append(tokenizer.decode(prompt))
+        responses.append(decode_response(tokenizer, response)[0])
+    return prompts, responses
+
+
 def met_eos(targets, mask, eos_id):
-    """Which rows' responses hold an EOS; one in the prompt does not count -> (B,) bool"""
+    """Whether each row's response has an EOS; one in the prompt does not count -> (B,) bool"""
     return ((targets == eos_id) & (mask > 0)).any(dim=1)
 
 
+# --------------------------------------------------------------------------------------------------
+# Batches of rows
+
 def batch_rows(n, batch_size, step, seed):
     """
-    Which of n rows make up batch number `step`, in a fresh order each epoch -> list of indices
+    The rows of batch number `step` out of n, in a fresh order each epoch -> list of indices
 
-    A function of the step alone, so that a resumed run has no cursor to lose. What is left over at
-    the end of an epoch is dropped.
+    It depends on the step alone, so a resumed run has no cursor to lose. What is left over at the
+    end of an epoch is dropped.
     """
     if not 1 <= batch_size <= n:
         raise ValueError(f"got batch size {batch_size} for {n} rows; it must be from 1 to {n}")
@@ -89,341 +99,175 @@ def batch_rows(n, batch_size, step, seed):
 
 @functools.lru_cache(maxsize=1)
 def epoch_order(n, seed, epoch):
-    """The order of n rows in an epoch -> list of indices; drawn once, not at each of its batches"""
+    """The order of n rows in an epoch -> list of indices; drawn once, not for each batch"""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(n, generator=generator).tolist()
 
 
-def parts(rows, n):
-    """Rows, a list or a tensor, in n parts of about one size; fewer where there are not as many rows"""
-    size = -(-len(rows) // n)
-    return [rows[i:i + size] for i in range(0, len(rows), size)]
-
-
 def draw(items, n, generator):
-    """n of the items, drawn alike with replacement."""
+    """n of the items, drawn uniformly with replacement"""
     return [items[i] for i in torch.randint(len(items), (n,), generator=generator).tolist()]
 
 
+def minibatches(n, size, epochs, generator):
+    """Rows 0 to n - 1 in random minibatches, a fresh order each epoch -> (size,) indices of each"""
+    for _ in range(epochs):
+        yield from torch.randperm(n, generator=generator).split(size)
+
+
+def microbatches(rows, n, weights=None):
+    """
+    Rows, a list or a tensor, in n parts of about one size -> (part, its share) of each
+
+    A loss that is a mean over the rows is the sum of share * loss over the parts, so the gradients
+    of these add up to that of the whole. If it is a mean over tokens, weights are the tokens of
+    each row: a list, or a tensor (R,).
+    """
+    size = -(-len(rows) // n)
+    weights = torch.ones(len(rows)) if weights is None else torch.as_tensor(weights)
+    for i in range(0, len(rows), size):
+        yield rows[i:i + size], weights[i:i + size].sum() / weights.sum()
+
+
+class Means:
+    """
+    Means of metrics over the parts of a minibatch and over the minibatches of an update
+
+        means.add(metrics, share)       # for every part; the shares of a minibatch sum to 1
+        means.add({"lr": lr})           # once a minibatch
+        means.result() -> {name: mean}
+    """
+
+    def __init__(self):
+        self.values = {}                                 # {name: [(value, share)]}
+
+    def add(self, metrics, share=1.0):
+        for name, value in metrics.items():
+            self.values.setdefault(name, []).append((value, share))      # .item() only at the end
+
+    def result(self):
+        means = {}
+        for name, values in self.values.items():
+            total = sum(float(share) for _, share in values)
+            means[name] = sum(float(share) * float(value) for value, share in values) / total
+        return means
+
+
 # --------------------------------------------------------------------------------------------------
-# Tokenizers
+# What the stages train on: sequences of token lists, train and held out
 
-def train_tokenizer(texts, vocab_size=1024):
-    """Byte-level BPE learned from texts -> tiktoken.Encoding; smaller if no more merges are left."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    every_byte = sorted(pre_tokenizers.ByteLevel.alphabet())     # so that any text can be encoded
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, initial_alphabet=every_byte, show_progress=False))
-    vocab = bpe.get_vocab()
-    return make_encoding("trained", vocab, {EOS: len(vocab)}, EOS)
+def built_in_prompts():
+    """The built-in task's prompts, as texts -> training prompts, held-out prompts"""
+    prompts = reviews.all_prompts()
+    held_out = [corpus.held_out(prompt.encode()) for prompt in prompts]
+    return ([prompt for prompt, held in zip(prompts, held_out) if not held],
+            [prompt for prompt, held in zip(prompts, held_out) if held])
 
 
-def gpt2_tokenizer(source=None):
-    """
-    GPT-2's encoding, or a byte-level BPE made like it: of a folder, or of a name on the hub
-
-    read from tokenizer.json, else vocab.json and merges.txt; by default tiktoken's own copy of
-    GPT-2's. A checkpoint of nanoGPT has GPT-2's, unless these files are beside it. Special tokens
-    have the ids that the files give them, and the files say which one is the EOS.
-    """
-    if source is None:
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except Exception as error:
-            raise ValueError("tiktoken could not fetch GPT-2's vocabulary, which needs the network "
-                             "once; give a folder that holds GPT-2's vocab.json and merges.txt "
-                             f"instead ({type(error).__name__}: {error})") from error
-    folder = Path(source)
-    if folder.is_file():                                 # tokenizer.json itself, or ckpt.pt
-        folder = folder.parent
-    if not folder.is_dir():
-        folder = pretrained.from_hub(source, ["*.json", "merges.txt"])
-    has_files = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-    if not has_files and pretrained.nanogpt(source):
-        rows = pretrained.read(source)[0].get("vocab_size", 0)
-        if rows < 50257:
-            raise ValueError(f"{source} has {rows} token ids, fewer than GPT-2's 50257, so it has "
-                             "a tokenizer of its own; name it with --tokenizer FOLDER. Characters "
-                             "in nanoGPT's meta.pkl are not read, since a pickle can run code")
-        return gpt2_tokenizer()
-    if not has_files and (folder / "meta.pkl").is_file():
-        raise ValueError(f"{folder}/meta.pkl lists characters for nanoGPT and is not read, since a "
-                         "pickle can run code; wanted tokenizer.json, or vocab.json and merges.txt")
-    vocab, merges, added = read_bpe(folder)
-    special, eos = special_tokens(folder, vocab, merges, added)
-    ordinary = {token: i for token, i in vocab.items() if token not in special}
-    parts = {part for merge in merges for part in merge}
-    if merges_of(ordinary) != merges or not parts <= ordinary.keys():
-        raise ValueError(f"{folder}: the vocabulary does not number the merges in their order, as "
-                         "GPT-2's does")
-    return make_encoding("gpt2", ordinary, special, eos)
+@functools.lru_cache(maxsize=1)
+def built_in_texts(n_texts, n_held_out, seed):
+    """Reviews by the grammar -> (prompts, responses) to train on, the same held out"""
+    train, held_out = built_in_prompts()
+    return reviews.sample(n_texts, seed, train), reviews.sample(n_held_out, seed + 1, held_out)
 
 
-def read_bpe(folder):
-    """
-    tokenizer.json, else vocab.json and merges.txt -> {token: id}, merges as pairs, added tokens
+def some_texts(cfg, n, n_held_out):
+    """Texts to train on, from which a tokenizer may be learned"""
+    if cfg.data == "reviews":
+        train, _ = built_in_texts(n, n_held_out, cfg.seed)
+        return [prompt + response for prompt, response in zip(*train)]
+    return corpus.some_texts(cfg.data, n)
 
-    What they ask for that is not computed here is refused by name.
-    """
-    settings = read_if_there(folder / "tokenizer_config.json")
-    refused = [name for name in ("add_prefix_space", "add_bos_token") if settings.get(name)]
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        content = pretrained.read_json(path)
-        model = content.get("model", {})
-        if model.get("type", "BPE") != "BPE" or "merges" not in model:
-            raise ValueError(f"{path} does not hold a byte-level BPE, which is what GPT-2 has")
-        refused += not_computed(content)
-        vocab, merges, added = model["vocab"], model["merges"], content.get("added_tokens") or []
+
+def demonstrations(cfg, tokenizer, block_size, n, n_held_out):
+    """-> train, held out, at most n and n_held_out: sequences of (prompt, better response)"""
+    if cfg.data == "reviews":
+        return [list(zip(*encode_texts(tokenizer, *texts)))
+                for texts in built_in_texts(n, n_held_out, cfg.seed)]
+    rows = corpus.rows_of(cfg, tokenizer, block_size)
+    if not rows.answered.any():
+        stop(f"--data {cfg.data} has prompts but no responses, so SFT has nothing to learn from. "
+             "Run sft.py on data with responses, --out NAME; then RL or evaluation on these "
+             "prompts, --base NAME")
+    train, held_out = rows.split(rows.answered)
+    read = lambda prompt, response, worse: (prompt, response)
+    return corpus.Part(rows, train[:n], read), corpus.Part(rows, held_out[:n_held_out], read)
+
+
+def comparisons(cfg, tokenizer, block_size, n, n_held_out):
+    """-> train, held out, at most so many of {prompt_ids, response_ids: [better, worse]}"""
+    rows = corpus.rows_of(cfg, tokenizer, block_size)
+    if not rows.compared.any():
+        stop_without_comparisons(cfg)
+    train, held_out = rows.split(rows.compared)
+    read = lambda prompt, *responses: {"prompt_ids": prompt, "response_ids": list(responses)}
+    return corpus.Part(rows, train[:n], read), corpus.Part(rows, held_out[:n_held_out], read)
+
+
+def prompts(cfg, tokenizer, block_size, n_eval=None):
+    """-> training prompts, held-out prompts (n_eval different ones, or all): token lists"""
+    if cfg.data == "reviews":
+        train, held_out = ([encode_prompt(tokenizer, prompt) for prompt in part]
+                           for part in built_in_prompts())
+        longest = max(map(len, train + held_out))
     else:
-        for name in ("vocab.json", "merges.txt"):
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder / name} is not there; a GPT-2 tokenizer folder has "
-                                 "vocab.json and merges.txt, or tokenizer.json")
-        vocab = pretrained.read_json(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [line for line in lines if line and not line.startswith("#version")]
-        listed = settings.get("added_tokens_decoder", {})
-        added = [token | {"id": int(i)} for i, token in listed.items()]
-        if not added:                                    # older folders have this file instead
-            listed = read_if_there(folder / "added_tokens.json")
-            added = [{"id": i, "content": token, "special": True} for token, i in listed.items()]
-    for token in added:
-        unlike = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
-        if not token.get("special"):
-            unlike.append("not special")
-        if unlike:
-            refused.append(f"the added token {token['content']!r} ({', '.join(unlike)})")
-    if refused:
-        raise ValueError(f"{folder} asks for what GPT-2's tokenizer does not do: "
-                         f"{', '.join(refused[:5])}; wanted plain byte-level BPE")
-    return vocab, [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges], added
+        rows = corpus.rows_of(cfg, tokenizer, block_size)
+        train, held_out = (corpus.Part(rows, part, lambda prompt, *responses: prompt)
+                           for part in rows.split(rows.first))
+        longest = cfg.max_prompt_tokens
+    check_room(cfg, longest, block_size)
+    if n_eval is None:
+        return train, held_out
+    check_n_eval(n_eval, len(held_out))
+    order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(cfg.seed))
+    return train, [held_out[i] for i in order[:n_eval].tolist()]
 
 
-def read_if_there(path):
-    return pretrained.read_json(path) if path.is_file() else {}
+def check_source(source, flag="--data"):
+    """Exit, before any work, unless this is the built-in task or can be a data set."""
+    if source != "reviews":
+        corpus.check_source(source, flag)
 
 
-def not_computed(content):
-    """What a tokenizer.json asks for that GPT-2's byte-level BPE does not do -> list of names"""
-    model, found = content["model"], []
-    for name in ("dropout", "unk_token", "byte_fallback", "ignore_merges",
-                 "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(name):
-            found.append(f"{name} {model[name]!r}")
-    for step in steps(content.get("normalizer")):
-        found.append(f"the normalizer {step['type']}")
-    for step in steps(content.get("post_processor")):
-        adds = any("SpecialToken" in part for part in step.get("single", []))
-        if adds or step["type"] not in ("ByteLevel", "TemplateProcessing"):
-            found.append(f"the post-processor {step['type']}, which adds tokens")
-    cuts = steps(content.get("pre_tokenizer"))
-    kinds = [step["type"] for step in cuts]
-    if kinds != ["ByteLevel"]:
-        found.append(f"the pre-tokenizer {' + '.join(kinds) or 'null'}")
-    elif cuts[0].get("add_prefix_space"):
-        found.append("add_prefix_space, a space before each text")
-    elif not cuts[0].get("use_regex", True):
-        found.append("use_regex false")
-    return found
+def check_comparisons(cfg):
+    """Exit, before any work, if the files of --data have no comparison."""
+    if cfg.data != "reviews" and not corpus.may_have_comparisons(cfg.data):
+        stop_without_comparisons(cfg)
 
 
-def steps(part):
-    """A part of a tokenizer.json, which is null, one step or a sequence -> list of steps"""
-    if not part:
-        return []
-    if part["type"] != "Sequence":
-        return [part]
-    inner = part.get("normalizers") or part.get("pretokenizers") or part.get("processors") or []
-    return [step for x in inner for step in steps(x)]
+def stop_without_comparisons(cfg):
+    stop(f"--data {cfg.data} has no comparisons, only rows with one response or none. A reward "
+         "model and DPO learn from a better and a worse response to a prompt (chosen, rejected); "
+         "without any, RL takes --reward path/to/file.py:function")
 
 
-def special_tokens(folder, vocab, merges, added):
-    """
-    The tokens that no text becomes -> {token: id}, and which of them is the EOS
-
-    They are the added ones, the EOS, and those with ids before the bytes', where nothing can be
-    merged yet. The tokenizer's files name the EOS; where they do not, the model's config does.
-    """
-    named = None
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = read_if_there(folder / name).get("eos_token")
-        named = named or (token.get("content") if isinstance(token, dict) else token)
-    end_ids = {}
-    for name in ("config.json", "generation_config.json"):
-        ids = read_if_there(folder / name).get("eos_token_id")
-        end_ids[name] = ids if isinstance(ids, list) else [ids]
-
-    special = {token["content"]: token["id"] for token in added}
-    alphabet = set(printable().values())
-    ordinary = alphabet | {left + right for left, right in merges}
-    first = min((i for token, i in vocab.items() if token in alphabet), default=0)
-    for token, i in vocab.items():
-        is_end = token in (named, EOS) or i in end_ids["config.json"]
-        if token not in ordinary and (i < first or is_end):
-            special.setdefault(token, i)
-    for token, i in special.items():
-        if token in ordinary or vocab.get(token, i) != i:
-            raise ValueError(f"{folder}: the special token {token!r} has a second id, or is a "
-                             "piece of ordinary text as well")
-
-    at = {i: token for token, i in special.items()}
-    eos = named or next((at[i] for i in end_ids["config.json"] if i in at), EOS)
-    if eos not in special:
-        if eos != EOS or (special and not named):
-            raise ValueError(f"{folder} does not say which of its special tokens ends a text: "
-                             f"wanted one of {', '.join(special)[:200] or 'none'} as eos_token in "
-                             f"tokenizer_config.json, got {named}")
-        special[EOS] = 1 + max(*vocab.values(), *special.values())
-    others = [f"{name} has eos_token_id {ids}" for name, ids in end_ids.items()
-              if ids != [None] and special[eos] not in ids]
-    if others:
-        print(f"note: the tokenizer in {folder} ends a text with {eos} (id {special[eos]}), "
-              f"{' and '.join(others)}; the tokenizer's is used")
-    return special, eos
+def check_n_eval(n_eval, n_held_out):
+    if n_eval > n_held_out:
+        stop(f"--n_eval {n_eval} (in sample.py --n) asks for more held-out prompts than the "
+             f"{n_held_out} that there are; lower it, or take more data")
 
 
-def printable():
-    """{byte: the character that byte-level BPE writes for it}"""
-    themselves = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in themselves]         # as chr(256 + i)
-    return {b: chr(b) for b in themselves} | {b: chr(256 + i) for i, b in enumerate(others)}
+def check_room(cfg, longest, block_size):
+    """Exit if the longest prompt and a response do not fit into what the model can read."""
+    if longest + cfg.max_new_tokens > block_size:
+        room = block_size - longest
+        lower = f"lower --max_new_tokens to {room}" if room > 0 else "shorten the prompts"
+        stop(f"prompts of up to {longest} tokens and --max_new_tokens {cfg.max_new_tokens} exceed "
+             f"the model's block_size {block_size}; {lower}, or train a model that reads more "
+             "(sft.py --block_size)")
 
 
-def make_encoding(name, vocab, special, eos):
-    """
-    {token in byte-level BPE's printable characters: id}, ids in merge order -> Encoding
-
-    special: {token: id}, of which eos is one. Ids that no token has become special tokens, since a
-    model may sample them.
-    """
-    to_byte = {character: byte for byte, character in printable().items()}
-    for token in vocab:
-        if not token or not set(token) <= to_byte.keys():
-            raise ValueError(f"the token {token!r} is not written in byte-level BPE's characters")
-    ranks = {bytes(to_byte[c] for c in token): i for token, i in vocab.items()}
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
-        raise ValueError(f"the vocabulary has no token for the byte {missing[0]}, so not every "
-                         "text could be encoded")
-    used = {*ranks.values(), *special.values()}
-    if max(used) >= 2 ** 20:
-        raise ValueError(f"the vocabulary has a token with the id {max(used)}; wanted ids below "
-                         f"{2 ** 20}")
-    unused = {f"<|unused {i}|>": i for i in range(max(used)) if i not in used}
-    return encoding(name, PATTERN, ranks, unused | special, special[eos])
+def check_minibatch(cfg):
+    """Exit unless the minibatch size divides the batch size."""
+    if cfg.batch_size % cfg.minibatch_size:
+        fits = max(n for n in range(1, min(cfg.minibatch_size, cfg.batch_size) + 1)
+                   if cfg.batch_size % n == 0)
+        stop(f"--minibatch_size {cfg.minibatch_size} does not divide --batch_size "
+             f"{cfg.batch_size}, so minibatches would differ in size; try {fits}")
 
 
-class Encoding(tiktoken.Encoding):
-    eot_token = None                         # the EOS's id; tiktoken's is always <|endoftext|>'s
-
-
-def encoding(name, pattern, ranks, special, eos_id):
-    """{token bytes: id} -> Encoding, which would end the program at two tokens with one id"""
-    if len({*ranks.values(), *special.values()}) < len(ranks) + len(special):
-        raise ValueError("the vocabulary has two tokens with one id")
-    made = Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    made.eot_token = eos_id
-    return made
-
-
-def merges_of(ranks):
-    """{token: rank} -> [(left, right)], in order: what each token of several bytes is made of"""
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:                            # as BPE would, with the merges of lower rank
-            pairs = [ranks.get(parts[i] + parts[i + 1], rank) for i in range(len(parts) - 1)]
-            i = pairs.index(min(pairs))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append(tuple(parts))
-    return merges
-
-
-def export_tokenizer(tokenizer, folder, pad=False):
-    """Write it for transformers' AutoTokenizer; with pad there is one more special token, the next id"""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    characters, ranks = printable(), tokenizer._mergeable_ranks
-    write = lambda token: "".join(characters[byte] for byte in token)
-    special = dict(tokenizer._special_tokens)
-    eos = next(token for token, i in special.items() if i == tokenizer.eot_token)
-    roles = {"bos_token": eos, "eos_token": eos}
-    if pad:
-        name = "<|pad|>" if "<|pad|>" not in special else f"<|pad {tokenizer.n_vocab}|>"
-        special[name] = tokenizer.n_vocab
-        roles["pad_token"] = name
-    vocab = {write(token): i for token, i in ranks.items()}
-    vocab |= special                                     # else they would get other ids
-    bpe = Tokenizer(models.BPE(vocab, [(write(a), write(b)) for a, b in merges_of(ranks)]))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens(list(special))
-    PreTrainedTokenizerFast(tokenizer_object=bpe, **roles).save_pretrained(folder)
-
-
-def fingerprint(tokenizer):
-    """A digest of all that decides how text becomes ids, and ids text."""
-    ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
-    content = (tokenizer._pat_str, ranks, tokenizer.eot_token)
-    if tokenizer._special_tokens != {EOS: tokenizer.eot_token}:  # else as in earlier checkpoints
-        content += (sorted(tokenizer._special_tokens.items()),)
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
-
-
-def save_tokenizer(tokenizer, folder):
-    ranks = {base64.b64encode(token).decode(): i for token, i in tokenizer._mergeable_ranks.items()}
-    content = {"name": tokenizer.name, "pattern": tokenizer._pat_str, "eos": tokenizer.eot_token,
-               "special": tokenizer._special_tokens, "ranks": ranks}
-    files.write(Path(folder) / "tokenizer.json", json.dumps(content))
-
-
-def load_tokenizer(folder):
-    path = Path(folder) / "tokenizer.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        ranks = {base64.b64decode(token): i for token, i in content["ranks"].items()}
-        special = content.get("special", {EOS: content["eos"]})  # earlier versions had this alone
-        if content["eos"] not in special.values():
-            raise ValueError("the EOS is not a special token")
-        return encoding(content["name"], content["pattern"], ranks, special, content["eos"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        files.stop(f"{path} cannot be read as a tokenizer ({type(error).__name__}); it stands beside every "
-                   f"checkpoint; {files.again(folder)}")
-
-
-def check_vocabulary(wanted, tokenizer, folder):
-    """Stops where a checkpoint's fingerprint is not that of the tokenizer it is used with."""
-    if wanted != fingerprint(tokenizer):
-        files.stop(f"{folder}/checkpoint.pt was trained with another vocabulary than the one it meets here; use "
-                   "stages of one run, or make this one again")
-
-
-def encode_prompt(tokenizer, text):
-    """Ids of a prompt; an empty one is [eos_id]. What looks like a special token is plain text."""
-    return tokenizer.encode_ordinary(text) or [tokenizer.eot_token]
-
-
-def encode_texts(tokenizer, prompts, responses):
-    """Texts -> prompts, responses as lists of token lists, the responses with their EOS"""
-    return ([encode_prompt(tokenizer, prompt) for prompt in prompts],
-            [tokenizer.encode_ordinary(text) + [tokenizer.eot_token] for text in responses])
-
-
-def decode_response(tokenizer, ids):
-    """Ids -> text without the EOS, whether there was one"""
-    finished = bool(ids) and ids[-1] == tokenizer.eot_token
-    return tokenizer.decode(ids[:-1] if finished else ids), finished
-
-
-def texts_of(tokenizer, inputs, targets, mask):
-    """A batch's rows -> prompts, responses as texts, without any EOS"""
-    prompts, responses = [], []
-    for row, chosen, m in zip(inputs.tolist(), targets.tolist(), (mask > 0).tolist()):
-        prompt, first = row[:m.index(True) + 1], [tokenizer.eot_token]       # an empty one is [eos_id]
-        prompts.append(tokenizer.decode([] if prompt == first else prompt))
-        responses.append(decode_response(tokenizer, [token for token, at in zip(chosen, m) if at])[0])
-    return prompts, responses
+def check_enough(n, batch_size, what):
+    """Exit if there is less than one batch to train on."""
+    if n < batch_size:
+        stop(f"there are {n} {what} to train on, less than one batch; lower --batch_size "
+             f"{batch_size} to that or less")

@@ -3,8 +3,8 @@ The models: one small GPT, shared by every stage.
 
     GPT                 GPT-2's architecture with its language-model head: actor and reference
     ScalarGPT           the same trunk with one number per position: reward model and critic
-    add_lora            train a low-rank change of the weights in place of the weights
-    reference_of        the policy as it stands, frozen
+    add_lora            train a low-rank change of the weights, not the weights themselves
+    reference_of        a frozen copy of a policy
 
     masked_mean         the mean that every loss and metric goes through
     token_logprobs      log pi(targets | inputs), computed only where the mask asks for it
@@ -18,9 +18,9 @@ There is one alignment, padded on the right only:
     targets  (B, T)     p1 p2 r0 r1 EOS pad pad         tokens[:, 1:]
     mask     (B, T)     0  0  1  1  1   0   0           1 where the target is a response token
 
-Column t means: having read inputs[:, :t+1], the policy chose targets[:, t]. What stands after a
-row's end is 0, a valid id that nothing reads: causal attention never looks right, so that no
-forward needs an attention mask or position ids, and the mask keeps it out of every mean.
+Column t means: having read inputs[:, :t+1], the policy chose targets[:, t]. Cells after a row's end
+hold 0, a valid id that nothing reads: causal attention never looks right, so no forward needs an
+attention mask or position ids, and the mask keeps these cells out of every mean.
 """
 
 import math
@@ -33,26 +33,26 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-import pretrained
+from lab import pretrained
 
-LORA_SCALE = 2.0                # alpha / r, by which a low-rank change is multiplied
-# The sampler's keys grow by a token each step. cuDNN's attention, which torch may prefer on new GPUs,
-# would build a plan for each of their lengths, some 30 ms a time.
+LORA_SCALE = 2.0                # alpha / r, which multiplies the low-rank change
+# The sampler's keys grow by a token each step. cuDNN's attention, which torch may prefer on new
+# GPUs, would build a plan for every length, at some 30 ms each.
 NO_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-LOGITS_AT_ONCE = 2 ** 26        # 256 MiB in fp32; more go through the output head one part at a time
+LOGITS_AT_ONCE = 2 ** 26        # 256 MiB in fp32; more are computed one part at a time
 
 
 @dataclass
 class GPTConfig:
     vocab_size: int = 50257
-    block_size: int = 1024     # the longest row of tokens that the model can read
+    block_size: int = 1024     # longest row of tokens that the model can read
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    dropout: float = 0.0       # for SFT; every later stage runs in eval mode, where it is off
-    dtype: str = "float32"     # of the blocks' matrix products; bfloat16 by autocast, weights stay in float32
-    checkpointing: bool = False         # compute blocks again in the backward pass: less memory, more time
-    activation: str = "gelu_tanh"       # GPT-2's approximation; or nanoGPT's, the exact gelu
+    dropout: float = 0.0       # in SFT only: every later stage runs in eval mode
+    dtype: str = "float32"     # matrix products of the blocks; bfloat16 by autocast
+    checkpointing: bool = False         # recompute blocks in the backward pass: less memory
+    activation: str = "gelu_tanh"       # GPT-2's approximation; nanoGPT has the exact gelu
 
 
 # --------------------------------------------------------------------------------------------------
@@ -74,22 +74,25 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         assert config.n_embd % config.n_head == 0, "n_embd must be a multiple of n_head"
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head = config.n_head
+        self.dropout = config.dropout
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache=None, positions=None, visible=None):
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)                               # (B, heads, T, C/heads)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)           # (B, heads, T, C/heads) each
         if positions is None:                            # whole rows, from column 0
             if cache is not None:
-                cache[0, :, :, :T], cache[1, :, :, :T] = k, v
+                cache[0, :, :, :T] = k
+                cache[1, :, :, :T] = v
             y = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
         else:                                            # one token a row, each at its own position
             rows = torch.arange(B, device=x.device)
-            cache[0, rows, :, positions], cache[1, rows, :, positions] = k[:, :, 0], v[:, :, 0]
+            cache[0, rows, :, positions] = k[:, :, 0]
+            cache[1, rows, :, positions] = v[:, :, 0]
             keys, values = cache[:, :, :, :visible.shape[-1]]
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -109,8 +112,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
-        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, *cache):
@@ -138,10 +143,11 @@ class Transformer(nn.Module):
 
     def forward(self, ids, caches=None, positions=None):
         """
-        caches, one (2, B, heads, width, C/heads) a layer, are filled with keys and values; with
-        positions (B,) as well, ids is one token a row, which reads them up to its own position.
+        caches, one (2, B, heads, width, C/heads) a layer, are filled with keys and values. With
+        positions (B,) too, ids is one token a row, which reads them up to its own position.
         """
-        T, visible = ids.shape[1], None
+        T = ids.shape[1]
+        visible = None
         if T > self.config.block_size:
             raise ValueError(f"got rows of {T} tokens, the model reads at most block_size = "
                              f"{self.config.block_size}")
@@ -162,12 +168,12 @@ class Transformer(nn.Module):
 
 
 def autocast(config, device):
-    """Matrix products in bfloat16 where config.dtype says so; the residual stream and the norms stay in float32"""
+    """bfloat16 matrix products if the config asks for them; residual stream and norms in float32"""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
 class GPT(nn.Module):
-    """`transformer` gives hidden states, `lm_head`, tied to the token embedding, their logits."""
+    """`transformer` gives hidden states; `lm_head`, tied to the token embedding, their logits."""
 
     def __init__(self, config):
         super().__init__()
@@ -175,7 +181,7 @@ class GPT(nn.Module):
         self.transformer = Transformer(config)
 
     def lm_head(self, hidden):
-        """In float32, also where the trunk computes in bfloat16: at logits of -100 that is off by half a nat"""
+        """Always in float32: at logits of -100, bfloat16 is off by half a nat."""
         return hidden @ self.transformer.wte.weight.T
 
     def forward(self, ids):
@@ -187,9 +193,9 @@ class GPT(nn.Module):
         """
         GPT-2 weights: a folder that transformers saved, its name on the hub, or nanoGPT's ckpt.pt
 
-        changes are fields of GPTConfig. With block_size or vocab_size only so many positions or
-        token ids are taken; more than there are is an error. So is a weight that is missing, has
-        no place here or a different shape.
+        changes are fields of GPTConfig. block_size and vocab_size take the first positions or token
+        ids; more than the weights have is an error. So is a weight that is missing, unknown, or of
+        a different shape.
         """
         theirs, weights = pretrained.read(source)
         nanogpt = theirs.get("model_type") == "nanogpt"
@@ -233,7 +239,7 @@ SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_
 
 
 def gpt2_like(theirs):
-    """A config.json -> GPTConfig. Keys that old files do not have yet are as in GPT-2."""
+    """A config.json -> GPTConfig. Keys that old files lack are as in GPT-2."""
     sizes = {SIZES[key]: value for key, value in theirs.items() if key in SIZES}
     computed = {
         "model_type": ["gpt2"], "activation_function": list(GELUS),
@@ -280,22 +286,26 @@ def transposed(weights):
 
 
 def gpt2_config(c, eos_id, **more):
+    """Our GPTConfig -> transformers' GPT2Config"""
     from transformers import GPT2Config
-    return GPT2Config(**{**dict(
-        vocab_size=c.vocab_size, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
-        resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=eos_id,
-        activation_function="gelu" if c.activation == "gelu" else "gelu_new",
-        eos_token_id=eos_id), **more})
+    activation = "gelu" if c.activation == "gelu" else "gelu_new"
+    config = GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_layer=c.n_layer,
+                        n_head=c.n_head, n_embd=c.n_embd, resid_pdrop=c.dropout,
+                        embd_pdrop=c.dropout, attn_pdrop=c.dropout, activation_function=activation,
+                        bos_token_id=eos_id, eos_token_id=eos_id)
+    config.update(more)
+    return config
 
 
 def copy_weights(weights, trunk):
     """Into a trunk, ours or transformers'; every name and shape must be the same"""
     target = trunk.state_dict()
-    missing, unknown = target.keys() - weights.keys(), weights.keys() - target.keys()
+    missing = sorted(target.keys() - weights.keys())
+    unknown = sorted(weights.keys() - target.keys())
     if missing or unknown:
         raise ValueError(f"the weights are not those of a GPT-2 of {len(trunk.h)} layers: missing "
-                         f"are {', '.join(sorted(missing)[:5]) or 'none'}; unknown are "
-                         f"{', '.join(sorted(unknown)[:5]) or 'none'}")
+                         f"are {', '.join(missing[:5]) or 'none'}; unknown are "
+                         f"{', '.join(unknown[:5]) or 'none'}")
     for name, weight in weights.items():
         if weight.shape != target[name].shape or not weight.is_floating_point():
             raise ValueError(f"{name}: got {tuple(weight.shape)} of {weight.dtype}, wanted "
@@ -309,7 +319,7 @@ class ScalarGPT(nn.Module):
 
     As a reward model its head starts at random with standard deviation 1 / sqrt(n_embd + 1), and
     gain and bias normalise its scores (Ziegler et al. 2019). As a critic its head starts at zero,
-    so that V = 0 at first.
+    so V = 0 at first.
     """
 
     def __init__(self, config, init_from=None, zero_head=False):
@@ -317,7 +327,8 @@ class ScalarGPT(nn.Module):
         self.config = config
         self.transformer = Transformer(config)
         self.head = nn.Linear(config.n_embd, 1)
-        nn.init.normal_(self.head.weight, std=0.0 if zero_head else 1 / math.sqrt(config.n_embd + 1))
+        std = 0.0 if zero_head else 1 / math.sqrt(config.n_embd + 1)
+        nn.init.normal_(self.head.weight, std=std)
         nn.init.zeros_(self.head.bias)
         self.register_buffer("gain", torch.tensor(1.0))
         self.register_buffer("bias", torch.tensor(0.0))
@@ -333,33 +344,38 @@ class ScalarGPT(nn.Module):
 
     def save_pretrained(self, folder, eos_id=None):
         """
-        Write config.json and model.safetensors for transformers' AutoModelForSequenceClassification, one label.
+        Write config.json and model.safetensors for AutoModelForSequenceClassification, one label.
 
-        That head is w.h alone, without gain or bias, where h = g n + d is the last layer norm's output. With
-        w = gain head.weight and d moved by (gain head.bias + bias) w / |w|^2 it gives the same number. It reads
-        the score before the first pad token, so there is one more token id than here, which is the pad.
+        Its head is w.h, without gain or bias; h = g n + d is the output of the last layer norm.
+        With w = gain head.weight and d moved by (gain head.bias + bias) w / |w|^2 it gives the same
+        number. It reads the score before the first pad token, so one more token id is the pad.
         """
         from transformers import GPT2ForSequenceClassification
-        vocab_size, weights = self.config.vocab_size, merged(self.transformer.state_dict())
-        w, constant = self.gain * self.head.weight, self.gain * self.head.bias + self.bias  # (1, C), (1,)
+        vocab_size = self.config.vocab_size
         theirs = GPT2ForSequenceClassification(gpt2_config(
-            self.config, eos_id, vocab_size=vocab_size + 1, pad_token_id=vocab_size, num_labels=1, reads_eos=True))
-        weights["ln_f.bias"] = weights["ln_f.bias"] + constant * w[0] / w.square().sum().clamp_min(1e-30)
-        weights["wte.weight"] = F.pad(weights["wte.weight"], (0, 0, 0, 1))                  # (V+1, C)
+            self.config, eos_id, vocab_size=vocab_size + 1, pad_token_id=vocab_size, num_labels=1,
+            reads_eos=True))
+        w = self.gain * self.head.weight                                     # (1, C)
+        constant = self.gain * self.head.bias + self.bias                    # (1,)
+        weights = merged(self.transformer.state_dict())
+        shift = constant * w[0] / w.square().sum().clamp_min(1e-30)          # (C,)
+        weights["ln_f.bias"] = weights["ln_f.bias"] + shift
+        weights["wte.weight"] = F.pad(weights["wte.weight"], (0, 0, 0, 1))   # (V+1, C)
         copy_weights(transposed(weights), theirs.transformer)
         theirs.score.weight.data.copy_(w)
         theirs.save_pretrained(folder)
 
 
 # --------------------------------------------------------------------------------------------------
-# LoRA: the weights stay as they are, and a low-rank change of them is trained
+# LoRA: the weights stay frozen, and a low-rank change of them is trained
 
 def add_lora(model, rank):
     """
-    Freeze the trunk and give each matrix of attention and MLP a trainable change B A of this rank; 0: none
+    Freeze the trunk; give each matrix of attention and MLP a trainable change B A of this rank
 
-    W x + LORA_SCALE B A x with A (r, n_in) Gaussian and B (n_out, r) zero, so that nothing changes at first
-    (Hu et al. 2021, section 4.1). A head on the trunk stays trainable. -> the same model
+    W x + LORA_SCALE B A x, with A (r, n_in) Gaussian and B (n_out, r) zero, so nothing changes at
+    first (Hu et al. 2021, section 4.1). A head on the trunk stays trainable. Rank 0 does nothing.
+    -> the same model
     """
     if rank == 0:
         return model
@@ -374,7 +390,7 @@ def add_lora(model, rank):
 
 
 def merged(weights):
-    """A state_dict with each low-rank change added to the weight that it belongs to"""
+    """A state_dict with every low-rank change added to its weight"""
     weights = dict(weights)
     for name in [name for name in weights if name.endswith("lora_a")]:
         stem = name.removesuffix("lora_a")
@@ -385,8 +401,9 @@ def merged(weights):
 
 def reference_of(policy):
     """
-    The policy as it stands, frozen: a copy of its weights. A policy that has just been given LoRA will never
-    change its own, so that its reference is made of the same tensors and costs no memory.
+    A frozen copy of a policy
+
+    With LoRA the base weights never change, so the reference shares them and costs no memory.
     """
     weights = policy.state_dict()
     frozen = any(name.endswith("lora_a") for name in weights)
@@ -398,7 +415,7 @@ def reference_of(policy):
 
 
 def trained(model):
-    """The parameters that an optimizer is to see: all, or with LoRA those of the change and of a head"""
+    """The parameters to optimise: all, or with LoRA the change and a head"""
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -407,7 +424,7 @@ def trained(model):
 
 def masked_mean(x, mask):
     """
-    sum(x mask) / sum(mask) -> 0-d; the mask may hold fractional weights, but not only zeros
+    sum(x mask) / sum(mask) -> 0-d; the mask may hold fractional weights, but not zeros only
 
     >>> masked_mean(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[1.0, 1.0, 0.0]]))
     tensor(1.5000)
@@ -422,17 +439,18 @@ def token_logprobs(policy, inputs, targets, mask, temperature=1.0, return_entrop
     """
     log pi(targets[:, t] | inputs[:, :t+1]) -> (B, T), 0 where the mask is 0
 
-    pi is the softmax of logits / temperature over the whole vocabulary, from which `generate`
-    samples, in fp32 whatever the model computes in. Only masked columns go through the output head, and
-    no more of them at once than make LOGITS_AT_ONCE logits; the backward pass then computes each part again.
-    With return_entropy also the entropy of pi in nats -> (B, T). Both carry gradients.
+    pi is the softmax of logits / temperature over the whole vocabulary, the distribution that
+    `generate` samples from, in fp32. Only masked columns go through the output head. If they make
+    more than LOGITS_AT_ONCE logits they go in parts, which the backward pass computes again. With
+    return_entropy also the entropy of pi in nats -> (B, T). Both carry gradients.
     """
     if temperature <= 0:
         raise ValueError(f"got temperature {temperature}; log-probabilities want one above 0")
-    at = mask > 0                                                            # (B, T)
-    hidden, chosen = policy.transformer(inputs)[at], targets[at]             # (N, C), (N,)
+    in_response = mask > 0                                                   # (B, T)
+    hidden = policy.transformer(inputs)[in_response]                         # (N, C)
+    chosen = targets[in_response]                                            # (N,)
 
-    def of_some(hidden, chosen):
+    def of_part(hidden, chosen):
         logits = policy.lm_head(hidden).float() / temperature                # (n, V)
         logprobs = -F.cross_entropy(logits, chosen, reduction="none")        # (n,)
         if not return_entropy:
@@ -442,12 +460,15 @@ def token_logprobs(policy, inputs, targets, mask, temperature=1.0, return_entrop
 
     rows = max(1, LOGITS_AT_ONCE // policy.config.vocab_size)
     parts = list(zip(hidden.split(rows), chosen.split(rows)))
-    again = len(parts) > 1 and torch.is_grad_enabled()
-    computed = [checkpoint(of_some, *part, use_reentrant=False) if again else of_some(*part) for part in parts]
+    if len(parts) > 1 and torch.is_grad_enabled():
+        computed = [checkpoint(of_part, *part, use_reentrant=False) for part in parts]
+    else:
+        computed = [of_part(*part) for part in parts]
     results = []
     for x in zip(*computed):
-        results.append(torch.zeros(mask.shape, device=mask.device))          # (B, T)
-        results[-1][at] = torch.cat(x)
+        result = torch.zeros(mask.shape, device=mask.device)                 # (B, T)
+        result[in_response] = torch.cat(x)
+        results.append(result)
     return tuple(results) if return_entropy else results[0]
 
 
@@ -455,8 +476,7 @@ def sequence_scores(reward_model, inputs, targets, mask):
     """
     The reward model's number in the state after each row's last response token -> (B,)
 
-    That state has read the last masked target, so it stands one column further, on the tokens
-    before they were shifted.
+    That state has read the last masked target, so it is one column further on, in unshifted tokens.
     """
     tokens = torch.cat([inputs, targets[:, -1:]], dim=1)                     # (B, T+1)
     columns = torch.arange(1, tokens.shape[1], device=mask.device)           # of targets, in tokens
@@ -473,16 +493,17 @@ def generate(policy, prompts, max_new_tokens, eos_id, temperature=1.0, generator
     """
     Sample a response to each prompt -> tokens (B, T+1), mask (B, T), aligned as drawn above
 
-    prompts are lists of token ids of any lengths, an empty one becoming [eos_id]. A response ends
-    with EOS, or after max_new_tokens without. Sampling is by temperature alone, so that what is
-    sampled from is what `token_logprobs` returns; temperature 0 takes the likeliest token.
+    prompts are lists of token ids of any lengths; an empty one becomes [eos_id]. A response ends
+    with EOS, or without it after max_new_tokens. Only the temperature shapes the distribution, so
+    it is the one that `token_logprobs` scores. Temperature 0 takes the likeliest token.
 
-    Uniforms (B, max_new_tokens) are drawn once from `generator`, and tokens come by inverse CDF: a
-    row's sample depends neither on the other rows nor on when finished rows are dropped.
+    Uniforms (B, max_new_tokens) are drawn once from `generator`, and tokens come by inverse CDF. So
+    a row's sample depends neither on the other rows nor on when finished rows are dropped.
     """
     device = policy.transformer.wte.weight.device
     prompts = [list(prompt) or [eos_id] for prompt in prompts]
-    B, longest = len(prompts), max(map(len, prompts))
+    B = len(prompts)
+    longest = max(map(len, prompts))
     width = longest + max_new_tokens
     if width > policy.config.block_size:
         raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed "
@@ -491,10 +512,10 @@ def generate(policy, prompts, max_new_tokens, eos_id, temperature=1.0, generator
     uniforms = torch.rand(B, max_new_tokens, generator=generator).to(device)
     tokens = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)         # (B,)
-    ends = lengths + max_new_tokens                                          # (B,) past the last token
+    ends = lengths + max_new_tokens                                          # (B,) past the last
 
-    # Prefill: all prompts at once, padded on the right. What the padding leaves in the caches is
-    # never seen: a row sees columns up to its own position only, and its new tokens overwrite them.
+    # Prefill: all prompts at once, padded on the right. Nothing ever reads what the padding leaves
+    # in the caches: a row sees columns up to its own position, and its new tokens overwrite them.
     # Zeros, not uninitialised memory: a masked key still enters the product, and 0 * nan is nan.
     c = policy.config
     dtype = torch.bfloat16 if c.dtype == "bfloat16" else policy.transformer.wte.weight.dtype
@@ -515,7 +536,7 @@ def generate(policy, prompts, max_new_tokens, eos_id, temperature=1.0, generator
             break
         if running <= 0.75 * len(rows):                  # drop finished rows a quarter at a time
             caches = [cache[:, ~done] for cache in caches]
-            rows, positions, new, done = (x[~done] for x in (rows, positions, new, done))
+            rows, positions, new, done = [x[~done] for x in (rows, positions, new, done)]
         hidden = policy.transformer(new[:, None], caches, positions)[:, 0]
 
     tokens = tokens[:, :max(int(ends.max()), 2)]
@@ -529,5 +550,5 @@ def pick(logits, temperature, uniforms):
         return logits.argmax(dim=-1)
     cumulative = (logits.float() / temperature).softmax(dim=-1).cumsum(dim=-1)              # (B, V)
     level = uniforms[:, None] * cumulative[:, -1:]       # the sum may miss 1 by rounding
-    return torch.searchsorted(cumulative, level, right=True).squeeze(1).clamp_max(
-        logits.shape[-1] - 1)
+    new = torch.searchsorted(cumulative, level, right=True).squeeze(1)       # (B,)
+    return new.clamp_max(logits.shape[-1] - 1)

@@ -6,9 +6,9 @@ actor pi_theta and the frozen reference pi_ref start as the SFT policy, the rewa
 frozen, the critic V_psi has its own trunk and a head that starts at zero. A step of the decision
 process is one response token: s_t = prompt and y_<t, a_t = y_t. Every update does this:
 
-    1. roll out     responses y ~ pi_old, the actor as it stands, to a batch of prompts x
-    2. score        r_phi(x, y) on the sampled ids; a fixed low score where there is no EOS
-    3. logprobs     log pi_old, log pi_ref and V_old of every token, by the training forward
+    1. roll out     responses y ~ pi_old, the current actor, to a batch of prompts x
+    2. score        r_phi(x, y) on the sampled ids; a fixed low score if there is no EOS
+    3. logprobs     log pi_old, log pi_ref and V_old of every token, by the training forward pass
     4. rewards      R_t = - beta (log pi_old - log pi_ref)(a_t | s_t), plus r_phi at the last token
                     (Ziegler et al. 2019, equation 2)
     5. advantages   A_t = sum_l (gamma lambda)^l delta_{t+l},  delta_t = R_t + gamma V_{t+1} - V_t
@@ -17,15 +17,16 @@ process is one response token: s_t = prompt and y_<t, a_t = y_t. Every update do
                     Actor: - mean min(rho A, clip(rho, 1 - eps, 1 + eps) A)
                     (Schulman et al. 2017, equation 7), or - mean (rho A - coef KL(pi_old,
                     pi_theta)) (equation 8). Critic: 0.5 mean max((V - G)^2, (V_clipped - G)^2)
-    7. control      beta follows kl_ref, the KL to the reference; coef kl_old, the KL to pi_old
+    7. control      beta follows kl_ref, the KL to the reference; coef follows kl_old, to pi_old
     8. log          one line
 
-With --ptx_coef the actor's loss has besides  coef times the SFT loss on a stream of texts, which keeps them likely:
-PPO-ptx (Ouyang et al. 2022, equation 2). With --ema an average of the actor's weights is kept beside it.
+--ptx_coef adds coef times the SFT loss on a stream of texts to the actor's loss, so that the policy
+does not forget them: PPO-ptx (Ouyang et al. 2022, equation 2). --ema keeps an average of the
+actor's weights.
 
 Departures from Ziegler et al. and their code: the critic is a model of its own with its own
-learning rate, responses end at EOS, rewards are not whitened (--whiten_rewards 1), one epoch for
-their four, lambda 1 for 0.95, and a horizon of the KL controller that suits a run of minutes.
+learning rate, responses end at EOS, rewards are not whitened (--whiten_rewards 1), one epoch
+instead of four, lambda 1 instead of 0.95, and a shorter KL horizon, because runs take minutes.
 
     python ppo.py --config small
         -> out/small/ppo: checkpoint.pt, log.jsonl, curves.png, report.txt
@@ -37,72 +38,58 @@ from typing import Literal
 
 import torch
 
-import corpus
 import data
-import experiment
-import files
-import frontier
-import options
-import scoring
 import sft
+from compare import compare, true_utility
+from lab.run import Run, ensure, launch, learning_rate, self_contained, set_learning_rate, stop
 from model import ScalarGPT, add_lora, generate, masked_mean, reference_of, token_logprobs, trained
+from presets import presets_of
+from reward import REWARD_HINT, Rewarded, check_reward, load_reward
 
 
 @dataclass
-class Config(scoring.Rewarded):          # which adds --reward and what is done to its scores
+class Config(Rewarded):              # Rewarded adds --reward and the options for its scores
     steps: int = 80                 # updates, each on fresh responses
     batch_size: int = 128           # responses per update
     minibatch_size: int = 32        # responses per gradient step
     epochs: int = 1                 # passes over the responses of an update
-    temperature: float = 1.0        # of the policy, where it samples and where it is scored
+    temperature: float = 1.0        # sampling temperature, also applied when scoring
     whiten_rewards: bool = False    # scale rewards to unit variance, mean kept
     kl_control: Literal["proportional", "fixed"] = "proportional"   # whether beta follows kl_ref
-    beta: float = 0.4               # strength of the KL to the reference, at first
+    beta: float = 0.4               # initial strength of the KL to the reference
     kl_target: float = 3.0          # nats per response that beta steers to
     kl_horizon: float = 640.0       # in responses: the smaller, the faster beta moves
     kl_bound: float = 25.0          # nats per response above which to warn
     gamma: float = 1.0              # discount
     lam: float = 1.0                # lambda of GAE
     critic_init: Literal["rm", "sft"] = "rm"                        # trunk of the critic
-    critic_warmup: int = 0          # updates at first in which the critic alone learns
+    critic_warmup: int = 0          # first updates that train only the critic
     critic_target: Literal["gae", "td", "mc", "score"] = "gae"      # what the critic predicts
     surrogate: Literal["clip", "kl_penalty"] = "clip"               # loss of the actor
-    clip_eps: float = 0.2           # of the ratio, for surrogate clip
-    kl_penalty_coef: float = 1.0    # at first, for surrogate kl_penalty
-    kl_old_target: float = 0.002    # nats per token, for surrogate kl_penalty
+    clip_eps: float = 0.2           # clip range of the ratio, with surrogate clip
+    kl_penalty_coef: float = 1.0    # initial coefficient, with surrogate kl_penalty
+    kl_old_target: float = 0.002    # nats per token, with surrogate kl_penalty
     value_clip_eps: float = 0.2     # clips the critic's change in an update; 0 turns it off
     entropy_coef: float = 0.0       # entropy bonus
-    ptx_coef: float = 0.0           # of the SFT loss on other texts, added to the actor's: PPO-ptx
-    ptx_data: str = ""              # those texts, as --data, often a .txt; by default --data itself
-    ema: float = 0.0                # share that an average of the actor's weights keeps at each update; 0: none
-    lr: float = 7e-4                # AdamW's learning rate at its peak, actor
-    critic_lr: float = 1e-3         # the same for the critic
+    ptx_coef: float = 0.0           # PPO-ptx: weight of the SFT loss in the actor's loss
+    ptx_data: str = ""              # PPO-ptx: texts, as --data, often a .txt; default: --data
+    ema: float = 0.0                # decay of an average of the actor's weights; 0: no average
+    lr: float = 7e-4                # actor's AdamW learning rate at its peak
+    critic_lr: float = 1e-3         # critic's AdamW learning rate at its peak
     warmup: int = 2                 # updates of linear warm-up, then linear decay
-    lr_floor: float = 0.02          # to this share of the peak
+    lr_floor: float = 0.02          # final learning rates, as a share of the peak
     grad_clip: float = 1.0          # largest gradient norm, actor and critic each
-    n_eval: int = 64                # held-out prompts for the final comparison
-    n_samples: int = 32             # responses to each of them, from SFT and from PPO
-
-
-PRESETS = {
-    "small": dict(save_every=20),
-    "tiny": dict(steps=8, batch_size=32, minibatch_size=16, lr=2e-3, n_eval=16, n_samples=16, save_every=3),
-    "gpt2": dict(steps=400, batch_size=128, minibatch_size=32, lr=3e-6, critic_lr=1e-5, warmup=10, lam=0.95, beta=0.05,
-                 kl_target=6.0, kl_horizon=10000.0, n_samples=4, save_every=20),
-    "imdb": dict(steps=400, batch_size=256, minibatch_size=64, epochs=4, lr=1.4e-5, critic_lr=1.4e-5, warmup=5, lam=0.95,
-                 beta=0.2, kl_target=6.0, kl_horizon=10000.0, missing_eos_score=None, critic_init="sft",
-                 reward="lvwerra/distilbert-imdb", n_samples=8, save_every=20),
-    "tldr": dict(steps=400, batch_size=128, minibatch_size=32, epochs=4, lr=3e-6, critic_lr=3e-6, lam=0.95, beta=0.05,
-                 kl_control="fixed", temperature=0.7, missing_eos_score=-1.0, n_samples=4, save_every=20),
-}
-Config.presets = PRESETS
+    n_eval: int = 64                # held-out prompts in the final comparison
+    n_samples: int = 32             # responses to each of them, per policy
+    save_every: int = 20            # updates between checkpoints; Ctrl-C saves at any time
+    presets = presets_of("ppo")
 
 
 # --------------------------------------------------------------------------------------------------
 # The maths. Everything is (B, T) in the one alignment: column t is the choice of targets[:, t].
 
 def whiten(x, mask, shift_mean=True):
-    """(x - mean) / std over masked cells, population variance, 0 elsewhere; or with the mean kept"""
+    """(x - mean) / std over masked cells, population variance, 0 elsewhere; or keep the mean"""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
@@ -111,11 +98,11 @@ def whiten(x, mask, shift_mean=True):
 
 def kl_estimate(logprobs, ref_logprobs, kind="k1"):
     """
-    Estimates of KL(pi, pi_ref) at each token that was sampled from pi; d = logprobs - ref_logprobs.
+    Estimates of KL(pi, pi_ref) at each token that was sampled from pi; d = logprobs - ref_logprobs
 
     k1   d                  unbiased, negative at times
     k2   d^2 / 2            biased, small variance
-    k3   exp(-d) - 1 + d    unbiased, never negative        (Schulman 2020, joschu.net/blog/kl-approx)
+    k3   exp(-d) - 1 + d    unbiased, never negative    (Schulman 2020, joschu.net/blog/kl-approx)
     """
     d = logprobs - ref_logprobs
     if kind == "k1":
@@ -129,7 +116,7 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 
 def shape_rewards(scores, logprobs, ref_logprobs, mask, beta):
     """
-    R_t = - beta (logprobs - ref_logprobs), plus the score at the last response token.
+    R_t = - beta (logprobs - ref_logprobs), plus the score at the last response token
 
     Ziegler et al. 2019, equation 2. scores is (B,). No gradient passes: a reward is a number.
 
@@ -154,29 +141,29 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     >>> gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), torch.ones(1, 2), lam=0.5)[0]
     tensor([[0.2500, 0.5000]])
     """
-    at = (mask > 0).to(values.dtype)
+    in_response = (mask > 0).to(values.dtype)
     advantages = torch.zeros_like(values)
     next_advantage = next_value = torch.zeros_like(values[:, 0])             # (B,)
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = (delta + gamma * lam * next_advantage) * at[:, t]
-        next_value = values[:, t] * at[:, t]
+        next_advantage = (delta + gamma * lam * next_advantage) * in_response[:, t]
+        next_value = values[:, t] * in_response[:, t]
         advantages[:, t] = next_advantage
-    return advantages, (advantages + values) * at
+    return advantages, (advantages + values) * in_response
 
 
 def critic_targets(rewards, values, scores, mask, kind="gae", gamma=1.0, lam=0.95):
     """
-    What the critic should say at each response token.
+    The critic's target at each response token
 
     gae     A_t + V_t, the lambda-return  G_t = R_t + gamma ((1 - lam) V_{t+1} + lam G_{t+1})
     td      R_t + gamma V_{t+1}, which is lam = 0
     mc      sum_l gamma^l R_{t+l}, the discounted reward-to-go, which is lam = 1
     score   the score at every token, without any KL
     """
-    at = (mask > 0).to(values.dtype)
+    in_response = (mask > 0).to(values.dtype)
     if kind == "score":
-        return scores[:, None] * at
+        return scores[:, None] * in_response
     if kind not in ("gae", "td", "mc"):
         raise ValueError(f"got kind {kind!r}; it is gae, td, mc or score")
     lam = {"gae": lam, "td": 0.0, "mc": 1.0}[kind]
@@ -184,8 +171,8 @@ def critic_targets(rewards, values, scores, mask, kind="gae", gamma=1.0, lam=0.9
     next_target = next_value = torch.zeros_like(values[:, 0])                # (B,)
     for t in reversed(range(values.shape[1])):
         follows = (1 - lam) * next_value + lam * next_target
-        next_target = (rewards[:, t] + gamma * follows) * at[:, t]
-        next_value = values[:, t] * at[:, t]
+        next_target = (rewards[:, t] + gamma * follows) * in_response[:, t]
+        next_value = values[:, t] * in_response[:, t]
         targets[:, t] = next_target
     return targets
 
@@ -195,7 +182,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2):
     - mean of min(rho A, clip(rho, 1 - eps, 1 + eps) A),   rho = exp(logprobs - old_logprobs)
 
     Schulman et al. 2017, equation 7. Where the clip decides, the gradient is 0. log rho is capped
-    at 20, as in verl and OpenRLHF: where rho overflows, that 0 would be inf * 0.
+    at 20, as in verl and OpenRLHF: if rho overflowed, that 0 would be inf * 0.
     -> loss, {policy_loss, clip_fraction: share of tokens where the clip decides, ratio: mean rho}
     """
     ratio = torch.exp((logprobs - old_logprobs).clamp(max=20.0))
@@ -210,7 +197,7 @@ def kl_penalty_loss(logprobs, old_logprobs, advantages, mask, coef):
     """
     - mean of rho A - coef KL(pi_old, pi_theta),   the KL by k3 on tokens that pi_old sampled
 
-    Schulman et al. 2017, equation 8. -> loss, metrics as policy_loss; nothing is clipped
+    Schulman et al. 2017, equation 8. Nothing is clipped. -> loss, the same metrics as policy_loss
     """
     log_ratio = logprobs - old_logprobs
     ratio = torch.exp(log_ratio)
@@ -222,9 +209,9 @@ def kl_penalty_loss(logprobs, old_logprobs, advantages, mask, coef):
 
 def value_loss(values, old_values, returns, mask, clip_eps=0.2):
     """
-    0.5 mean of max((V - G)^2, (V_old + clip(V - V_old, -eps, eps) - G)^2); eps 0 leaves out the clip
+    0.5 mean of max((V - G)^2, (V_old + clip(V - V_old, -eps, eps) - G)^2); eps 0: no clip
 
-    -> loss, {value_loss, value_clip_fraction: share of tokens where the clipped error is the larger}
+    -> loss, {value_loss, value_clip_fraction: share of tokens where the clipped error is larger}
     """
     errors = (values - returns) ** 2
     change = (values - old_values).clamp(-clip_eps, clip_eps)
@@ -235,7 +222,7 @@ def value_loss(values, old_values, returns, mask, clip_eps=0.2):
 
 
 def explained_variance(values, returns, mask):
-    """1 - Var(G - V) / Var(G): 1 for a perfect critic, 0 for one no better than a constant -> 0-d"""
+    """1 - Var(G - V) / Var(G): 1 for a perfect critic, 0 for a constant one -> 0-d"""
     def variance(x):
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
     return 1 - variance(returns - values) / variance(returns).clamp_min(1e-8)
@@ -245,14 +232,16 @@ class ProportionalKL:
     """
     beta *= 1 + clip(KL / target - 1, -0.2, 0.2) n / horizon
 
-    Ziegler et al. 2019, section 2.2, with the gain n / horizon of their code for the paper's K_beta.
-    update takes nats per response against the reference, not per token, and the number of responses.
-    beta stays within a factor BOUND of where it started: from 0 it could never return.
+    Ziegler et al. 2019, section 2.2; the gain n / horizon is from their code, K_beta in the paper.
+    update takes the KL to the reference in nats per response, not per token, and the number of
+    responses. beta stays within a factor BOUND of its start: from 0 it could never return.
     """
     BOUND = 1e4
 
     def __init__(self, beta, target, horizon):
-        self.beta, self.target, self.horizon = beta, target, horizon
+        self.beta = beta
+        self.target = target                             # nats per response
+        self.horizon = horizon                           # responses
         self.low, self.high = beta / self.BOUND, beta * self.BOUND
 
     def update(self, kl_per_sequence, n):
@@ -269,14 +258,15 @@ class ProportionalKL:
 
 class ThresholdKL:
     """
-    coef doubles where KL(pi_old, pi_theta) after an update is above 1.5 target, and halves where it
-    is below target / 1.5    (Schulman et al. 2017, section 4). kl_old is in nats per token.
-    coef stays within a factor BOUND of where it started: ten doublings end any quiet spell.
+    coef doubles if KL(pi_old, pi_theta) after an update is above 1.5 target, and halves if it is
+    below target / 1.5    (Schulman et al. 2017, section 4). kl_old is in nats per token.
+    coef stays within a factor BOUND of its start: ten doublings undo the longest quiet spell.
     """
     BOUND = 1024
 
     def __init__(self, coef, target):
-        self.coef, self.target = coef, target
+        self.coef = coef
+        self.target = target                             # nats per token
         self.low, self.high = coef / self.BOUND, coef * self.BOUND
 
     def update(self, kl_old):
@@ -294,23 +284,24 @@ class ThresholdKL:
 
 
 @torch.no_grad()
-def move_average(average, model, share):
-    """average <- share * average + (1 - share) * model, of every weight that is trained; of LoRA's A and B each"""
+def move_average(average, model, decay):
+    """average <- decay * average + (1 - decay) * model, for every trained weight (LoRA: A and B)"""
     for mean, weight in zip(average.parameters(), model.parameters()):
         if weight.requires_grad:
-            mean.lerp_(weight, 1 - share)
+            mean.lerp_(weight, 1 - decay)
 
 
-def add_ptx_gradient(actor, texts, coef, parts):
+def add_ptx_gradient(actor, texts, coef, accumulation):
     """
-    Adds the gradient of  - coef mean over response tokens of log pi  on (prompt, response) rows -> the mean, 0-d
+    Add the gradient of  - coef mean over response tokens of log pi  on (prompt, response) rows
 
-    The last term of Ouyang et al. 2022, equation 2; computed in parts, as in the policy loss.
+    The last term of Ouyang et al. 2022, equation 2. -> the mean, 0-d
     """
-    device, n_tokens = actor.transformer.wte.weight.device, sum(len(response) for _, response in texts)
+    device = next(actor.parameters()).device
+    n_tokens = sum(len(response) for _, response in texts)
     total = 0.0
-    for rows in data.parts(texts, parts):
-        inputs, targets, mask = (t.to(device) for t in data.collate(*zip(*rows)))           # (b, T) each
+    for part, _ in data.microbatches(texts, accumulation):
+        inputs, targets, mask = (t.to(device) for t in data.collate(*zip(*part)))           # (b, T)
         loss = -token_logprobs(actor, inputs, targets, mask).sum() / n_tokens
         (coef * loss).backward()
         total = total + loss.detach()
@@ -334,7 +325,7 @@ def score_rollout(policy, inputs, targets, mask, cfg):
     log pi and the entropy of pi at every response token -> (B, T) x 2
 
     bfloat16 rounds a product differently in a batch of a different shape, which alone can put
-    several percent of the ratios outside the clip range. So its batches are as large as the update's.
+    several percent of the ratios outside the clip range. So its batches have the update's size.
     """
     size = len(mask)
     if cfg.dtype == "bfloat16":
@@ -346,47 +337,50 @@ def score_rollout(policy, inputs, targets, mask, cfg):
 
 
 @torch.no_grad()
-def check_first_minibatch(logprobs, old_logprobs, mask, kl_ref, clip_eps, clip_eps_high=None,
-                          dtype="float32"):
+def check_first_ratio(logprobs, old_logprobs, mask, cfg, clip_eps_high=None):
     """
-    Before the first gradient step actor, pi_old and reference are one policy: exit if they are not.
+    Before the first gradient step every ratio is 1: exit if not.
 
-    -> share of tokens whose ratio is outside the clip range, 0 but for the rounding of bfloat16
+    -> the share of tokens with a ratio outside the clip range, 0 but for the rounding of bfloat16
     """
     log_ratio = logprobs - old_logprobs
-    high = clip_eps if clip_eps_high is None else clip_eps_high
     ratio = log_ratio.exp()
-    outside = masked_mean(((ratio < 1 - clip_eps) | (ratio > 1 + high)).float(), mask).item()
+    high = 1 + (cfg.clip_eps if clip_eps_high is None else clip_eps_high)
+    outside = masked_mean(((ratio < 1 - cfg.clip_eps) | (ratio > high)).float(), mask).item()
     drift = log_ratio.abs().max().item()
-    # GPU kernels round differently for batches of different shape
-    limit = 1e-4 if logprobs.device.type == "cpu" else 1e-3
-    if dtype == "bfloat16":
-        drift, limit = masked_mean(log_ratio.abs(), mask).item(), 0.02
-    if drift > limit or (outside and dtype != "bfloat16"):
-        files.stop(f"at the first minibatch the ratio should be 1, but the log ratio reaches "
-                   f"{drift:.1e}: old_logprobs and logprobs were computed differently. Look for "
-                   "dropout, a different temperature or mask, or a gradient step in between")
+    limit = 1e-4 if mask.device.type == "cpu" else 1e-3  # GPU kernels round by the batch's shape
+    if cfg.dtype == "bfloat16":
+        drift = masked_mean(log_ratio.abs(), mask).item()
+        limit = 0.02
+    if drift > limit:
+        stop(f"at the first minibatch the log ratio should be 0, but it reaches {drift:.1e}: "
+             "old_logprobs and logprobs were computed differently. Look for dropout, a different "
+             "temperature or mask, or a gradient step in between")
     if outside > 0.01:
-        print(f"warning: before any step, {outside:.1%} of the tokens have a ratio outside the clip "
-              "range, from the rounding of bfloat16; --dtype float32 has none")
-    if kl_ref.abs().max() > 1e-4:
-        files.stop(f"at the first update kl_ref should be 0, but reaches {kl_ref.abs().max():.1e}"
-                   " nats: actor and reference do not start from the same weights")
+        print(f"warning: before any step, {outside:.1%} of the tokens have a ratio outside the "
+              "clip range, from the rounding of bfloat16; --dtype float32 has none")
     return outside
 
 
-def check_rollout(kl_ref, bound):
-    """Warns of KLs that cannot be or are too large."""
-    mean, standard_error = kl_ref.mean(), kl_ref.std(correction=0) / len(kl_ref) ** 0.5
+def check_kl_ref(kl_ref, cfg, first):
+    """Exit or warn if kl_ref (B,) cannot be right. At the first update it is 0, up to rounding."""
+    if first and kl_ref.abs().max() > (1e-4 if cfg.dtype == "float32" else 1.0):
+        stop(f"at the first update kl_ref should be 0, but reaches {kl_ref.abs().max():.1e} nats: "
+             "actor and reference do not start from the same weights")
+    mean = kl_ref.mean()
+    standard_error = kl_ref.std(correction=0) / len(kl_ref) ** 0.5
     if mean < -3 * standard_error - 1e-4 and len(kl_ref) >= 16:
         print(f"warning: kl_ref is {mean:.2f} +- {standard_error:.2f} nats, but a KL is never "
               "negative: the policy scored is not the one that sampled")
-    if mean > bound:
-        print(f"warning: kl_ref is {mean:.1f} nats a response, above --kl_bound {bound}: the policy "
-              "is leaving what the reward model knows; raise --beta or lower --lr")
+    if mean > cfg.kl_bound:
+        print(f"warning: kl_ref is {mean:.1f} nats a response, above --kl_bound {cfg.kl_bound}: "
+              "the policy is leaving what the reward model knows; raise --beta or lower --lr")
 
 
-CURVES = [                                                       # heading, unit, logged metrics
+# --------------------------------------------------------------------------------------------------
+# Setting up
+
+CURVES = [                                               # heading, unit, logged metrics
     ("reward and true utility", "score, gold", ["score", "gold"]),
     ("KL to the reference", "nats per response", ["kl_ref"]),
     ("KL strength", "beta", ["beta"]),
@@ -396,85 +390,90 @@ CURVES = [                                                       # heading, unit
     ("critic: explained variance", "", ["explained_variance"]),
     ("response length", "tokens", ["response_length"]),
     ("gradient norm", "", ["grad_norm", "critic_grad_norm"])]
+# What to do about a number that is not finite
+TRY = "try a lower --lr, --critic_lr or --beta, with a different --out"
 
 
 def check(cfg):
-    """Stops on settings that cannot be, before any work."""
-    options.check_minibatch(cfg)
-    scoring.check(cfg)
+    """Exit, before any work, on settings that cannot be met."""
+    data.check_minibatch(cfg)
+    check_reward(cfg)
     if cfg.kl_control == "proportional" and cfg.kl_horizon <= 0.2 * cfg.batch_size:
-        files.stop(f"--kl_horizon {cfg.kl_horizon} is so short that beta could fall below 0 in one update; it takes "
-                   f"more than a fifth of --batch_size {cfg.batch_size}")
+        stop(f"--kl_horizon {cfg.kl_horizon} is so short that one update could take beta below 0; "
+             f"it takes more than a fifth of --batch_size {cfg.batch_size}")
     if cfg.ptx_coef and cfg.ptx_data:
-        corpus.check_source(cfg.ptx_data, "--ptx_data")
+        data.check_source(cfg.ptx_data, "--ptx_data")
 
 
-@experiment.self_contained
+def trunk_of_critic(cfg, actor, reward):
+    """The model whose weights the critic starts from"""
+    if cfg.critic_init == "rm" and reward.model is None:
+        print(f"--critic_init rm: {cfg.reward} is not one of this project's reward models, so the "
+              "critic starts from the SFT policy")
+    return reward.model if cfg.critic_init == "rm" and reward.model else actor
+
+
+def load_ptx_texts(cfg, tokenizer, block_size):
+    """The texts of PPO-ptx, as (prompt, response) token lists"""
+    cfg = replace(cfg, data=cfg.ptx_data or cfg.data)
+    n = 20000 if cfg.data == "reviews" else None         # the grammar can write texts forever
+    return data.demonstrations(cfg, tokenizer, block_size, n, 1)[0]
+
+
+@self_contained
 def main(cfg):
-    run = experiment.Run(cfg, "ppo", sft.export)
+    run = Run(cfg, "ppo", sft.export)
     if run.finished:
         return run.show()
     check(cfg)
     device = run.device
 
-    # ---- the four models, all in eval mode for good: with dropout the first ratio would not be 1
-    actor, tokenizer = sft.load_policy(experiment.ensure(cfg, sft), device, **cfg.how())
-    block_size, sft_made = actor.config.block_size, files.fingerprint(actor)
-    train_prompts, eval_prompts = corpus.prompts(cfg, tokenizer, block_size, cfg.n_eval)
-    reward = scoring.load_reward(cfg, actor, tokenizer, train_prompts, device)
-    trunk = reward.model if cfg.critic_init == "rm" else actor
-    if trunk is None:
-        print(f"--critic_init rm: {cfg.reward} is no reward model of ours, so the critic starts from the SFT policy")
-        trunk = actor
+    # ---- the four models, always in eval mode: with dropout the first ratio would not be 1
+    actor, tokenizer = sft.load_policy(ensure(cfg, sft), device, **cfg.compute_options())
+    block_size = actor.config.block_size
+    train_prompts, eval_prompts = data.prompts(cfg, tokenizer, block_size, cfg.n_eval)
+    reward = load_reward(cfg, actor, tokenizer, train_prompts, device)
+    trunk = trunk_of_critic(cfg, actor, reward)
+    texts = {"data": train_prompts}
     if cfg.ptx_coef:
-        ptx_cfg = replace(cfg, data=cfg.ptx_data or cfg.data)
-        n = 20000 if ptx_cfg.data == "reviews" else None         # of which there is no end
-        stream, _ = corpus.demonstrations(ptx_cfg, tokenizer, block_size, n, 1)
-    run.begin()
+        texts["ptx_data"] = load_ptx_texts(cfg, tokenizer, block_size)
+    run.begin()                                          # nothing is written before this line
+    sources = run.sources(tokenizer, actor, **texts)     # what the run is made from, for resume
     critic = ScalarGPT(trunk.config, init_from=trunk, zero_head=True).to(device).eval()
     add_lora(actor, cfg.lora_rank)
     add_lora(critic, cfg.lora_rank)
     reference = reference_of(actor)
-    average = copy.deepcopy(actor).requires_grad_(False) if cfg.ema else None
     adam = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
     actor_optimizer = torch.optim.AdamW(trained(actor), lr=cfg.lr, **adam)
     critic_optimizer = torch.optim.AdamW(trained(critic), lr=cfg.critic_lr, **adam)
     control = ProportionalKL(cfg.beta, cfg.kl_target, cfg.kl_horizon)
     penalty = ThresholdKL(cfg.kl_penalty_coef, cfg.kl_old_target)
     state = dict(policy=actor, critic=critic, actor_optimizer=actor_optimizer,
-                 critic_optimizer=critic_optimizer, control=control, penalty=penalty,
-                 gpt=asdict(actor.config), critic_gpt=asdict(critic.config), tokenizer=data.fingerprint(tokenizer),
-                 sft=sft_made, reward=reward, data=corpus.source_of(train_prompts))
+                 critic_optimizer=critic_optimizer, control=control, penalty=penalty, reward=reward,
+                 gpt=asdict(actor.config), critic_gpt=asdict(critic.config), **sources)
     if cfg.ema:
-        state["policy_ema"] = average
-    if cfg.ptx_coef:
-        state["ptx_data"] = corpus.source_of(stream)
-    if not run.resuming:
-        data.save_tokenizer(tokenizer, run.folder)
+        state["policy_ema"] = copy.deepcopy(actor).requires_grad_(False)
 
     for step in run.steps(run.restore(**state), cfg.steps):
-        clock = experiment.Clock(device)
-
         # ---- 1. roll out
         prompts = data.draw(train_prompts, cfg.batch_size, run.generator)    # token lists
-        inputs, targets, mask, finished = roll_out(actor, prompts, cfg, tokenizer.eot_token, run.generator)
-        clock.lap("rollout")
+        inputs, targets, mask, finished = roll_out(
+            actor, prompts, cfg, tokenizer.eot_token, run.generator)         # (B, T) x 3, (B,)
+        run.lap("rollout")
 
         # ---- 2. score
-        scores = reward(inputs, targets, mask, finished)                                    # (B,)
+        scores = reward(inputs, targets, mask, finished)                     # (B,)
+        run.must_be_finite(REWARD_HINT, scores=scores)
 
         # ---- 3. logprobs
         old_logprobs, entropy = score_rollout(actor, inputs, targets, mask, cfg)        # (B, T) x 2
         with torch.no_grad():
             ref_logprobs = token_logprobs(reference, inputs, targets, mask, cfg.temperature)
-            old_values = critic(inputs) * mask                                              # (B, T)
-        kl_ref = kl_estimate(old_logprobs, ref_logprobs).sum(dim=1)     # (B,) both 0 off the mask
-        run.must_be_finite(hint=scoring.HINT, scores=scores)
-        run.must_be_finite(kl_ref=kl_ref)
-        run.must_be_finite(hint="try a lower --critic_lr, with another --out",
-                           old_values=old_values)
-        check_rollout(kl_ref, cfg.kl_bound)
-        clock.lap("score")
+            old_values = critic(inputs) * mask                               # (B, T)
+        kl_ref = kl_estimate(old_logprobs, ref_logprobs).sum(dim=1)          # (B,)
+        run.must_be_finite(TRY, kl_ref=kl_ref, old_values=old_values)
+        check_kl_ref(kl_ref, cfg, first=step == 0)
+        run.lap("score")
 
         # ---- 4. rewards
         rewards = shape_rewards(scores, old_logprobs, ref_logprobs, mask, control.beta)     # (B, T)
@@ -482,89 +481,81 @@ def main(cfg):
             rewards = whiten(rewards, mask, shift_mean=False)
 
         # ---- 5. advantages
-        # The critic's targets may be of another kind than A + V: --critic_target
-        advantages, _ = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)                  # (B, T)
-        returns = critic_targets(rewards, old_values, scores, mask, cfg.critic_target, cfg.gamma,
-                                 cfg.lam)                                                   # (B, T)
-        run.must_be_finite(
-            hint="try a smaller --beta, --score_clip or --critic_lr, with another --out",
-            advantages=advantages, returns=returns)
+        advantages, _ = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)   # (B, T)
+        # The same as gae's second result, A + V, unless --critic_target asks for a different target
+        returns = critic_targets(rewards, old_values, scores, mask, cfg.critic_target,
+                                 cfg.gamma, cfg.lam)                         # (B, T)
+        run.must_be_finite(TRY, advantages=advantages, returns=returns)
         advantages = whiten(advantages, mask)
 
         # ---- 6. update
-        lr_factor = experiment.learning_rate(step, cfg.steps, 1.0, cfg.warmup, cfg.lr_floor)
-        experiment.set_learning_rate(actor_optimizer, lr_factor * cfg.lr)
-        experiment.set_learning_rate(critic_optimizer, lr_factor * cfg.critic_lr)
-        optimizers = [critic_optimizer] + [actor_optimizer] * (step >= cfg.critic_warmup)
-        history = []
-        for _ in range(cfg.epochs):
-            order = torch.randperm(cfg.batch_size, generator=run.generator)
-            for minibatch in order.split(cfg.minibatch_size):
-                metrics = {}
-                for rows in data.parts(minibatch, cfg.accumulation):
-                    rows_mask = mask[rows]                                                  # (b, T)
-                    share = rows_mask.sum() / mask[minibatch].sum()          # of the minibatch's tokens, 1 if whole
-                    scored = token_logprobs(actor, inputs[rows], targets[rows], rows_mask,
-                                            cfg.temperature, return_entropy=cfg.entropy_coef > 0)
-                    # The entropy's graph is as large as that of the logprobs: only for a bonus
-                    logprobs, new_entropy = scored if cfg.entropy_coef > 0 else (scored, None)
-                    if cfg.surrogate == "clip":
-                        loss, part = policy_loss(logprobs, old_logprobs[rows], advantages[rows], rows_mask,
-                                                 cfg.clip_eps)
-                    else:
-                        loss, part = kl_penalty_loss(logprobs, old_logprobs[rows], advantages[rows], rows_mask,
-                                                     penalty.coef)
-                    if step == 0 and not history:
-                        outside = check_first_minibatch(logprobs, old_logprobs[rows], rows_mask,
-                                                        kl_ref, cfg.clip_eps, dtype=cfg.dtype)
-                    if cfg.entropy_coef > 0:
-                        loss = loss - cfg.entropy_coef * masked_mean(new_entropy, rows_mask)
-                    (share * loss).backward()
-                    critic_loss, critic_part = value_loss(critic(inputs[rows]), old_values[rows], returns[rows],
-                                                          rows_mask, cfg.value_clip_eps)
-                    (share * critic_loss).backward()
-                    experiment.add(metrics, part | critic_part, share)
-                if cfg.ptx_coef:
-                    texts = data.draw(stream, cfg.minibatch_size, run.generator)
-                    metrics["ptx_loss"] = add_ptx_gradient(actor, texts, cfg.ptx_coef, cfg.accumulation)
-                metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(actor.parameters(), cfg.grad_clip)
-                metrics["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.grad_clip)
-                run.must_be_finite(
-                    len(history), "try a lower --critic_lr or a smaller --beta, with another --out",
-                    value_loss=metrics["value_loss"], critic_grad_norm=metrics["critic_grad_norm"])
-                run.must_be_finite(taken=len(history), **metrics)
-                for optimizer in optimizers:
-                    optimizer.step()
-                actor_optimizer.zero_grad()
-                critic_optimizer.zero_grad()
-                history.append(metrics)
+        lr_factor = learning_rate(step, cfg.steps, 1.0, cfg.warmup, cfg.lr_floor)
+        set_learning_rate(actor_optimizer, lr_factor * cfg.lr)
+        set_learning_rate(critic_optimizer, lr_factor * cfg.critic_lr)
+        means = data.Means()
+        lengths = mask.sum(dim=1)                                            # (B,)
+        for minibatch in data.minibatches(cfg.batch_size, cfg.minibatch_size, cfg.epochs,
+                                          run.generator):
+            # share: this part's fraction of the minibatch's tokens; 1 without --accumulation
+            for rows, share in data.microbatches(minibatch, cfg.accumulation, lengths[minibatch]):
+                # A gradient through the entropy doubles the memory: only if there is a bonus
+                bonus = cfg.entropy_coef > 0
+                scored = token_logprobs(actor, inputs[rows], targets[rows], mask[rows],
+                                        cfg.temperature, return_entropy=bonus)
+                logprobs, new_entropy = scored if bonus else (scored, None)                 # (b, T)
+                if step == 0 and run.taken == 0:
+                    outside = check_first_ratio(logprobs, old_logprobs[rows], mask[rows], cfg)
+                if cfg.surrogate == "clip":
+                    actor_loss, actor_metrics = policy_loss(
+                        logprobs, old_logprobs[rows], advantages[rows], mask[rows], cfg.clip_eps)
+                else:
+                    actor_loss, actor_metrics = kl_penalty_loss(
+                        logprobs, old_logprobs[rows], advantages[rows], mask[rows], penalty.coef)
+                if bonus:
+                    bonus_loss = -cfg.entropy_coef * masked_mean(new_entropy, mask[rows])
+                    actor_loss = actor_loss + bonus_loss
+                critic_loss, critic_metrics = value_loss(
+                    critic(inputs[rows]), old_values[rows], returns[rows], mask[rows],
+                    cfg.value_clip_eps)
+                (share * actor_loss).backward()
+                (share * critic_loss).backward()
+                means.add(actor_metrics | critic_metrics, share)
+            if cfg.ptx_coef:
+                drawn = data.draw(texts["ptx_data"], cfg.minibatch_size, run.generator)
+                means.add({"ptx_loss": add_ptx_gradient(actor, drawn, cfg.ptx_coef,
+                                                        cfg.accumulation)})
+            if step < cfg.critic_warmup:                         # the critic learns alone at first:
+                actor_optimizer.zero_grad()                      # no gradient, so no step
+            norms = run.step(cfg.grad_clip, TRY, grad_norm=actor_optimizer,
+                             critic_grad_norm=critic_optimizer)  # clips, steps, zeroes
+            means.add(norms)
         if cfg.ema:
-            move_average(average, actor, cfg.ema)
-        clock.lap("update")
+            move_average(state["policy_ema"], actor, cfg.ema)
+        run.lap("update")
 
         # ---- 7. control
-        beta, coef = control.beta, penalty.coef
+        beta, coef = control.beta, penalty.coef                  # the values that this update used
         with torch.no_grad():
             logprobs = token_logprobs(actor, inputs, targets, mask, cfg.temperature)
             kl_old = masked_mean(kl_estimate(old_logprobs, logprobs, "k3"), mask)           # 0-d
-        run.must_be_finite(taken=len(history), kl_old=kl_old)
+        run.must_be_finite(TRY, kl_old=kl_old)
         if cfg.kl_control == "proportional":
             control.update(kl_ref.mean().item(), cfg.batch_size)
         if cfg.surrogate == "kl_penalty":
             penalty.update(kl_old.item())
-        clock.lap("control")
+        run.lap("control")
 
         # ---- 8. log
-        metrics = {name: sum(m[name].item() for m in history) / len(history) for name in history[0]}
-        metrics |= {"score": scores.mean(), "kl_ref": kl_ref.mean(),
-                    "kl_ref_k3": kl_estimate(old_logprobs, ref_logprobs, "k3").sum(1).mean(),
-                    "kl_old": kl_old, "beta": beta, "kl_penalty_coef": coef,
-                    "entropy": masked_mean(entropy, mask),
-                    "explained_variance": explained_variance(old_values, returns, mask),
-                    "response_length": mask.sum(1).mean(), "eos_rate": finished.float().mean(),
-                    "lr": lr_factor * cfg.lr, "critic_lr": lr_factor * cfg.critic_lr,
-                    **frontier.true_utility(cfg, tokenizer, inputs, targets, mask), **clock.seconds}
-        metrics["tokens_per_second"] = mask.sum().item() / sum(clock.seconds.values())
+        metrics = means.result() | {
+            "score": scores.mean(), "kl_ref": kl_ref.mean(),
+            "kl_ref_k3": kl_estimate(old_logprobs, ref_logprobs, "k3").sum(dim=1).mean(),
+            "kl_old": kl_old, "beta": beta, "kl_penalty_coef": coef,
+            "entropy": masked_mean(entropy, mask),
+            "explained_variance": explained_variance(old_values, returns, mask),
+            "response_length": lengths.mean(), "eos_rate": finished.float().mean(),
+            "lr": lr_factor * cfg.lr, "critic_lr": lr_factor * cfg.critic_lr,
+            "tokens_per_second": lengths.sum().item() / run.clock.total()}
+        metrics |= true_utility(cfg, tokenizer, inputs, targets, mask)
         if step == 0:
             metrics["ratio_outside_clip"] = outside
         run.log(step, metrics, ["score", "gold", "kl_ref", "beta", "kl_old", "entropy",
@@ -572,18 +563,12 @@ def main(cfg):
         run.checkpoint(step + 1)
 
     # ---- the result
-    policies = {"SFT": reference, "PPO": actor} | ({"PPO, averaged": average} if cfg.ema else {})
-    text, results = frontier.compare(policies, reward, tokenizer, eval_prompts, cfg)
-    picture = experiment.curves(run.folder, f"PPO, {run.folder}", CURVES)
-    name = options.run_name(cfg)
-    hacked = replace(cfg, base=cfg.base or name, out=f"{name}-hacked")
-    return run.finish("\n".join([
-        text, "",
-        f"curves      {picture}", f"log         {run.folder}/log.jsonl",
-        f"checkpoint  {run.folder}/checkpoint.pt",
-        f"next        {options.next_command(cfg, 'evaluate')}",
-        f"            {options.next_command(hacked, run.script)} --kl_control fixed --beta 0   (no KL penalty)"]), results)
+    policies = {"SFT": reference, "PPO": actor}
+    if cfg.ema:
+        policies["PPO, averaged"] = state["policy_ema"]
+    text, results = compare(policies, reward, tokenizer, eval_prompts, cfg)
+    return run.finish(text, results, CURVES, then="evaluate")
 
 
 if __name__ == "__main__":
-    experiment.launch(main, Config, __doc__)
+    launch(main, Config, __doc__)

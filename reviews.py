@@ -5,17 +5,17 @@ The built-in task: short film reviews, written by a grammar that is known exactl
     response    " The acting is superb and truly charming. I admired the music. See it twice."
 
 Every reviewer has a mood s in {-2, .., 2}, drawn first and never shown. It sets the words, most of
-all those about the aspect that was asked for. What follows from the grammar:
+all those about the aspect that was asked for. Because the grammar is known, so is the rest:
 
-    sample                  prompts and reviews                                what SFT trains on
-    log_prob                exact log p(review | prompt), over all moods       the least SFT loss
-    gold                    the true utility of any text at all                never shown to training
-    preference, rank        annotators: Bradley-Terry on gold                  what reward models see
+    sample                  prompts and reviews                             what SFT trains on
+    log_prob                exact log p(review | prompt), over all moods    the least SFT loss
+    gold                    the true utility of any text at all             never shown to training
+    preference, rank        annotators: Bradley-Terry on gold               what reward models see
     agreement               expected accuracy against them; with scores = gold, the Bayes accuracy
 
-gold = sentiment / 3 - penalties, for repetition, gushing, run-ons, broken grammar and no
-end: for what the grammar never writes. A reward model hardly meets such texts and cannot learn the
-penalties; a policy that follows it too far runs into them. So over-optimisation can be watched.
+gold = sentiment / 3 - penalties. The penalties cover repetition, gushing, run-ons, broken grammar
+and a missing end: texts that the grammar never produces. The reward model has hardly seen any, so
+it cannot learn them, and a policy that over-optimises it runs straight into them.
 """
 
 import functools
@@ -60,7 +60,7 @@ OCCASIONS = ("on a train", "at a festival", "with my brother", "on a quiet night
 MOODS = {-2: 0.20, -1: 0.27, 0: 0.23, 1: 0.18, 2: 0.12}    # their probabilities: hard to please
 LEAN = 1.25               # in mood s, words about the aspect asked for have grades around LEAN * s
 SPREAD = 0.8              # with this standard deviation
-OTHER = 0.5               # other aspects and the whole film follow the mood, and count, half as much
+OTHER = 0.5               # other aspects and the whole film follow the mood and count half as much
 NEGATION = -0.6           # "not good" is worth -0.6 times "good"
 MAX_SUPERLATIVES = 2      # words of grade +-3 in a review; more is gushing
 ANNOTATOR_TEMPERATURE = 0.6
@@ -104,14 +104,14 @@ def read_prompt(prompt):
 
 # --------------------------------------------------------------------------------------------------
 # The grammar. `choices` is its one definition: a generator that yields {phrase: probability} and is
-# sent the phrase taken. Sampling sends a random phrase, scoring sends the phrase that the text goes
-# on with, so the two cannot disagree.
+# sent the phrase taken. Sampling sends a random phrase, scoring sends the phrase that comes next in
+# the text, so the two cannot disagree.
 
 def choices(genre, aspect, mood, lexicon=LEXICON):
     """
-    Yields the choices that lead to one review in the given mood; the phrases taken, joined, are it.
+    Yield the choices that lead to one review in the given mood: the phrases taken, joined.
 
-    Of the phrases of a choice that the rest of a text begins with, the longest is the one taken:
+    If the rest of a text begins with several phrases of a choice, the longest is the one taken. So,
     given the mood, no text can be written in two ways.
     """
     used = set()                                # no graded word comes twice in a review,
@@ -134,7 +134,7 @@ def choices(genre, aspect, mood, lexicon=LEXICON):
         return GRADES[word]
 
     def topic(exclude=None):
-        """An aspect: the one asked for with probability 0.7, the others alike"""
+        """An aspect: the one asked for with probability 0.7, the others equally likely"""
         phrase = yield normalised({
             f" {a}": 0.7 if a == aspect else 0.3 / (len(lexicon.aspects) - 1)
             for a in lexicon.aspects if a != exclude})
@@ -144,7 +144,8 @@ def choices(genre, aspect, mood, lexicon=LEXICON):
                                           for w in lexicon.intensifiers})
     for p_verdict in lexicon.endings:
         body = normalised({" The": 0.64} | openings)
-        verdicts = normalised({f" {w}": p for w, p in effects(lexicon.verdicts, lean(aspect)).items()})
+        weights = effects(lexicon.verdicts, lean(aspect))
+        verdicts = normalised({f" {w}": p for w, p in weights.items()})
         opening = yield mixture(p_verdict, verdicts, body)
         openings.pop(opening, None)
 
@@ -226,7 +227,7 @@ def write(genre, aspect, rng, lexicon=LEXICON):
 
 
 def sample(n, seed=0, prompts=None):
-    """n of the prompts (by default of all), drawn alike, and a review of each -> prompts, responses"""
+    """n random prompts, from the given ones or all, and a review of each -> prompts, responses"""
     rng = random.Random(seed)
     drawn = rng.choices(prompts or all_prompts(), k=n)
     return drawn, [write(*read_prompt(prompt), rng) for prompt in drawn]
@@ -241,7 +242,7 @@ def log_prob(prompt, response, lexicon=LEXICON):
 
 
 def probability(grammar, text):
-    """Of the whole text, from the choices of a grammar in one mood; 0 where it strays from them."""
+    """Probability of the whole text under one mood's grammar; 0 if the text strays from it"""
     p, options = 1.0, next(grammar)
     while True:
         phrase = max((w for w in options if text.startswith(w)), key=len, default=None)
@@ -258,7 +259,7 @@ def probability(grammar, text):
 # The true utility of any text
 
 PENALTIES = {
-    "broken": 2.0,        # each sentence that is none
+    "broken": 2.0,        # each malformed sentence
     "unfinished": 2.0,    # no verdict at the end, or no EOS
     "length": 2.0,        # each sentence under two or over four
     "repeated": 1.5,      # each graded word, and each whole sentence, that was there before
@@ -267,12 +268,13 @@ PENALTIES = {
 
 @functools.lru_cache(maxsize=None)
 def sentence_pattern(genre):
-    """What counts as a sentence about a film of this genre, the verdict aside."""
+    """A pattern of the sentences about a film of this genre, except for verdicts"""
     aspect, adjective, verb, occasion, intensifier = (
         f"(?:{'|'.join(words)})" for words in (ASPECTS, ADJECTIVES, VERBS, OCCASIONS, INTENSIFIERS))
     words = f"(?:{intensifier} )?{adjective}"
     return re.compile(
-        rf" The {aspect} is (?:not {adjective}|{words}(?: and {words}|, but the {aspect} is {words})?)\."
+        rf" The {aspect} is (?:not {adjective}"
+        rf"|{words}(?: and {words}|, but the {aspect} is {words})?)\."
         rf"| I (?:{verb} the {aspect}|saw it {occasion})\."
         rf"| It is (?:a (?![aeiou])|an (?=[aeiou])){adjective} {genre}\.")
 
@@ -281,12 +283,14 @@ TERMS = re.compile(rf"\b(?:not|{'|'.join((*ASPECTS, *ADJECTIVES, *VERBS, *INTENS
 
 
 def read(prompt, response, finished=True):
-    """-> the text's sentiment, {penalty: how many times}; finished says whether it ended with EOS"""
+    """-> the text's sentiment, {penalty: how often}; finished says whether it ended with EOS"""
     genre, aspect = read_prompt(prompt)
     sentences = re.findall(r"[^.]*\.|[^.]+$", response)
     last = sentences[-1] if sentences else ""
     verdict = VERDICTS.get(last[1:]) if last.startswith(" ") else None
-    sentiment, broken, used = float(verdict or 0), 0, []
+    sentiment = float(verdict or 0)
+    broken = 0
+    used = []
     for sentence in sentences if verdict is None else sentences[:-1]:
         broken += not sentence_pattern(genre).fullmatch(sentence)
         terms = TERMS.findall(sentence)
@@ -312,8 +316,9 @@ def gold(prompt, response, finished=True):
     """
     The true utility: sentiment / 3 - penalties.
 
-    sentiment sums weight * factor * grade over the graded words: weight 1 about the aspect asked for
-    and in the verdict, 0.5 elsewhere; factor 0.7 or 1.3 by intensifier, -0.6 by negation.
+    sentiment sums weight * factor * grade over the graded words. The weight is 1 about the aspect
+    asked for and in the verdict, 0.5 elsewhere; the factor 0.7 or 1.3 by intensifier, -0.6 by
+    negation.
     """
     sentiment, faults = read(prompt, response, finished)
     return sentiment / 3.0 - sum(PENALTIES[fault] * n for fault, n in faults.items())
@@ -327,10 +332,10 @@ def grammatical(prompt, response, finished=True):
 
 def request_kept(prompts, responses):
     """
-    A reward that can be checked: 1.0 where a review keeps to a request, else 0.0: lists -> list
+    A reward that can be checked: 1.0 if a review keeps to a request, else 0.0: lists -> list
 
-    The request is three sentences, about nothing but the aspect that the prompt asks for, and a verdict the
-    last. One review of the grammar in eight does it by chance.
+    The request is three sentences, only about the aspect that the prompt asks for, the last one a
+    verdict. One review of the grammar in eight does so by chance.
     """
     kept = []
     for prompt, response in zip(prompts, responses):
@@ -366,7 +371,7 @@ def agreement(scores, gold_scores, temperature=ANNOTATOR_TEMPERATURE):
     Expected accuracy of scores against a fresh annotator, over all pairs of each row: (N, K) -> 0-d
 
     The mean of p or 1 - p, p the annotator's probability for the response with the higher score; a
-    tie counts one half. agreement(gold, gold) is the Bayes accuracy: nobody agrees more often.
+    tie counts one half. agreement(gold, gold) is the Bayes accuracy, an upper bound.
     """
     i, j = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1)
     p = preference(gold_scores[:, i], gold_scores[:, j], temperature)

@@ -2,20 +2,22 @@
 Stage 2: a reward model from comparisons.
 
     1. sample       K responses y_1 .. y_K to each prompt x from the SFT policy
-    2. annotate     the annotators rank them: P(i before j) = sigmoid((gold_i - gold_j) / temperature)
-                    (Bradley and Terry 1952). A ranking gives K (K - 1) / 2 comparisons for K forwards
+    2. annotate     the annotators rank them, each pair with
+                    P(i before j) = sigmoid((gold_i - gold_j) / temperature)
+                    (Bradley and Terry 1952). K forwards give K (K - 1) / 2 comparisons
     3. train        the SFT weights with a scalar head r(x, y), read after the last response token:
                     - mean over comparisons of log sigmoid(r(x, y_w) - r(x, y_l))
                     (Ouyang et al. 2022, equation 1)
-    4. held out     expected accuracy beside the Bayes accuracy, which nobody can beat; calibration
+    4. held out     expected accuracy beside the Bayes accuracy, an upper bound; calibration
     5. normalise    gain and bias, so that scores have mean 0 and standard deviation 1 on the SFT
                     policy's samples (Ziegler et al. 2019): then a KL strength beta means the same
                     for every reward model
 
-With --data the comparisons are those of the data set: 1 and 2 are left out, and 4 counts how often its labels
-are met.
+With --data the comparisons come from the data set: 1 and 2 are left out, and 4 counts how often the
+score agrees with the labels.
 
-Departures from Ouyang et al.: K = 4 where they have 4 to 9; simulated annotators, known exactly.
+Departures from Ouyang et al.: K = 4, and theirs is 4 to 9; the annotators are simulated, so they
+are known exactly.
 
     python reward_model.py --config small
         -> out/small/reward_model: checkpoint.pt, comparisons.json
@@ -28,49 +30,45 @@ from typing import Literal
 
 import torch
 
-import corpus
 import data
-import experiment
-import files
-import options
-import pretrained
 import reviews
 import sft
+from lab import files, pretrained
+from lab.config import Common
+from lab.report import progress, table
+from lab.run import (Run, check_finite, ensure, launch, learning_rate, self_contained,
+                     set_learning_rate, stop)
+from lab.tokenizer import (check_vocabulary, decode_response, export_tokenizer, load_tokenizer,
+                           tokenizer_id)
 from model import GPTConfig, ScalarGPT, add_lora, generate, masked_mean, sequence_scores, trained
+from presets import presets_of
 
 
 @dataclass
-class Config(options.Common):
-    init: str = ""                  # weights to start from in place of SFT's; see sft.py --init
-    n_prompts: int | None = 2400    # rankings, or comparisons of --data, to train on; none: all that there are
-    n_held_out: int = 1000          # rankings, or comparisons, to measure on
-    n_responses: int = 4            # K, responses to a ranking; 2 is the plain case
-    annotator_temperature: float = 0.6      # of the annotators; the lower, the more they follow gold
-    loss: Literal["bradley_terry", "fidelity"] = "bradley_terry"    # of a comparison
-    margin: float = 0.0             # by which the chosen score should lead
+class Config(Common):
+    init: str = ""                  # weights to start from, if not SFT's; see sft.py --init
+    n_prompts: int | None = 2400    # rankings to train on, or comparisons of --data; none: all
+    n_held_out: int = 1000          # held-out rankings or comparisons
+    n_responses: int = 4            # K, responses in a ranking; 2 is the plain case
+    annotator_temperature: float = 0.6      # annotators' noise; at 0 they would follow gold
+    loss: Literal["bradley_terry", "fidelity"] = "bradley_terry"    # loss of a comparison
+    margin: float = 0.0             # by how much the chosen score should lead
     token_wise: bool = False        # compare at every column where two rows differ (DeepSpeed-Chat)
     epochs: int = 1                 # passes over the rankings; reward models overfit soon
     batch_size: int = 8             # rankings per update
     lr: float = 7e-4                # AdamW's learning rate at its peak
     warmup: int = 20                # updates of linear warm-up, then linear decay
-    lr_floor: float = 0.02          # to this share of the peak
-    weight_decay: float = 0.0       # of AdamW
+    lr_floor: float = 0.02          # final learning rate, as a share of the peak
+    weight_decay: float = 0.0       # AdamW's weight decay
     grad_clip: float = 1.0          # largest gradient norm
-
-
-PRESETS = {
-    "small": {},
-    "tiny": dict(lr=3e-3, n_prompts=160, n_held_out=40, batch_size=4, save_every=10),
-    "gpt2": dict(n_prompts=None, batch_size=64, accumulation=4, lr=1e-5, warmup=50, lr_floor=0.0, save_every=200),
-    "tldr": dict(n_prompts=None, batch_size=64, accumulation=4, lr=1.5e-5, warmup=50, lr_floor=0.0, save_every=200),
-}
-Config.presets = PRESETS
+    presets = presets_of("reward_model")
 
 
 # --------------------------------------------------------------------------------------------------
 # The maths
 
-def preference_loss(chosen_scores, rejected_scores, kind="bradley_terry", margin=None, weights=None):
+def preference_loss(chosen_scores, rejected_scores, kind="bradley_terry", margin=None,
+                    weights=None):
     """
     Mean loss of comparisons with p = sigmoid(chosen_scores - rejected_scores - margin).
 
@@ -102,11 +100,12 @@ def preference_loss(chosen_scores, rejected_scores, kind="bradley_terry", margin
 def token_wise_scores(chosen_values, rejected_values, chosen_targets, rejected_targets,
                       chosen_mask, rejected_mask):
     """
-    What to compare, column by column, in DeepSpeed-Chat's variant: all (N, T).
+    The scores to compare at every column, in DeepSpeed-Chat's variant: all (N, T)
 
-    Values stand in the state after each target. A pair is compared from the first column where its
-    targets differ to the end of the longer row, two equal rows at their last column; a row that has
-    ended keeps its last score, where DeepSpeed-Chat scores its padding. -> chosen scores, rejected scores, weights that sum to 1 a pair
+    A value belongs to the state after its target. A pair is compared from the first column where
+    its targets differ to the end of the longer row, two equal rows at their last column. A row that
+    has ended keeps its last score; DeepSpeed-Chat scores its padding.
+    -> chosen scores, rejected scores, weights that sum to 1 over a pair
     """
     columns = torch.arange(chosen_mask.shape[1], device=chosen_mask.device)                 # (T,)
     chosen_end = (columns * (chosen_mask > 0)).amax(1, keepdim=True)                        # (N, 1)
@@ -122,9 +121,10 @@ def token_wise_scores(chosen_values, rejected_values, chosen_targets, rejected_t
 
 def calibration(scores, truth):
     """
-    How often the higher score is preferred, by what sigmoid(difference) says -> table rows
+    How often the higher score is preferred, in bins of its predicted probability -> table rows
 
-    scores (N, K); truth (N, pairs): how often the first of each pair is preferred, pairs as in triu_indices
+    The prediction is sigmoid(difference). scores (N, K); truth (N, pairs): how often the first of
+    each pair is preferred, pairs as in triu_indices.
     """
     i, j = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1)
     difference = (scores[:, i] - scores[:, j]).flatten()                     # (pairs,)
@@ -132,7 +132,8 @@ def calibration(scores, truth):
     predicted = torch.sigmoid(difference.abs())
     rows = [["P(higher score preferred)", "predicted", "true", "pairs"]]
     for low in (0.5, 0.6, 0.7, 0.8, 0.9):
-        at = (predicted >= low) & (predicted < (low + 0.1 if low < 0.9 else 1.1))
+        high = low + 0.1 if low < 0.9 else 1.1           # the last bin includes 1
+        at = (predicted >= low) & (predicted < high)
         if at.any():
             rows.append([f"{low:.1f} to {low + 0.1:.1f}", predicted[at].mean().item(),
                          truth[at].mean().item(), int(at.sum())])
@@ -144,38 +145,44 @@ def calibration(scores, truth):
 
 def make_comparisons(policy, tokenizer, prompts, cfg, generator):
     """
-    Rankings of sampled responses: dicts of prompt, prompt_ids, responses, response_ids, gold, the
-    last three best first. Ids are kept as they were sampled: encoding the text may give others.
+    Rankings of sampled responses: dicts of prompt, prompt_ids, responses, response_ids, gold
+
+    The last three are lists, best first. Ids are kept as they were sampled: encoding the text again
+    may give different ones.
     """
-    K, comparisons = cfg.n_responses, []
+    K = cfg.n_responses
+    comparisons = []
     chunks = [prompts[i:i + 128] for i in range(0, len(prompts), 128)]
-    for prompt_ids in experiment.progress(chunks, f"sampling {K} responses to {len(prompts)} prompts"):
-        chunk = [tokenizer.decode(ids) for ids in prompt_ids]
-        tokens, mask = generate(policy, [ids for ids in prompt_ids for _ in range(K)],
+    for chunk in progress(chunks, f"sampling {K} responses to {len(prompts)} prompts"):
+        texts = [tokenizer.decode(ids) for ids in chunk]
+        tokens, mask = generate(policy, [ids for ids in chunk for _ in range(K)],
                                 cfg.max_new_tokens, tokenizer.eot_token, generator=generator)
         response_ids = data.responses_of(tokens, mask)
-        texts = [data.decode_response(tokenizer, ids) for ids in response_ids]
-        gold = torch.tensor([reviews.gold(chunk[i // K], *text) for i, text in enumerate(texts)])
+        responses = [decode_response(tokenizer, ids) for ids in response_ids]    # text, finished
+        gold = torch.tensor([reviews.gold(texts[i // K], *response)
+                             for i, response in enumerate(responses)])
         order = reviews.rank(gold.view(-1, K), generator, cfg.annotator_temperature)
-        for n, prompt in enumerate(chunk):
+        for n, prompt in enumerate(texts):
             best_first = [n * K + k for k in order[n].tolist()]
-            comparisons.append({"prompt": prompt, "prompt_ids": prompt_ids[n],
-                                "responses": [texts[i][0] for i in best_first],
+            comparisons.append({"prompt": prompt, "prompt_ids": chunk[n],
+                                "responses": [responses[i][0] for i in best_first],
                                 "response_ids": [response_ids[i] for i in best_first],
                                 "gold": [gold[i].item() for i in best_first]})
     return comparisons
 
 
 def read_comparisons(folder):
-    """What a stage on the built-in task has stored -> comparisons to train on, held out"""
+    """The comparisons that a stage on the built-in task has stored -> to train on, held out"""
     stored = files.read_json(folder / "comparisons.json")
-    if not (isinstance(stored, list) and len(stored) == 2 and all(isinstance(part, list) for part in stored)):
-        files.stop(f"{folder}/comparisons.json is not what reward_model.py writes; {files.again(folder)}")
+    is_pair = isinstance(stored, list) and len(stored) == 2
+    if not (is_pair and all(isinstance(part, list) for part in stored)):
+        stop(f"{folder}/comparisons.json is not what reward_model.py writes; "
+             f"{files.recovery_hint(folder)}")
     return stored
 
 
-def rows_of(comparisons, device):
-    """Rankings -> inputs, targets, mask, with the K responses of a prompt in K rows, best first"""
+def batch_of(comparisons, device):
+    """Rankings -> inputs, targets, mask (N K, T): a prompt's K responses in K rows, best first"""
     prompts = [c["prompt_ids"] for c in comparisons for _ in c["response_ids"]]
     responses = [ids for c in comparisons for ids in c["response_ids"]]
     return [t.to(device) for t in data.collate(prompts, responses)]
@@ -184,147 +191,152 @@ def rows_of(comparisons, device):
 @torch.no_grad()
 def score_all(reward_model, comparisons, device, batch_size=64):
     """Scores of all responses of rankings -> (N, K)"""
-    batches = [rows_of(comparisons[i:i + batch_size], device)
-               for i in range(0, len(comparisons), batch_size)]
-    scores = torch.cat([sequence_scores(reward_model, *batch) for batch in batches])
-    return scores.view(len(comparisons), -1).cpu()
+    scores = []
+    for i in range(0, len(comparisons), batch_size):
+        batch = batch_of(comparisons[i:i + batch_size], device)
+        scores.append(sequence_scores(reward_model, *batch))
+    return torch.cat(scores).view(len(comparisons), -1).cpu()
 
 
 @torch.no_grad()
 def normalisation(raw, policy, tokenizer, prompts, cfg, n=512):
-    """The gain and bias by which n of the policy's responses have mean 0 and standard deviation 1"""
-    generator, scores = torch.Generator().manual_seed(0), []     # whatever the seed: one reward, one normalisation
-    for chunk in data.parts(data.draw(prompts, n, generator), n // 64):
-        tokens, mask = generate(policy, chunk, cfg.max_new_tokens, tokenizer.eot_token, getattr(cfg, "temperature", 1.0) or 1.0,
-                                generator)
+    """The gain and bias that give n of the policy's responses mean 0 and standard deviation 1"""
+    generator = torch.Generator().manual_seed(0)         # the same normalisation at every seed
+    temperature = getattr(cfg, "temperature", 1.0) or 1.0
+    drawn = data.draw(prompts, n, generator)
+    scores = []
+    for i in range(0, n, 64):
+        tokens, mask = generate(policy, drawn[i:i + 64], cfg.max_new_tokens, tokenizer.eot_token,
+                                temperature, generator)
         scores.append(raw(*data.shift(tokens), mask))
     scores = torch.cat(scores)                                               # (n,)
-    experiment.check_finite(scores, "the reward of a response of the SFT policy")
+    check_finite(scores, "the reward of a response of the SFT policy")
     mean, std = scores.mean().item(), scores.std().item()
     check_spread(mean, std, f"{n} responses of the SFT policy")
     return 1 / std, -mean / std
 
 
-def check_spread(mean, std, whom):
-    """Stops where all scores are one: nothing can be learned from them."""
+def check_spread(mean, std, what):
+    """Exit if all scores are equal: there is nothing to learn from them."""
     if not std >= 1e-6 * max(1.0, abs(mean)):
-        files.stop(f"the reward gave {mean:g} to each of {whom}: there is nothing to learn from it as it stands, nor to "
-                   "normalise by (--normalise_reward 0 leaves a reward that is no reward model as it is)")
+        stop(f"the reward gave {mean:g} to each of {what}: there is nothing to learn from, and "
+             "nothing to normalise by (--normalise_reward 0 leaves a function's or a classifier's "
+             "reward as it is)")
 
 
 # --------------------------------------------------------------------------------------------------
 # A finished stage's reward model
 
-def load_reward_model(folder, sft_policy, tokenizer, device, **how):
+def load_reward_model(folder, sft_policy, tokenizer, device, **compute_options):
     """The reward model of a finished stage, in eval mode. It must share the policy's vocabulary."""
     saved = files.load_checkpoint(folder, "reward_model", "gpt", "tokenizer", "sft")
-    data.check_vocabulary(saved["tokenizer"], tokenizer, folder)
+    check_vocabulary(saved["tokenizer"], tokenizer, folder)
     if saved["sft"] != files.fingerprint(sft_policy):
-        print(f"warning: {folder} was made from another SFT policy than the one here: its scores "
-              "are not normalised for this one")
-    return sft.rebuild(ScalarGPT, saved, folder, "reward_model", **how).to(device)
+        print(f"warning: {folder} was made from a different SFT policy: its scores are not "
+              "normalised for this one")
+    return sft.rebuild(ScalarGPT, saved, folder, "reward_model", **compute_options).to(device)
 
 
 def export(folder, to):
-    """A finished stage's reward model for transformers' AutoModelForSequenceClassification, and its tokenizer"""
-    saved, tokenizer = files.load_checkpoint(folder, "reward_model", "gpt"), data.load_tokenizer(folder)
+    """Write a finished reward model, for AutoModelForSequenceClassification, and its tokenizer."""
+    saved = files.load_checkpoint(folder, "reward_model", "gpt")
+    tokenizer = load_tokenizer(folder)
     reward_model = sft.rebuild(ScalarGPT, saved, folder, "reward_model")
-    with files.new_folder(to) as beside:
-        reward_model.save_pretrained(beside, tokenizer.eot_token)
-        data.export_tokenizer(tokenizer, beside, pad=True)
+    with files.new_folder(to) as temporary:
+        reward_model.save_pretrained(temporary, tokenizer.eot_token)
+        export_tokenizer(tokenizer, temporary, pad=True)
+
+
+def load_trunk(cfg, sft_policy, tokenizer):
+    """The model whose weights the reward model starts from: the SFT policy, or what --init names"""
+    if not cfg.init:
+        return sft_policy
+    if pretrained.nanogpt(cfg.init):
+        print(f"note: {cfg.init} does not name its tokenizer; it is taken to be the SFT policy's")
+    elif tokenizer_id(sft.tokenizer_of(cfg.init)) != tokenizer_id(tokenizer):
+        stop(f"--init {cfg.init} uses a different tokenizer from the SFT policy, whose ids it must "
+             "read; give weights with the same one. GPT-2's of all sizes share theirs")
+    return sft.pretrained_gpt(cfg.init, tokenizer, block_size=sft_policy.config.block_size)
 
 
 def check(cfg):
-    """Stops on settings that cannot be, before any work."""
-    corpus.check_source(cfg.data)
+    """Exit, before any work, on settings that cannot be met."""
+    data.check_source(cfg.data)
     if cfg.init:
         sft.check_init(cfg.init)
-    corpus.check_comparisons(cfg)
+    data.check_comparisons(cfg)
     if cfg.n_responses < 2:
-        files.stop(f"--n_responses got {cfg.n_responses}; a comparison takes at least 2")
+        stop(f"--n_responses got {cfg.n_responses}; a comparison takes at least 2")
     if cfg.data == "reviews":
         if cfg.n_prompts is None:
-            files.stop("--n_prompts none takes all that a data set has; the built-in task has no end: give a number")
-        options.check_enough(cfg.n_prompts, cfg.batch_size, "rankings")
+            stop("--n_prompts none takes all of a data set, but the built-in task can generate "
+                 "prompts forever: give a number")
+        data.check_enough(cfg.n_prompts, cfg.batch_size, "rankings")
 
 
-@experiment.self_contained
+@self_contained
 def main(cfg):
-    run = experiment.Run(cfg, "reward_model", export)
+    run = Run(cfg, "reward_model", export)
     if run.finished:
         return run.show()
     check(cfg)
-    device, built_in = run.device, cfg.data == "reviews"
-    sft_policy, tokenizer = sft.load_policy(experiment.ensure(cfg, sft), device, **cfg.how())
-    train_prompts, held_out_prompts = corpus.prompts(cfg, tokenizer, sft_policy.config.block_size)
-    trunk = sft_policy
-    if cfg.init:
-        if pretrained.nanogpt(cfg.init):
-            print(f"note: {cfg.init} does not name its tokenizer, which is taken to be the SFT "
-                  "policy's")
-        elif data.fingerprint(sft.tokenizer_of(cfg.init)) != data.fingerprint(tokenizer):
-            files.stop(f"--init {cfg.init} has another tokenizer than the SFT policy, whose ids it has to read; give "
-                       "weights with the same one, as GPT-2's of all sizes have")
-        trunk = sft.pretrained(cfg.init, tokenizer, block_size=sft_policy.config.block_size)
+    device = run.device
+    built_in = cfg.data == "reviews"
+    sft_folder = ensure(cfg, sft)
+    sft_policy, tokenizer = sft.load_policy(sft_folder, device, **cfg.compute_options())
+    block_size = sft_policy.config.block_size
+    train_prompts, held_out_prompts = data.prompts(cfg, tokenizer, block_size)
+    trunk = load_trunk(cfg, sft_policy, tokenizer)
     if not built_in:
-        comparisons, held_out = corpus.comparisons(cfg, tokenizer, sft_policy.config.block_size,
-                                                   cfg.n_prompts, cfg.n_held_out)
-        options.check_enough(len(comparisons), cfg.batch_size, "comparisons")
+        comparisons, held_out = data.comparisons(cfg, tokenizer, block_size, cfg.n_prompts,
+                                                 cfg.n_held_out)
+        data.check_enough(len(comparisons), cfg.batch_size, "comparisons")
     run.begin()
-    if not run.resuming:
-        data.save_tokenizer(tokenizer, run.folder)
+    sources = run.sources(tokenizer, sft_policy, data=train_prompts)
 
     # ---- 1. sample, 2. annotate
-    stored, companions = run.folder / "comparisons.json", files.Companions()
     if built_in and run.resuming:
         comparisons, held_out = read_comparisons(run.folder)
     elif built_in:
-        comparisons, held_out = (
-            make_comparisons(sft_policy, tokenizer, data.draw(prompts, n, run.generator), cfg,
-                             run.generator)
-            for prompts, n in ((train_prompts, cfg.n_prompts), (held_out_prompts, cfg.n_held_out)))
-        files.write(stored, json.dumps([comparisons, held_out]))
-        companions.add(stored)
+        drawn = data.draw(train_prompts, cfg.n_prompts, run.generator)
+        comparisons = make_comparisons(sft_policy, tokenizer, drawn, cfg, run.generator)
+        drawn = data.draw(held_out_prompts, cfg.n_held_out, run.generator)
+        held_out = make_comparisons(sft_policy, tokenizer, drawn, cfg, run.generator)
+        files.write(run.folder / "comparisons.json", json.dumps([comparisons, held_out]))
     K = len(comparisons[0]["response_ids"])
+    better, worse = torch.triu_indices(K, K, offset=1)                       # all pairs of ranks
 
     # ---- 3. train
-    shape = GPTConfig(**asdict(trunk.config) | {"dropout": 0.0} | cfg.how())
-    reward_model = ScalarGPT(shape, init_from=trunk).to(device)
+    shape = asdict(trunk.config) | {"dropout": 0.0} | cfg.compute_options()
+    reward_model = ScalarGPT(GPTConfig(**shape), init_from=trunk).to(device)
     add_lora(reward_model, cfg.lora_rank)
     optimizer = torch.optim.AdamW(trained(reward_model), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
-    state = dict(reward_model=reward_model, optimizer=optimizer, gpt=asdict(reward_model.config),
-                 tokenizer=data.fingerprint(tokenizer), sft=files.fingerprint(sft_policy),
-                 data=corpus.source_of(train_prompts), companions=companions)
+    first = run.restore(reward_model=reward_model, optimizer=optimizer,
+                        gpt=asdict(reward_model.config), **sources)
     steps = cfg.epochs * (len(comparisons) // cfg.batch_size)
-    better, worse = torch.triu_indices(K, K, offset=1)                       # all pairs of a ranking
-    first = run.restore(**state)                                 # 0, or where the checkpoint stands
-    if built_in:
-        companions.check(stored)
     for step in run.steps(first, steps):
-        lr = experiment.learning_rate(step, steps, cfg.lr, cfg.warmup, cfg.lr_floor)
-        experiment.set_learning_rate(optimizer, lr)
-        metrics, batch = {}, data.batch_rows(len(comparisons), cfg.batch_size, step, cfg.seed)
-        for rows in data.parts(batch, cfg.accumulation):
-            inputs, targets, mask = rows_of([comparisons[i] for i in rows], device)         # (B K, T)
+        lr = learning_rate(step, steps, cfg.lr, cfg.warmup, cfg.lr_floor)
+        set_learning_rate(optimizer, lr)
+        means = data.Means()
+        batch = data.batch_rows(len(comparisons), cfg.batch_size, step, cfg.seed)
+        for rows, share in data.microbatches(batch, cfg.accumulation):
+            inputs, targets, mask = batch_of([comparisons[i] for i in rows], device)    # (B K, T)
             if cfg.token_wise:
-                tokens = torch.cat([inputs, targets[:, -1:]], dim=1)                        # (B K, T+1)
-                by_rank = [x.view(len(rows), K, -1) for x in
-                           (reward_model(tokens)[:, 1:], targets, mask)]                    # (B, K, T)
-                pairs = [x[:, k].flatten(0, 1) for x in by_rank for k in (better, worse)]   # (pairs, T)
+                tokens = torch.cat([inputs, targets[:, -1:]], dim=1)         # (B K, T+1)
+                values = reward_model(tokens)[:, 1:]                         # after each target
+                by_rank = [x.view(len(rows), K, -1) for x in (values, targets, mask)]  # (B, K, T)
+                pairs = [x[:, k].flatten(0, 1)
+                         for x in by_rank for k in (better, worse)]          # (pairs, T) each
                 chosen, rejected, weights = token_wise_scores(*pairs)
             else:
                 scores = sequence_scores(reward_model, inputs, targets, mask).view(-1, K)   # (B, K)
                 chosen, rejected, weights = scores[:, better], scores[:, worse], None
-            loss, part = preference_loss(chosen, rejected, cfg.loss, cfg.margin, weights)
-            share = len(rows) / len(batch)
+            loss, metrics = preference_loss(chosen, rejected, cfg.loss, cfg.margin, weights)
             (share * loss).backward()
-            experiment.add(metrics, part, share)
-        grad_norm = torch.nn.utils.clip_grad_norm_(reward_model.parameters(), cfg.grad_clip)
-        run.must_be_finite(loss=metrics["loss"], grad_norm=grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        metrics.update(lr=lr, grad_norm=grad_norm)
+            means.add(metrics, share)
+        means.add(run.step(cfg.grad_clip, grad_norm=optimizer))              # clips, steps, zeroes
+        metrics = means.result() | {"lr": lr}
         run.log(step, metrics, ["loss", "accuracy", "margin", "lr", "grad_norm"], every=20)
         run.checkpoint(step + 1)
 
@@ -332,41 +344,43 @@ def main(cfg):
     reward_model.eval()
     reward_model.normalise(gain=1.0, bias=0.0)
     scores = score_all(reward_model, held_out, device)                       # (N, K), as trained
-    experiment.check_finite(scores, "the score of a held-out response")
+    check_finite(scores, "the score of a held-out response")
     if built_in:
         gold = torch.tensor([c["gold"] for c in held_out])                   # (N, K)
-        accuracy = reviews.agreement(scores, gold, cfg.annotator_temperature).item()
-        bayes = reviews.agreement(gold, gold, cfg.annotator_temperature).item()
-        truth = reviews.preference(gold[:, better], gold[:, worse], cfg.annotator_temperature)      # (N, pairs)
-        lines = [f"expected accuracy   {accuracy:.3f} on {len(held_out) * len(better)} held-out comparisons",
-                 f"Bayes accuracy      {bayes:.3f}, the most anybody can agree with these annotators",
+        temperature = cfg.annotator_temperature
+        accuracy = reviews.agreement(scores, gold, temperature).item()
+        bayes = reviews.agreement(gold, gold, temperature).item()
+        truth = reviews.preference(gold[:, better], gold[:, worse], temperature)     # (N, pairs)
+        lines = [f"expected accuracy   {accuracy:.3f} on {len(held_out) * len(better)} held-out "
+                 "comparisons",
+                 f"Bayes accuracy      {bayes:.3f}, the highest that any model can reach with "
+                 "these annotators",
                  f"ratio               {accuracy / bayes:.3f}"]
         results = {"accuracy": accuracy, "bayes_accuracy": bayes, "ratio": accuracy / bayes}
     else:
         right = 0.5 + 0.5 * (scores[:, 0] - scores[:, 1]).sign()             # (N,)
-        accuracy, error = right.mean().item(), right.std().item() / len(right) ** 0.5
+        accuracy = right.mean().item()
+        error = right.std().item() / len(right) ** 0.5
         truth = torch.ones(len(scores), 1)                                   # what the labels say
-        lines = [f"accuracy            {accuracy:.3f} ± {error:.3f} on {len(held_out)} held-out comparisons"]
+        lines = [f"accuracy            {accuracy:.3f} ± {error:.3f} on {len(held_out)} held-out "
+                 "comparisons"]
         results = {"accuracy": accuracy, "standard_error": error}
 
     # ---- 5. normalise
-    if built_in:                                                             # these are the policy's samples
+    if built_in:                                         # the held-out responses are SFT's samples
         check_spread(scores.mean().item(), scores.std().item(), "responses of the SFT policy")
         gain, bias = 1 / scores.std().item(), -(scores.mean() / scores.std()).item()
     else:
-        gain, bias = normalisation(functools.partial(sequence_scores, reward_model), sft_policy, tokenizer,
-                                   train_prompts, cfg)
+        raw = functools.partial(sequence_scores, reward_model)
+        gain, bias = normalisation(raw, sft_policy, tokenizer, train_prompts, cfg)
     reward_model.normalise(gain, bias)
     run.save(steps)
-
-    picture = experiment.curves(run.folder, "Reward model", [
-        ("loss", "nats per comparison", ["loss"]), ("accuracy on noisy labels", "", ["accuracy"])])
-    return run.finish("\n".join([
-        *lines, "", experiment.table(calibration(scores, truth)), "",
-        f"normalised by       gain {gain:.3f}, bias {bias:.3f}",
-        f"curves      {picture}", f"checkpoint  {run.folder}/checkpoint.pt",
-        f"next        {options.next_command(cfg, 'ppo')}"]), results | {"gain": gain, "bias": bias})
+    text = "\n".join([*lines, "", table(calibration(scores, truth)), "",
+                      f"normalised by       gain {gain:.3f}, bias {bias:.3f}"])
+    return run.finish(text, results | {"gain": gain, "bias": bias}, then="ppo", curves=[
+        ("loss", "nats per comparison", ["loss"]),
+        ("accuracy on noisy labels", "", ["accuracy"])])
 
 
 if __name__ == "__main__":
-    experiment.launch(main, Config, __doc__)
+    launch(main, Config, __doc__)

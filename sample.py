@@ -1,25 +1,26 @@
 """
 Look at what a policy writes.
 
-    python sample.py --config small --stage sft,ppo                     side by side, on held-out prompts
+    python sample.py --config small --stage sft,ppo         side by side, on held-out prompts
     python sample.py --config small --stage ppo --prompt "A fable about a lighthouse. On the plot:"
-    python sample.py --config small --stage ppo --temperature 0         the likeliest token each time
-    python sample.py --config small --stage ppo,dpo --score             with the reward of each response
-    python sample.py --config small --stage ppo --tokens advantage      and of each token, in colour
-    python sample.py --config gpt2 --stage ppo --prompt $'\\n\\nHuman: Hi\\n\\nAssistant:'           newlines, in bash
+    python sample.py --config small --stage ppo --temperature 0     the likeliest token each time
+    python sample.py --config small --stage ppo,dpo --score         with each response's reward
+    python sample.py --config small --stage ppo --tokens advantage  and each token's, in colour
+    python sample.py --config gpt2 --stage ppo --prompt $'\\n\\nHuman: Hi\\n\\nAssistant:'
 
-All policies get the same prompts and the same uniforms, so that they differ by what they have learned. A stage
-of another run is RUN/STAGE, one of several policies of a stage STAGE/NAME, as in policy_gradient/clip or ppo/ema.
-Data, lengths, temperature and reward are those that the first of the stages was made with, unless you say otherwise.
---tokens shows, of each response token,
+The last one writes newlines the way bash does. All policies get the same prompts and the same
+uniforms, so they differ only by what they have learned. A stage of a different run is RUN/STAGE.
+One of a stage's several policies is STAGE/NAME, as in policy_gradient/clip or ppo/ema. Data,
+lengths, temperature and reward are those of the first of the stages, unless you say otherwise.
+--tokens shows, for each response token,
 
     kl          log pi - log pi_ref, its part of the KL to the reference, in nats
     value       V, what the critic expected before the token was chosen
-    advantage   A, how much better the token was than that; by the beta, gamma and lambda of the stage's last update,
-                before it is whitened
+    advantage   A, how much better the token was than that, before whitening, with the beta of the
+                stage's last update and its gamma and lambda
 
-in blue where it is positive and in orange where it is negative, the stronger the larger; where the terminal has
-no colour the number stands behind the token.
+Positive numbers are blue, negative ones orange, the stronger the larger. Without colours the number
+follows the token.
 """
 
 import contextlib
@@ -31,54 +32,57 @@ from typing import Literal
 
 import torch
 
-import corpus
 import data
-import experiment
-import files
-import options
 import ppo
-import scoring
 import sft
+from lab import files
+from lab.config import FROM_0, folder_of, run_name
+from lab.process import pick_device
+from lab.run import (Stopped, check_export, ensure, launch, self_contained, stop,
+                     stored_config)
+from lab.tokenizer import check_vocabulary, decode_response, encode_prompt
 from model import ScalarGPT, generate, token_logprobs
+from presets import presets_of
+from reward import Rewarded, load_reward
 
 
 @dataclass
-class Config(scoring.Rewarded):
+class Config(Rewarded):
     stage: str = "sft,ppo"          # stages of this run, RUN/STAGE, or STAGE/NAME
-    prompt: str = ""                # a prompt of your own; else held-out ones
-    n: int = 4                      # prompts, or responses to the one of your own
-    temperature: float = 1.0        # 0 takes the likeliest token
-    score: bool = False             # show the reward of each response
+    prompt: str = ""                # your own prompt; default: held-out ones
+    n: int = 4                      # how many prompts, or responses to your own one
+    temperature: float = 1.0        # sampling temperature; 0 takes the likeliest token
+    score: bool = False             # show each response's reward
     tokens: Literal["", "kl", "value", "advantage"] = ""        # show this of each response token
-    may_be_zero = ("temperature",)
+    presets = presets_of("sample")
+    ranges = {"temperature": FROM_0}
 
 
-PRESETS = {"small": {}, "tiny": {}, "gpt2": {}, "imdb": {}, "tldr": {}}
-Config.presets = PRESETS
-BLUES, ORANGES = (255, 153, 117, 75, 33), (255, 223, 215, 209, 202)          # of the 256 colours, from pale to strong
-OF_A_STAGE = ("out", "base", "data", "max_prompt_tokens", "text_prompt", "max_new_tokens", "temperature", "reward",
-              "normalise_reward", "missing_eos_score", "score_clip")
+# Of the 256 colours of a terminal, from pale to strong
+BLUES = (255, 153, 117, 75, 33)
+ORANGES = (255, 223, 215, 209, 202)
+INHERITED = ("out", "base", "data", "max_prompt_tokens", "text_prompt", "max_new_tokens",
+             "temperature", "reward", "normalise_reward", "missing_eos_score", "score_clip")
 
 
 def find(name, run):
-    """A name as in the docstring -> the stage's folder, in this run or in what it is based on, the key of its policy"""
-    here = options.folder_of(run)
-    runs_in = here.parent
-    parts = name.split("/")
-    candidates = [(here / parts[0], parts[1:])]
+    """A name as in the docstring -> the stage's folder, here or in --base, the policy's key"""
+    here = folder_of(run)
+    stage, *rest = name.split("/")
+    candidates = [(here / stage, rest)]
     for path in sorted(here.glob("*/checkpoint.pt")):
-        with contextlib.suppress(files.Stopped):         # a damaged stage that was not asked for
-            base = experiment.stored_config(path.parent).get("base")
+        with contextlib.suppress(Stopped):               # a damaged stage that was not asked for
+            base = stored_config(path.parent).get("base")
             if base:
-                candidates.append((options.folder_of(base) / parts[0], parts[1:]))
-    candidates.append((runs_in.joinpath(*parts[:2]), parts[2:]))
+                candidates.append((folder_of(base) / stage, rest))
+    candidates.append((here.parent.joinpath(stage, *rest[:1]), rest[1:]))    # RUN/STAGE
     for folder, rest in candidates:
         if (folder / "checkpoint.pt").is_file():
             return folder, "_".join(["policy", *rest])
-    stages = [path.parent for path in runs_in.glob("*/*/checkpoint.pt")]
-    known = sorted(str(stage.relative_to(runs_in)) for stage in stages)
-    files.stop(f"--stage names {name}, but neither {here / parts[0]} nor {runs_in / name} has a "
-               f"checkpoint; there are: {', '.join(known) or 'none'}")
+    stages = [path.parent for path in here.parent.glob("*/*/checkpoint.pt")]
+    known = sorted(str(stage.relative_to(here.parent)) for stage in stages)
+    stop(f"--stage names {name}, but neither {here / stage} nor {here.parent / name} has a "
+         f"checkpoint; there are: {', '.join(known) or 'none'}")
 
 
 def run_of(folder):
@@ -88,52 +92,54 @@ def run_of(folder):
 
 
 def check_has_policy(name, folder, key, saved):
-    """Exit unless the stage's checkpoint holds that policy."""
-    names = [sft.policy_name(folder.name, policy) for policy in sft.policies_in(saved)]
+    """Exit unless the stage's checkpoint holds this policy."""
     if key not in saved:
-        files.stop(f"--stage names {name}, but {folder} has no such policy to sample from; its "
-                   f"policies: {', '.join(names) or 'none'}")
+        known = [sft.policy_name(folder.name, policy) for policy in sft.policies_in(saved)]
+        stop(f"--stage names {name}, but {folder} has no such policy; its policies: "
+             f"{', '.join(known) or 'none'}")
 
 
-def settle(cfg, folders):
-    """What was not said otherwise is as it was when the first of the stages that know it was made -> cfg"""
-    usual = Config(config=cfg.config)
-    configs = [experiment.stored_config(folder) | {"out": run_of(folder)} for folder in folders]
-    for name in OF_A_STAGE:
+def inherit_settings(cfg, folders):
+    """Take settings left at their defaults from the first stage that has them -> cfg"""
+    default = Config(config=cfg.config)
+    configs = [stored_config(folder) | {"out": run_of(folder)} for folder in folders]
+    for name in INHERITED:
         known = [config[name] for config in configs if name in config]
-        if known and getattr(cfg, name) == getattr(usual, name):
+        if known and getattr(cfg, name) == getattr(default, name):
             cfg = replace(cfg, **{name: known[0]})
     return cfg
 
 
 def in_colour(stream=sys.stdout):
-    """Whether the terminal shows colours; NO_COLOR asks for none (no-color.org)"""
+    """Whether the terminal shows colours; NO_COLOR turns them off (no-color.org)"""
     return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
 def paint(pieces, values, largest, colour):
-    """Tokens' texts with a number each: on a ground that shows it, or with the number behind -> text"""
+    """Tokens' texts, each on a background that shows its number or followed by it -> text"""
     if not colour:
         return "".join(f"{piece}[{value:+.2f}]" for piece, value in zip(pieces, values))
     painted = []
     for piece, value in zip(pieces, values):
         strength = round(4 * min(1.0, abs(value) / max(largest, 1e-9)))
-        painted.append(f"\033[30;48;5;{(BLUES if value > 0 else ORANGES)[strength]}m{piece}\033[0m")
+        shades = BLUES if value > 0 else ORANGES
+        painted.append(f"\033[30;48;5;{shades[strength]}m{piece}\033[0m")
     return "".join(painted)
 
 
 @torch.no_grad()
-def token_values(what, saved, folder, policy, reference, reward, inputs, targets, mask, finished, cfg):
-    """What --tokens shows of each token -> (B, T), or None where the stage has no critic"""
+def token_values(cfg, saved, folder, policy, reference, reward, inputs, targets, mask, finished):
+    """The number that --tokens shows of each token -> (B, T), or None if the stage has no critic"""
     temperature = cfg.temperature or 1.0
-    logprobs, ref_logprobs = (token_logprobs(p, inputs, targets, mask, temperature) for p in (policy, reference))
-    if what == "kl":
+    logprobs = token_logprobs(policy, inputs, targets, mask, temperature)
+    ref_logprobs = token_logprobs(reference, inputs, targets, mask, temperature)
+    if cfg.tokens == "kl":
         return ppo.kl_estimate(logprobs, ref_logprobs)
     if "critic_gpt" not in saved:
         return None
-    critic = sft.rebuild(ScalarGPT, saved, folder, "critic", "critic_gpt", **cfg.how()).to(inputs.device)
-    values = critic(inputs) * mask
-    if what == "value":
+    critic = sft.rebuild(ScalarGPT, saved, folder, "critic", "critic_gpt", **cfg.compute_options())
+    values = critic.to(inputs.device)(inputs) * mask
+    if cfg.tokens == "value":
         return values
     scores = reward(inputs, targets, mask, finished)
     rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, mask, saved["control"]["beta"])
@@ -141,74 +147,95 @@ def token_values(what, saved, folder, policy, reference, reward, inputs, targets
     return ppo.gae(rewards, values, mask, config["gamma"], config["lam"])[0]
 
 
-@experiment.self_contained
+def show(cfg, tokenizer, prompts, names, written):
+    """Print every prompt with the response of each policy."""
+    colour = in_colour()
+    numbers = [abs(x) for _, _, values in written for row in values or [] for x in row]
+    largest = max(numbers, default=0.0)
+    if cfg.tokens:
+        legend = f", blue positive, orange negative, {largest:.2f} at most" if colour else ""
+        print(f"{cfg.tokens} of each token{legend}")
+    for i, prompt in enumerate(prompts):
+        if i == 0 or not cfg.prompt:
+            empty = prompt == [tokenizer.eot_token]
+            print("\n" + ("(no prompt)" if empty else files.visible(tokenizer.decode(prompt))))
+        for name, (responses, scores, values) in zip(names, written):
+            label = name if scores is None else f"{name}  score {scores[i]:.2f}"
+            if cfg.tokens and values is None:
+                label += "  (it has no critic)"
+            if values is not None:
+                pieces = [tokenizer.decode_single_token_bytes(token).decode(errors="replace")
+                          for token in responses[i]]
+                text = paint(map(files.visible, pieces), values[i], largest, colour)
+            else:
+                text, finished = decode_response(tokenizer, responses[i])
+                text = files.visible(text)
+                if not finished:                         # cut at --max_new_tokens
+                    text += " .."
+            print(f"    {label} {text}")
+
+
+@self_contained
 def main(cfg):
-    experiment.check_export(cfg, None)
+    check_export(cfg, None)
     names = [name.strip() for name in cfg.stage.split(",") if name.strip()]
     if not names:
-        files.stop(f"--stage got {cfg.stage!r}; it takes names of stages, as in sft,ppo")
-    folders = [find(name, options.run_name(cfg)) for name in names]
-    cfg, device = settle(cfg, [folder for folder, _ in folders]), experiment.pick_device(cfg)
-    policies, saved = [], []
-    for name, (folder, key) in zip(names, folders):
-        saved.append(files.load_checkpoint(folder))
-        check_has_policy(name, folder, key, saved[-1])
-        policy, tokenizer = sft.load_policy(folder, device, key, saved[-1], **cfg.how())
-        policies.append(policy)
-        data.check_vocabulary(saved[0]["tokenizer"], tokenizer, folder)
-    block_size, eos_id = policies[0].config.block_size, tokenizer.eot_token
+        stop(f"--stage got {cfg.stage!r}; it takes names of stages, as in sft,ppo")
+    found = [find(name, run_name(cfg)) for name in names]
+    cfg = inherit_settings(cfg, [folder for folder, _ in found])
+    device = pick_device(cfg)
 
+    # ---- the policies
+    checkpoints, policies = [], []
+    for name, (folder, key) in zip(names, found):
+        saved = files.load_checkpoint(folder)
+        check_has_policy(name, folder, key, saved)
+        policy, tokenizer = sft.load_policy(folder, device, key, saved, **cfg.compute_options())
+        checkpoints.append(saved)
+        policies.append(policy)
+        check_vocabulary(checkpoints[0]["tokenizer"], tokenizer, folder)
+    block_size = policies[0].config.block_size
+    eos_id = tokenizer.eot_token
+
+    # ---- what they are measured by
     reference = reward = None
     if cfg.score or cfg.tokens:
-        reference, _ = sft.load_policy(experiment.ensure(cfg, sft), device, **cfg.how())
-        made = files.fingerprint(reference)
-        for name, checkpoint in zip(names, saved):
-            if checkpoint.get("sft", made) != made:
-                files.stop(f"{name} started from a different SFT policy than this run's, so it has no "
-                           "score and no KL here; leave out --score and --tokens to see its samples")
+        reference, _ = sft.load_policy(ensure(cfg, sft), device, **cfg.compute_options())
+        sft_id = files.fingerprint(reference)
+        for name, saved in zip(names, checkpoints):
+            if saved.get("sft", sft_id) != sft_id:
+                stop(f"{name} started from a different SFT policy than this run's, so it has no "
+                     "score and no KL here; leave out --score and --tokens to see its samples")
     if cfg.score or cfg.tokens == "advantage":
-        reward = scoring.load_reward(cfg, reference, tokenizer, corpus.prompts(cfg, tokenizer, block_size)[0], device)
-        for checkpoint in saved:                                             # normalised as in training
-            if reward.is_that_of(checkpoint.get("reward")):
-                reward.load_state_dict(checkpoint["reward"])
-    if cfg.prompt:
-        prompts = [data.encode_prompt(tokenizer, cfg.prompt)] * cfg.n
-        corpus.check_room(cfg, len(prompts[0]), block_size)
-    else:
-        prompts = corpus.prompts(cfg, tokenizer, block_size, cfg.n)[1]
+        train_prompts, _ = data.prompts(cfg, tokenizer, block_size)
+        reward = load_reward(cfg, reference, tokenizer, train_prompts, device)
+        for saved in checkpoints:                        # normalised as it was in training
+            if reward.matches(saved.get("reward")):
+                reward.load_state_dict(saved["reward"])
 
-    written = []                             # by each policy: token lists of responses, scores, values of tokens
-    for policy, checkpoint, (folder, _) in zip(policies, saved, folders):
+    # ---- their samples
+    if cfg.prompt:
+        prompts = [encode_prompt(tokenizer, cfg.prompt)] * cfg.n
+        data.check_room(cfg, len(prompts[0]), block_size)
+    else:
+        _, prompts = data.prompts(cfg, tokenizer, block_size, cfg.n)
+    written = []                     # by policy: token lists, scores or None, values or None
+    for policy, saved, (folder, _) in zip(policies, checkpoints, found):
         tokens, mask = generate(policy, prompts, cfg.max_new_tokens, eos_id, cfg.temperature,
                                 torch.Generator().manual_seed(cfg.seed))
         inputs, targets = data.shift(tokens)                                 # (n, T) each
         finished = data.met_eos(targets, mask, eos_id)                       # (n,)
-        values = None
+        values = scores = None
         if cfg.tokens:
-            values = token_values(cfg.tokens, checkpoint, folder, policy, reference, reward, inputs, targets, mask,
-                                  finished, cfg)                                            # (n, T)
+            values = token_values(cfg, saved, folder, policy, reference, reward, inputs, targets,
+                                  mask, finished)                            # (n, T)
         if values is not None:
             values = [row[m > 0].tolist() for row, m in zip(values, mask)]
-        scores = reward(inputs, targets, mask, finished).tolist() if cfg.score else None
+        if cfg.score:
+            scores = reward(inputs, targets, mask, finished).tolist()
         written.append((data.responses_of(tokens, mask), scores, values))
-
-    largest = max((abs(x) for _, _, values in written for row in values or [] for x in row), default=0.0)
-    if cfg.tokens:
-        print(f"{cfg.tokens} of each token" + f", blue positive, orange negative, {largest:.2f} at most" * in_colour())
-    for i, prompt in enumerate(prompts):
-        if not (i and cfg.prompt):
-            print("\n" + (files.visible(tokenizer.decode(prompt)) if prompt != [eos_id] else "(no prompt)"))
-        for name, (responses, scores, values) in zip(names, written):
-            label = name if scores is None else f"{name}  score {scores[i]:.2f}"
-            if values is not None:
-                pieces = [files.visible(tokenizer.decode_single_token_bytes(token).decode(errors="replace"))
-                          for token in responses[i]]
-                text = paint(pieces, values[i], largest, in_colour())
-            else:
-                text, ended = data.decode_response(tokenizer, responses[i])
-                text = files.visible(text) + " .." * (not ended)        # cut at --max_new_tokens
-            print(f"    {label}" + "  (it has no critic)" * (cfg.tokens != "" and values is None) + f" {text}")
+    show(cfg, tokenizer, prompts, names, written)
 
 
 if __name__ == "__main__":
-    experiment.launch(main, Config, __doc__)
+    launch(main, Config, __doc__)

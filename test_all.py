@@ -1,28 +1,42 @@
 """
 Every formula against an independent oracle, every script end to end. Offline, on a CPU.
 
-    python -m pytest -q test_all.py             all of it
-    python -m pytest -q test_all.py --slow      also the runs at full size
-    python -m pytest -q test_all.py -k gae      one subject
-    python test_all.py                          rewrite the line numbers in the README
-    python test_all.py flips                    draw docs/flips.png as well
+    python -m pytest -q                 all of it, and lab/test_lab.py
+    python -m pytest -q test_all.py     all of it
+    python -m pytest -q --slow          also the runs at full size
+    python -m pytest -q -k gae          one subject
+    python test_all.py                  rewrite the line numbers below and in the documentation
+    python test_all.py flips            draw docs/flips.png as well
 
-In reading order: reviews, data, corpus, files, model, options, experiment, the stages' maths, the proof, the scripts, the README.
 A test's name is the claim it checks.
+
+    line   section
+     113   reviews.py
+     303   data.py
+     358   model.py
+    1138   sft.py
+    1160   reward_model.py
+    1238   ppo.py
+    1584   dpo.py
+    1785   grpo.py
+    2303   policy_gradient.py
+    2380   frontier.py, compare.py
+    2641   evaluate.py
+    2671   What people copy
+    2806   Any shapes, any values: what hypothesis finds by trying
+    2983   The proof: a problem so small that every response can be listed
+    4041   The scripts, end to end at --config tiny
+    5786   The house: what holds for every file
+    5941   README.md and docs/
 """
 
 import ast
-import codecs
 import contextlib
 import copy
 import dataclasses
 import doctest
-import errno
 import functools
-import gzip
-import hashlib
 import inspect
-import io
 import itertools
 import json
 import math
@@ -30,19 +44,12 @@ import os
 import pickle
 import random
 import re
-import resource
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import sysconfig
-import threading
 import time
-import tracemalloc
 import types
-import typing
-import zipfile
 from pathlib import Path
 
 import hypothesis
@@ -51,74 +58,52 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import corpus
+import compare
 import data
 import dpo
 import evaluate
-import experiment
-import files
 import frontier
 import grpo
-import guest
 import model
-import options
 import policy_gradient
 import ppo
-import pretrained
+import presets
 import reviews
+import reward as reward_py
 import reward_model
 import sample
-import scoring
 import sft
-from files import Stopped
+from conftest import (AWKWARD, assert_same_bits, comparison, held_out_prompts, load_own, log_of,
+                      Malicious, review_texts, seeded, small_gpt,
+                      small_scalar, tiny_config, user_config, write_rows)
+from lab import config as settings
+from lab import corpus, files, forms, guest, pretrained, process
+from lab import report as reports
+from lab import run as runs
+from lab import tokenizer as tokenizers
+from lab.files import Stopped
 from model import GPT, GPTConfig, ScalarGPT, generate, masked_mean, sequence_scores, token_logprobs
 
 HERE = Path(__file__).parent
 SCRIPTS = (sft, reward_model, ppo, dpo, grpo, policy_gradient, evaluate)
-MODULES = (reviews, files, pretrained, options, data, corpus, model, experiment, guest, scoring, frontier,
-           *SCRIPTS, sample)
-
-
-def seeded(n=0):
-    return torch.Generator().manual_seed(n)
-
-
-def small_gpt(vocab_size=11, block_size=16, seed=0, std=0.3):
-    """A GPT whose random weights are large enough that its distributions are far from uniform."""
-    torch.manual_seed(seed)
-    gpt = GPT(GPTConfig(vocab_size, block_size, n_layer=2, n_head=2, n_embd=16)).eval()
-    for p in gpt.parameters():
-        p.data.normal_(std=std)
-    return gpt
-
-
-def small_scalar(seed=0):
-    torch.manual_seed(seed)
-    scalar = ScalarGPT(GPTConfig(11, 16, n_layer=2, n_head=2, n_embd=16)).eval()
-    for p in scalar.parameters():
-        p.data.normal_(std=0.3)
-    return scalar
+MODULES = (reviews, presets, data, model, reward_py, frontier, compare, *SCRIPTS, sample)
 
 
 def reward_of(scalar, cfg, **changes):
     """The reward that a reward model of ours gives"""
-    return scoring.Reward(functools.partial(sequence_scores, scalar), "", dataclasses.replace(cfg, **changes))
-
-
-def asked(tokenizer, n, seed=5):
-    """Held-out prompts of the built-in task, as token lists"""
-    return corpus.prompts(tiny(ppo, seed=seed), tokenizer, 72, n)[1]
+    cfg = dataclasses.replace(cfg, **changes)
+    return reward_py.Reward(functools.partial(sequence_scores, scalar), "", cfg)
 
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 1]]
-RESPONSES = [[4, 5, 10], [2, 3, 4, 5, 10], [10], [7, 7, 7, 7, 7, 7]]          # EOS is 10; the last has none
+RESPONSES = [[4, 5, 10], [2, 3, 4, 5, 10], [10], [7, 7, 7, 7, 7, 7]]   # EOS is 10; the last: none
 
 
 def ragged(seed=0, dtype=torch.float64, B=5, T=9):
     """Random (B, T) tensors and a mask of contiguous responses of different places and lengths."""
     generator = seeded(seed)
     starts = [0, 2, 4, 8, 1][:B]
-    ends = [9, 3, 9, 9, 5][:B]                                                 # lengths 9, 1, 5, 1, 4
+    ends = [9, 3, 9, 9, 5][:B]                           # lengths 9, 1, 5, 1, 4
     mask = torch.tensor([[float(s <= t < e) for t in range(T)] for s, e in zip(starts, ends)])
     values = torch.randn(4, B, T, generator=generator, dtype=dtype) * mask
     return (*values, mask.to(dtype))
@@ -127,19 +112,28 @@ def ragged(seed=0, dtype=torch.float64, B=5, T=9):
 # --------------------------------------------------------------------------------------------------
 # reviews.py
 
-CUT_DOWN = {                                                   # every rule of the grammar is in one of these
+CUT_DOWN = {                             # together they use every rule of the grammar
     "one sentence": reviews.Lexicon(
-        aspects=("acting", "plot"), adjectives=("superb", "good", "ordinary", "dull", "unbearable"),
-        verbs=("loved", "hated"), verdicts=("See it twice.", "Worth a look.", "Skip it."),
-        intensifiers=("truly", "quite"), occasions=("on a train", "at a festival"), endings=(0.0, 1.0)),
+        aspects=("acting", "plot"),
+        adjectives=("superb", "good", "ordinary", "dull", "unbearable"),
+        verbs=("loved", "hated"),
+        verdicts=("See it twice.", "Worth a look.", "Skip it."),
+        intensifiers=("truly", "quite"),
+        occasions=("on a train", "at a festival"),
+        endings=(0.0, 1.0)),
     "two sentences": reviews.Lexicon(
-        aspects=("acting", "plot"), adjectives=("superb", "good", "ordinary", "awful"), verbs=("loved", "liked"),
-        verdicts=("See it twice.", "Skip it."), intensifiers=(), occasions=("on a train",), endings=(0.0, 0.5, 1.0))}
+        aspects=("acting", "plot"),
+        adjectives=("superb", "good", "ordinary", "awful"),
+        verbs=("loved", "liked"),
+        verdicts=("See it twice.", "Skip it."),
+        intensifiers=(),
+        occasions=("on a train",),
+        endings=(0.0, 0.5, 1.0))}
 TINY_PROMPT = "A western about a lighthouse. On the acting:"
 
 
 def every_review(lexicon):
-    """All texts of a grammar by walking its choices in every mood -> {text: probability}"""
+    """All texts of a grammar, by walking its choices in every mood -> {text: probability}"""
     texts = {}
 
     def walk(taken, mood, p):
@@ -162,42 +156,47 @@ def every_review(lexicon):
 
 
 @pytest.fixture(scope="module", params=CUT_DOWN)
-def listed(request):
-    return CUT_DOWN[request.param], every_review(CUT_DOWN[request.param])
+def cut_down_grammar(request):
+    """-> its lexicon, {text: probability}"""
+    lexicon = CUT_DOWN[request.param]
+    return lexicon, every_review(lexicon)
 
 
-def test_grammar_log_probs_sum_to_one_over_every_text_of_a_cut_down_grammar(listed):
-    lexicon, texts = listed
+def test_grammar_log_probs_sum_to_one_over_every_text_of_a_cut_down_grammar(cut_down_grammar):
+    lexicon, texts = cut_down_grammar
     assert len(texts) > 1000
     total = sum(math.exp(reviews.log_prob(TINY_PROMPT, text, lexicon)) for text in texts)
     assert math.isclose(total, 1.0, rel_tol=1e-9)
 
 
-def test_grammar_log_prob_of_each_text_is_the_sum_over_its_derivations(listed):
-    lexicon, texts = listed
+def test_grammar_log_prob_of_each_text_is_the_sum_over_its_derivations(cut_down_grammar):
+    lexicon, texts = cut_down_grammar
     for text, p in itertools.islice(texts.items(), 0, None, 7):
-        assert math.isclose(math.exp(reviews.log_prob(TINY_PROMPT, text, lexicon)), p, rel_tol=1e-9)
+        log_prob = reviews.log_prob(TINY_PROMPT, text, lexicon)
+        assert math.isclose(math.exp(log_prob), p, rel_tol=1e-9)
 
 
-def test_grammar_samples_texts_with_the_probabilities_it_scores(listed):
-    lexicon, texts = listed
-    rng, n, counts = random.Random(0), 20000, {}
-    for _ in range(n):
-        text = reviews.write("western", "acting", rng, lexicon)
-        counts[text] = counts.get(text, 0) + 1
+def test_grammar_samples_texts_with_the_probabilities_it_scores(cut_down_grammar):
+    lexicon, texts = cut_down_grammar
+    rng = random.Random(0)
+    n = 20000
+    written = [reviews.write("western", "acting", rng, lexicon) for _ in range(n)]
+    assert set(written) <= set(texts)
     for text in sorted(texts, key=texts.get)[-20:]:
         p = texts[text]
-        assert abs(counts[text] / n - p) < 4.5 * math.sqrt(p * (1 - p) / n)    # false alarm 1e-4
+        deviation = math.sqrt(p * (1 - p) / n)
+        assert abs(written.count(text) / n - p) < 4.5 * deviation      # fails by chance in 1e-4
 
 
-def test_the_mood_shows_most_in_what_is_said_about_the_aspect_asked_for():
-    def mean_grade(mood, about):
+def test_the_mood_shows_most_in_the_aspect_that_was_asked_for():
+    def mean_grade(mood, aspect):
         grammar = reviews.choices("western", "acting", mood)
         next(grammar)
-        for phrase in (" The", about, " is", ""):
+        for phrase in (" The", aspect, " is", ""):
             options = grammar.send(phrase)
-        options = grammar.send("")                           # no intensifier
+        options = grammar.send("")                       # no intensifier
         return sum(p * reviews.GRADES[word[1:]] for word, p in options.items())
+
     for mood in (-2, -1, 1, 2):
         asked, other = mean_grade(mood, " acting"), mean_grade(mood, " plot")
         assert asked * mood > other * mood > 0
@@ -211,12 +210,20 @@ def test_every_review_of_the_grammar_has_no_fault_and_parses_back():
         assert reviews.grammatical(prompt, response)
 
 
-def test_log_prob_is_minus_infinity_for_what_the_grammar_cannot_write():
-    good = " The acting is good. Skip it."
-    assert reviews.log_prob(TINY_PROMPT, good) > -30
-    for bad in ("", " The acting is good.", good + " Skip it.", good[1:], " The acting is good. The acting "
-                "is good. Skip it.", " It is a good comedy. Skip it.", good.replace("good", "purple")):
-        assert reviews.log_prob(TINY_PROMPT, bad) == -math.inf, bad
+GOOD_REVIEW = " The acting is good. Skip it."
+
+
+@pytest.mark.parametrize("text", [
+    "",
+    " The acting is good.",
+    GOOD_REVIEW + " Skip it.",
+    GOOD_REVIEW[1:],
+    " The acting is good. The acting is good. Skip it.",
+    " It is a good comedy. Skip it.",
+    GOOD_REVIEW.replace("good", "purple")])
+def test_log_prob_is_minus_infinity_for_texts_outside_the_grammar(text):
+    assert reviews.log_prob(TINY_PROMPT, GOOD_REVIEW) > -30
+    assert reviews.log_prob(TINY_PROMPT, text) == -math.inf
 
 
 @pytest.mark.parametrize("text, sentiment", [
@@ -228,7 +235,8 @@ def test_log_prob_is_minus_infinity_for_what_the_grammar_cannot_write():
     (" I adored the acting. It is an awful western. Skip it.", 3 - 0.5 * 3 - 2),
     (" I saw it on a train. The acting is plain. Fine for a rainy day.", 0.0)])
 def test_gold_of_hand_worked_reviews(text, sentiment):
-    assert reviews.read(TINY_PROMPT, text) == (pytest.approx(sentiment), dict.fromkeys(reviews.PENALTIES, 0))
+    no_faults = dict.fromkeys(reviews.PENALTIES, 0)
+    assert reviews.read(TINY_PROMPT, text) == (pytest.approx(sentiment), no_faults)
     assert reviews.gold(TINY_PROMPT, text) == pytest.approx(sentiment / 3)
 
 
@@ -239,8 +247,8 @@ def test_gold_of_hand_worked_reviews(text, sentiment):
     (" The acting is good. Skip it.", False, "unfinished", 1),
     (" The acting is good. The plot is dull.", True, "unfinished", 1),
     (" Skip it.", True, "length", 1),
-    (" I saw it on a train. I saw it at a festival. The acting is good. The plot is dull. The plot is plain. "
-     "Skip it.", True, "length", 2),
+    (" I saw it on a train. I saw it at a festival. The acting is good. The plot is dull. "
+     "The plot is plain. Skip it.", True, "length", 2),
     (" The acting is good. The plot is good. Skip it.", True, "repeated", 1),
     (" The acting is good. The acting is good. Skip it.", True, "repeated", 2),
     (" The acting is superb and stunning. I loved the acting. Skip it.", True, "gushing", 1)])
@@ -251,67 +259,65 @@ def test_gold_takes_off_for_each_fault_and_only_for_that(text, finished, fault, 
     assert reviews.gold(TINY_PROMPT, text, finished) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("text", ["", ".", "...", "Skip it", "\n\n", "the acting", "é漢 \x00", " " * 500])
+@pytest.mark.parametrize("text", [
+    "", ".", "...", "Skip it", "\n\n", "the acting", "é漢 \x00", " " * 500])
 def test_gold_is_finite_and_low_for_any_text(text):
     assert -1000 < reviews.gold(TINY_PROMPT, text) < -1
 
 
-def test_prompts_of_another_task_are_refused_by_name():
+def test_prompts_of_a_different_task_are_refused_by_name():
     with pytest.raises(ValueError, match="Tell me a joke"):
         reviews.gold("Tell me a joke", " no")
 
 
 def test_annotators_rank_pairs_by_bradley_terry():
     gold = torch.tensor([[0.3, -0.5, 1.1]], dtype=torch.float64)
-    ranks = reviews.rank(gold.expand(40000, 3), seeded(), temperature=0.6).argsort(dim=1)      # place of each
+    rankings = reviews.rank(gold.expand(40000, 3), seeded(), temperature=0.6)
+    places = rankings.argsort(dim=1)
     for i, j in itertools.combinations(range(3), 2):
         wanted = 1 / (1 + math.exp(-(gold[0, i] - gold[0, j]).item() / 0.6))
-        assert (ranks[:, i] < ranks[:, j]).double().mean().item() == pytest.approx(wanted, abs=0.011)
+        share = (places[:, i] < places[:, j]).double().mean().item()
+        assert share == pytest.approx(wanted, abs=0.011)
 
 
 def test_agreement_is_the_expected_accuracy_and_gold_reaches_the_bayes_accuracy():
     gold = torch.randn(40, 4, generator=seeded(), dtype=torch.float64)
     scores = torch.randn(40, 4, generator=seeded(1), dtype=torch.float64)
-    scores[0] = 0.0                                                            # ties
-    total, best, n = 0.0, 0.0, 0
+    scores[0] = 0.0                                      # ties
+    accuracies, best = [], []
     for row in range(40):
         for i, j in itertools.combinations(range(4), 2):
             p = 1 / (1 + math.exp(-(gold[row, i] - gold[row, j]).item() / 0.6))
-            a, b = scores[row, i].item(), scores[row, j].item()
-            total += p if a > b else 1 - p if a < b else 0.5
-            best += max(p, 1 - p)
-            n += 1
-    assert reviews.agreement(scores, gold).item() == pytest.approx(total / n)
-    assert reviews.agreement(gold, gold).item() == pytest.approx(best / n)
-    assert best > total
+            best.append(max(p, 1 - p))
+            if scores[row, i] == scores[row, j]:
+                accuracies.append(0.5)
+            else:
+                accuracies.append(p if scores[row, i] > scores[row, j] else 1 - p)
+    accuracy, best = np.mean(accuracies), np.mean(best)
+    assert reviews.agreement(scores, gold).item() == pytest.approx(accuracy)
+    assert reviews.agreement(gold, gold).item() == pytest.approx(best)
+    assert best > accuracy
 
 
 # --------------------------------------------------------------------------------------------------
 # data.py
 
-AWKWARD = ["", " ", "  two  spaces ", "\n\n \n\t  run   of\r\n whitespace   ", "family 👨‍👩‍👧 🏳️‍🌈", "a<|endoftext|>b <|pad|>", "emoji 🎬🙂", "naïve café", "tabs\tand\nlines\n\n", "<|endoftext|>", "don't we'll",
-           "12345 67", "漢字", "\x00\x7f", "a" * 50, "The acting is good.<|endoftext|> More."]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return data.train_tokenizer([p + r for p, r in zip(*reviews.sample(400, seed=3))])
-
-
 def test_supervised_targets_of_the_drawn_example():
     inputs, targets, mask = data.collate([[1, 2, 3]], [[4, 5, 10]])
     assert inputs.tolist() == [[1, 2, 3, 4, 5]] and targets.tolist() == [[2, 3, 4, 5, 10]]
-    assert targets[mask > 0].tolist() == [4, 5, 10]                            # EOS in, prompt out
+    assert targets[mask > 0].tolist() == [4, 5, 10]      # with EOS, without the prompt
 
 
 def test_collate_supervises_exactly_the_response_tokens_of_rows_of_any_length():
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
     assert inputs.shape == targets.shape == mask.shape == (4, 7)
     for i in range(4):
-        row, n = PROMPTS[i] + RESPONSES[i], len(PROMPTS[i] + RESPONSES[i])
+        row = PROMPTS[i] + RESPONSES[i]
+        end = len(row) - 1
         assert targets[i][mask[i] > 0].tolist() == RESPONSES[i]
-        assert inputs[i, :n - 1].tolist() == row[:-1] and targets[i, :n - 1].tolist() == row[1:]
-        assert not inputs[i, n:].any() and not targets[i, n - 1:].any() and not mask[i, n - 1:].any()
+        assert inputs[i, :end].tolist() == row[:-1] and targets[i, :end].tolist() == row[1:]
+        assert not inputs[i, end + 1:].any()
+        assert not targets[i, end:].any() and not mask[i, end:].any()
 
 
 def test_responses_of_gives_back_what_collate_was_given():
@@ -321,15 +327,19 @@ def test_responses_of_gives_back_what_collate_was_given():
 
 
 @pytest.mark.parametrize("prompts, responses, message", [
-    ([[]], [[1]], "row 0 has an empty prompt"), ([[1], [1]], [[2], []], "row 1 has an empty response"),
-    ([[1]], [[1], [2]], "1 prompts and 2 responses"), ([], [], "at least one")])
+    ([[]], [[1]], "row 0 has an empty prompt"),
+    ([[1], [1]], [[2], []], "row 1 has an empty response"),
+    ([[1]], [[1], [2]], "1 prompts and 2 responses"),
+    ([], [], "at least one")])
 def test_collate_refuses_rows_without_prompt_or_response(prompts, responses, message):
     with pytest.raises(ValueError, match=message):
         data.collate(prompts, responses)
 
 
 def test_batches_are_a_fresh_permutation_each_epoch_and_a_function_of_the_step():
-    epochs = [[data.batch_rows(10, 3, step, seed=1) for step in range(3 * e, 3 * e + 3)] for e in range(3)]
+    epochs = []
+    for first in (0, 3, 6):
+        epochs.append([data.batch_rows(10, 3, step, seed=1) for step in range(first, first + 3)])
     for epoch in epochs:
         assert len(set(sum(epoch, []))) == 9
     assert epochs[0] != epochs[1] != epochs[2]
@@ -338,1224 +348,62 @@ def test_batches_are_a_fresh_permutation_each_epoch_and_a_function_of_the_step()
         data.batch_rows(10, 11, 0, seed=1)
 
 
-def test_tokenizer_gives_the_ids_of_the_bpe_it_was_made_from():
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    texts = [p + r for p, r in zip(*reviews.sample(400, seed=3))]
-    theirs = Tokenizer(models.BPE())
-    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    theirs.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=699, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
-    ours = data.train_tokenizer(texts, 700)
-    for text in texts[:50] + AWKWARD:
-        assert ours.encode_ordinary(text) == theirs.encode(text).ids, text
-
-
-def test_any_text_survives_the_tokenizer_and_special_lookalikes_are_plain_text(tokenizer):
-    for text in AWKWARD:
-        ids = tokenizer.encode_ordinary(text)
-        assert tokenizer.eot_token not in ids and tokenizer.decode(ids) == text
-    assert tokenizer.eot_token == tokenizer.n_vocab - 1
-    assert data.encode_prompt(tokenizer, "") == [tokenizer.eot_token]
-    prompts, responses = data.encode_texts(tokenizer, ["On the plot:"], [" Skip it."])
-    assert responses[0][-1] == tokenizer.eot_token and responses[0].count(tokenizer.eot_token) == 1
-    assert data.decode_response(tokenizer, responses[0]) == (" Skip it.", True)
-    assert data.decode_response(tokenizer, responses[0][:-1]) == (" Skip it.", False)
-    assert data.decode_response(tokenizer, []) == ("", False)
-
-
-def test_tokenizer_is_stored_whole_and_its_fingerprint_tells_it_from_others(tokenizer, tmp_path):
-    data.save_tokenizer(tokenizer, tmp_path)
-    loaded = data.load_tokenizer(tmp_path)
-    assert data.fingerprint(loaded) == data.fingerprint(tokenizer)
-    assert [loaded.encode_ordinary(t) for t in AWKWARD] == [tokenizer.encode_ordinary(t) for t in AWKWARD]
-    other = data.train_tokenizer([p + r for p, r in zip(*reviews.sample(400, seed=3))], 500)
-    with pytest.raises(Stopped, match="another vocabulary"):
-        data.check_vocabulary(data.fingerprint(other), tokenizer, "out/x")
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(Stopped, match="cannot be read as a tokenizer"):
-        data.load_tokenizer(tmp_path)
-
-
-def test_gpt2_tokenizer_from_local_files_equals_transformers(tmp_path):
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import GPT2TokenizerFast
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([p + r for p, r in zip(*reviews.sample(300, seed=1))], vocab_size=600,
-                            special_tokens=[], show_progress=False)
-    bpe.save_model(str(tmp_path))
-    vocab = json.loads((tmp_path / "vocab.json").read_text())
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {data.EOS: len(vocab)}))
-    theirs, ours = GPT2TokenizerFast.from_pretrained(tmp_path), data.gpt2_tokenizer(tmp_path)
-    assert ours.eot_token == theirs.eos_token_id
-    for text in AWKWARD:
-        assert ours.encode_ordinary(text) == theirs(text, split_special_tokens=True)["input_ids"], text
-    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
-    with pytest.raises(ValueError, match="does not number the merges"):
-        data.gpt2_tokenizer(tmp_path)
-    (tmp_path / "merges.txt").unlink()
-    with pytest.raises(ValueError, match="merges.txt is not there"):
-        data.gpt2_tokenizer(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def bpe():
-    """A tokenizer.json with three special tokens first, as trainers number them; text follows after a gap"""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    theirs = Tokenizer(models.BPE())
-    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    theirs.train_from_iterator([p + r for p, r in zip(*reviews.sample(300, seed=3))] + AWKWARD, trainers.BpeTrainer(
-        vocab_size=600, special_tokens=[data.EOS, "<|start|>", "<|end|>"], show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    content = json.loads(theirs.to_str())
-    vocab = content["model"]["vocab"]
-    content["model"]["vocab"] = {token: i if i < 100 else i + 7 for token, i in vocab.items()}
-    return content
-
-
-def bpe_folder(folder, content, **beside):
-    """beside: {a file's name without .json: its content}"""
-    folder.mkdir(exist_ok=True)
-    for name, x in {"tokenizer": content, **beside}.items():
-        (folder / f"{name}.json").write_text(json.dumps(x))
-    return folder
-
-
-def changed(content, *path, to):
-    """A copy of nested dicts and lists with one value changed; -1 appends to a list"""
-    copied = inner = copy.deepcopy(content)
-    for key in path[:-1]:
-        inner = inner[key]
-    if path[-1] == -1:
-        inner.append(to)
-    else:
-        inner[path[-1]] = to
-    return copied
-
-
-def some_text(rng):
-    """Random characters of all kinds, special tokens and what GPT-2's pattern looks at"""
-    ranges = [(32, 127), (32, 127), (160, 0x2000), (0x2000, 0x2070), (0x3000, 0xd7ff), (0x1f300, 0x1faff)]
-    pieces = [" ", "\n", "\t", "\r\n", "  ", "'s", "'LL", "1999", " the", *AWKWARD, "<|start|>", "<|end|>"]
-    some = lambda: chr(rng.randrange(*rng.choice(ranges))) if rng.random() < 0.7 else rng.choice(pieces)
-    return "".join(some() for _ in range(rng.randrange(12)))
-
-
-def test_ids_are_those_in_the_files_and_text_becomes_no_special_token(bpe, tmp_path):
-    """Special tokens first, a gap in the ids, one more special token after a second gap"""
-    from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
-    late = dict(bpe["added_tokens"][0], id=620, content="<|pad|>")
-    content = changed(changed(bpe, "added_tokens", -1, to=late), "model", "vocab", late["content"], to=620)
-    ours = data.gpt2_tokenizer(bpe_folder(tmp_path / "x", content))
-    theirs = Tokenizer.from_file(str(tmp_path / "x" / "tokenizer.json"))
-    theirs.encode_special_tokens = True                  # as text
-    rng, special = random.Random(0), {0, 1, 2, 620}
-    for text in AWKWARD + [some_text(rng) for _ in range(3000)]:
-        ids = ours.encode_ordinary(text)
-        assert ids == theirs.encode(text).ids and ours.decode(ids) == text, text
-        assert not special & set(ids)
-    assert ours.eot_token == 0 and ours.n_vocab == 621
-    assert ours.decode([0, 1, 2, 620]) == data.EOS + "<|start|><|end|><|pad|>"
-    ours.decode(list(range(ours.n_vocab)))               # the gaps too: a model may sample such an id
-    data.export_tokenizer(ours, tmp_path / "exported", pad=True)
-    back = AutoTokenizer.from_pretrained(tmp_path / "exported")
-    assert back.convert_tokens_to_ids([data.EOS, "<|end|>", "<|pad|>"]) == [0, 2, 620]
-    assert back.pad_token_id == 621                      # one more, by a name that was free
-    assert back("good", add_special_tokens=True)["input_ids"] == ours.encode_ordinary("good")
-
-
-@pytest.mark.parametrize("eos, said, beside", [
-    (0, "", {}), (2, "", dict(tokenizer_config={"eos_token": "<|end|>"})),
-    (2, "", dict(special_tokens_map={"eos_token": {"content": "<|end|>"}}, config={"eos_token_id": [1, 2]})),
-    (2, "", dict(tokenizer_config={"eos_token": {"content": "<|end|>"}}, special_tokens_map={"eos_token": "<|start|>"})),
-    (2, "", dict(config={"eos_token_id": 2})), (1, "", dict(config={"eos_token_id": [599, 1]})),
-    (0, "config.json has eos_token_id [50256]", dict(config={"eos_token_id": 50256})),
-    (2, "ends a text with <|end|> (id 2), config.json has eos_token_id [0] and generation_config.json has",
-     dict(tokenizer_config={"eos_token": "<|end|>"}, config={"eos_token_id": 0},
-          generation_config={"eos_token_id": [0, 1]}))])
-def test_the_eos_is_the_one_that_the_files_name(eos, said, beside, bpe, tmp_path, capsys):
-    """The tokenizer's before the model's; what is said where they differ"""
-    from transformers import AutoTokenizer
-    ours = data.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe, **beside))
-    assert ours.eot_token == eos and data.encode_prompt(ours, "") == [eos]
-    note = capsys.readouterr().out
-    assert said in note and bool(said) == note.startswith("note: ") and note.count("\n") == bool(said)
-    data.save_tokenizer(ours, tmp_path)
-    data.export_tokenizer(ours, tmp_path / "exported")
-    for again in (data.load_tokenizer(tmp_path), data.gpt2_tokenizer(tmp_path / "exported")):
-        assert again.eot_token == eos and data.fingerprint(again) == data.fingerprint(ours)
-        assert again.decode(list(range(607))) == ours.decode(list(range(607)))
-    renamed = json.loads(json.dumps(bpe).replace("<|start|>", "<|begin|>"))
-    renamed = data.gpt2_tokenizer(bpe_folder(tmp_path / "y", renamed))
-    assert data.fingerprint(renamed) != data.fingerprint(ours)
-    assert AutoTokenizer.from_pretrained(tmp_path / "exported").eos_token_id == eos
-
-
-ADDED = dict(id=600, content="<x>", single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-BOS = dict(type="TemplateProcessing", single=[{"SpecialToken": {"id": "<|start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}])
-
-
-@pytest.mark.parametrize("path, to, message", [
-    (["normalizer"], {"type": "NFC"}, "normalizer NFC"),
-    (["normalizer"], {"type": "Sequence", "normalizers": [{"type": "NFC"}]}, "normalizer NFC"),
-    (["pre_tokenizer", "add_prefix_space"], True, "add_prefix_space"),
-    (["pre_tokenizer", "use_regex"], False, "use_regex false"), (["pre_tokenizer"], None, "pre-tokenizer null"),
-    (["pre_tokenizer"], {"type": "Whitespace"}, "pre-tokenizer Whitespace"),
-    (["pre_tokenizer"], {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]},
-     r"pre-tokenizer Digits \+ ByteLevel"),
-    (["post_processor"], BOS, "TemplateProcessing, which adds tokens"),
-    (["post_processor"], {"type": "Sequence", "processors": [BOS]}, "TemplateProcessing, which adds tokens"),
-    (["post_processor"], {"type": "RobertaProcessing"}, "RobertaProcessing"),
-    (["model", "unk_token"], "<|end|>", "unk_token '<|end|>'".replace("|", r"\|")),
-    (["model", "byte_fallback"], True, "byte_fallback True"), (["model", "dropout"], 0.1, "dropout 0.1"),
-    (["model", "ignore_merges"], True, "ignore_merges True"),
-    (["model", "end_of_word_suffix"], "</w>", "end_of_word_suffix"), (["model", "type"], "Unigram", "byte-level BPE"),
-    (["added_tokens", -1], ADDED | {"special": False}, "'<x>' .not special"),
-    (["added_tokens", -1], ADDED | {"lstrip": True, "single_word": True}, "'<x>' .lstrip, single_word"),
-    (["added_tokens", -1], ADDED | {"rstrip": True}, "'<x>' .rstrip"),
-    (["added_tokens", -1], ADDED | {"content": "!", "id": 3}, "special token '!' .* piece of ordinary text"),
-    (["added_tokens", -1], ADDED | {"id": 50}, "two tokens with one id"),
-    (["added_tokens", 1, "id"], 50, "special token '<|start|>' has a second id".replace("|", r"\|")),
-    (["added_tokens", -1], ADDED | {"id": 10 ** 9}, "token with the id 1000000000; wanted ids below"),
-    (["model", "merges"], [["t", "h"]], "number the merges in their order"),
-    (["model", "vocab", "a▁"], 610, "number the merges in their order")])
-def test_what_a_tokenizer_asks_for_beyond_gpt2s_is_refused_by_name(path, to, message, bpe, tmp_path):
-    with pytest.raises(Stopped, match=f"^error: no tokenizer in .*{message}"):
-        sft.tokenizer_of(str(bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))))
-
-
-@pytest.mark.parametrize("beside, message", [
-    (dict(tokenizer_config={"add_prefix_space": True}), "add_prefix_space"),
-    (dict(tokenizer_config={"add_bos_token": True}), "add_bos_token"),
-    (dict(tokenizer_config={"eos_token": "</s>"}), "which of its special tokens ends a text.* got </s>"),
-    (dict(tokenizer_config={"eos_token": "a"}), "which of its special tokens ends a text.* got a"),
-    (dict(tokenizer=[1]), "holds a list"), (dict(config=[1]), "config.json holds a list")])
-def test_settings_beside_a_tokenizer_that_cannot_be_are_refused(beside, message, bpe, tmp_path):
-    with pytest.raises(Stopped, match=f"^error: no tokenizer in .*{message}"):
-        sft.tokenizer_of(str(bpe_folder(tmp_path / "x", bpe, **beside)))
-
-
-@pytest.mark.parametrize("merges", [[("~^", "`")], [("^", "`"), ("~", "^"), ("~^", "`")]])
-def test_merges_that_tiktoken_would_make_in_a_different_way_are_refused(merges, bpe, tmp_path):
-    """Of a part that is not a token; into a token that is never reached, since its parts merge otherwise first"""
-    content = copy.deepcopy(bpe)
-    for i, (left, right) in enumerate(merges):
-        content["model"]["vocab"][left + right] = 700 + i
-        content["model"]["merges"].append([left, right])
-    with pytest.raises(ValueError, match="number the merges in their order"):
-        data.gpt2_tokenizer(bpe_folder(tmp_path / "x", content))
-
-
-def test_harmless_words_in_a_tokenizer_json_change_nothing(bpe, tmp_path):
-    whole = data.fingerprint(data.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe)))
-    plain = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
-    merges = [" ".join(pair) for pair in bpe["model"]["merges"]]
-    untyped = {key: x for key, x in bpe["model"].items() if key != "type"}
-    for path, to in ((["post_processor"], {"type": "ByteLevel"}), (["post_processor"], plain),
-                     (["normalizer"], {"type": "Sequence", "normalizers": []}), (["model", "merges"], merges),
-                     (["model", "end_of_word_suffix"], ""), (["model", "dropout"], 0.0), (["model"], untyped),
-                     (["pre_tokenizer"], {"type": "Sequence", "pretokenizers": [bpe["pre_tokenizer"]]})):
-        folder = bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))
-        assert data.fingerprint(data.gpt2_tokenizer(folder / "tokenizer.json")) == whole, path
-
-
-def test_vocab_and_merges_files_know_their_special_tokens_too(bpe, tmp_path):
-    """First in the vocabulary, or listed by the slow tokenizers of transformers, old and new"""
-    whole = data.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe))
-    (tmp_path / "x" / "tokenizer.json").rename(tmp_path / "x" / "vocab.json")
-    (tmp_path / "x" / "vocab.json").write_text(json.dumps(bpe["model"]["vocab"]))
-    merges = "\n".join(" ".join(pair) for pair in bpe["model"]["merges"])
-    (tmp_path / "x" / "merges.txt").write_text("#version: 0.2\n" + merges + "\n")
-    assert data.fingerprint(data.gpt2_tokenizer(tmp_path / "x")) == data.fingerprint(whole)
-    (tmp_path / "x" / "added_tokens.json").write_text(json.dumps({"<pad>": 607}))
-    assert data.gpt2_tokenizer(tmp_path / "x").decode([607, 2]) == "<pad><|end|>"
-    for special, message in ((True, None), (False, "'<x>' .not special")):
-        flags = {"added_tokens_decoder": {"608": ADDED | {"special": special}}, "eos_token": "<x>"}
-        (tmp_path / "x" / "tokenizer_config.json").write_text(json.dumps(flags))
-        if special:
-            assert data.gpt2_tokenizer(tmp_path / "x").eot_token == 608
-        else:
-            with pytest.raises(ValueError, match=message):
-                data.gpt2_tokenizer(tmp_path / "x")
-    (tmp_path / "x" / "tokenizer_config.json").unlink()
-    nameless = {token.replace(data.EOS, "<s>"): i for token, i in bpe["model"]["vocab"].items()}
-    (tmp_path / "x" / "vocab.json").write_text(json.dumps(nameless))
-    with pytest.raises(ValueError, match="wanted one of .*<s>, .*<|end|> as eos_token".replace("|", r"\|")):
-        data.gpt2_tokenizer(tmp_path / "x")
-
-
-def test_a_tokenizer_that_an_earlier_version_wrote_is_the_same_tokenizer(tokenizer, tmp_path):
-    data.save_tokenizer(tokenizer, tmp_path)
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
-    before = hashlib.sha256(repr((data.PATTERN, ranks, tokenizer.eot_token)).encode()).hexdigest()[:16]
-    assert data.fingerprint(tokenizer) == before         # which its checkpoints hold
-    del content["special"]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    loaded = data.load_tokenizer(tmp_path)
-    assert data.fingerprint(loaded) == before and loaded.eot_token == tokenizer.eot_token
-    for eos in (3, None):                                # an ordinary token, nothing
-        (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"special": {"<x>": 900}, "eos": eos}))
-        with pytest.raises(Stopped, match="cannot be read as a tokenizer"):
-            data.load_tokenizer(tmp_path)
-
-
 def test_no_prompt_is_both_trained_on_and_held_out():
-    train, held_out = corpus.built_in_prompts()
+    train, held_out = data.built_in_prompts()
     assert len(train) + len(held_out) == 1536 and not set(train) & set(held_out)
     assert 0.08 < len(held_out) / 1536 < 0.17
 
 
 # --------------------------------------------------------------------------------------------------
-# corpus.py
-
-HUMAN, TURN = "\n\nHuman: ", corpus.TURN
-
-
-def by(role):
-    """A function that makes a message by a role from a text"""
-    return lambda text: {"role": role, "content": text}
-
-
-USER, ASSISTANT, SYSTEM = map(by, ("user", "assistant", "system"))
-
-
-@pytest.mark.parametrize("record, prompt, responses", [
-    ({"chosen": f"{HUMAN}hi{TURN} hello", "rejected": f"{HUMAN}hi{TURN} go away"}, f"{HUMAN}hi{TURN}", [" hello", " go away"]),
-    ({"chosen": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} d", "rejected": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} e"},
-     f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d", " e"]),
-    ({"chosen": f"{HUMAN}a{TURN} same", "rejected": f"{HUMAN}a{TURN} same"}, f"{HUMAN}a{TURN}", [" same", " same"]),
-    ({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}, "2 + 2 =", [" 4", " 5"]),
-    ({"prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 =", [" 4"]),
-    ({"prompt": "", "completion": " 4"}, "", [" 4"]),
-    ({"text": "Once upon a time", "label": 1}, "", ["Once upon a time"]),
-    ({"text": "2 + 2 = 4", "prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 =", [" 4"]),
-    ({"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
-     f"\n\nSystem: Be kind.{HUMAN}hi{TURN}", [" hello"]),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
-                   {"role": "assistant", "content": "d"}]}, f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d"]),
-    ({"prompt": [{"role": "user", "content": "hi"}], "chosen": [{"role": "assistant", "content": "yes"}],
-      "rejected": [{"role": "assistant", "content": "no"}]}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "yes"}]}, f"{HUMAN}hi{TURN}", [" yes"]),
-    ({"prompt": "hi", "chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
-      "rejected": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}]}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
-      "rejected": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}]}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"prompt": [{"role": "user", "content": "hi"}], "completion": " as text"}, f"{HUMAN}hi{TURN}", [" as text"]),
-    ({"prompt": [{"role": "user", "content": "hi"}], "chosen": "yes", "rejected": " no"}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"info": {"id": "t3", "post": "I did it.", "title": "TIFU", "subreddit": "tifu"}, "choice": 1, "worker": "w", "split": "train",
-      "summaries": [{"text": " worse", "policy": "a", "note": None}, {"text": " better", "policy": "b", "note": None}]},
-     "SUBREDDIT: r/tifu\n\nTITLE: TIFU\n\nPOST: I did it.\n\nTL;DR:", [" better", " worse"]),
-    ({"conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "hi"},
-                        {"from": "gpt", "value": "hello"}]},
-     f"\n\nSystem: Be kind.{HUMAN}hi{TURN}", [" hello"]),
-    ({"conversations": [{"from": "human", "value": "hi"}],
-      "chosen": {"from": "gpt", "value": "yes"}, "rejected": {"from": "gpt", "value": "no"}},
-     f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"messages": [USER("hi")], "chosen": ASSISTANT("yes"), "rejected": "no"},
-     f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"prompt": "hi", "messages": [USER("x")], "chosen": ASSISTANT("yes"), "rejected": "no"},
-     f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"messages": [USER("hi"), ASSISTANT("yes")], "chosen": [USER("hi"), ASSISTANT("yes")],
-      "rejected": [USER("hi"), ASSISTANT("no")]}, f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"instruction": "Add.", "input": "2, 2", "output": "4"}, f"{HUMAN}Add.\n\n2, 2{TURN}", [" 4"]),
-    ({"instruction": "hi", "input": "", "chosen": "yes", "rejected": "no"},
-     f"{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"prompt": "2 + 2 =", "answer": "4"}, "2 + 2 =", []),
-    ({"prompt": [{"role": "user", "content": "hi"}]}, f"{HUMAN}hi{TURN}", []),
-    ({"messages": [{"role": "user", "content": "hi"}]}, f"{HUMAN}hi{TURN}", []),
-    ({"prompt": "p", "chosen": None, "rejected": None, "completion": " c"}, "p", [" c"]),
-    ({"prompt": "p", "chosen": " a", "rejected": " b", "completion": None}, "p", [" a", " b"]),
-    ({"messages": [{"role": "developer", "content": "Be kind."}, {"role": "User", "content": "hi"},
-                   {"role": "model", "content": [{"type": "text", "text": "hel"}, "lo"]}]},
-     f"\n\nSystem: Be kind.{HUMAN}hi{TURN}", [" hello"])])
-def test_every_form_of_a_record_is_read_as_prompt_and_responses_better_first(record, prompt, responses):
-    assert corpus.read_record(json.loads(json.dumps(record))) == (prompt, responses)
-
-
-@pytest.mark.parametrize("record, message", [
-    ([1], "not a JSON object"), ({"question": "?", "answer": "!"}, "none of the known forms: keys answer, question"),
-    ({"chosen": "a", "rejected": "b"}, "share no assistant turn"), ({"prompt": "a", "completion": " "}, "an empty response"),
-    ({"chosen": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} d", "rejected": f"{HUMAN}a{TURN} x"}, "part before their last turn"),
-    ({"prompt": "a", "completion": 3}, "a text is not a string"),
-    ({"text": None}, "none of the known forms"),
-    ({"prompt": 1, "completion": "a"}, "not a string"),
-    ({"messages": [by("robot")("x")]}, "user, assistant or system, not robot"),
-    ({"messages": ["hi"]}, "want a role and content"),
-    ({"messages": [by("tool")("x"), ASSISTANT("y")]}, "user, assistant or system, not tool"),
-    ({"messages": [ASSISTANT(None)]}, "content, a text; one by assistant has none"),
-    ({"messages": [USER([{"type": "image_url"}])]}, "content, a text; one by user has none"),
-    ({"chosen": [USER("a")], "rejected": [USER("a")]}, "does not end in an assistant turn"),
-    ({"prompt": "", "answer": "4"}, "an empty prompt and no response"),
-    ({"prompt": []}, "an empty prompt and no response"),
-    ({"prompt": "a", "chosen": "b"}, "only one of chosen and rejected"),
-    ({"info": {"post": "p"}, "summaries": [], "choice": 0}, "comparison of summaries without")])
-def test_records_that_cannot_be_read_say_why(record, message):
-    with pytest.raises(ValueError, match=message):
-        corpus.read_record(record)
-
-
-SURE = [USER("hi"), ASSISTANT("Sure,")]
-
-
-@pytest.mark.parametrize("record, prompt, responses", [
-    ({"messages": [USER(f"a{TURN} b"), ASSISTANT(f"c{HUMAN}d{TURN} e")]},
-     f"{HUMAN}a{TURN} b{TURN}", [f" c{HUMAN}d{TURN} e"]),
-    ({"chosen": [USER("a"), ASSISTANT(f"b{HUMAN}x")],
-      "rejected": [USER("a"), ASSISTANT(f"b{TURN} y")]},
-     f"{HUMAN}a{TURN}", [f" b{HUMAN}x", f" b{TURN} y"]),
-    ({"messages": [USER("a"), ASSISTANT("b"), ASSISTANT("c")]}, f"{HUMAN}a{TURN} b{TURN}", [" c"]),
-    ({"messages": [USER("a"), ASSISTANT("b"), USER("c")]}, f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", []),
-    ({"prompt": [SYSTEM("S")], "chosen": [USER("hi"), ASSISTANT("yes")],
-      "rejected": [USER("hi"), ASSISTANT("no")]}, f"\n\nSystem: S{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"prompt": [SYSTEM("S"), USER("hi")], "chosen": [USER("hi"), ASSISTANT("yes")],
-      "rejected": "no"}, f"\n\nSystem: S{HUMAN}hi{TURN}", [" yes", " no"]),
-    ({"prompt": [USER("a"), ASSISTANT("b")], "completion": [USER("c"), ASSISTANT("d")]},
-     f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d"]),
-    ({"prompt": [USER("a"), ASSISTANT("b"), USER("a")], "completion": [USER("a"), ASSISTANT("d")]},
-     f"{HUMAN}a{TURN} b{HUMAN}a{TURN}", [" d"]),
-    ({"prompt": "hi ", "messages": [SYSTEM("S"), USER("hi"), ASSISTANT("yes")]},
-     f"\n\nSystem: S{HUMAN}hi{TURN}", [" yes"]),
-    ({"prompt": "Be kind.", "messages": [USER("hi"), ASSISTANT("yes")]},
-     f"{HUMAN}Be kind.{HUMAN}hi{TURN}", [" yes"]),
-    ({"prompt": SURE, "chosen": " yes", "rejected": "no"},
-     f"{HUMAN}hi{TURN} Sure,", [" yes", "no"]),
-    ({"prompt": SURE, "completion": [ASSISTANT(" yes")]}, f"{HUMAN}hi{TURN} Sure,", [" yes"]),
-    ({"prompt": SURE, "completion": [*SURE, ASSISTANT(" yes")]},
-     f"{HUMAN}hi{TURN} Sure,", [" yes"]),
-    ({"prompt": SURE, "completion": [USER("hi"), ASSISTANT("Sure, yes")]},
-     f"{HUMAN}hi{TURN} Sure,", [" yes"]),
-    ({"prompt": SURE}, f"{HUMAN}hi{TURN} Sure,", []),
-    ({"prompt": [USER("hi"), ASSISTANT("")], "completion": "yes"}, f"{HUMAN}hi{TURN}", [" yes"]),
-    ({"system": "S", "prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"},
-     "S\n\n2 + 2 =", [" 4", " 5"]),
-    ({"system": "S", "chosen": f"{HUMAN}a{TURN} b", "rejected": f"{HUMAN}a{TURN} c"},
-     f"\n\nSystem: S{HUMAN}a{TURN}", [" b", " c"]),
-    ({"system": "S", "prompt": [USER("a")], "chosen": [USER("a"), ASSISTANT("b")], "rejected": "c"},
-     f"\n\nSystem: S{HUMAN}a{TURN}", [" b", " c"]),
-    ({"system": "S", "messages": [SYSTEM("S"), USER("a"), ASSISTANT("b")]},
-     f"\n\nSystem: S{HUMAN}a{TURN}", [" b"]),
-    ({"system": "", "prompt": "p", "completion": " c"}, "p", [" c"])])
-def test_messages_keep_their_turns_and_nothing_of_a_prompt_is_dropped(record, prompt, responses):
-    assert corpus.read_record(record) == (prompt, responses)
-
-
-def test_dialogues_that_differ_before_their_last_message_are_refused():
-    for chosen, rejected in (
-            ([USER("a"), ASSISTANT("b")], [USER("x"), ASSISTANT("b")]),
-            ([SYSTEM("S"), USER("a"), ASSISTANT("b")], [USER("a"), ASSISTANT("c")])):
-        with pytest.raises(ValueError, match="part before their last turn"):
-            corpus.read_record({"chosen": chosen, "rejected": rejected})
-
-
-@pytest.mark.parametrize("label, good", [
-    (True, True), (False, False), (1, True), (0, False), (1.0, True), (0.0, False), (-1, False),
-    ("true", True), ("False", False), ("desirable", True), (" Undesirable ", False), ("0", False),
-    (None, True), ("math", True), (7, True), ([0], True)])
-def test_a_label_leaves_an_undesirable_response_out_in_every_form(label, good):
-    answered = [USER("p"), ASSISTANT("c")]
-    spoken = [{"from": "human", "value": "p"}, {"from": "gpt", "value": "c"}]
-    for form in ({"prompt": "p", "completion": " c"}, {"prompt": [USER("p")], "completion": "c"},
-                 {"messages": answered}, {"conversations": spoken},
-                 {"instruction": "p", "output": "c"}):
-        for name in ("label", "kto_tag"):
-            remarks = []
-            prompt, responses = corpus.read_record({**form, name: label}, remarks)
-            assert prompt in ("p", f"{HUMAN}p{TURN}") and responses == ([" c"] if good else [])
-            known = label is None or label not in ("math", 7, [0])
-            said = [] if good else [(corpus.LEFT_OUT, "labelled undesirable")]
-            assert remarks == (said if known else [(corpus.UNUSED, name)])
-
-
-def comparison(i, words=3):
-    """A row in HH-RLHF's form, with prompts and responses that differ from row to row"""
-    prompt = f"{HUMAN}Tell me about number {i}" + " and so on" * (i % words) + f".{TURN}"
-    return {"chosen": f"{prompt} Number {i} is good" + "!" * (i % 4), "rejected": f"{prompt} I do not like {i}."}
-
-
-def write_rows(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    corpus.opened.cache_clear()
-    return tmp_path
-
-
-def texts_cfg(path, **changes):
-    return dataclasses.replace(ppo.Config(), data=str(path), **{**dict(max_prompt_tokens=60, max_new_tokens=20), **changes})
-
-
-def test_rows_are_cut_counted_held_out_by_their_prompt_and_mapped_from_disk(here, tokenizer, capsys, monkeypatch):
-    rows = [comparison(i % 100, words=12) for i in range(130)]                 # thirty prompts come twice
-    rows[4:4] = ["{broken", "", {"prompt": "p", "completion": "\n"}, {"other": 1}, {"prompt": "x", "completion": " " + "long " * 200}]
-    cfg = texts_cfg(write_rows(here / "rows.jsonl", rows))
-    ours = corpus.rows_of(cfg, tokenizer, 90)
-    said = capsys.readouterr().out
-    prompts = [row[0] for row in ours]
-    assert len(ours) == 131 and all(1 <= len(p) <= 60 and len(p) + max(len(y), len(z)) <= 90 for p, y, z in ours)
-    whole = [data.encode_prompt(tokenizer, corpus.read_record(row)[0]) for row in rows if isinstance(row, dict) and "chosen" in row]
-    assert [p for p, (_, _, worse) in zip(prompts, ours) if worse] == [p[-60:] for p in whole]         # the end is kept
-    cut = sum(len(p) > 60 for p in whole)
-    assert cut > 20 and f"131 rows, {sum(ours.held_out)} of them held out; {cut} prompts cut to their last 60" in said
-    assert "1 rows with a response cut to fit into 90" in said
-    for reason in ("1 more left out, not JSON: line 5", "1 more left out, an empty response: line 7",
-                   "1 more left out, none of the known forms: keys other: line 8"):
-        assert reason in said, reason
-    train, held = corpus.prompts(cfg, tokenizer, 90)
-    assert len(train) + len(held) == len(set(map(tuple, prompts))) == sum(ours.first) and len(held) > 4
-    assert not set(map(tuple, train)) & set(map(tuple, held)) and len(train) > 3 * len(held)
-    assert all(ours.held_out[i] == ours.held_out[prompts.index(p)] for i, p in enumerate(prompts))       # both times alike
-    other = corpus.rows_of(dataclasses.replace(cfg, max_prompt_tokens=50), tokenizer, 80)
-    uncut = [i for i, prompt in enumerate(prompts) if len(prompt) < 50]
-    assert len(uncut) > 60 and other.held_out[uncut].tolist() == ours.held_out[uncut].tolist()         # for ever
-    better, worse = corpus.comparisons(cfg, tokenizer, 90, None, 1000)[0][0]["response_ids"]
-    assert better[-1] == worse[-1] == tokenizer.eot_token and tokenizer.decode(better).startswith(" Number")
-    assert len(corpus.comparisons(cfg, tokenizer, 90, 7, 2)[0]) == 7
-    assert corpus.demonstrations(cfg, tokenizer, 90, None, 5)[1][0][1][-1] == tokenizer.eot_token
-    assert isinstance(ours.tokens, np.memmap)
-
-    corpus.opened.cache_clear()
-    monkeypatch.setattr(corpus, "tokenise", None)                              # a second start tokenises nothing
-    capsys.readouterr()
-    assert list(corpus.rows_of(cfg, tokenizer, 90)) == list(ours) and said == capsys.readouterr().out
-    monkeypatch.undo()
-    monkeypatch.chdir(here)
-    for changed in (texts_cfg(cfg.data, max_prompt_tokens=40), texts_cfg(write_rows(here / "rows.jsonl", rows[:100]))):
-        assert len(corpus.rows_of(changed, tokenizer, 90)) != 131 or changed.max_prompt_tokens == 40
-    assert len(list((here / "out" / "tokens").iterdir())) == 4
-
-
-def test_a_prompt_is_held_out_by_its_whole_text_wherever_it_is_cut(here, tokenizer):
-    path = write_rows(here / "rows.jsonl", [{"prompt": "and so on " * 20 + f"number {i}", "completion": " yes"} for i in range(90)])
-    sides = [corpus.rows_of(texts_cfg(path, max_prompt_tokens=n), tokenizer, 90).held_out.tolist() for n in (12, 30, 60)]
-    assert sides[0] == sides[1] == sides[2] and any(sides[0])
-    assert sides[0] == [corpus.held_out(("and so on " * 20 + f"number {i}").encode()) for i in range(90)]
-
-
-def test_the_order_of_rows_is_not_that_of_the_file_and_is_the_same_for_every_seed(here, tokenizer):
-    path = write_rows(here / "sorted.jsonl", [{"prompt": f"{i} is", "completion": " good" if i < 100 else " bad"} for i in range(200)])
-    taken = [[y for _, y in corpus.demonstrations(texts_cfg(path, seed=seed), tokenizer, 90, 40, 10)[0]] for seed in (1, 2)]
-    assert taken[0] == taken[1] and len({tuple(y) for y in taken[0][:20]}) == 2             # both kinds among the first
-
-
-def test_pairs_of_equal_responses_compare_nothing_and_are_counted(here, tokenizer):
-    rows = [comparison(i) for i in range(80)] + [{"prompt": f"x {i}", "chosen": " same", "rejected": " same"} for i in range(40)]
-    cfg = texts_cfg(write_rows(here / "rows.jsonl", rows))
-    assert "40 with two responses alike, which compare nothing" in corpus.rows_of(cfg, tokenizer, 90).report
-    assert sum(map(len, corpus.comparisons(cfg, tokenizer, 90, None, None))) == 80
-    assert sum(map(len, corpus.demonstrations(cfg, tokenizer, 90, None, None))) == 120
-
-
-def test_prompts_that_a_cut_makes_equal_are_on_one_side(here, tokenizer):
-    rows = [{"prompt": f"number {i} " + "and so on " * 20, "completion": " yes"} for i in range(60)]
-    rows += [{"prompt": f"number {i}", "completion": " yes"} for i in range(60)]
-    ours = corpus.rows_of(texts_cfg(write_rows(here / "rows.jsonl", rows), max_prompt_tokens=10), tokenizer, 40)
-    assert len({tuple(p) for p, _, _ in [ours[i] for i in range(60)]}) == 1 and not ours.held_out[:60].any()
-    assert ours.first.sum() == 61 and ours.held_out[60:].any()
-
-
-def test_files_compressed_files_folders_and_plain_texts_are_read(here, tokenizer):
-    rows = [comparison(i) for i in range(60)]
-    write_rows(here / "a" / "one.jsonl", rows[:30])
-    with gzip.open(here / "a" / "two.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows[30:])
-    (here / "a" / "readme.md").write_text("not a row")
-    assert len(corpus.rows_of(texts_cfg(here / "a"), tokenizer, 90)) == 60
-    (here / "plain.txt").write_text("".join(f"line {i} of a long story\n" for i in range(2000)))
-    pieces = list(corpus.pieces(here / "plain.txt"))
-    assert "".join(pieces) == (here / "plain.txt").read_text() and all(len(piece) <= 1000 for piece in pieces) and len(pieces) > 40
-    (here / "one-line.txt").write_text("word " * 1000 + "\nend")
-    assert [len(piece) for piece in corpus.pieces(here / "one-line.txt")] == [1000] * 5 + [4]
-    (here / "cut.jsonl.gz").write_bytes((here / "a" / "two.jsonl.gz").read_bytes()[:-20])
-    with pytest.raises(Stopped, match=r"cut.jsonl.gz cannot be read past line \d+ \(EOFError"):
-        list(corpus.examples(str(here / "cut.jsonl.gz"), {}))
-    prompt, response, worse = corpus.rows_of(texts_cfg(here / "plain.txt"), tokenizer, 90)[0]
-    assert prompt == [tokenizer.eot_token] and tokenizer.decode(response).startswith("line 0 of a long story\n") and worse == []
-    with pytest.raises(Stopped, match="has no comparisons, but rows of one response"):
-        corpus.comparisons(texts_cfg(here / "plain.txt"), tokenizer, 90, None, 10)
-    split = texts_cfg(here / "plain.txt", text_prompt=5)
-    whole = tokenizer.encode_ordinary(pieces[0])
-    assert corpus.rows_of(split, tokenizer, 90)[0] == (whole[:5], whole[5:90], [])
-    write_rows(here / "short.jsonl", [{"text": "abc"}] + [{"text": f"number {i} and more words"} for i in range(40)])
-    assert "no response left: line 1" in corpus.rows_of(texts_cfg(here / "short.jsonl", text_prompt=4), tokenizer, 90).report
-
-
-def test_undesirable_rows_are_not_learned_and_their_prompts_serve_rl(here, tokenizer):
-    rows = [{"prompt": f"Number {i} is", "completion": f" {i}", "label": i % 4 > 0}
-            for i in range(160)]
-    rows.append({"prompt": "", "completion": " bad", "label": False})          # no use at all
-    cfg = texts_cfg(write_rows(here / "kto.jsonl", rows))
-    report = corpus.rows_of(cfg, tokenizer, 90).report
-    assert "kto.jsonl: 120 rows and 40 prompts without a response, " in report
-    assert "\n41 more left out, labelled undesirable: line 1, line 5, line 9, line 13," in report
-    assert "not used" not in report
-    parts = corpus.demonstrations(cfg, tokenizer, 90, None, None)
-    learned = [tokenizer.decode(response[:-1]) for part in parts for _, response in part]
-    assert sorted(learned) == sorted(f" {i}" for i in range(160) if i % 4)
-    assert sum(map(len, corpus.prompts(cfg, tokenizer, 90))) == 160
-    assert not any(" 4" == text[-2:] for text in corpus.some_texts(cfg, 10, 1))
-    with pytest.raises(Stopped, match="has no comparisons, but rows of one response or none"):
-        corpus.check_comparisons(cfg)
-
-
-def test_a_label_beside_a_text_is_a_class_so_imdb_is_read_whole(here, tokenizer, monkeypatch):
-    class Loaded(list):
-        _fingerprint = "imdb"
-    rows = Loaded({"text": f"{i} is a film of many", "label": i % 2} for i in range(100))
-    fake = types.SimpleNamespace(load_dataset=lambda name, split: rows)
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    corpus.hub_data_set.cache_clear()
-    cfg = preset_of("imdb", sft, max_prompt_tokens=8)
-    assert cfg.data == "hf:stanfordnlp/imdb"
-    report = corpus.rows_of(cfg, tokenizer, 60).report
-    assert "imdb: 100 rows, " in report and report.endswith("fields not used: label (100 rows)")
-    assert sum(map(len, corpus.demonstrations(cfg, tokenizer, 60, None, None))) == 100
-
-
-def test_fields_that_are_not_used_are_named_with_how_many_rows_have_them(here, tokenizer):
-    rows = [{**comparison(i), "score": i, "id": None if i % 2 else "x", "messages": [USER("a")]}
-            for i in range(60)]
-    report = corpus.rows_of(texts_cfg(write_rows(here / "rows.jsonl", rows)), tokenizer, 90).report
-    assert report.endswith("\nfields not used: id (30 rows), messages (60), score (60)")
-    rows = [{"prompt": "p", "completion": " c", **{f"field{n}": 1 for n in range(30)}}] * 2 + rows
-    report = corpus.rows_of(texts_cfg(write_rows(here / "rows.jsonl", rows)), tokenizer, 90).report
-    assert "\nfields not used: field0 (2 rows), field1 (2), " in report and report.endswith(", ..")
-
-
-def test_special_tokens_written_out_in_responses_are_counted(here, tokenizer):
-    ends = ["<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>", "<｜end▁of▁sentence｜>"]
-    rows = [{"prompt": f"{i} <|im_start|>", "completion": f" yes{ends[i % 5]}"} for i in range(60)]
-    rows += [{"prompt": f"{i} is", "chosen": " <b>a</b>", "rejected": " b</s></s>"}
-             for i in range(60)]
-    read = corpus.rows_of(texts_cfg(write_rows(here / "rows.jsonl", rows)), tokenizer, 90)
-    for end in ends:
-        n = 72 if end == "</s>" else 12
-        assert f"\n{n} of them kept as they stand, with {end} written out in a " in read.report
-    assert len(read.report.splitlines()) == 6
-    assert tokenizer.decode(read[0][1]) == " yes<|endoftext|><|endoftext|>"
-
-
-def test_a_prompt_that_every_response_repeats_is_taken_off_and_counted(here, tokenizer):
-    rows = [{"prompt": f"Is {i} so?", "chosen": f"Is {i} so? Yes.", "rejected": f"Is {i} so? No."}
-            for i in range(60)]
-    rows += [{"prompt": "Is it?", "chosen": "Is it? Yes.", "rejected": " No."},
-             {"prompt": "He", "completion": "Hello"},
-             {"prompt": "copy me", "completion": "copy me"},
-             {"prompt": " ", "completion": " a"}, {"prompt": "1 +", "text": "1 + 1 = 2"}]
-    path = write_rows(here / "rows.jsonl", rows)
-    report = corpus.rows_of(texts_cfg(path), tokenizer, 90).report
-    taken, kept = report.splitlines()[1:]
-    assert taken.startswith("61 of them began each response with the prompt, which was taken off: ")
-    assert kept == ("1 of them kept as they stand, with one response that repeats the prompt: "
-                    "line 61")
-    read = [responses for _, _, responses in corpus.examples(path, {})]
-    assert read[0] == [" Yes.", " No."] and read[60:] == [
-        ["Is it? Yes.", " No."], ["Hello"], ["copy me"], [" a"], [" 1 = 2"]]
-
-
-def test_a_folder_names_its_files_without_hidden_ones_and_counts_rows_in_two(here, tokenizer):
-    rows = [json.dumps(comparison(i)) for i in range(60)]
-    write_rows(here / "a" / "x.jsonl", [*rows, rows[0]])                       # twice in one file
-    for name in (".x.jsonl", ".cache/x.jsonl", "b/._x.json", "notes.txt"):
-        write_rows(here / "a" / name, rows)
-    with gzip.open(here / "a" / "x.jsonl.gz", "wt") as file:
-        file.write("\n".join(rows[30:]))
-    write_rows(here / "a" / "b" / "x.jsonl", [json.dumps(comparison(60)), "{"])
-    report = corpus.rows_of(texts_cfg(here / "a"), tokenizer, 90).report.splitlines()
-    assert "a: 92 rows, " in report[0] and report[1:] == [
-        "files read: b/x.jsonl, x.jsonl, x.jsonl.gz", "1 more left out, not JSON: b/x.jsonl line 2",
-        "30 of them kept as they stand, repeating a row of an earlier file: x.jsonl.gz line 1, "
-        "x.jsonl.gz line 2, x.jsonl.gz line 3, x.jsonl.gz line 4, x.jsonl.gz line 5, .."]
-
-
-ROWS = [{"prompt": f"Größe {i}: 漢", "completion": f" 🦊 {i}"} for i in range(3)]
-TEXT = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
-
-
-@pytest.mark.parametrize("content", [
-    TEXT.encode("utf-8-sig"), TEXT.replace("\n", "\r\n").encode("utf-8-sig"), TEXT.encode("utf-16"),
-    codecs.BOM_UTF16_BE + TEXT.encode("utf-16-be"), TEXT.encode("utf-32"),
-    codecs.BOM_UTF32_BE + TEXT.encode("utf-32-be"), json.dumps(ROWS).encode(),
-    json.dumps(ROWS, indent=2).encode("utf-8-sig"),
-    ("\n [" + ",\n".join(TEXT.splitlines()) + "]").encode(),
-    json.dumps(ROWS, ensure_ascii=False).encode("utf-16"),
-    "".join(TEXT.splitlines(keepends=True)[:2]).encode("utf-8-sig")        # two files in one
-    + TEXT.splitlines()[2].encode("utf-8-sig")],
-    ids="bom crlf utf16 utf16be utf32 utf32be array pretty rows utf16array joined".split())
-def test_json_lines_and_arrays_are_read_in_every_encoding_gzipped_or_not(content, here):
-    wanted = [(row["prompt"], [row["completion"]]) for row in ROWS]
-    for name, written in (("a.jsonl", content), ("a.json", content),
-                          ("a.json.gz", gzip.compress(content))):
-        (here / name).write_bytes(written)
-        notes = {}
-        found = list(corpus.examples(name, notes))
-        assert [tuple(row[1:]) for row in found] == wanted and not notes
-        assert found[2][0] in ("line 3", "item 3")
-
-
-def test_texts_lose_their_byte_order_mark_and_bad_bytes_are_named(here):
-    for encoding in ("utf-8-sig", "utf-16", "utf-32"):
-        (here / "a.txt").write_text("Once upon a time\n", encoding=encoding)
-        (here / "b.txt.gz").write_bytes(gzip.compress((here / "a.txt").read_bytes()))
-        for name in ("a.txt", "b.txt.gz"):
-            assert [row[2] for row in corpus.examples(name, {})] == [["Once upon a time\n"]]
-    for content, what in ((b'{"prompt": "p", "completion": " caf\xe9"}\n', "not JSON"),
-                          (b"[1, 2]\n", "not a JSON object"),
-                          (b'[{"prompt": "p"},\n', "not JSON, nor is the file as one array")):
-        (here / "c.json").write_bytes(content)
-        notes = {}
-        assert not list(corpus.examples("c.json", notes))
-        assert [reason.startswith(what) for _, reason in notes] == [True]
-    (here / "c.json").write_text("[1, 2]\n" + TEXT)                            # lines, all the same
-    assert len(list(corpus.examples("c.json", {}))) == 3
-
-
-def test_csv_and_parquet_are_named_with_a_command_that_converts_them(here):
-    (here / "a b.csv").write_text('prompt,completion\n"2, 3","it\'s ""5"""\n', encoding="utf-8-sig")
-    with pytest.raises(Stopped, match="--data got a b.csv; it takes JSON. To convert") as said:
-        corpus.check_source("a b.csv")
-    command = str(said.value).split("To convert it: python", 1)[1]
-    subprocess.run(sys.executable + command, shell=True, check=True)
-    assert [row[1:] for row in corpus.examples("a b.csv.jsonl", {})] == [("2, 3", ['it\'s "5"'])]
-    (here / "folder").mkdir()
-    (here / "folder" / "x.parquet").touch()
-    message = "without any .jsonl.*x.parquet. .*pandas.read_parquet.*x.parquet.jsonl"
-    with pytest.raises(Stopped, match=message):
-        corpus.check_source("folder")
-    with pytest.raises(Stopped, match="--ptx_data got folder/x.parquet; it takes JSON"):
-        corpus.check_source("folder/x.parquet", "--ptx_data")
-
-
-def test_prompts_alone_serve_rl_and_sft_takes_the_rows_with_a_response(here, tokenizer):
-    prompts = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(80)]
-    cfg = texts_cfg(write_rows(here / "prompts.jsonl", prompts))
-    read = corpus.rows_of(cfg, tokenizer, 90)
-    assert "prompts.jsonl: 80 prompts without a response, " in read.report
-    assert read.report.endswith("fields not used: answer (80 rows)") and read[3][1:] == ([], [])
-    assert sum(map(len, corpus.prompts(cfg, tokenizer, 90))) == 80
-    with pytest.raises(Stopped, match="prompts but no responses: there is nothing for SFT"):
-        corpus.demonstrations(cfg, tokenizer, 90, None, None)
-    with pytest.raises(Stopped, match="there is nothing for a reward model or DPO to learn"):
-        corpus.comparisons(cfg, tokenizer, 90, None, None)
-    both = prompts + [comparison(i) for i in range(60)]
-    cfg = texts_cfg(write_rows(here / "both.jsonl", both))
-    assert "both.jsonl: 60 rows and 80 prompts" in corpus.rows_of(cfg, tokenizer, 90).report
-    assert sum(map(len, corpus.prompts(cfg, tokenizer, 90))) == 140
-    for taken in (corpus.demonstrations, corpus.comparisons):
-        assert sum(map(len, taken(cfg, tokenizer, 90, None, None))) == 60
-    corpus.check_comparisons(cfg)                            # the first comparison is far down
-    texts = corpus.some_texts(cfg, 81, 1)
-    assert texts[79:] == ["What is 79?", comparison(0)["chosen"]]
-
-
-def test_rows_that_share_one_prompt_are_held_out_by_the_whole_row(here, tokenizer):
-    rows = [{"prompt": "Praise it:", "chosen": f" good {i}", "rejected": f" bad {i}"}
-            for i in range(80)]
-    cfg = texts_cfg(write_rows(here / "rows.jsonl", rows + rows))
-    read = corpus.rows_of(cfg, tokenizer, 90)
-    assert "\ntoo few prompts to hold some of them out: rows are held out by a hash " in read.report
-    assert f" {read.held_out.sum()} of these share their prompt with training rows" in read.report
-    assert read.held_out[:80].tolist() == read.held_out[80:].tolist()      # equal rows, one side
-    assert read.held_out[:80].tolist() == [
-        corpus.held_out(f"Praise it:\0 good {i}\0 bad {i}".encode()) for i in range(80)]
-    train, held = corpus.comparisons(cfg, tokenizer, 90, None, None)
-    assert len(train) > 100 and len(held) > 5 and len(train) + len(held) == 160
-    assert [len(part) for part in corpus.prompts(cfg, tokenizer, 90)] == [1, 1]
-    others = [{"prompt": f"Praise {i}:", "completion": f" good {i}"} for i in range(40)]
-    read = corpus.rows_of(texts_cfg(write_rows(here / "rows.jsonl", rows + others)), tokenizer, 90)
-    assert "too few" not in read.report and len(set(read.held_out[:80])) == 1
-    alone = texts_cfg(write_rows(here / "rows.jsonl", rows[:1]))
-    assert "too few" not in corpus.rows_of(alone, tokenizer, 90).report        # nor is that any help
-
-
-@pytest.mark.parametrize("name, content, message", [
-    ("nowhere.jsonl", None, "--data got .*nowhere.jsonl; it takes reviews, hh, tldr, hf:OWNER/NAME, or a file or folder"),
-    ("empty.jsonl", "", "has no row that could be read. The first lines of corpus.py"),
-    ("broken.jsonl", "{\n", r"has no row that could be read: not JSON \(line 1\)"),
-    ("one.jsonl", '{"prompt": "a", "completion": " b"}\n', "1 rows to train on and 0 held out; there must be some of both"),
-    ("binary.jsonl", b"\xff\x00\x00\xfe", r"not JSON \(line 1\)")])
-def test_data_that_cannot_be_used_ends_with_one_clear_message(name, content, message, here, tokenizer):
-    if content is not None:
-        (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(Stopped, match=message):
-        corpus.prompts(texts_cfg(here / name), tokenizer, 90)
-
-
-LINES = [                       # what a line of a file may hold, and what is said of it
-    ('{"prompt": "p", "completion": " c"', "not JSON"), ("[" * 100_000, "not JSON"), ("not json at all", "not JSON"), ("\x00\x01", "not JSON"),
-    ('{"prompt": "p", "completion": " \x01"}', "not JSON"), ("1" * 5000, "not JSON"), ("[1, 2]", "not a JSON object"), ("null", "not a JSON object"),
-    ('"text"', "not a JSON object"), ("{}", "none of the known forms: keys "), ('{"Prompt": "p"}', "none of the known forms: keys Prompt"),
-    ('{"prompt": "p", "completion": 3}', "a text is not a string"), ('{"prompt": 3, "completion": " c"}', "a text is not a string"),
-    ('{"prompt": "p", "chosen": " a", "rejected": null}', "only one of chosen and rejected"),
-    ('{"text": ["a"]}', "messages want a role"),
-    ('{"prompt": "p", "completion": ""}', "an empty response"), ('{"prompt": "p", "completion": " \\n\\t"}', "an empty response"),
-    ('{"prompt": "p", "chosen": " a", "rejected": ""}', "an empty response"),
-    ('{"prompt": "p \\ud800", "completion": " c"}', "a lone surrogate, which is no text"),
-    ('{"prompt": "p", "completion": " \\udfff"}', "a lone surrogate, which is no text"),
-    ('{"messages": [{"role": "assistant", "content": null}]}', "messages want content, a text"),
-    ('{"messages": "hello"}', "no prompt, and the texts share no"),
-    ('{"messages": [{"role": "robot", "content": "x"}]}', "messages want a role"), ('{"messages": [7]}', "messages want a role"),
-    ('{"messages": [{"role": ["user"], "content": "x"}]}', "messages want a role"),
-    ('{"messages": []}', "messages want at least one turn"),
-    ('{"chosen": [{"role": "assistant", "content": "a"}], "rejected": null}', "only one of chosen"),
-    ('{"messages": [{"role": "user", "content": "a"}], "prompt": 5}', "a text is not a string"),
-    ('{"\\ud800": 1, "\\u001b[2J": 2}', "none of the known forms: keys \\x1b[2J, \\ud800"),
-    ('{"info": {"post": null, "title": "t", "subreddit": "s"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}',
-     "a comparison of summaries without its texts"),
-    ('{"info": [], "summaries": [], "choice": "x"}', "a comparison of summaries without its texts"),
-    ('{"chosen": "a", "rejected": "b"}', "no prompt, and the texts share no assistant turn")]
-
-
-@pytest.mark.parametrize("line, reason", LINES, ids=range(len(LINES)))
-def test_a_line_that_cannot_be_used_is_left_out_counted_and_named(line, reason, here, tokenizer):
-    rows = [json.dumps(comparison(i)) for i in range(60)]
-    (here / "rows.jsonl").write_bytes("\n".join([*rows[:7], line, *rows[7:], line]).encode())        # the last one without a newline
-    read = corpus.rows_of(texts_cfg(here / "rows.jsonl"), tokenizer, 90)
-    assert len(read) == 60 and len(read.report.splitlines()) == 2
-    assert read.report.splitlines()[1].startswith(f"2 more left out, {reason}") and read.report.endswith(": line 8, line 62")
-
-
-def test_control_characters_are_kept_counted_and_shown_as_codes(here, tokenizer, capsys):
-    rows = [comparison(i) for i in range(60)] + [{"prompt": "a\x00b", "completion": " \x1b[2J\x9b"}, {"prompt": "tab\t", "completion": " line\r\n"}]
-    read = corpus.rows_of(texts_cfg(write_rows(here / "rows.jsonl", rows)), tokenizer, 90)
-    assert len(read) == 62 and read.report.endswith("\n1 of them kept as they stand, with control characters: line 61")
-    prompt, response, _ = read[60]
-    assert tokenizer.decode(prompt) == "a\x00b" and files.visible(tokenizer.decode(response)) == " \\x1b[2J\\x9b<|endoftext|>"
-    assert files.visible("a\tb\r\nc \u00e9\u6f22") == "a\tb\r\nc \u00e9\u6f22"
-
-
-@pytest.mark.parametrize("text", ["word " * 2_000_000, " " * 10_000_000, "a" * 10_000_000, "\\n" * 5_000_000, "\\u0000" * 1_700_000],
-                         ids=["words", "spaces", "a", "newlines", "zeros"])
-def test_a_line_of_ten_megabytes_is_cut_like_any_other_row(text, here, tokenizer):
-    rows = [json.dumps(comparison(i)) for i in range(60)]
-    lines = [f'{{"prompt": "p", "completion": " x{text}"}}', f'{{"prompt": "{text} end", "completion": " x"}}']
-    (here / "rows.jsonl").write_text("\n".join([*rows, *lines]))
-    begun = time.time()
-    read = corpus.rows_of(texts_cfg(here / "rows.jsonl"), tokenizer, 90)
-    assert len(read) == 62 and time.time() - begun < 20
-    (prompt, response, _), (long_prompt, _, _) = read[60], read[61]
-    assert len(prompt) + len(response) <= 90 and tokenizer.decode(response).startswith(" x")
-    assert len(long_prompt) <= 60 and tokenizer.decode(long_prompt).endswith(" end") and "1 prompts cut" in read.report
-    if text[0] == "w":                                   # a word of 100,000 letters takes seconds to learn from
-        assert data.train_tokenizer(corpus.some_texts(texts_cfg(here / "rows.jsonl"), 100, 10), 300).n_vocab <= 300
-
-
-def test_folders_unreadable_files_and_bytes_that_are_no_text_are_refused_or_counted(here, tokenizer, monkeypatch):
-    rows = [json.dumps(comparison(i)) for i in range(60)]
-    (here / "a").mkdir()
-    (here / "a" / "rows.jsonl").write_text("\n".join(rows))
-    (here / "a" / "folder.jsonl").mkdir()                                      # named like a file
-    assert len(corpus.rows_of(texts_cfg(here / "a"), tokenizer, 90)) == 60
-    (here / "latin.txt").write_bytes(b"caf\xe9 and so on, a longer line\n" * 2000)
-    read = corpus.rows_of(texts_cfg(here / "latin.txt"), tokenizer, 90)
-    assert f"\n{len(read)} of them kept as they stand, with bytes that are no UTF-8, read as \ufffd: piece 1, piece 2" in read.report
-    os.mkfifo(here / "pipe")
-    with pytest.raises(Stopped, match="^error: --data got .*pipe; it takes reviews"):
-        corpus.prompts(texts_cfg(here / "pipe"), tokenizer, 90)
-    denied = PermissionError(errno.EACCES, "Permission denied")                # tests may run as root, who may read all
-    monkeypatch.setitem(vars(files), "open", lambda *args: (_ for _ in ()).throw(denied))
-    corpus.digest.cache_clear()
-    with pytest.raises(Stopped, match="^error: .*rows.jsonl cannot be read .PermissionError"):
-        corpus.prompts(texts_cfg(here / "a"), tokenizer, 90)
-    monkeypatch.undo()
-    monkeypatch.chdir(here)
-    monkeypatch.setitem(vars(corpus), "open", lambda *args, **kwargs: (_ for _ in ()).throw(denied))
-    for name, place in (("a/rows.jsonl", "line 0"), ("latin.txt", "piece 0")):
-        with pytest.raises(Stopped, match=f"^error: .*{name} cannot be read past {place} .PermissionError"):
-            list(corpus.examples(str(here / name), {}))
-
-
-def test_tokens_that_were_damaged_on_the_disk_are_made_again(here, tokenizer, capsys):
-    cfg = texts_cfg(write_rows(here / "rows.jsonl", [comparison(i) for i in range(60)]))
-    rows = list(corpus.rows_of(cfg, tokenizer, 90))
-    folder = next((here / "out" / "tokens").iterdir())
-    for name in ("tokens.npy", "bounds.npy", "held_out.npy", "first.npy", "rows.txt"):
-        for content in (None, b"", (folder / name).read_bytes()[:-9] if name != "rows.txt" else b"\xff"):
-            corpus.opened.cache_clear()
-            (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
-            assert list(corpus.rows_of(cfg, tokenizer, 90)) == rows or content == b"" and name == "rows.txt"
-            assert "is damaged" in capsys.readouterr().out or content == b"" and name == "rows.txt"
-    assert [folder] == list((here / "out" / "tokens").iterdir())
-
-
-def test_settings_that_leave_no_room_and_folders_without_rows_are_refused(here, tokenizer):
-    (here / "void").mkdir()
-    with pytest.raises(Stopped, match="is a folder without any .jsonl"):
-        corpus.prompts(texts_cfg(here / "void"), tokenizer, 90)
-    path = write_rows(here / "rows.jsonl", [comparison(i) for i in range(80)])
-    with pytest.raises(Stopped, match="--max_prompt_tokens 90 leaves no room for a response in the model's block_size 90"):
-        corpus.prompts(texts_cfg(path, max_prompt_tokens=90), tokenizer, 90)
-    with pytest.raises(Stopped, match="prompts of up to 60 tokens and --max_new_tokens 31 exceed .* 90; lower --max_new_tokens to 30"):
-        corpus.prompts(texts_cfg(path, max_new_tokens=31), tokenizer, 90)
-    with pytest.raises(Stopped, match="5000 held-out prompts are asked for .*, there are"):
-        corpus.prompts(texts_cfg(path), tokenizer, 90, 5000)
-
-
-def test_the_hub_is_asked_for_the_published_files(here, tokenizer, monkeypatch):
-    import huggingface_hub
-    path = write_rows(here / "stored.jsonl", [comparison(i) for i in range(40)])
-    asked_for = []
-
-    def fetch(repository, name, repo_type):
-        asked_for.append((repository, name, repo_type))
-        return path
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    assert len(list(corpus.examples("hh", {}))) == 80
-    assert asked_for == [("Anthropic/hh-rlhf", f"{part}/train.jsonl.gz", "dataset") for part in ("harmless-base", "helpful-base")]
-
-    def no_network(*args, **kwargs):
-        raise OSError("no route to host")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
-    with pytest.raises(Stopped, match="--data hh could not be fetched from the hub .OSError.*--data FOLDER reads them"):
-        list(corpus.examples("hh", {}))
-    record = {"info": {"post": "p", "title": "t", "subreddit": "s"}, "summaries": [{"text": " a"}, {"text": " b"}], "choice": 0}
-    monkeypatch.setattr(corpus.urllib.request, "urlretrieve", lambda url, to: write_rows(to, [record]))
-    assert [responses for _, _, responses in corpus.examples("tldr", {})] == [[" a", " b"]] * 8
-    monkeypatch.setattr(corpus.urllib.request, "urlretrieve", no_network)
-    assert len(list(corpus.examples("tldr", {}))) == 8                         # they are here by now
-    shutil.rmtree(here / "out" / "downloads")
-    with pytest.raises(Stopped, match="batch3.json could not be fetched .no route to host"):
-        list(corpus.examples("tldr", {}))
-
-
-def test_data_sets_of_the_hub_go_through_the_datasets_package_and_say_so_where_it_is_missing(here, tokenizer, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)                         # as if not installed
-    with pytest.raises(Stopped, match="--data hf:a/b takes the datasets package: pip install datasets"):
-        list(corpus.examples("hf:a/b", {}))
-
-    class Loaded(list):
-        _fingerprint = "0123"
-    stand_in = types.SimpleNamespace(load_dataset=lambda name, split: Loaded(comparison(i) for i in range(50))
-                                     if (name, split) == ("a/b", "train") else 1 / 0)
-    monkeypatch.setitem(sys.modules, "datasets", stand_in)
-    assert len(corpus.rows_of(texts_cfg("hf:a/b"), tokenizer, 90)) == 50
-    with pytest.raises(Stopped, match="--data hf:a/c could not be loaded .ZeroDivisionError"):
-        list(corpus.examples("hf:a/c", {}))
-
-
-def test_configurations_and_splits_of_the_hub_are_chosen_and_named(here, tokenizer, monkeypatch):
-    class Loaded(list):
-        _fingerprint = "0123"
-    there = {"main": ["train", "test"], "extra": ["train"]}
-
-    def load_dataset(path, name=None, split=None):
-        if path != "maths/sums" or split not in there[name]:
-            raise ValueError("not\nthere")
-        return Loaded({"prompt": name, "completion": f" {split} {i}"} for i in range(3))
-
-    def get_dataset_config_names(path):
-        return [*there] if path == "maths/sums" else ["main"]
-    fake = types.SimpleNamespace(
-        load_dataset=load_dataset, get_dataset_config_names=get_dataset_config_names,
-        get_dataset_split_names=lambda path, name="main": there[name])
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    corpus.hub_data_set.cache_clear()
-    for source, prompt, found in (("hf:maths/sums/main:test", "main", " test 2"),
-                                  ("hf:maths/sums/extra", "extra", " train 2")):
-        assert list(corpus.examples(source, {}))[2] == ("row 2", prompt, [found])
-        response = corpus.rows_of(texts_cfg(source), tokenizer, 90)[2][1]      # stored for each
-        assert tokenizer.decode(response[:-1]) == found
-    for source, choices in (
-            ("maths/sums", "give hf:maths/sums/CONFIGURATION, which is one of main, extra"),
-            ("maths/sums/man", "give hf:maths/sums/CONFIGURATION, which is one of main, extra"),
-            ("maths/sums/extra:test", "give hf:maths/sums/extra:SPLIT, which is one of train"),
-            ("maths/one:dev", "give hf:maths/one:SPLIT, which is one of train, test")):
-        with pytest.raises(Stopped, match=f"hf:{source} could not .*{re.escape(choices)}$"):
-            list(corpus.examples(f"hf:{source}", {}))
-    monkeypatch.setattr(fake, "get_dataset_config_names", lambda path: 1 / 0)
-    with pytest.raises(Stopped, match="ValueError: not.; check the name and the network"):
-        list(corpus.examples("hf:maths/sums/main:dev", {}))
-
-
-# --------------------------------------------------------------------------------------------------
-# files.py
-
-def in_a_child(work):
-    """What became of a forked process that does some work: the signal that ended it, or its exit code"""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    status = os.waitpid(child, 0)[1]
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-
-
-def killed_at(monkeypatch, owner, name, call, after=False):
-    """From here on this process is killed at some call of a function, before it or after it"""
-    original, calls = getattr(owner, name), []
-
-    def deadly(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*args, **kwargs)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    monkeypatch.setattr(owner, name, deadly)
-
-
-@pytest.mark.parametrize("name", ["fsync", "replace"])
-@pytest.mark.parametrize("after", [False, True])
-def test_a_process_killed_while_it_writes_leaves_the_old_file_or_the_new_one(name, after, tmp_path, monkeypatch):
-    path = tmp_path / "x.json"
-    files.write(path, "old")
-
-    def work():
-        killed_at(monkeypatch, os, name, 1, after)
-        files.write(path, "new")
-    assert in_a_child(work) == -signal.SIGKILL
-    assert path.read_text() == ("new" if name == "replace" and after else "old")
-    files.write(path, "newer")                                                 # over what was left beside it
-    assert path.read_text() == "newer" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path):
-    """/dev/full is a disk without any space, as far as a program can tell"""
-    path = tmp_path / "checkpoint.pt"
-    files.write(path, "old")
-    for write in (lambda file: file.write(b"x"), lambda file: torch.save({"w": torch.ones(100_000)}, file)):
-        (tmp_path / "checkpoint.pt.tmp").symlink_to("/dev/full")
-        with pytest.raises(Stopped, match="^error: .*checkpoint.pt could not be written .No space left on device.. what stood "
-                                             "there before is as it was. Make room, .* with --resume if an update had been saved"):
-            with files.replacing(path, "wb") as file:
-                write(file)
-        assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    (tmp_path / "log.jsonl").symlink_to("/dev/full")
-    with pytest.raises(Stopped, match="log.jsonl could not be written .No space left on device"):
-        files.append(tmp_path / "log.jsonl", "{}\n")
-
-
-def test_everything_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
-    done = []
-    for name in ("fsync", "replace"):
-        monkeypatch.setattr(os, name, lambda *args, name=name, original=getattr(os, name): (done.append((name, args)), original(*args))[1])
-    files.write(tmp_path / "a", "text")
-    assert [name for name, _ in done] == ["fsync", "replace"]
-    done.clear()
-    with files.new_folder(tmp_path / "b") as beside:
-        (beside / "one").write_text("1")
-        (beside / "deeper").mkdir()
-        (beside / "deeper" / "two").write_text("2")
-    assert [name for name, _ in done] == ["fsync", "fsync", "replace"]         # two files, then the folder's name
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b", "deeper", "one", "two"]
-
-
-def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path):
-    with pytest.raises(ZeroDivisionError):
-        with files.new_folder(tmp_path / "x") as beside:
-            (beside / "half").write_text("1")
-            1 / 0
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "x").mkdir()
-    for text in ("first", "second"):
-        with files.new_folder(tmp_path / "x", unless_there=True) as beside:    # an empty one is as good as none
-            (beside / "file").write_text(text)
-    assert (tmp_path / "x" / "file").read_text() == "first"
-    with pytest.raises(Stopped, match="x could not be written"):
-        with files.new_folder(tmp_path / "x") as beside:
-            pass
-    assert (tmp_path / "x" / "file").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_rows_are_read_where_files_cannot_be_mapped(tmp_path, monkeypatch):
-    np.save(tmp_path / "a.npy", np.arange(3))
-    assert isinstance(corpus.mapped(tmp_path / "a.npy"), np.memmap)
-    original = np.load
-    def load(path, mmap_mode=None):
-        if mmap_mode:
-            raise OSError(errno.ENODEV, "No such device")
-        return original(path)
-    monkeypatch.setattr(np, "load", load)
-    assert corpus.mapped(tmp_path / "a.npy").tolist() == [0, 1, 2]
-
-
-def test_a_digest_is_of_the_whole_file_and_read_in_blocks(tmp_path):
-    (tmp_path / "large").write_bytes(bytes(range(256)) * 2 ** 16)              # 16 MB
-    tracemalloc.start()
-    try:
-        digest = files.digest(tmp_path / "large")
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert digest == hashlib.sha256(bytes(range(256)) * 2 ** 16).hexdigest() and peak < 2 ** 21
-
-
-def test_a_lock_is_one_processs_and_free_again_when_that_is_killed(tmp_path):
-    code = f"import files, time; lock = files.one_process('{tmp_path}/lock', lambda: 'taken'); print('held', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout.readline() == "held\n"
-        with pytest.raises(Stopped, match="error: taken by another"):
-            files.one_process(tmp_path / "lock", lambda: "taken by another")
-        first.kill()
-    lock = files.one_process(tmp_path / "lock", lambda: "taken by another")
-    assert files.one_process(tmp_path / "lock", lambda: "taken by another") is lock     # this process has it
-    lock.release(force=True)
-
-
-def a_checkpoint(folder, **more):
-    folder.mkdir(exist_ok=True)
-    torch.manual_seed(0)
-    torch.save({"step": 3, "config": {}, "policy": {"w": torch.randn(2000)}, **more}, folder / "checkpoint.pt")
-    return folder / "checkpoint.pt"
-
-
-def test_a_checkpoint_with_any_bit_turned_or_cut_short_is_refused_by_name(tmp_path):
-    path = a_checkpoint(tmp_path / "stage")
-    whole, chance = path.read_bytes(), random.Random(0)
-    files.load_checkpoint(path.parent)
-    weights = whole.index(files.load_checkpoint(path.parent)["policy"]["w"].numpy().tobytes())
-    for at in [weights, weights + 7999, *(chance.randrange(weights, weights + 8000) for _ in range(20))]:
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1:])
-        with pytest.raises(Stopped, match=r"stage/checkpoint.pt cannot be read as a checkpoint \("):
-            files.load_checkpoint(path.parent)
-    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(Stopped, match="stage/checkpoint.pt cannot be read as a checkpoint"):
-            files.load_checkpoint(path.parent)
-
-
-def test_a_checkpoint_that_memory_is_too_short_for_is_not_called_damaged(tmp_path, monkeypatch):
-    path = a_checkpoint(tmp_path / "stage")
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError()))
-    with pytest.raises(MemoryError):
-        files.load_checkpoint(path.parent)
-
-
-class Malicious:
-    def __init__(self, folder):
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        return (os.mkdir, (self.folder,))
-
-
-def test_foreign_and_malicious_checkpoints_are_refused_and_run_nothing(tmp_path):
-    path, owned = a_checkpoint(tmp_path / "stage"), tmp_path / "owned"
-
-    def refused(message):
-        with pytest.raises(Stopped, match="^error: .*stage/checkpoint.pt " + message):
-            files.load_checkpoint(path.parent, "policy", "gpt")
-    refused("holds no gpt but step, config, policy: it belongs to another stage or program")
-    for saved, message in (({"model": {}}, "holds no step but model"), ([1, 2], "holds no step but a list"),
-                           (torch.zeros(3), "holds no step but a Tensor"), ({}, "holds no step but "),
-                           ({"step": "x", "config": {}, "policy": 1, "gpt": 1}, "is no checkpoint of this project: its step is 'x'"),
-                           ({"step": 1, "config": [], "policy": 1, "gpt": 1}, "is no checkpoint of this project")):
-        torch.save(saved, path)
-        refused(message)
-    torch.save({"step": 1, "config": {}, "policy": Malicious(owned), "gpt": {}}, path)
-    refused("cannot be read as a checkpoint .UnpicklingError")
-    torch.save({"step": Malicious(owned)}, path, _use_new_zipfile_serialization=False)
-    refused("cannot be read as a checkpoint .BadZipFile")
-    path.write_bytes(pickle.dumps(Malicious(owned)))
-    refused("cannot be read as a checkpoint .BadZipFile")
-    torch.save({"step": 1}, path)
-    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "other", "w") as empty:
-        for name in whole.namelist():                    # checksums right, nothing in it
-            empty.writestr(name, b"" if name.endswith("data.pkl") else whole.read(name))
-    shutil.copy(tmp_path / "other", path)
-    refused("cannot be read as a checkpoint .EOFError")
-    path.unlink()
-    refused("cannot be read as a checkpoint .FileNotFoundError")
-    path.mkdir()
-    refused("cannot be read as a checkpoint .IsADirectoryError")
-    assert not owned.exists()
-
-
-@pytest.mark.parametrize("state, message", [
-    ({}, "Missing key.s. in state_dict: .weight., .bias."),
-    ({"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, r"size mismatch for weight: .*\[3, 2\].*\[2, 3\]"),
-    ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "more": torch.zeros(1)}, "Unexpected key.s. in state_dict: .more"),
-    ({"weight": 1.0, "bias": 2.0}, "weight"), (None, "Expected state_dict to be dict-like"), ([1], "Expected state_dict to be dict-like")])
-def test_weights_that_do_not_fit_are_refused_with_what_differs(state, message):
-    with pytest.raises(Stopped, match="^error: out/here/sft/checkpoint.pt: policy does not fit the Linear it is read for: .*" + message + ".*; bring it back from a copy, run sft.py with --overwrite for the run here, or"):
-        files.fill(torch.nn.Linear(3, 2), state, "out/here/sft", "policy")
-
-
-def test_optimizer_states_and_controllers_that_do_not_fit_are_refused_too():
-    for thing, state in ((torch.optim.AdamW([torch.zeros(2, requires_grad=True)]), {"state": {}, "param_groups": []}),
-                         (torch.optim.AdamW([torch.zeros(2, requires_grad=True)]), {}), (ppo.ProportionalKL(1, 2, 3), {"coef": 1.0}),
-                         (ppo.ProportionalKL(1, 2, 3), 7)):
-        with pytest.raises(Stopped, match="^error: x/checkpoint.pt: y does not fit the (AdamW|ProportionalKL)"):
-            files.fill(thing, state, "x", "y")
-
-
-def test_json_that_cannot_be_read_is_refused_and_a_torn_last_line_of_a_log_left_out(tmp_path):
-    path = tmp_path / "config.json"
-    for content in (b"", b"{", b"[" * 100_000, b"\xff\xfe"):
-        path.write_bytes(content)
-        with pytest.raises(Stopped, match="^error: .*config.json cannot be read .(JSONDecodeError|RecursionError|UnicodeDecodeError)"):
-            files.read_json(path)
-    path.write_text('{"step": 0}\n{"step": 1}\n{"ste')
-    assert files.read_lines(path) == [{"step": 0}, {"step": 1}] and files.read_lines(tmp_path / "none") == []
-
-
-def test_no_file_of_the_project_can_run_what_it_reads():
-    """
-    No exec, eval or pickle; torch.load with weights_only, numpy.load without pickles; the user's
-    own code in guest alone
-    """
-    for module in MODULES:
-        for node in ast.walk(ast.parse(inspect.getsource(module))):
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-                assert not {"pickle", "marshal", "shelve", "dill", "joblib"} & set(names), module
-            if isinstance(node, ast.Call):
-                called = ast.unparse(node.func)
-                assert called not in ("eval", "exec", "__import__", "compile"), module
-                assert called.split(".")[-1] != "exec_module" or module is guest
-                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                assert called != "torch.load" or keywords["weights_only"] == "True", module
-                assert called != "np.load" or "allow_pickle" not in keywords, module
-
-
-# --------------------------------------------------------------------------------------------------
 # model.py
 
-def test_logits_equal_transformers_gpt2_in_both_directions(tmp_path):
-    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+def random_gpt2(std, **sizes):
+    """A GPT2LMHeadModel with random weights, biases and norms, so each of them matters"""
+    from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=24, n_layer=3, n_head=4, n_embd=32,
-                                        bos_token_id=96, eos_token_id=96)).eval()
-    for p in theirs.parameters():
-        p.data.normal_(std=0.2)                              # biases and norms too, so that each matters
+    last = sizes["vocab_size"] - 1
+    gpt = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=last, eos_token_id=last)).eval()
+    for p in gpt.parameters():
+        p.data.normal_(std=std)
+    return gpt
+
+
+def load_in_transformers(folder, **options):
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def assert_refused(source, message, **changes):
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(source, **changes)
+
+
+def test_logits_equal_transformers_gpt2_in_both_directions(tmp_path):
+    theirs = random_gpt2(0.2, vocab_size=97, n_positions=24, n_layer=3, n_head=4, n_embd=32)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = GPT.from_pretrained(tmp_path / "theirs").eval()
     ids = torch.randint(97, (3, 24), generator=seeded())
-    torch.testing.assert_close(ours.double()(ids), theirs.double()(ids).logits, atol=1e-9, rtol=1e-9)
+    wanted = theirs.double()(ids).logits
+    torch.testing.assert_close(ours.double()(ids), wanted, atol=1e-9, rtol=1e-9)
     for p in ours.float().parameters():
         p.data.add_(0.01)
     ours.save_pretrained(tmp_path / "ours", eos_id=96)
-    back = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float64).eval()
+    back = load_in_transformers(tmp_path / "ours", dtype=torch.float64)
     torch.testing.assert_close(ours.double()(ids), back(ids).logits, atol=1e-9, rtol=1e-9)
 
 
 @pytest.fixture(scope="module")
 def gpt2_folder(tmp_path_factory):
-    """A GPT-2 as transformers saves it, its logits on ids, and a function that changes a copy of the folder"""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    """A folder whose whole/ is a GPT-2 saved by transformers; some ids; its logits on them"""
     home = tmp_path_factory.mktemp("gpt2")
-    torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=12, n_layer=2, n_head=2, n_embd=8,
-                                        bos_token_id=0, eos_token_id=0)).eval()
-    for p in theirs.parameters():
-        p.data.normal_(std=0.3)
+    theirs = random_gpt2(0.3, vocab_size=30, n_positions=12, n_layer=2, n_head=2, n_embd=8)
     theirs.save_pretrained(home / "whole")
     ids = torch.randint(30, (2, 12), generator=seeded())
     return home, ids, theirs(ids).logits.detach()
 
 
-def folder_of(gpt2_folder, weights=None, config=None, save=save_file, name="model.safetensors"):
-    """A copy of that folder: its weights after a function of {name: tensor}, its config with other values"""
+def gpt2_variant(gpt2_folder, weights=None, config=None, save=save_file, name="model.safetensors"):
+    """A copy of that GPT-2 with changed weights (a function of {name: tensor}) and settings"""
     whole, folder = gpt2_folder[0] / "whole", gpt2_folder[0] / "changed"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -1570,158 +418,194 @@ def prefixed(prefix):
     return lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-WTE, MLP = "transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"
+def renamed(old, new):
+    return lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+WTE = "transformer.wte.weight"
+MLP = "transformer.h.1.mlp.c_fc.weight"
 
 
 @pytest.mark.parametrize("weights", [
-    *map(prefixed, ("_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "base_model.model.")),
-    lambda x: {name.replace("h.0.", "h.0._checkpoint_wrapped_module."): w for name, w in x.items()},
-    lambda x: {name.removeprefix("transformer."): w for name, w in x.items()},     # a trunk by itself
-    lambda x: x | {"lm_head.weight": x[WTE].clone()},
-    lambda x: {name.replace(WTE, "lm_head.weight"): w for name, w in x.items()},
-    lambda x: x | {"transformer.h.0.attn.bias": torch.ones(1, 1, 12, 12, dtype=torch.bool),
-                   "transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}])
+    pytest.param(prefixed("_orig_mod."), id="compiled"),
+    pytest.param(prefixed("module."), id="parallel"),
+    pytest.param(prefixed("module._orig_mod."), id="compiled, parallel"),
+    pytest.param(prefixed("_orig_mod.module."), id="parallel, compiled"),
+    pytest.param(prefixed("base_model.model."), id="peft"),
+    pytest.param(renamed("h.0.", "h.0._checkpoint_wrapped_module."), id="checkpointed"),
+    pytest.param(renamed("transformer.", ""), id="a trunk by itself"),
+    pytest.param(renamed(WTE, "lm_head.weight"), id="a head alone"),
+    pytest.param(lambda x: x | {"lm_head.weight": x[WTE].clone()}, id="a tied head"),
+    pytest.param(lambda x: x | {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 12, 12, dtype=torch.bool),
+        "transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}, id="causal masks")])
 def test_weights_load_by_the_names_that_wrappers_and_old_files_give_them(weights, gpt2_folder):
     _, ids, logits = gpt2_folder
-    ours = GPT.from_pretrained(folder_of(gpt2_folder, weights)).eval()
+    ours = GPT.from_pretrained(gpt2_variant(gpt2_folder, weights)).eval()
     torch.testing.assert_close(ours(ids), logits)
 
 
 @pytest.mark.parametrize("weights, message", [
     (prefixed("foo."), "missing are h.0.attn.c_attn.bias, .* unknown are foo.transformer.h.0"),
-    (lambda x: {name: w for name, w in x.items() if "c_fc.b" not in name}, "missing are h.0.mlp.c_fc.bias, h.1"),
-    (lambda x: x | {"v_head.weight": torch.zeros(2)}, "missing are none; unknown are v_head.weight"),
-    (lambda x: x | {MLP: torch.zeros(8, 31)}, r"h.1.mlp.c_fc.weight: got \(31, 8\) .*, wanted \(32, 8\)"),
+    (lambda x: {name: w for name, w in x.items() if "c_fc.b" not in name},
+     "missing are h.0.mlp.c_fc.bias, h.1"),
+    (lambda x: x | {"v_head.weight": torch.zeros(2)},
+     "missing are none; unknown are v_head.weight"),
+    (lambda x: x | {MLP: torch.zeros(8, 31)},
+     r"h.1.mlp.c_fc.weight: got \(31, 8\) .*, wanted \(32, 8\)"),
     (lambda x: x | {WTE: torch.zeros(31, 8)}, r"wte.weight: got \(31, 8\) .*, wanted \(30, 8\)"),
-    (lambda x: x | {MLP: torch.zeros(8, 32, dtype=torch.int8)}, "h.1.mlp.c_fc.weight: got .* of torch.int8"),
+    (lambda x: x | {MLP: torch.zeros(8, 32, dtype=torch.int8)},
+     "h.1.mlp.c_fc.weight: got .* of torch.int8"),
     (lambda x: x | {"lm_head.weight": x[WTE] + 1e-3}, "lm_head.weight differs from wte.weight"),
-    (lambda x: x | {"module." + WTE: x[WTE].clone()}, "transformer.wte.weight twice")])
-def test_no_weight_is_missing_unknown_or_of_a_different_shape_in_silence(weights, message, gpt2_folder):
-    folder = folder_of(gpt2_folder, weights)
+    (lambda x: x | {"module." + WTE: x[WTE].clone()}, "transformer.wte.weight twice")],
+    ids=["prefix", "missing", "unknown", "shape", "vocabulary", "int8", "head", "twice"])
+def test_no_weight_is_missing_unknown_or_of_a_different_shape_in_silence(
+        weights, message, gpt2_folder):
+    folder = gpt2_variant(gpt2_folder, weights)
     with pytest.raises(Stopped, match=f"^error: --init .*: .*{message}"):
-        sft.pretrained(str(folder), types.SimpleNamespace(n_vocab=20), block_size=5)
+        sft.pretrained_gpt(str(folder), types.SimpleNamespace(n_vocab=20), block_size=5)
 
 
 def in_parts(save, pattern, index):
     """A way to save weights in two files and an index"""
     def save_parts(tensors, path):
-        names, where = list(tensors), {}
+        names = list(tensors)
+        where = {}
         for i, part in enumerate((names[:9], names[9:])):
-            save({name: tensors[name] for name in part}, path.parent / pattern.format(i + 1))
-            where |= dict.fromkeys(part, pattern.format(i + 1))
+            file_name = pattern.format(i + 1)
+            save({name: tensors[name] for name in part}, path.parent / file_name)
+            where |= dict.fromkeys(part, file_name)
         (path.parent / index).write_text(json.dumps({"weight_map": where}))
     return save_parts
 
 
-IN_PARTS = in_parts(save_file, "model-0000{}-of-00002.safetensors", "model.safetensors.index.json")
+SAFETENSORS_IN_PARTS = in_parts(save_file, "model-0000{}-of-00002.safetensors",
+                                "model.safetensors.index.json")
+BIN_IN_PARTS = in_parts(torch.save, "pytorch_model-0000{}-of-00002.bin",
+                        "pytorch_model.bin.index.json")
+OLD_BIN = functools.partial(torch.save, _use_new_zipfile_serialization=False)
 
 
 @pytest.mark.parametrize("save, name", [
-    (torch.save, "pytorch_model.bin"), (IN_PARTS, ""),
-    (functools.partial(torch.save, _use_new_zipfile_serialization=False), "pytorch_model.bin"),
-    (in_parts(torch.save, "pytorch_model-0000{}-of-00002.bin", "pytorch_model.bin.index.json"), "")])
-def test_weights_are_read_from_every_kind_of_file_that_transformers_wrote(save, name, gpt2_folder, capsys):
+    pytest.param(torch.save, "pytorch_model.bin", id="bin"),
+    pytest.param(OLD_BIN, "pytorch_model.bin", id="old bin"),
+    pytest.param(BIN_IN_PARTS, "x", id="bin in parts"),
+    pytest.param(SAFETENSORS_IN_PARTS, "x", id="safetensors in parts")])
+def test_weights_are_read_from_every_kind_of_file_that_transformers_wrote(
+        save, name, gpt2_folder, capsys):
     _, ids, logits = gpt2_folder
-    folder = folder_of(gpt2_folder, prefixed("_orig_mod."), save=save, name=name or "x")
+    folder = gpt2_variant(gpt2_folder, prefixed("_orig_mod."), save=save, name=name)
     torch.testing.assert_close(GPT.from_pretrained(folder).eval()(ids), logits)
-    save_file({}, folder / "model.safetensors")          # of two kinds the first counts, as in transformers
-    with pytest.raises(ValueError, match="missing are h.0"):
-        GPT.from_pretrained(folder)
+    save_file({}, folder / "model.safetensors")          # where both exist, it comes first
+    assert_refused(folder, "missing are h.0")
     assert "model.safetensors is used, as transformers does" in capsys.readouterr().out
 
 
 def test_folders_without_one_whole_gpt2_are_refused_by_what_they_hold(gpt2_folder):
     owned = gpt2_folder[0] / "owned"
-
-    def refused(folder, message):
-        with pytest.raises(ValueError, match=message):
-            GPT.from_pretrained(folder)
-    folder = folder_of(gpt2_folder)
+    folder = gpt2_variant(gpt2_folder)
     content = (folder / "model.safetensors").read_bytes()
     for n in (0, 20, len(content) // 2, len(content) - 1):
         (folder / "model.safetensors").write_bytes(content[:n])
-        refused(folder, "changed/model.safetensors cannot be read as weights")
+        assert_refused(folder, "changed/model.safetensors cannot be read as weights")
     (folder / "model.safetensors").rename(folder / "tf_model.h5")
-    refused(folder, "has no weights: wanted model.safetensors or .*; found config.json, tf_model.h5")
+    assert_refused(folder, "has no weights: wanted model.safetensors or .*; "
+                           "found config.json, tf_model.h5")
     (folder / "adapter_config.json").write_text("{}")
-    refused(folder, "holds an adapter .LoRA.*; merge it into them first")
-    for settings, message in (("{", "config.json cannot be read"), ("[]", "config.json holds a list")):
-        folder = folder_of(gpt2_folder)
-        (folder / "config.json").write_text(settings)
-        refused(folder, message)
+    assert_refused(folder, "holds an adapter .LoRA.*; merge it into them first")
+
+    for content, message in (("{", "config.json cannot be read"),
+                             ("[]", "config.json holds a list")):
+        folder = gpt2_variant(gpt2_folder)
+        (folder / "config.json").write_text(content)
+        assert_refused(folder, message)
     (folder / "config.json").unlink()
-    refused(folder, "has no config.json, which says what its weights are")
-    refused(folder_of(gpt2_folder, config={"quantization_config": {"quant_method": "gptq"}}), "quantized weights .*gptq")
-    folder = folder_of(gpt2_folder, save=IN_PARTS)
+    assert_refused(folder, "has no config.json, which describes the weights")
+    quantized = {"quantization_config": {"quant_method": "gptq"}}
+    assert_refused(gpt2_variant(gpt2_folder, config=quantized), "quantized weights .*gptq")
+
+    folder = gpt2_variant(gpt2_folder, save=SAFETENSORS_IN_PARTS)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    refused(folder, "model-00002-of-00002.safetensors cannot be read as weights .FileNotFoundError")
+    assert_refused(folder, "model-00002-of-00002.safetensors cannot be read as weights "
+                           ".FileNotFoundError")
     (folder / "model.safetensors.index.json").write_text("{}")
-    refused(folder, "has no weight_map")
-    for saved, message in (({"state_dict": {}}, "holds a dict by the name state_dict"), ([3], "cannot be read"),
+    assert_refused(folder, "has no weight_map")
+
+    for saved, message in (({"state_dict": {}}, "holds a dict by the name state_dict"),
+                           ([3], "cannot be read"),
                            ({"x": Malicious(owned)}, "holds more than tensors")):
-        folder = folder_of(gpt2_folder, weights=lambda x: saved, save=torch.save, name="pytorch_model.bin")
-        refused(folder, message)
+        folder = gpt2_variant(gpt2_folder, weights=lambda x: saved, save=torch.save,
+                              name="pytorch_model.bin")
+        assert_refused(folder, message)
     assert not owned.exists()
 
 
 @pytest.mark.parametrize("config, message", [
     (dict(activation_function="relu"), "activation_function 'relu', wanted 'gelu_new' or"),
-    (dict(n_inner=20), "n_inner 20, wanted None or 32"), (dict(scale_attn_weights=False), "scale_attn_weights False"),
-    (dict(scale_attn_by_inverse_layer_idx=True), "by_inverse_layer_idx True"), (dict(model_type="llama"), "'llama'"),
-    (dict(tie_word_embeddings=False), "tie_word_embeddings"), (dict(layer_norm_epsilon=1e-6), "epsilon 1e-06"),
-    (dict(add_cross_attention=True), "add_cross_attention"), (dict(n_layer=1), "unknown are h.1.attn"),
-    (dict(n_layer=3), "missing are h.2.attn"), (dict(n_head=3), "n_embd must be a multiple of n_head"),
-    (dict(n_head=0), "zero"), (dict(n_embd="8"), ""), (dict(n_embd=-8), "negative")])
+    (dict(n_inner=20), "n_inner 20, wanted None or 32"),
+    (dict(scale_attn_weights=False), "scale_attn_weights False"),
+    (dict(scale_attn_by_inverse_layer_idx=True), "by_inverse_layer_idx True"),
+    (dict(model_type="llama"), "'llama'"),
+    (dict(tie_word_embeddings=False), "tie_word_embeddings"),
+    (dict(layer_norm_epsilon=1e-6), "epsilon 1e-06"),
+    (dict(add_cross_attention=True), "add_cross_attention"),
+    (dict(n_layer=1), "unknown are h.1.attn"),
+    (dict(n_layer=3), "missing are h.2.attn"),
+    (dict(n_head=3), "n_embd must be a multiple of n_head"),
+    (dict(n_head=0), "zero"),
+    (dict(n_embd="8"), ""),
+    (dict(n_embd=-8), "negative")])
 def test_a_gpt2_variant_that_is_not_computed_is_refused(config, message, gpt2_folder):
+    folder = gpt2_variant(gpt2_folder, config=config)
     with pytest.raises(Stopped, match=f"^error: --init .*: .*{message}"):
-        sft.pretrained(str(folder_of(gpt2_folder, config=config)), types.SimpleNamespace(n_vocab=30))
+        sft.pretrained_gpt(str(folder), types.SimpleNamespace(n_vocab=30))
 
 
-def test_what_an_old_config_does_not_say_is_as_in_gpt2(gpt2_folder):
-    _, ids, logits = gpt2_folder
+def test_settings_that_an_old_config_lacks_are_as_in_gpt2(gpt2_folder):
+    home, ids, logits = gpt2_folder
     old = dict(vocab_size=30, n_positions=12, n_ctx=12, n_layer=2, n_head=2, n_embd=8)
-    renamed = dict(model_type="gpt2", vocab_size=30, max_position_embeddings=12, hidden_size=8,
-                   num_hidden_layers=2, num_attention_heads=2)
-    for config in (old, renamed):
-        folder = folder_of(gpt2_folder)
+    by_other_names = dict(model_type="gpt2", vocab_size=30, max_position_embeddings=12,
+                          hidden_size=8, num_hidden_layers=2, num_attention_heads=2)
+    for config in (old, by_other_names):
+        folder = gpt2_variant(gpt2_folder)
         (folder / "config.json").write_text(json.dumps(config))
-        torch.testing.assert_close(GPT.from_pretrained(folder).eval()(ids), logits)
-    assert pretrained.read_config(gpt2_folder[0] / "whole")["n_positions"] == GPT.from_pretrained(folder).config.block_size
-    (folder / "config.json").write_text("{}")            # GPT-2 itself
-    with pytest.raises(ValueError, match="GPT-2 of 12 layers"):
-        GPT.from_pretrained(folder)
+        ours = GPT.from_pretrained(folder).eval()
+        torch.testing.assert_close(ours(ids), logits)
+    settings = pretrained.read_config(home / "whole")
+    assert settings["n_positions"] == ours.config.block_size
+    (folder / "config.json").write_text("{}")            # the sizes of GPT-2 itself
+    assert_refused(folder, "GPT-2 of 12 layers")
 
 
-def test_either_gelu_is_computed_as_transformers_does_and_written_for_it(gpt2_folder, tmp_path):
-    from transformers import AutoModelForCausalLM
+def test_both_gelus_are_computed_as_in_transformers_and_exported(gpt2_folder, tmp_path):
     _, ids, logits = gpt2_folder
-    folder = folder_of(gpt2_folder, config=dict(activation_function="gelu"))
+    folder = gpt2_variant(gpt2_folder, config=dict(activation_function="gelu"))
     exact = GPT.from_pretrained(folder).eval()
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-    torch.testing.assert_close(exact.double()(ids), theirs(ids).logits, atol=1e-9, rtol=1e-9)
+    wanted = load_in_transformers(folder, dtype=torch.float64)(ids).logits
+    torch.testing.assert_close(exact.double()(ids), wanted, atol=1e-9, rtol=1e-9)
     assert (exact.float()(ids) - logits).abs().max() > 1e-5
     exact.save_pretrained(tmp_path / "exact", eos_id=0)
-    back = AutoModelForCausalLM.from_pretrained(tmp_path / "exact", dtype=torch.float64).eval()
+    back = load_in_transformers(tmp_path / "exact", dtype=torch.float64)
     assert back.config.activation_function == "gelu"
-    torch.testing.assert_close(back(ids).logits, theirs(ids).logits, atol=1e-9, rtol=1e-9)
-    for name in ("gelu_pytorch_tanh", "gelu_fast"):      # the same approximation, written differently
-        ours = GPT.from_pretrained(folder_of(gpt2_folder, config=dict(activation_function=name))).eval()
-        torch.testing.assert_close(ours(ids), logits)
-    assert GPTConfig(**{"vocab_size": 5}).activation == "gelu_tanh"          # of checkpoints without the field
+    torch.testing.assert_close(back(ids).logits, wanted, atol=1e-9, rtol=1e-9)
+    for name in ("gelu_pytorch_tanh", "gelu_fast"):      # the same approximation by other names
+        folder = gpt2_variant(gpt2_folder, config=dict(activation_function=name))
+        torch.testing.assert_close(GPT.from_pretrained(folder).eval()(ids), logits)
+    assert GPTConfig(**{"vocab_size": 5}).activation == "gelu_tanh"    # in checkpoints without it
 
 
 def nanogpt(weights, n_layer, n_head, ids):
-    """nanoGPT's forward, written from its published model: LayerNorm with or without bias, exact GELU, tied head"""
+    """nanoGPT's forward, from its published model: LayerNorm with or without bias, exact GELU"""
     F = torch.nn.functional
-    at = lambda name: weights.get(name)
 
     def norm(x, name):
-        return F.layer_norm(x, (x.shape[-1],), at(f"{name}.weight"), at(f"{name}.bias"), 1e-5)
+        weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, 1e-5)
 
     def linear(x, name):
-        return F.linear(x, at(f"{name}.weight"), at(f"{name}.bias"))
+        return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
-    x = at("wte.weight")[ids] + at("wpe.weight")[torch.arange(ids.shape[1])]
+    x = weights["wte.weight"][ids] + weights["wpe.weight"][torch.arange(ids.shape[1])]
     B, T, C = x.shape
     for i in range(n_layer):
         q, k, v = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(C, dim=2)
@@ -1732,16 +616,18 @@ def nanogpt(weights, n_layer, n_head, ids):
         x = x + linear(y, f"h.{i}.attn.c_proj")
         h = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
         x = x + linear(h * 0.5 * (1 + torch.erf(h / math.sqrt(2))), f"h.{i}.mlp.c_proj")
-    return (norm(x, "ln_f") @ at("wte.weight").T).log_softmax(dim=-1)
+    return (norm(x, "ln_f") @ weights["wte.weight"].T).log_softmax(dim=-1)     # the head is tied
 
 
 def nanogpt_weights(bias, V=40, T=12, C=8, n_layer=2):
-    """Random weights by nanoGPT's names, without the transformer. before them"""
+    """Random weights by nanoGPT's names, without the leading transformer."""
     shapes = {"wte.weight": (V, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    layer = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C),
+             "ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
     for i in range(n_layer):
-        for name, shape in {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "ln_2": (C,),
-                            "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}.items():
-            shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[:1]}
+        for name, shape in layer.items():
+            shapes[f"h.{i}.{name}.weight"] = shape
+            shapes[f"h.{i}.{name}.bias"] = shape[:1]
     generator = seeded(3)
     return {name: torch.randn(shape, generator=generator) * 0.4 for name, shape in shapes.items()
             if bias or not name.endswith("bias")}
@@ -1751,50 +637,55 @@ def save_nanogpt(path, weights, prefix="_orig_mod.", **changes):
     """A checkpoint as nanoGPT's train.py writes it, with its optimizer"""
     named = {f"{prefix}transformer.{name}": weight for name, weight in weights.items()}
     named[f"{prefix}lm_head.weight"] = weights["wte.weight"]
-    args = dict(n_layer=2, n_head=2, n_embd=8, block_size=12, vocab_size=len(weights["wte.weight"]), dropout=0.1,
-                bias="ln_f.bias" in weights) | changes
-    torch.save({"model": named, "optimizer": {"state": {0: torch.zeros(9)}}, "model_args": args, "iter_num": 7,
+    args = dict(n_layer=2, n_head=2, n_embd=8, block_size=12, vocab_size=len(weights["wte.weight"]),
+                dropout=0.1, bias="ln_f.bias" in weights)
+    torch.save({"model": named, "model_args": args | changes,
+                "optimizer": {"state": {0: torch.zeros(9)}}, "iter_num": 7,
                 "best_val_loss": torch.tensor(1.0), "config": {"dataset": "openwebtext"}}, path)
     return path
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_checkpoint_of_nanogpt_has_nanogpts_log_probabilities(bias, tmp_path):
-    """Compiled or not, without biases, with rows that pad the vocabulary; exported to transformers as well"""
-    from transformers import AutoModelForCausalLM
-    weights, ids = nanogpt_weights(bias), torch.randint(30, (3, 12), generator=seeded())
+    """Compiled or not, without biases, with rows that pad the vocabulary; exported as well"""
+    weights = nanogpt_weights(bias)
+    ids = torch.randint(30, (3, 12), generator=seeded())
     wanted = nanogpt(weights, 2, 2, ids)
+
+    def check(logits, wanted):
+        torch.testing.assert_close(logits.log_softmax(dim=-1), wanted, atol=1e-5, rtol=0)
+
     path = save_nanogpt(tmp_path / "ckpt.pt", weights)
-    for source in (path, tmp_path, save_nanogpt(tmp_path / "other.pt", weights, prefix="")):
+    uncompiled = save_nanogpt(tmp_path / "other.pt", weights, prefix="")
+    for source in (path, tmp_path, uncompiled):
         ours = GPT.from_pretrained(source).eval()
-        torch.testing.assert_close(ours(ids).log_softmax(dim=-1), wanted, atol=1e-5, rtol=0)
+        check(ours(ids), wanted)
     assert ours.config == GPTConfig(40, 12, n_layer=2, n_head=2, n_embd=8, activation="gelu")
     cut = GPT.from_pretrained(path, vocab_size=33, block_size=12).eval()
-    torch.testing.assert_close(cut(ids).log_softmax(dim=-1), wanted[..., :33].log_softmax(dim=-1), atol=1e-5, rtol=0)
+    check(cut(ids), wanted[..., :33].log_softmax(dim=-1))
     ours.save_pretrained(tmp_path / "exported", eos_id=0)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
-    torch.testing.assert_close(theirs(ids).logits.log_softmax(dim=-1), wanted, atol=1e-5, rtol=0)
+    check(load_in_transformers(tmp_path / "exported")(ids).logits, wanted)
 
 
 def test_checkpoints_that_are_not_nanogpts_are_refused(tmp_path):
     weights = nanogpt_weights(True)
-    without = {name: w for name, w in weights.items() if name != "h.1.ln_2.bias"}
-    for path, message in (
-            (save_nanogpt(tmp_path / "a.pt", without), "missing are h.1.ln_2.bias"),
-            (save_nanogpt(tmp_path / "b.pt", weights, n_kv_head=1), "variant of nanoGPT .*n_kv_head in its model_args"),
-            (save_nanogpt(tmp_path / "c.pt", weights, vocab_size=65), r"wte.weight: got \(40, 8\) .*, wanted \(65, 8\)"),
-            (tmp_path / "d.pt", "d.pt is not a folder here")):
-        with pytest.raises(ValueError, match=message):
-            GPT.from_pretrained(path)
-    for saved, message in (({"policy": {}, "step": 3}, "is not a checkpoint of nanoGPT, .* holds policy, step"),
-                           ({"model": Malicious(tmp_path / "owned")}, "holds more than tensors"), (3, "cannot be read")):
-        torch.save(saved, tmp_path / "x.pt")
-        with pytest.raises(ValueError, match=message):
-            GPT.from_pretrained(tmp_path / "x.pt")
+    incomplete = {name: w for name, w in weights.items() if name != "h.1.ln_2.bias"}
+    a, b, c, x = (tmp_path / name for name in ("a.pt", "b.pt", "c.pt", "x.pt"))
+    assert_refused(save_nanogpt(a, incomplete), "missing are h.1.ln_2.bias")
+    assert_refused(save_nanogpt(b, weights, n_kv_head=1),
+                   "variant of nanoGPT .*n_kv_head in its model_args")
+    assert_refused(save_nanogpt(c, weights, vocab_size=65),
+                   r"wte.weight: got \(40, 8\) .*, wanted \(65, 8\)")
+    assert_refused(tmp_path / "d.pt", "d.pt is not a folder here")
+    for saved, message in (
+            ({"policy": {}, "step": 3}, "is not a checkpoint of nanoGPT, .* holds policy, step"),
+            ({"model": Malicious(tmp_path / "owned")}, "holds more than tensors"),
+            (3, "cannot be read")):
+        torch.save(saved, x)
+        assert_refused(x, message)
     assert not (tmp_path / "owned").exists()
-    (tmp_path / "x.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:999])
-    with pytest.raises(ValueError, match="x.pt cannot be read as weights"):
-        GPT.from_pretrained(tmp_path / "x.pt")
+    x.write_bytes(a.read_bytes()[:999])
+    assert_refused(x, "x.pt cannot be read as weights")
 
 
 def test_weights_that_do_not_fit_are_refused_by_name():
@@ -1805,47 +696,56 @@ def test_weights_that_do_not_fit_are_refused_by_name():
 def test_weights_may_be_cut_to_fewer_positions_and_ids_but_not_stretched(tmp_path):
     gpt = small_gpt(vocab_size=20, block_size=16)
     gpt.save_pretrained(tmp_path, eos_id=19)
-    cut, ids = GPT.from_pretrained(tmp_path, block_size=9, vocab_size=12).eval(), torch.randint(12, (2, 9), generator=seeded())
+    cut = GPT.from_pretrained(tmp_path, block_size=9, vocab_size=12).eval()
+    ids = torch.randint(12, (2, 9), generator=seeded())
     assert (cut.config.block_size, cut.config.vocab_size) == (9, 12)
     torch.testing.assert_close(cut(ids), gpt(ids)[:, :, :12])
-    for changes, message in ((dict(block_size=17), "block_size 17 is longer than the 16 positions that .* has weights for"),
-                             (dict(vocab_size=21), "the tokenizer has 21 token ids, .* has weights for 20")):
-        with pytest.raises(ValueError, match=message):
-            GPT.from_pretrained(tmp_path, **changes)
-    with pytest.raises(ValueError, match="nowhere is not a folder here"):
-        GPT.from_pretrained(tmp_path / "nowhere")
+    too_long = "block_size 17 is longer than the 16 positions that .* has weights for"
+    assert_refused(tmp_path, too_long, block_size=17)
+    assert_refused(tmp_path, "the tokenizer has 21 token ids, .* has weights for 20", vocab_size=21)
+    assert_refused(tmp_path / "nowhere", "nowhere is not a folder here")
 
 
 def test_an_exported_reward_model_gives_the_same_scores_in_transformers(tmp_path, tokenizer):
     """Also in a batch with padding, by the exported tokenizer, from text"""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     torch.manual_seed(0)
-    ours = ScalarGPT(GPTConfig(tokenizer.n_vocab, 40, n_layer=2, n_head=2, n_embd=16)).eval()
+    config = GPTConfig(tokenizer.n_vocab, 40, n_layer=2, n_head=2, n_embd=16)
+    ours = ScalarGPT(config).eval()
     for p in ours.parameters():
         p.data.normal_(std=0.3)
     ours.normalise(gain=0.7, bias=-1.9)
     ours.save_pretrained(tmp_path, tokenizer.eot_token)
-    data.export_tokenizer(tokenizer, tmp_path, pad=True)
-    prompts, responses = ["A fable about an old map. On the plot:", "x", ""], [" Skip it.", " The plot is wonderful. See it twice.", " The"]
-    scores = sequence_scores(ours, *data.collate(*data.encode_texts(tokenizer, prompts, responses)))
-    theirs, its = (kind.from_pretrained(tmp_path) for kind in (AutoModelForSequenceClassification, AutoTokenizer))
-    batch = its([p + r + data.EOS for p, r in zip(prompts, responses)], padding=True, return_tensors="pt")
-    assert theirs.config.num_labels == 1 and its.pad_token_id == tokenizer.n_vocab and (batch["attention_mask"] == 0).any()
-    batch["input_ids"][2, 1:] = batch["input_ids"][2, :-1].clone()             # an empty prompt is an EOS before it
-    batch["input_ids"][2, 0], batch["attention_mask"][2, 2] = tokenizer.eot_token, 1
+    tokenizers.export_tokenizer(tokenizer, tmp_path, pad=True)
+    prompts = ["A fable about an old map. On the plot:", "x", ""]
+    responses = [" Skip it.", " The plot is wonderful. See it twice.", " The"]
+    batch = data.collate(*tokenizers.encode_texts(tokenizer, prompts, responses))
+    scores = sequence_scores(ours, *batch)
+
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    texts = [p + r + tokenizers.EOS for p, r in zip(prompts, responses)]
+    batch = their_tokenizer(texts, padding=True, return_tensors="pt")
+    ids, attention_mask = batch["input_ids"], batch["attention_mask"]
+    assert theirs.config.num_labels == 1
+    assert their_tokenizer.pad_token_id == tokenizer.n_vocab and (attention_mask == 0).any()
+    ids[2, 1:] = ids[2, :-1].clone()                     # the empty prompt is an EOS before it
+    ids[2, 0] = tokenizer.eot_token
+    attention_mask[2, 2] = 1
     torch.testing.assert_close(theirs(**batch).logits[:, 0].float(), scores, atol=1e-4, rtol=0)
 
 
-def test_an_exported_tokenizer_gives_the_same_ids_in_transformers_and_comes_back_as_it_was(tmp_path, tokenizer):
+def test_an_exported_tokenizer_is_the_same_in_transformers_and_comes_back(tmp_path, tokenizer):
     from transformers import AutoTokenizer
-    data.export_tokenizer(tokenizer, tmp_path)
+    tokenizers.export_tokenizer(tokenizer, tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.eos_token_id == tokenizer.eot_token and len(theirs) == tokenizer.n_vocab
-    for text in AWKWARD + [p + r for p, r in zip(*reviews.sample(100, seed=8))]:
+    for text in AWKWARD + review_texts(100, seed=8):
         ids = tokenizer.encode_ordinary(text)
         assert theirs(text, split_special_tokens=True)["input_ids"] == ids, text
         assert theirs.decode(ids) == text
-    assert data.fingerprint(data.gpt2_tokenizer(tmp_path)) == data.fingerprint(tokenizer)
+    read = tokenizers.gpt2_tokenizer(tmp_path)
+    assert tokenizers.tokenizer_id(read) == tokenizers.tokenizer_id(tokenizer)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -1853,13 +753,15 @@ def test_token_logprobs_and_entropy_equal_a_loop_in_float64(temperature):
     gpt = small_gpt()
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
     with torch.no_grad():
-        logprobs, entropy = token_logprobs(gpt, inputs, targets, mask, temperature, return_entropy=True)
+        logprobs, entropy = token_logprobs(gpt, inputs, targets, mask, temperature,
+                                           return_entropy=True)
         logits = gpt(inputs).double() / temperature
     for b, t in itertools.product(range(4), range(7)):
         if mask[b, t]:
             p = torch.exp(logits[b, t]) / torch.exp(logits[b, t]).sum()
+            wanted = -sum(x * math.log(x) for x in p.tolist())
             assert logprobs[b, t].item() == pytest.approx(math.log(p[targets[b, t]]), abs=1e-5)
-            assert entropy[b, t].item() == pytest.approx(-sum(x * math.log(x) for x in p.tolist()), abs=1e-5)
+            assert entropy[b, t].item() == pytest.approx(wanted, abs=1e-5)
         else:
             assert logprobs[b, t] == 0 and entropy[b, t] == 0
     with pytest.raises(ValueError, match="temperature 0"):
@@ -1873,46 +775,51 @@ def test_token_logprobs_has_the_gradient_of_the_plain_formula():
     logprobs, entropy = token_logprobs(ours, inputs, targets, mask, 0.7, return_entropy=True)
     ((logprobs + entropy) * weights * mask).sum().backward()
     log_pi = (plain(inputs) / 0.7).log_softmax(-1)
-    gathered = log_pi.gather(2, targets[:, :, None])[:, :, 0] - (log_pi.exp() * log_pi).sum(-1)
-    (gathered * weights * mask).sum().backward()
+    logprobs = log_pi.gather(2, targets[:, :, None])[:, :, 0]
+    entropy = -(log_pi.exp() * log_pi).sum(-1)
+    ((logprobs + entropy) * weights * mask).sum().backward()
     for a, b in zip(ours.parameters(), plain.parameters()):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
 
 
-def sampled(gpt, prompts, n=8, temperature=1.0, eos_id=10, seed=0):
-    tokens, mask = generate(gpt, prompts, n, eos_id, temperature, seeded(seed))
-    return tokens, mask, torch.rand(len(prompts), n, generator=seeded(seed))               # its uniforms
+def drawn_responses(gpt, prompts, n=8, temperature=1.0, seed=0):
+    """-> tokens, mask, and the uniforms that chose the tokens"""
+    tokens, mask = generate(gpt, prompts, n, 10, temperature, seeded(seed))
+    return tokens, mask, torch.rand(len(prompts), n, generator=seeded(seed))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_every_sampled_token_is_the_inverse_cdf_of_the_scored_distribution(temperature):
     gpt = small_gpt()
-    tokens, mask, uniforms = sampled(gpt, PROMPTS * 6, temperature=temperature)
+    tokens, mask, uniforms = drawn_responses(gpt, PROMPTS * 6, temperature=temperature)
     inputs, targets = data.shift(tokens)
-    cumulative = (gpt(inputs).double() / temperature).softmax(-1).cumsum(-1)               # no cache here
+    cumulative = (gpt(inputs).double() / temperature).softmax(-1).cumsum(-1)   # without a cache
     for b in range(len(tokens)):
         for k, t in enumerate(mask[b].nonzero()[:, 0].tolist()):
             token = targets[b, t].item()
             below = cumulative[b, t, token - 1].item() if token else 0.0
-            assert below - 1e-5 <= uniforms[b, k].item() <= cumulative[b, t, token].item() + 1e-5
+            above = cumulative[b, t, token].item()
+            assert below - 1e-5 <= uniforms[b, k].item() <= above + 1e-5
 
 
 def test_sampled_frequencies_are_the_probabilities_of_every_possible_response():
-    gpt, eos, prompt = small_gpt(vocab_size=4, std=0.5), 3, [1, 2]
-    responses = [[3]] + [[a, 3] for a in range(3)] + [[a, b] for a in range(3) for b in range(3)]
-    inputs, targets, mask = data.collate([prompt] * len(responses), responses)
-    p = token_logprobs(gpt, inputs, targets, mask).sum(1).exp()
+    gpt = small_gpt(vocab_size=4, std=0.5)
+    prompt, eos, n = [1, 2], 3, 40000
+    responses = [[3]]
+    responses += [[a, 3] for a in range(3)]
+    responses += [[a, b] for a in range(3) for b in range(3)]
+    batch = data.collate([prompt] * len(responses), responses)
+    p = token_logprobs(gpt, *batch).sum(1).exp()
     assert p.sum().item() == pytest.approx(1.0, abs=1e-5)
-    n = 40000
     tokens, mask = generate(gpt, [prompt] * n, 2, eos, generator=seeded())
     found = [tuple(r) for r in data.responses_of(tokens, mask)]
-    total_variation = 0.5 * sum(abs(found.count(tuple(r)) / n - q.item()) for r, q in zip(responses, p))
-    assert total_variation < 0.012
+    frequencies = torch.tensor([found.count(tuple(r)) / n for r in responses])
+    assert 0.5 * (frequencies - p).abs().sum() < 0.012
 
 
 def test_a_row_sampled_alone_equals_the_row_sampled_in_a_batch(monkeypatch):
     gpt = small_gpt()
-    tokens, mask, uniforms = sampled(gpt, PROMPTS * 3)
+    tokens, mask, uniforms = drawn_responses(gpt, PROMPTS * 3)
     together = data.responses_of(tokens, mask)
     for i, prompt in enumerate(PROMPTS * 3):
         monkeypatch.setattr(torch, "rand", lambda *shape, generator=None: uniforms[i:i + 1])
@@ -1921,7 +828,8 @@ def test_a_row_sampled_alone_equals_the_row_sampled_in_a_batch(monkeypatch):
 
 def test_greedy_sampling_takes_the_likeliest_token_of_an_uncached_forward():
     gpt = small_gpt()
-    for prompt, response in zip(PROMPTS, data.responses_of(*generate(gpt, PROMPTS, 6, 10, temperature=0))):
+    responses = data.responses_of(*generate(gpt, PROMPTS, 6, 10, temperature=0))
+    for prompt, response in zip(PROMPTS, responses):
         row = list(prompt)
         for token in response:
             assert token == gpt(torch.tensor([row]))[0, -1].argmax().item()
@@ -1929,10 +837,11 @@ def test_greedy_sampling_takes_the_likeliest_token_of_an_uncached_forward():
 
 
 def test_responses_end_with_their_first_eos_or_at_full_length_and_zeros_follow():
-    tokens, mask, _ = sampled(small_gpt(std=0.4), PROMPTS * 25, n=8)
+    tokens, mask, _ = drawn_responses(small_gpt(std=0.4), PROMPTS * 25)
     assert tokens.shape[1] == mask.shape[1] + 1
     responses = data.responses_of(tokens, mask)
-    assert any(r == [10] for r in responses) and any(len(r) == 8 and r[-1] != 10 for r in responses)
+    assert any(r == [10] for r in responses)
+    assert any(len(r) == 8 and r[-1] != 10 for r in responses)
     for prompt, row, m, response in zip(PROMPTS * 25, tokens.tolist(), mask.tolist(), responses):
         assert 10 not in response[:-1] and (response[-1] == 10 or len(response) == 8)
         end = len(prompt) + len(response)
@@ -1941,17 +850,18 @@ def test_responses_end_with_their_first_eos_or_at_full_length_and_zeros_follow()
 
 
 def test_sampling_stops_when_all_rows_have_met_eos():
-    gpt, calls = small_gpt(), []
+    gpt = small_gpt()
     eos_id = data.responses_of(*generate(gpt, [[4]], 3, 10, temperature=0))[0][-1]
+    calls = []
     gpt.transformer.register_forward_hook(lambda *_: calls.append(1))
     tokens, mask = generate(gpt, [[4], [4, 4]], 8, eos_id, temperature=0)
     longest = int(mask.sum(1).max())
     assert len(calls) == longest < 8 and tokens.shape[1] <= 2 + longest
 
 
-def test_the_same_seed_samples_the_same_and_another_seed_does_not():
+def test_the_same_seed_samples_the_same_and_a_different_seed_does_not():
     gpt = small_gpt()
-    first, again, other = (sampled(gpt, PROMPTS * 4, seed=s)[0] for s in (0, 0, 1))
+    first, again, other = (drawn_responses(gpt, PROMPTS * 4, seed=s)[0] for s in (0, 0, 1))
     assert torch.equal(first, again) and first.tolist() != other.tolist()
 
 
@@ -1959,7 +869,8 @@ def test_empty_prompts_become_eos_and_prompts_without_room_are_refused():
     gpt = small_gpt()
     tokens, mask = generate(gpt, [[]], 3, 10, generator=seeded())
     assert tokens[0, 0] == 10 and mask[0, 0] == 1
-    assert generate(gpt, [[1] * 12], 4, 10, generator=seeded())[0].shape[1] <= 16          # just fits
+    tokens, _ = generate(gpt, [[1] * 12], 4, 10, generator=seeded())           # just fits
+    assert tokens.shape[1] <= 16
     with pytest.raises(ValueError, match="prompt of 13 tokens and 4 new ones exceed block_size 16"):
         generate(gpt, [[1] * 13], 4, 10)
     with pytest.raises(ValueError, match="rows of 17 tokens"):
@@ -1972,27 +883,38 @@ def test_pick_never_takes_a_token_without_probability():
     assert model.pick(logits, 1.0, uniforms).tolist() == [1, 1, 3, 3]
 
 
-def test_what_stands_after_a_rows_end_changes_nothing_anywhere():
+def test_ids_after_a_rows_end_change_no_log_probability_and_no_score():
     gpt, scalar = small_gpt(), small_scalar()
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
     junk_inputs, junk_targets = inputs.clone(), targets.clone()
     for b in range(4):
         end = len(PROMPTS[b] + RESPONSES[b])
-        junk_inputs[b, end:], junk_targets[b, end - 1:] = 9, 9
-    for f in (lambda i, t: token_logprobs(gpt, i, t, mask), lambda i, t: sequence_scores(scalar, i, t, mask),
+        junk_inputs[b, end:] = 9
+        junk_targets[b, end - 1:] = 9
+    for f in (lambda i, t: token_logprobs(gpt, i, t, mask),
+              lambda i, t: sequence_scores(scalar, i, t, mask),
               lambda i, t: scalar(i) * mask):
         assert torch.equal(f(inputs, targets), f(junk_inputs, junk_targets))
-    logprobs, old, advantages, values, m = ragged()
-    noise = torch.randn(m.shape, dtype=torch.float64, generator=seeded(9)) * (m == 0)
+
+
+def test_numbers_outside_the_mask_change_nothing_in_any_function_of_ppo():
+    logprobs, old, advantages, values, mask = ragged()
+    noise = torch.randn(mask.shape, dtype=torch.float64, generator=seeded(9)) * (mask == 0)
 
     def everything(x):
-        losses = [ppo.policy_loss(logprobs + x, old - x, advantages + x, m), ppo.value_loss(values + x, old, old - x, m),
-                  ppo.kl_penalty_loss(logprobs + x, old - x, advantages + x, m, 0.5)]
-        shaped = ppo.shape_rewards(torch.ones(5).double(), logprobs + x, old, m, 0.1)
-        tensors = [ppo.whiten(advantages + x, m), shaped, *ppo.gae(shaped + x, values + x, m), ppo.explained_variance(
-            values + x, old - x, m)] + [ppo.critic_targets(shaped + x, values + x, torch.ones(5), m, kind)
-                                        for kind in ("gae", "td", "mc", "score")]
-        return tensors + [v for loss, metrics in losses for v in (loss, *metrics.values())]
+        """Every loss, metric and tensor that ppo.py computes, with x added to its inputs"""
+        rewards = ppo.shape_rewards(torch.ones(5).double(), logprobs + x, old, mask, 0.1)
+        tensors = [ppo.whiten(advantages + x, mask), rewards]
+        tensors += ppo.gae(rewards + x, values + x, mask)
+        tensors.append(ppo.explained_variance(values + x, old - x, mask))
+        for kind in ("gae", "td", "mc", "score"):
+            tensors.append(ppo.critic_targets(rewards + x, values + x, torch.ones(5), mask, kind))
+        for loss, metrics in (
+                ppo.policy_loss(logprobs + x, old - x, advantages + x, mask),
+                ppo.kl_penalty_loss(logprobs + x, old - x, advantages + x, mask, 0.5),
+                ppo.value_loss(values + x, old, old - x, mask)):
+            tensors += [loss, *metrics.values()]
+        return tensors
 
     for clean, junk in zip(everything(0 * noise), everything(noise)):
         torch.testing.assert_close(clean, junk, atol=0, rtol=1e-12)
@@ -2004,9 +926,10 @@ def test_a_row_in_a_padded_batch_equals_the_row_alone():
     logprobs, scores = token_logprobs(gpt, *batch), sequence_scores(scalar, *batch)
     for i in range(4):
         alone = data.collate([PROMPTS[i]], [RESPONSES[i]])
-        width = alone[0].shape[1]
-        torch.testing.assert_close(token_logprobs(gpt, *alone)[0], logprobs[i, :width], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(sequence_scores(scalar, *alone)[0], scores[i], atol=1e-5, rtol=1e-5)
+        wanted = logprobs[i, :alone[0].shape[1]]
+        torch.testing.assert_close(token_logprobs(gpt, *alone)[0], wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(sequence_scores(scalar, *alone)[0], scores[i],
+                                   atol=1e-5, rtol=1e-5)
 
 
 def test_the_score_is_read_after_the_last_token_of_every_row_the_longest_too():
@@ -2020,7 +943,7 @@ def test_the_score_is_read_after_the_last_token_of_every_row_the_longest_too():
         sequence_scores(scalar, inputs, targets, mask * 0)
 
 
-def test_a_critic_starts_at_zero_and_a_normalised_reward_model_is_affine_in_the_old_scores():
+def test_a_critic_starts_at_zero_and_normalising_maps_scores_affinely():
     ids = torch.randint(11, (2, 7), generator=seeded())
     gpt = small_gpt()
     assert not ScalarGPT(gpt.config, init_from=gpt, zero_head=True)(ids).any()
@@ -2028,6 +951,9 @@ def test_a_critic_starts_at_zero_and_a_normalised_reward_model_is_affine_in_the_
     before = scalar(ids)
     scalar.normalise(gain=2.0, bias=-0.5)
     torch.testing.assert_close(scalar(ids), 2.0 * before - 0.5)
+
+
+def test_a_scalar_head_starts_with_a_deviation_of_one_over_sqrt_width():
     heads = torch.cat([ScalarGPT(GPTConfig(5, 4, 1, 1, 255)).head.weight for _ in range(20)])
     assert heads.std().item() == pytest.approx(1 / 16, rel=0.05)
 
@@ -2035,7 +961,8 @@ def test_a_critic_starts_at_zero_and_a_normalised_reward_model_is_affine_in_the_
 def test_a_scalar_model_takes_over_the_trunk_it_is_initialised_from():
     gpt = small_gpt()
     ids = torch.randint(11, (2, 7), generator=seeded())
-    assert torch.equal(ScalarGPT(gpt.config, init_from=gpt).eval().transformer(ids), gpt.transformer(ids))
+    scalar = ScalarGPT(gpt.config, init_from=gpt).eval()
+    assert torch.equal(scalar.transformer(ids), gpt.transformer(ids))
 
 
 def test_masked_mean_takes_fractional_weights_and_refuses_an_empty_mask():
@@ -2055,8 +982,8 @@ def test_dropout_acts_in_train_mode_only():
 
 # ---- LoRA
 
-def with_lora(rank=3, seed=1, std=0.2):
-    """A GPT with a low-rank change that is not zero"""
+def lora_gpt(rank=3, seed=1, std=0.2):
+    """small_gpt with a low-rank change that is not zero"""
     gpt = small_gpt()
     torch.manual_seed(seed)
     model.add_lora(gpt, rank)
@@ -2067,409 +994,144 @@ def with_lora(rank=3, seed=1, std=0.2):
 
 
 def test_lora_changes_nothing_at_first_and_is_then_the_weights_plus_a_scaled_product():
-    plain, ids = small_gpt(), torch.randint(11, (3, 12), generator=seeded())
-    gpt = model.add_lora(small_gpt(), 3)
-    assert torch.equal(gpt(ids), plain(ids))
+    plain = small_gpt()
+    ids = torch.randint(11, (3, 12), generator=seeded())
+    assert torch.equal(model.add_lora(small_gpt(), 3)(ids), plain(ids))
     assert model.add_lora(small_gpt(), 0).state_dict().keys() == plain.state_dict().keys()
-    gpt = with_lora()
+
+    gpt = lora_gpt()
     assert (gpt(ids) - plain(ids)).abs().max() > 0.1
     layer, x = gpt.transformer.h[1].mlp.c_fc, torch.randn(5, 16, generator=seeded())
     a, b = layer.lora_a, layer.lora_b
     assert (a.shape, b.shape) == ((3, 16), (64, 3))
-    expected = x @ layer.weight.T + layer.bias + model.LORA_SCALE * torch.stack([b @ (a @ row) for row in x])
-    torch.testing.assert_close(layer(x), expected)
+    change = model.LORA_SCALE * torch.stack([b @ (a @ row) for row in x])
+    torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias + change)
+
     adapted = {name.rsplit(".", 1)[0] for name, _ in gpt.named_parameters() if "lora" in name}
-    assert adapted == {f"transformer.h.{i}.{m}" for i in range(2) for m in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
-    deviation = torch.cat([model.add_lora(small_gpt(seed=i), 8).transformer.h[0].mlp.c_proj.lora_a for i in range(20)]).std()
+    layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert adapted == {f"transformer.h.{i}.{name}" for i in range(2) for name in layers}
+    fresh = [model.add_lora(small_gpt(seed=i), 8) for i in range(20)]
+    deviation = torch.cat([gpt.transformer.h[0].mlp.c_proj.lora_a for gpt in fresh]).std()
     assert deviation.item() == pytest.approx(1 / 64 ** 0.5, rel=0.05)
 
 
 def test_merged_weights_compute_what_the_change_beside_them_did_and_only_the_change_is_trained():
-    gpt, ids = with_lora(), torch.randint(11, (3, 12), generator=seeded())
+    gpt = lora_gpt()
+    ids = torch.randint(11, (3, 12), generator=seeded())
     plain = small_gpt(seed=9)
     plain.load_state_dict(model.merged(gpt.state_dict()))
     torch.testing.assert_close(plain(ids), gpt(ids), atol=1e-5, rtol=1e-5)
-    assert "lora" in "".join(gpt.state_dict())                                 # and the model itself is as it was
+    assert "lora" in "".join(gpt.state_dict())           # the model itself has not changed
+
     assert all("lora" in name for name, p in gpt.named_parameters() if p.requires_grad)
     assert len(model.trained(gpt)) == 2 * 4 * 2
     scalar = model.add_lora(small_scalar(), 2)
-    assert {name for name, p in scalar.named_parameters() if p.requires_grad and "lora" not in name} == {"head.weight", "head.bias"}
-    other = ScalarGPT(gpt.config, init_from=gpt)                               # a critic or reward model of such a policy
-    torch.testing.assert_close(other.transformer(ids), gpt.transformer(ids), atol=1e-5, rtol=1e-5)
+    trained = {name for name, p in scalar.named_parameters() if p.requires_grad}
+    assert {name for name in trained if "lora" not in name} == {"head.weight", "head.bias"}
+    critic = ScalarGPT(gpt.config, init_from=gpt)
+    torch.testing.assert_close(critic.transformer(ids), gpt.transformer(ids), atol=1e-5, rtol=1e-5)
 
 
 def test_a_reference_is_frozen_and_with_lora_made_of_the_very_same_tensors():
     gpt = small_gpt()
-    reference, ids = model.reference_of(gpt), torch.randint(11, (3, 12), generator=seeded())
+    reference = model.reference_of(gpt)
+    ids = torch.randint(11, (3, 12), generator=seeded())
     before = gpt(ids).clone()
     for p in gpt.parameters():
         p.data.add_(0.1)
-    assert torch.equal(reference(ids), before) and not any(p.requires_grad for p in reference.parameters())
-    gpt = with_lora()
+    assert torch.equal(reference(ids), before)
+    assert not any(p.requires_grad for p in reference.parameters())
+
+    gpt = lora_gpt()
     reference = model.reference_of(gpt)
-    assert torch.equal(reference(ids), small_gpt()(ids)) and not torch.equal(reference(ids), gpt(ids))
+    assert torch.equal(reference(ids), small_gpt()(ids))
+    assert not torch.equal(reference(ids), gpt(ids))
     places = {p.data_ptr() for p in gpt.parameters()}
-    assert all(p.data_ptr() in places for p in reference.parameters())         # no memory of its own
+    assert all(p.data_ptr() in places for p in reference.parameters())         # no extra memory
+
+
+def test_making_a_reference_draws_no_random_numbers():
+    gpt = lora_gpt()
     torch.manual_seed(3)
     following = torch.rand(1)
     torch.manual_seed(3)
     model.reference_of(gpt)
-    assert torch.equal(torch.rand(1), following)                               # and it draws nothing
+    assert torch.equal(torch.rand(1), following)
 
 
 # ---- memory and precision
 
-def test_logits_in_parts_give_the_same_numbers_and_gradients_and_never_stand_in_memory_whole(monkeypatch):
-    gpt, (inputs, targets, mask) = small_gpt(vocab_size=301), data.collate(PROMPTS * 4, RESPONSES * 4)
+@contextlib.contextmanager
+def saved_sizes():
+    """-> a list that fills with the sizes of the tensors kept for the backward pass"""
+    sizes = []
+
+    def pack(x):
+        sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield sizes
+
+
+def test_logits_in_parts_give_equal_results_and_are_never_in_memory_whole(monkeypatch):
+    gpt = small_gpt(vocab_size=301)
+    inputs, targets, mask = data.collate(PROMPTS * 4, RESPONSES * 4)
     n = int(mask.sum())
 
-    def computed():
+    def compute():
         gpt.zero_grad()
         logprobs, entropy = token_logprobs(gpt, inputs, targets, mask, 0.7, return_entropy=True)
-        largest = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: largest.append(x.numel()) or x, lambda x: x):
+        with saved_sizes() as sizes:
             alone = token_logprobs(gpt, inputs, targets, mask, 0.7)
         (logprobs.sum() + 0.3 * entropy.sum() + alone.sum()).backward()
-        return logprobs, entropy, torch.cat([p.grad.flatten() for p in gpt.parameters()]), max(largest), sum(largest)
+        gradient = torch.cat([p.grad.flatten() for p in gpt.parameters()])
+        return (logprobs, entropy, gradient), sizes
 
-    *whole, all_at_once, kept = computed()
-    assert all_at_once >= n * 301
-    monkeypatch.setattr(model, "LOGITS_AT_ONCE", 4 * 301)                      # four positions at a time
-    *parts, in_parts, kept_of_parts = computed()
+    whole, sizes = compute()
+    assert max(sizes) >= n * 301
+    monkeypatch.setattr(model, "LOGITS_AT_ONCE", 4 * 301)                      # four positions
+    parts, sizes_in_parts = compute()
     for ours, theirs in zip(parts, whole):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    assert in_parts < n * 301 / 2 and kept_of_parts <= kept - n * 301          # the largest is one of the MLP's by now
+    assert max(sizes_in_parts) < n * 301 / 2                                   # now in the MLP
+    assert sum(sizes_in_parts) <= sum(sizes) - n * 301
 
 
-def test_checkpointing_gives_the_same_gradients():
+def test_checkpointing_gives_the_same_gradients_and_keeps_less():
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
-    gradients = []
+    gradients, kept = [], []
     for checkpointing in (False, True):
         gpt = small_gpt()
         gpt.config.checkpointing = checkpointing
         token_logprobs(gpt, inputs, targets, mask).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in gpt.parameters()]))
-    assert torch.equal(*gradients)
-    kept = []
-    for checkpointing in (False, True):
-        gpt.config.checkpointing = checkpointing
-        kept.append([])
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept[-1].append(x.numel()) or x, lambda x: x):
+        with saved_sizes() as sizes:
             gpt(inputs)
-    assert sum(kept[1]) < 0.5 * sum(kept[0])
+        kept.append(sum(sizes))
+    assert torch.equal(*gradients)
+    assert kept[1] < 0.5 * kept[0]
 
 
-def test_in_bfloat16_products_are_rounded_but_weights_and_log_probabilities_stay_in_float32():
+def test_bfloat16_rounds_products_but_not_weights_or_log_probabilities():
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
     gpt = small_gpt()
     exact = token_logprobs(gpt, inputs, targets, mask)
     gpt.config.dtype = "bfloat16"
     kinds = []
-    gpt.transformer.h[0].mlp.c_fc.register_forward_hook(lambda module, given, x: kinds.append(x.dtype))
+    layer = gpt.transformer.h[0].mlp.c_fc
+    layer.register_forward_hook(lambda module, given, x: kinds.append(x.dtype))
     rounded, entropy = token_logprobs(gpt, inputs, targets, mask, return_entropy=True)
     assert kinds == [torch.bfloat16] and rounded.dtype == entropy.dtype == torch.float32
     assert 1e-5 < (rounded - exact).abs().max() < 0.2
     rounded.sum().backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in gpt.parameters())
-    hidden = gpt.transformer(inputs)                                           # logits of -100 in bfloat16 are off by 0.25
-    assert hidden.dtype == torch.float32 and torch.equal(gpt(inputs), hidden @ gpt.transformer.wte.weight.T)
+    hidden = gpt.transformer(inputs)             # logits of -100 in bfloat16 are off by 0.25
+    assert hidden.dtype == torch.float32
+    assert torch.equal(gpt(inputs), hidden @ gpt.transformer.wte.weight.T)
     tokens, sampled_mask = generate(gpt, PROMPTS, 6, 10, generator=seeded())
     assert tokens.max() <= 10 and sampled_mask.any()
     assert sampled_mask.shape[1] + 1 == tokens.shape[1]
-
-
-# --------------------------------------------------------------------------------------------------
-# options.py, experiment.py
-
-@pytest.mark.parametrize("argv, message", [
-    ("--stesp 5", "unknown option --stesp (did you mean --steps?)"),
-    ("--steps five", "--steps got five; it takes a whole number"),
-    ("--steps 1.5", "--steps got 1.5; it takes a whole number"),
-    ("--steps", "--steps needs a value"),
-    ("--steps --resume", "--steps needs a value"),
-    ("--lr nan", "--lr got nan; it takes a number"),
-    ("--lr fast", "--lr got fast; it takes a number"),
-    ("--surrogate clap", "--surrogate got 'clap' (did you mean clip?); it takes one of: clip, kl_penalty"),
-    ("--config smal", "unknown --config smal (did you mean small?); there are: small, tiny"),
-    ("--resume maybe", "--resume got maybe; it takes 1 or 0"),
-    ("steps 5", "unknown option steps"),
-    ("--missing_eos_score low", "--missing_eos_score got low; it takes a number"),
-    ("--score_clip", "--score_clip needs a value; --help says which"),
-    ("--batch_size 0", "--batch_size got 0; it takes a whole number from 1"),
-    ("--ema 1.0", "--ema got 1.0; it takes a number from 0 to 1, but not 1"),
-    ("--save_every -1", "--save_every got -1; it takes a whole number from 1"),
-    ("--beta -0.1", "--beta got -0.1; it takes a number from 0"),
-    ("--temperature 0", "--temperature got 0.0; it takes a number above 0"),
-    ("--kl_target 0", "--kl_target got 0.0; it takes a number above 0")])
-def test_bad_command_lines_end_with_what_was_got_and_what_was_wanted(argv, message):
-    with pytest.raises(Stopped) as stopped:
-        options.parse(ppo.Config, "", argv.split())
-    assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
-
-
-@pytest.mark.parametrize("script", [*SCRIPTS, sample], ids=lambda s: s.__name__)
-def test_every_field_is_typed_and_range_checked_before_any_work(script, here):
-    """Also where a Config is made in Python, or a preset was edited"""
-    kinds, refused = typing.get_type_hints(script.Config), {}
-    for name, kind in kinds.items():
-        optional = type(None) in typing.get_args(kind)
-        base = typing.get_args(kind)[0] if optional else kind
-        wrong = {bool: [1, "yes", None], int: [2.0, True, "3", -1, 2 ** 32], float: ["0.1", True, math.nan, math.inf, -math.inf],
-                 str: [3, None, True]}.get(base, ["no such option", None, 0])
-        wrong += [0] * (base is int and name not in options.FROM_0) + [-0.5] * (base is float and name not in options.NEGATIVE_TOO)
-        wrong += [0.0] * (name in options.ABOVE_0 and name not in script.Config.may_be_zero) + [1.5] * (
-            name in (*options.UP_TO_1, *options.BELOW_1)) + [1.0] * (name in options.BELOW_1)
-        if name in ("out", "base"):
-            wrong += ["..", "a/..", "/", "a\\b", "tokens", "out/tokens", "x\0y", "x" * 101, "\udcff"]
-        for value in wrong:
-            if value is None and optional:
-                continue
-            with pytest.raises(Stopped, match=rf"^error: --{name} got {re.escape(repr(value))}.*; it takes ."):
-                options.check_fields(dataclasses.replace(tiny(script), **{name: value}))
-            refused[name] = value
-        options.check_fields(dataclasses.replace(tiny(script), **{name: 1} if base is float and name not in options.BELOW_1 else {}))
-    assert refused.keys() == kinds.keys()
-    if script is not sample:                             # which has no folder of its own
-        with pytest.raises(Stopped, match="^error: --seed got -1; it takes a whole number from 0"):
-            script.main(tiny(script, seed=-1))
-    for preset in script.PRESETS:
-        options.check_fields(script.Config(config=preset))
-    assert not list(here.iterdir())
-
-
-@pytest.mark.parametrize("script, changes, message", [
-    (ppo, dict(minibatch_size=24), "--minibatch_size 24 does not divide --batch_size 32: .*; 16 does"),
-    (ppo, dict(n_eval=100_000), r"100000 held-out prompts are asked for .*, there are \d+; lower it"),
-    (ppo, dict(reward="nowhere.py:f"), "--reward got nowhere.py:f, but nowhere.py is not there"),
-    (ppo, dict(reward="broken.py:f"), "but broken.py cannot be read .SyntaxError"), (ppo, dict(reward="fine.py:g"), "but fine.py has no function g"),
-    (ppo, dict(reward="fine.py:"), "has no function after a colon"),
-    (ppo, dict(reward="nowhere/c2:toxic"), "--reward got nowhere/c2; it takes reward_model, path"),
-    (ppo, dict(data="review"), r"--data got review .did you mean reviews\?.; it takes reviews, hh"),
-    (ppo, dict(data="fine.jsnl"), r"--data got fine.jsnl .did you mean fine.jsonl\?.; it takes"),
-    (ppo, dict(ptx_coef=1.0, ptx_data="none.txt"), "--ptx_data got none.txt.*; it takes"),
-    (ppo, dict(base="tinny"), r"--base tinny has no finished out/tinny/sft .did you mean tiny\?."),
-    (grpo, dict(minibatch_size=12), "does not divide"), (policy_gradient, dict(minibatch_size=5), "does not divide"),
-    (ppo, dict(reward="reward_modle"), r"--reward got reward_modle .did you mean reward_model\\?."),
-    (ppo, dict(reward="fine.py"), "--reward got fine.py; name the function in it, too: fine.py:FUNCTION"),
-    (ppo, dict(data="stories.txt"), "--data stories.txt has no comparisons, but rows of one response"),
-    (ppo, dict(config="imdb", reward="reward_model"), "--config imdb has no reward model; give a --reward"),
-    (ppo, dict(kl_horizon=5.0), "--kl_horizon 5.0 is so short that beta could fall below 0"), (ppo, dict(device="meta"), "these scripts know cpu, cuda and mps"),
-    (evaluate, dict(runs="tinny"), "--runs names tinny, but out/tinny has no finished stage"),
-    (evaluate, dict(overoptimise=True, weak_rankings=2), "--weak_rankings 2 is less than one batch of 4"),
-    (reward_model, dict(n_prompts=2), "there are 2 rankings to train on, less than one batch"),
-    (reward_model, dict(n_responses=1), "a comparison takes at least 2"), (dpo, dict(data="nowhere"), "--data got nowhere"),
-    (sft, dict(n_head=3), "--n_embd 32 is no multiple of --n_head 3"), (sft, dict(vocab_size=256), "--vocab_size got 256; it takes 257 or more"),
-    (evaluate, dict(data="nowhere"), "--data got nowhere"), (evaluate, dict(n_eval=100_000), "held-out prompts are asked for")],
-    ids=lambda x: getattr(x, "__name__", None) or (" ".join(x) if isinstance(x, dict) else ""))
-def test_settings_that_cannot_be_are_refused_before_any_work(script, changes, message, here):
-    (here / "broken.py").write_text("def f(:")
-    (here / "fine.py").write_text("def f(prompts, responses):\n    return [0.0] * len(prompts)\n")
-    (here / "fine.jsonl").write_text("{}")
-    (here / "stories.txt").write_text("a story")
-    (here / "out" / "tiny" / "sft").mkdir(parents=True)
-    (here / "out" / "tiny" / "sft" / "report.txt").write_text("")
-    with pytest.raises(Stopped, match="^error: .*" + message):
-        script.main(tiny(script, out="new", **changes))
-    assert not (here / "out" / "new").exists()
-
-
-def test_command_lines_set_typed_fields_over_a_preset():
-    cfg = options.parse(ppo.Config, "", (
-        "--config tiny --lr=1e-5 --missing_eos_score none --kl-control fixed --whiten_rewards --seed 3 "
-        "--score_clip 2 --warmup 0").split())
-    assert (cfg.config, cfg.lr, cfg.missing_eos_score, cfg.kl_control) == ("tiny", 1e-5, None, "fixed")
-    assert (cfg.whiten_rewards, cfg.seed, cfg.score_clip) == (True, 3, 2.0)
-    assert cfg.batch_size == ppo.PRESETS["tiny"]["batch_size"]
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
-def test_every_config_field_is_read_and_has_a_comment_that_help_prints(script, capsys):
-    sources = inspect.getsource(script) + inspect.getsource(experiment) + inspect.getsource(options)
-    for helper in (scoring.load_reward, scoring.Reward, frontier.compare, ppo.roll_out, ppo.score_rollout, corpus.prompts):
-        if helper.__name__ in sources:                                         # they are given the whole cfg
-            sources += inspect.getsource(inspect.getmodule(helper) if helper is corpus.prompts else helper)
-    read = {node.attr for node in ast.walk(ast.parse(sources)) if isinstance(node, ast.Attribute)
-            and isinstance(node.value, (ast.Name, ast.Attribute))
-            and "cfg" in (getattr(node.value, "id", ""), getattr(node.value, "attr", ""))}
-    read |= {"dtype", "checkpointing"} if "cfg.how()" in sources else set()
-    fields = {f.name for f in dataclasses.fields(script.Config)}
-    assert fields <= read, f"never read: {fields - read}"
-    with pytest.raises(SystemExit):
-        options.parse(script.Config, script.__doc__, ["--help"])
-    printed = capsys.readouterr().out
-    for name in fields:
-        assert re.search(rf"^  --{name} .*\S.*", printed, re.M), name
-    assert len(script.Config.__annotations__) <= 35
-
-
-def test_a_config_takes_its_presets_values_and_then_those_given():
-    cfg = ppo.Config(config="tiny", steps=3)
-    assert (cfg.steps, cfg.batch_size, cfg.max_new_tokens) == (3, 32, 24)
-    assert ppo.Config() == ppo.Config(config="small") and ppo.Config().save_every == 20
-    assert dataclasses.replace(cfg, lr=1.0).batch_size == 32
-    with pytest.raises(Stopped, match=r"unknown --config tine .did you mean tiny\?.; there are: small, tiny"):
-        ppo.Config(config="tine")
-
-    class Mine(ppo.Config):                              # as in a notebook, whose module has no presets
-        pass
-    assert Mine(config="tiny", steps=3) == cfg or dataclasses.asdict(Mine(config="tiny", steps=3)) == dataclasses.asdict(cfg)
-    assert options.command(Mine(config="tiny", steps=3), "ppo") == "python ppo.py --config tiny --steps 3"
-
-
-@pytest.mark.parametrize("words, value", [
-    (["--prompt", "-- list all"], "-- list all"), (["--prompt=--n"], "--n"), (["--prompt=--seed=3"], "--seed=3"),
-    (["--prompt="], ""), (["--prompt", "a=b"], "a=b"), (["--prompt", "-1"], "-1"), (["--prompt", "--two\n\nlines"], "--two\n\nlines")])
-def test_a_value_may_be_anything_with_an_equals_sign_and_most_things_without(words, value):
-    cfg = options.parse(sample.Config, "", ["--config", "tiny", *words, "--n", "2"])
-    assert (cfg.prompt, cfg.n) == (value, 2)
-    again = shlex.split(options.command(cfg, "sample"))[2:]
-    assert options.parse(sample.Config, "", again) == cfg
-    with pytest.raises(Stopped, match="--prompt needs a value; .* given as --prompt=VALUE"):
-        options.parse(sample.Config, "", ["--prompt", "--n", "2"])
-
-
-def test_columns_of_the_log_never_touch():
-    for value in (0, 0.5, -0.5, 12.3456, 99.9996, -99.9996, 123.456, -999.99, 2993.75, 9999.96, -99999.9, 1e6, -1e6, 1e100, -1e-100, 3e-3):
-        text = experiment.short(value)
-        assert len(text) <= 7 and float(text) == pytest.approx(value, rel=0.05, abs=1e-3), value
-    assert [experiment.short(x) for x in (0.1234, -1.5, 0.0, 4e-4, math.nan, None)] == ["0.123", "-1.500", "0.000", "4e-04", "nan", "nan"]
-
-
-def test_json_files_hold_no_nan(tmp_path):
-    files.write_lines(tmp_path / "log", [{"a": math.nan, "b": [math.inf, 1.5], "c": {"d": -math.inf, "e": "NaN"}}])
-    text = (tmp_path / "log").read_text()
-    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == {"a": None, "b": [None, 1.5], "c": {"d": None, "e": "NaN"}}
-
-
-def written_to(encoding):
-    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
-    return stream, lambda: stream.buffer.getvalue().decode(encoding)
-
-
-@pytest.mark.parametrize("encoding, shown", [("cp1252", "± \\U0001f98a"), ("ascii", "\\xb1 \\U0001f98a"), ("utf-8", "± 🦊")])
-def test_what_the_outputs_encoding_lacks_is_escaped(encoding, shown, monkeypatch):
-    stream, written = written_to(encoding)
-    monkeypatch.setattr(sys, "stdout", stream)
-    experiment.self_contained(lambda cfg: print("± 🦊"))(None)
-    assert written() == shown + "\n" and sys.stdout is stream
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "gone"), ValueError("I/O operation on closed file"), None])
-def test_output_that_cannot_be_written_is_dropped(error, monkeypatch):
-    def fails(*args):
-        raise error
-    stream = error and types.SimpleNamespace(write=fails, flush=fails, isatty=lambda: True, closed=False)
-    monkeypatch.setattr(sys, "stdout", stream)
-    def main(cfg):
-        print("a line", flush=True)
-        list(experiment.progress([1], "working"))
-        return "done"
-    assert experiment.self_contained(main)(None) == "done" and sys.stdout is stream
-
-
-def test_a_main_leaves_the_process_as_it_found_it(monkeypatch):
-    def numbers():
-        return random.random(), np.random.rand(), torch.rand(1).item()
-    def main(cfg):
-        experiment.seed_all(0)
-        experiment.pick_device(tiny(sft, deterministic=True))
-        signal.signal(signal.SIGTERM, lambda *args: None)
-        numbers()
-        if cfg:
-            files.stop("as asked")
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    handler = signal.getsignal(signal.SIGTERM)
-    experiment.seed_all(5)
-    expected = numbers(), numbers()
-    experiment.seed_all(5)
-    first = numbers()
-    experiment.self_contained(main)(False)
-    with pytest.raises(Stopped, match="error: as asked"):
-        experiment.self_contained(main)(True)
-    assert (first, numbers()) == expected
-    assert not torch.are_deterministic_algorithms_enabled() and signal.getsignal(signal.SIGTERM) is handler
-    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ and not experiment.OPENED.mains
-
-
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
-    getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"),
-    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
-    ids=lambda error: str(error)[:12])
-def test_out_of_memory_is_recognised_on_every_device(error):
-    assert experiment.out_of_memory(error)
-    assert not experiment.out_of_memory(RuntimeError("shapes differ")) and not experiment.out_of_memory(ValueError("out of memory"))
-
-
-def test_the_random_state_of_mps_is_kept_and_its_clock_waits(monkeypatch):
-    kept, waited = [], []
-    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: torch.tensor([7]))
-    monkeypatch.setattr(torch.mps, "set_rng_state", kept.append)
-    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append(1))
-    mps = torch.device("mps")
-    experiment.set_random_states(experiment.random_states(mps), mps)
-    experiment.Clock(mps).lap("rollout")
-    assert kept == [torch.tensor([7])] and waited == [1]
-
-
-def test_the_sampler_uses_no_attention_that_plans_for_each_length(monkeypatch):
-    seen, original = [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(model.F, "scaled_dot_product_attention",
-                        lambda *args, **kwargs: (seen.append(torch.backends.cuda.cudnn_sdp_enabled()), original(*args, **kwargs))[1])
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    for _ in range(2):
-        generate(small_gpt(), [[1, 2]], 3, 10)
-    assert len(seen) > 4 and not any(seen) and torch.backends.cuda.cudnn_sdp_enabled() == before
-
-
-def test_a_package_without_metadata_and_a_clone_without_git_are_unknown(monkeypatch, tmp_path):
-    monkeypatch.setattr(experiment, "PACKAGES", ("torch", "no-such-package"))
-    assert experiment.circumstances(torch.device("cpu"))["no-such-package"] == "unknown"
-    subprocess.run("git init -q . && git -c user.name=a -c user.email=a@b commit -q --allow-empty -m outer && mkdir vendored", shell=True,
-                   cwd=tmp_path, check=True)
-    monkeypatch.setattr(experiment, "__file__", str(tmp_path / "vendored" / "experiment.py"))
-    assert experiment.circumstances(torch.device("cpu"))["commit"] == "unknown"
-    monkeypatch.setattr(experiment, "__file__", str(tmp_path / "experiment.py"))
-    assert re.fullmatch("[0-9a-f]{12}", experiment.circumstances(torch.device("cpu"))["commit"])
-
-
-@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_file_system_without_fsync_is_written_to_all_the_same(code, tmp_path, monkeypatch):
-    def unsupported(handle):
-        raise OSError(code, os.strerror(code))
-    monkeypatch.setattr(os, "fsync", unsupported)
-    files.write(tmp_path / "a", "text")
-    with files.new_folder(tmp_path / "b") as beside:
-        (beside / "one").write_text("1")
-    assert (tmp_path / "a").read_text() == "text" and (tmp_path / "b" / "one").read_text() == "1"
-
-
-@pytest.mark.filterwarnings("ignore:flock not supported")
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_file_system_without_locks_still_keeps_a_second_process_out(code, tmp_path, monkeypatch):
-    def unsupported(handle, how):
-        raise OSError(code, os.strerror(code))
-    monkeypatch.setattr("fcntl.flock", unsupported)
-    lock = files.one_process(tmp_path / ".lock", lambda: "taken")
-    other = in_a_child(lambda: files.one_process(tmp_path / ".lock", lambda: os._exit(7)))
-    assert other == 7
-    lock.release()
-    files.one_process(tmp_path / ".lock", lambda: "taken").release()
-
-
-def test_learning_rate_warms_up_and_decays_linearly_to_its_floor():
-    rates = [experiment.learning_rate(s, 100, 2.0, 10, 0.1) for s in range(101)]
-    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
-    assert rates[100] == pytest.approx(0.2) and rates[55] == pytest.approx((2.0 + 0.2) / 2)
-
-
-def test_importing_any_file_does_nothing(tmp_path):
-    names = ", ".join(m.__name__ for m in MODULES)
-    code = f"import socket; socket.socket.connect = None; import {names}, sys; print('transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(HERE)})
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "False", "")
-    assert not list(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2477,10 +1139,13 @@ def test_importing_any_file_does_nothing(tmp_path):
 
 def test_nats_per_response_is_minus_the_mean_log_probability_of_whole_responses():
     gpt = small_gpt()
-    logprobs = [gpt(torch.tensor([p + r])).double().log_softmax(-1)[0, len(p) - 1:-1].gather(
-        1, torch.tensor(r)[:, None]).sum().item() for p, r in zip(PROMPTS, RESPONSES)]
+    total = 0.0
+    for prompt, response in zip(PROMPTS, RESPONSES):
+        log_probs = gpt(torch.tensor([prompt + response])).double().log_softmax(-1)[0]
+        for t, token in enumerate(response):
+            total += log_probs[len(prompt) - 1 + t, token].item()
     nats = sft.nats_per_response(gpt, PROMPTS, RESPONSES, torch.device("cpu"), batch_size=3)
-    assert nats == pytest.approx(-sum(logprobs) / 4, rel=1e-5)
+    assert nats == pytest.approx(-total / 4, rel=1e-5)
 
 
 def test_sft_loss_has_no_gradient_through_prompt_columns_and_one_through_eos():
@@ -2495,12 +1160,16 @@ def test_sft_loss_has_no_gradient_through_prompt_columns_and_one_through_eos():
 # reward_model.py
 
 def test_preference_losses_equal_their_formulas_and_metrics_count_ties_half():
-    chosen, rejected = torch.tensor([1.0, -2.0, 0.5, 3.0]).double(), torch.tensor([0.0, 1.0, 0.5, -3.0]).double()
+    chosen = torch.tensor([1.0, -2.0, 0.5, 3.0]).double()
+    rejected = torch.tensor([0.0, 1.0, 0.5, -3.0]).double()
     p = [1 / (1 + math.exp(-(c - r))) for c, r in zip(chosen.tolist(), rejected.tolist())]
+
     loss, metrics = reward_model.preference_loss(chosen, rejected)
     assert loss.item() == pytest.approx(-sum(map(math.log, p)) / 4)
     assert metrics["accuracy"].item() == pytest.approx((1 + 0 + 0.5 + 1) / 4)
-    assert metrics["margin"].item() == pytest.approx((1 - 3 + 0 + 6) / 4) and metrics["loss"] == loss
+    assert metrics["margin"].item() == pytest.approx((1 - 3 + 0 + 6) / 4)
+    assert metrics["loss"] == loss
+
     fidelity, _ = reward_model.preference_loss(chosen, rejected, "fidelity")
     assert fidelity.item() == pytest.approx(sum(1 - math.sqrt(x) for x in p) / 4)
     with pytest.raises(ValueError, match="got kind 'ipo'"):
@@ -2508,38 +1177,43 @@ def test_preference_losses_equal_their_formulas_and_metrics_count_ties_half():
 
 
 def test_preference_loss_at_no_difference_and_with_margin_and_weights():
-    zero, weights = torch.zeros(3), torch.tensor([0.5, 0.5, 0.0])
-    assert reward_model.preference_loss(zero, zero)[0].item() == pytest.approx(math.log(2))
-    assert reward_model.preference_loss(zero, zero, "fidelity")[0].item() == pytest.approx(1 - math.sqrt(0.5))
-    with_margin = reward_model.preference_loss(zero + 1.0, zero, margin=1.0)[0]
-    assert with_margin.item() == pytest.approx(math.log(2))                    # ahead by just the margin
+    zero = torch.zeros(3)
+    loss, _ = reward_model.preference_loss(zero, zero)
+    assert loss.item() == pytest.approx(math.log(2))
+    loss, _ = reward_model.preference_loss(zero, zero, "fidelity")
+    assert loss.item() == pytest.approx(1 - math.sqrt(0.5))
+    loss, _ = reward_model.preference_loss(zero + 1.0, zero, margin=1.0)
+    assert loss.item() == pytest.approx(math.log(2))           # ahead by exactly the margin
+
     chosen = torch.tensor([1.0, 3.0, 99.0])
-    weighted = reward_model.preference_loss(chosen, zero, weights=weights)[0].item()
-    assert weighted == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(-3))) / 2)
+    loss, _ = reward_model.preference_loss(chosen, zero, weights=torch.tensor([0.5, 0.5, 0.0]))
+    assert loss.item() == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(-3))) / 2)
 
 
 def test_fidelity_is_bounded_and_its_gradient_is_greatest_at_one_third():
     d = torch.linspace(-12, 12, 4801, dtype=torch.float64, requires_grad=True)
-    losses = [reward_model.preference_loss(x[None], torch.zeros(1).double(), "fidelity")[0] for x in d]
+    zero = torch.zeros(1).double()
+    losses = [reward_model.preference_loss(x[None], zero, "fidelity")[0] for x in d]
     (gradient,) = torch.autograd.grad(sum(losses), d)
     assert 0 <= min(losses) and max(losses) <= 1
     steepest = gradient.argmin()
     assert torch.sigmoid(d[steepest]).item() == pytest.approx(1 / 3, abs=2e-3)
-    assert -gradient[steepest].item() == pytest.approx(1 / (3 * math.sqrt(3)), abs=1e-4)       # 0.1925
+    assert -gradient[steepest].item() == pytest.approx(1 / (3 * math.sqrt(3)), abs=1e-4)   # 0.1925
 
 
 def test_token_wise_scores_equal_a_loop_over_pairs_and_columns():
     prompts = [[1, 2], [1, 2], [3], [4, 5, 6]]
-    chosen, rejected = [[7, 8, 10], [7, 10], [7, 10], [1, 10]], [[7, 9, 9, 10], [8, 8, 8, 10], [7, 10], [2]]
-    batch = data.collate(prompts * 2, chosen + rejected)
-    (ct, rt), (cm, rm_) = batch[1].split(4), batch[2].split(4)
-    values = torch.randn(8, batch[0].shape[1], generator=seeded())
-    c, r, w = reward_model.token_wise_scores(*values.split(4), ct, rt, cm, rm_)
+    chosen = [[7, 8, 10], [7, 10], [7, 10], [1, 10]]
+    rejected = [[7, 9, 9, 10], [8, 8, 8, 10], [7, 10], [2]]
+    _, targets, mask = data.collate(prompts * 2, chosen + rejected)
+    values = torch.randn(mask.shape, generator=seeded())                    # (8, T)
+    c, r, w = reward_model.token_wise_scores(*values.split(4), *targets.split(4), *mask.split(4))
     for n, (prompt, a, b) in enumerate(zip(prompts, chosen, rejected)):
-        start = len(prompt) - 1                                                # column of the first response token
-        differ = [k for k in range(max(len(a), len(b))) if a[k:k + 1] != b[k:k + 1]]
-        end = start + max(len(a), len(b))
-        columns = range(start + differ[0] if differ else end - 1, end)         # two equal rows: at their last
+        start = len(prompt) - 1                                # column of the first response token
+        longest = max(len(a), len(b))
+        differing = [k for k in range(longest) if a[k:k + 1] != b[k:k + 1]]
+        first = differing[0] if differing else longest - 1     # equal responses: the last column
+        columns = range(start + first, start + longest)
         assert w[n].nonzero()[:, 0].tolist() == list(columns)
         assert w[n].sum().item() == pytest.approx(1.0)
         for t in columns:
@@ -2556,27 +1230,31 @@ def test_calibration_of_scores_that_are_gold_over_temperature_is_perfect():
     for _, predicted, true, _ in rows[1:]:
         assert predicted == pytest.approx(true, abs=1e-5)
     flipped = reward_model.calibration(-gold / 0.6, truth)
-    assert all(true == pytest.approx(1 - predicted, abs=1e-5) for _, predicted, true, _ in flipped[1:])
+    for _, predicted, true, _ in flipped[1:]:
+        assert true == pytest.approx(1 - predicted, abs=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
 # ppo.py
 
 def test_whiten_gives_masked_mean_zero_and_population_variance_one_or_keeps_the_mean():
-    x, mask = ragged()[0] * 3 + 1, ragged()[4]
+    x, *_, mask = ragged()
+    x = x * 3 + 1
     inside = x[mask > 0]
     plain = (inside - inside.mean()) / inside.var(correction=0).sqrt()
     torch.testing.assert_close(ppo.whiten(x, mask)[mask > 0], plain, atol=1e-6, rtol=1e-6)
     kept = ppo.whiten(x, mask, shift_mean=False)
     torch.testing.assert_close(kept[mask > 0], plain + inside.mean(), atol=1e-6, rtol=1e-6)
     assert not kept[mask == 0].any()
-    assert not ppo.whiten(x[:1, :1], torch.ones(1, 1)).any()                   # one token: no spread, no nan
+    assert not ppo.whiten(x[:1, :1], torch.ones(1, 1)).any()   # one token: no spread, no nan
 
 
 @pytest.mark.parametrize("vocab_size", [2, 3, 7])
 def test_kl_estimates_against_exact_enumeration(vocab_size):
-    log_pi, log_ref = torch.randn(2, vocab_size, generator=seeded(vocab_size), dtype=torch.float64).log_softmax(-1)
-    pi, exact = log_pi.exp(), (log_pi.exp() * (log_pi - log_ref)).sum()
+    logits = torch.randn(2, vocab_size, generator=seeded(vocab_size), dtype=torch.float64)
+    log_pi, log_ref = logits.log_softmax(-1)
+    pi = log_pi.exp()
+    exact = (pi * (log_pi - log_ref)).sum()
     k1, k2, k3 = (ppo.kl_estimate(log_pi, log_ref, kind) for kind in ("k1", "k2", "k3"))
     torch.testing.assert_close((pi * k1).sum(), exact)
     torch.testing.assert_close((pi * k3).sum(), exact)
@@ -2595,38 +1273,51 @@ def test_shaped_rewards_sum_to_score_minus_beta_kl_and_carry_the_score_at_the_la
     for b in range(5):
         columns = mask[b].nonzero()[:, 0].tolist()
         for t in range(9):
-            kl = (logprobs[b, t] - ref_logprobs[b, t]).item()
-            expected = -0.3 * kl * (t in columns) + scores[b].item() * (t == columns[-1])
+            expected = 0.0
+            if t in columns:
+                expected -= 0.3 * (logprobs[b, t] - ref_logprobs[b, t]).item()
+            if t == columns[-1]:
+                expected += scores[b].item()
             assert rewards[b, t].item() == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (1.0, 0.95), (0.9, 0.95), (0.9, 0.0), (0.5, 0.5)])
+@pytest.mark.parametrize("gamma, lam", [
+    (1.0, 1.0),
+    (1.0, 0.95),
+    (0.9, 0.95),
+    (0.9, 0.0),
+    (0.5, 0.5)])
 def test_gae_equals_the_double_sum_of_discounted_residuals_over_finite_episodes(gamma, lam):
     rewards, values, _, _, mask = ragged()
     advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
     for b in range(5):
         columns = mask[b].nonzero()[:, 0].tolist()
-        R, V = rewards[b, columns].tolist(), values[b, columns].tolist() + [0.0]
+        R = rewards[b, columns].tolist()
+        V = values[b, columns].tolist() + [0.0]
+        delta = [R[i] + gamma * V[i + 1] - V[i] for i in range(len(R))]
         for k, t in enumerate(columns):
-            expected = sum((gamma * lam) ** (i - k) * (R[i] + gamma * V[i + 1] - V[i]) for i in range(k, len(R)))
+            expected = sum((gamma * lam) ** (i - k) * delta[i] for i in range(k, len(R)))
             assert advantages[b, t].item() == pytest.approx(expected, abs=1e-12)
             assert returns[b, t].item() == pytest.approx(expected + V[k], abs=1e-12)
-        assert not advantages[b][mask[b] == 0].any() and not returns[b][mask[b] == 0].any()
+    assert not advantages[mask == 0].any() and not returns[mask == 0].any()
 
 
 def test_gae_with_a_perfect_critic_has_no_advantage_in_a_deterministic_episode():
     rewards = torch.tensor([[0.0, 1.0, 2.0, 0.0]]).double()
     mask = torch.tensor([[0.0, 1.0, 1.0, 1.0]]).double()
     values = torch.tensor([[0.0, 1 + 0.9 * 2, 2.0, 0.0]]).double()
-    torch.testing.assert_close(ppo.gae(rewards, values, mask, 0.9, 0.7)[0], torch.zeros(1, 4).double())
+    advantages, _ = ppo.gae(rewards, values, mask, 0.9, 0.7)
+    torch.testing.assert_close(advantages, torch.zeros(1, 4).double())
 
 
-def test_the_whole_score_is_credited_to_the_eos_action_and_all_of_it_to_the_others_at_lambda_one():
+def test_every_token_is_credited_the_whole_score_at_lambda_one_and_eos_always():
     mask = torch.tensor([[0.0, 1.0, 1.0, 1.0]])
-    rewards = ppo.shape_rewards(torch.tensor([1.0]), 0 * mask, 0 * mask, mask, 0.1)
-    assert ppo.gae(rewards, 0 * mask, mask, 1.0, 0.95)[0].tolist() == [[0.0, pytest.approx(0.95 ** 2),
-                                                                       pytest.approx(0.95), 1.0]]
-    assert ppo.gae(rewards, 0 * mask, mask, 1.0, 1.0)[0].tolist() == [[0.0, 1.0, 1.0, 1.0]]
+    zero = torch.zeros(1, 4)
+    rewards = ppo.shape_rewards(torch.tensor([1.0]), zero, zero, mask, 0.1)
+    advantages, _ = ppo.gae(rewards, zero, mask, 1.0, 0.95)
+    assert advantages[0].tolist() == [0.0, pytest.approx(0.95 ** 2), pytest.approx(0.95), 1.0]
+    advantages, _ = ppo.gae(rewards, zero, mask, 1.0, 1.0)
+    assert advantages[0].tolist() == [0.0, 1.0, 1.0, 1.0]
 
 
 def test_critic_targets_of_every_kind():
@@ -2637,14 +1328,15 @@ def test_critic_targets_of_every_kind():
     torch.testing.assert_close(targets["gae"], ppo.gae(rewards, values, mask, 0.9, 0.8)[1])
     for b in range(5):
         columns = mask[b].nonzero()[:, 0].tolist()
-        V = values[b].tolist() + [0.0]
         for t in columns:
-            following = V[t + 1] if t + 1 in columns else 0.0
-            assert targets["td"][b, t].item() == pytest.approx(rewards[b, t].item() + 0.9 * following)
+            next_value = values[b, t + 1].item() if t + 1 in columns else 0.0
+            one_step = rewards[b, t].item() + 0.9 * next_value
+            assert targets["td"][b, t].item() == pytest.approx(one_step)
             to_go = sum(0.9 ** (i - t) * rewards[b, i].item() for i in columns if i >= t)
             assert targets["mc"][b, t].item() == pytest.approx(to_go)
             assert targets["score"][b, t].item() == b
-        assert not any(x[b][mask[b] == 0].any() for x in targets.values())
+    for target in targets.values():
+        assert not target[mask == 0].any()
     with pytest.raises(ValueError, match="got kind 'x'"):
         ppo.critic_targets(rewards, values, scores, mask, "x")
 
@@ -2656,16 +1348,19 @@ def test_critic_targets_of_every_kind():
     (1.5, -2.0, 3.0, 3.0, 0),        # above, bad: all the way back
     (0.5, 2.0, -1.0, -1.0, 0),       # below, good: all the way back
     (0.5, -2.0, 1.6, 0.0, 1)])       # below, bad: far enough
-def test_clipped_policy_loss_in_all_six_cases_with_gradients(ratio, advantage, loss, gradient, clipped):
+def test_clipped_policy_loss_in_all_six_cases_with_gradients(
+        ratio, advantage, loss, gradient, clipped):
     logprobs = torch.tensor([[-1.0 + math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     one = torch.ones(1, 1).double()
     got, metrics = ppo.policy_loss(logprobs, -one, advantage * one, one, clip_eps=0.2)
     got.backward()
-    assert got.item() == pytest.approx(loss) and logprobs.grad.item() == pytest.approx(gradient)
-    assert metrics["clip_fraction"].item() == clipped and metrics["ratio"].item() == pytest.approx(ratio)
+    assert got.item() == pytest.approx(loss)
+    assert logprobs.grad.item() == pytest.approx(gradient)
+    assert metrics["clip_fraction"].item() == clipped
+    assert metrics["ratio"].item() == pytest.approx(ratio)
 
 
-def test_policy_loss_is_the_mean_over_response_tokens_and_at_ratio_one_the_policy_gradient():
+def test_policy_losses_at_ratio_one_are_token_means_with_the_policy_gradient():
     logprobs, _, advantages, _, mask = ragged()
     new = logprobs.clone().requires_grad_()
     for loss, metrics in (ppo.policy_loss(new, logprobs, advantages, mask),
@@ -2684,13 +1379,16 @@ def test_kl_penalty_loss_and_its_gradient_equal_the_formula():
     ratio = (new - old).exp()
     expected = -(ratio * advantages - 0.7 * (ratio - 1 - (new - old)))[mask > 0].mean()
     assert loss.item() == pytest.approx(expected.item())
-    torch.testing.assert_close(gradient, (-(ratio * advantages) + 0.7 * (ratio - 1)) * mask / mask.sum())
+    expected = (-(ratio * advantages) + 0.7 * (ratio - 1)) * mask / mask.sum()
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_kl_penalty_on_a_whole_distribution_is_the_exact_kl_of_old_to_new():
-    log_old, log_new = torch.randn(2, 5, generator=seeded(), dtype=torch.float64).log_softmax(-1)
-    weights = log_old.exp()[None]                                              # the enumeration as the mask
-    loss, _ = ppo.kl_penalty_loss(log_new[None], log_old[None], torch.zeros(1, 5).double(), weights, coef=1.0)
+    logits = torch.randn(2, 5, generator=seeded(), dtype=torch.float64)
+    log_old, log_new = logits.log_softmax(-1)
+    weights = log_old.exp()[None]                              # the mask enumerates every token
+    no_advantage = torch.zeros(1, 5).double()
+    loss, _ = ppo.kl_penalty_loss(log_new[None], log_old[None], no_advantage, weights, coef=1.0)
     torch.testing.assert_close(loss, (log_old.exp() * (log_old - log_new)).sum())
 
 
@@ -2699,7 +1397,8 @@ def test_kl_penalty_on_a_whole_distribution_is_the_exact_kl_of_old_to_new():
     (1.9, 1.0, 2.0, 0.5 * 0.8 ** 2, 0.0, 1),       # moved far towards the target: no more gradient
     (0.1, 1.0, 2.0, 0.5 * 1.9 ** 2, -1.9, 0),      # moved far the wrong way: back
     (3.5, 1.0, 2.0, 0.5 * 1.5 ** 2, 1.5, 0)])      # past the target by more than the clipped error
-def test_clipped_value_loss_in_each_case_with_gradients(value, old, target, loss, gradient, clipped):
+def test_clipped_value_loss_in_each_case_with_gradients(
+        value, old, target, loss, gradient, clipped):
     one = torch.ones(1, 1).double()
     v = (value * one).requires_grad_()
     got, metrics = ppo.value_loss(v, old * one, target * one, one, clip_eps=0.2)
@@ -2707,19 +1406,21 @@ def test_clipped_value_loss_in_each_case_with_gradients(value, old, target, loss
     assert got.item() == pytest.approx(loss) and v.grad.item() == pytest.approx(gradient)
     assert metrics["value_clip_fraction"].item() == clipped and metrics["value_loss"] == got
     plain, metrics = ppo.value_loss(v, old * one, target * one, one, clip_eps=0)
-    assert plain.item() == pytest.approx(0.5 * (value - target) ** 2) and metrics["value_clip_fraction"] == 0
+    assert plain.item() == pytest.approx(0.5 * (value - target) ** 2)
+    assert metrics["value_clip_fraction"] == 0
 
 
 def test_losses_average_over_masked_tokens_only_and_match_finite_differences():
     new, old, advantages, returns, mask = ragged()
-    for f in (lambda x: ppo.policy_loss(x, old, advantages, mask)[0],
+    losses = (lambda x: ppo.policy_loss(x, old, advantages, mask)[0],
               lambda x: ppo.kl_penalty_loss(x, old, advantages, mask, 0.3)[0],
               lambda x: ppo.value_loss(x, old, returns, mask)[0],
-              lambda x: -masked_mean(x, mask)):
+              lambda x: -masked_mean(x, mask))
+    for loss in losses:
         x = new.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(f(x), x)
+        (gradient,) = torch.autograd.grad(loss(x), x)
         step = torch.randn(x.shape, generator=seeded(3), dtype=torch.float64) * 1e-6
-        numeric = (f(new + step) - f(new - step)) / 2
+        numeric = (loss(new + step) - loss(new - step)) / 2
         assert numeric.item() == pytest.approx((gradient * step).sum().item(), rel=1e-4)
         assert not gradient[mask == 0].any()
 
@@ -2728,21 +1429,25 @@ def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant(
     returns, values, _, _, mask = ragged()
     assert ppo.explained_variance(returns, returns, mask).item() == pytest.approx(1.0)
     assert ppo.explained_variance(0 * returns + 5, returns, mask).item() == pytest.approx(0.0)
-    inside = mask > 0
-    expected = 1 - (returns - values)[inside].var(correction=0) / returns[inside].var(correction=0)
-    assert ppo.explained_variance(values, returns, mask).item() == pytest.approx(expected.item())
+    errors = (returns - values)[mask > 0]
+    expected = 1 - errors.var(correction=0) / returns[mask > 0].var(correction=0)
+    got = ppo.explained_variance(values, returns, mask)
+    assert got.item() == pytest.approx(expected.item())
 
 
 def test_proportional_kl_takes_the_papers_steps_and_settles_on_its_target():
     control = ppo.ProportionalKL(0.2, target=6.0, horizon=10000)
     control.update(6.6, n=256)
     assert control.beta == pytest.approx(0.2 * (1 + 0.1 * 256 / 10000))
-    control.update(600.0, n=256)                                               # clipped at 0.2
-    assert control.beta == pytest.approx(0.2 * (1 + 0.1 * 256 / 10000) * (1 + 0.2 * 256 / 10000))
+    control.update(600.0, n=256)                               # clipped at 0.2
+    raised = 0.2 * (1 + 0.1 * 256 / 10000) * (1 + 0.2 * 256 / 10000)
+    assert control.beta == pytest.approx(raised)
     control.update(0.0, n=256)
     assert control.beta < 0.2 * (1 + 0.1 * 256 / 10000)
-    control, kl = ppo.ProportionalKL(0.05, target=6.0, horizon=500), 0.0
-    for _ in range(300):                                                       # a KL that answers 2 / beta, slowly
+
+    control = ppo.ProportionalKL(0.05, target=6.0, horizon=500)
+    kl = 0.0
+    for _ in range(300):                                       # the KL slowly follows 2 / beta
         kl += 0.2 * (2 / control.beta - kl)
         control.update(kl, n=100)
     assert kl == pytest.approx(6.0, rel=0.02)
@@ -2758,7 +1463,7 @@ def test_threshold_kl_doubles_above_and_halves_below_and_else_stays():
 @pytest.mark.parametrize("loss", ["policy_loss", "grpo_loss"])
 @pytest.mark.parametrize("log_ratio", [21.0, 89.0, 1000.0, -1000.0])
 def test_where_the_ratio_overflows_the_clipped_side_has_no_gradient(loss, log_ratio):
-    """inf * 0 is nan: exp overflows in float32 above 88"""
+    """In float32 exp overflows above 88, and inf * 0 is nan."""
     mask = torch.ones(2, 2)
     advantages = torch.tensor([1.0, 0.0])
     old = torch.tensor([[-1.0, -1 - log_ratio], [-1.0, -1 - log_ratio]])
@@ -2774,86 +1479,97 @@ def test_where_the_ratio_overflows_the_clipped_side_has_no_gradient(loss, log_ra
 
 
 def test_the_kl_penalty_does_not_cancel_near_zero():
+    """Computed as ratio - 1 - log ratio in float32, it would be off by 30 % here."""
     log_ratio = torch.tensor([[1e-4, -3e-4, 2e-5]])
     zero = torch.zeros(1, 3)
     loss, _ = ppo.kl_penalty_loss(log_ratio, zero, zero, torch.ones(1, 3), coef=1.0)
     exact = (torch.expm1(log_ratio.double()) - log_ratio.double()).mean().item()
-    assert loss.item() == pytest.approx(exact, rel=1e-3)     # ratio - 1 - log ratio is off by 30 % here
+    assert loss.item() == pytest.approx(exact, rel=1e-3)
 
 
 def test_kl_coefficients_stay_within_reach_of_their_start():
     penalty = ppo.ThresholdKL(1.0, target=0.002)
-    for _ in range(2000):
-        penalty.update(0.0)
-    assert penalty.coef == 1 / 1024
-    for _ in range(10):
-        penalty.update(1.0)
-    assert penalty.coef == 1.0
-    for _ in range(2000):
-        penalty.update(1.0)
-    assert penalty.coef == 1024
+    for kl_old, updates, coef in ((0.0, 2000, 1 / 1024), (1.0, 10, 1.0), (1.0, 2000, 1024)):
+        for _ in range(updates):
+            penalty.update(kl_old)
+        assert penalty.coef == coef
     control = ppo.ProportionalKL(0.4, target=6.0, horizon=30.0)
-    for _ in range(2000):
-        control.update(0.0, 128)
-    assert control.beta == pytest.approx(4e-5)
-    for _ in range(2000):
-        control.update(100.0, 128)
-    assert control.beta == pytest.approx(4e3)
+    for kl, beta in ((0.0, 4e-5), (100.0, 4e3)):
+        for _ in range(2000):
+            control.update(kl, 128)
+        assert control.beta == pytest.approx(beta)
 
 
 def test_old_logprobs_in_bfloat16_come_from_batches_of_the_updates_shape(monkeypatch):
-    shapes, gpt = [], small_gpt()
-    inputs, targets, mask = data.collate([[1, 2]] * 12, [[3] * (1 + i % 4) + [10] for i in range(12)])
-    original = ppo.token_logprobs
-    monkeypatch.setattr(ppo, "token_logprobs", lambda policy, inputs, *args, **kwargs: (
-        shapes.append(len(inputs)), original(policy, inputs, *args, **kwargs))[1])
-    cfg = tiny(ppo, minibatch_size=8, accumulation=2)
+    gpt = small_gpt()
+    responses = [[3] * (1 + i % 4) + [10] for i in range(12)]
+    inputs, targets, mask = data.collate([[1, 2]] * 12, responses)
+    batch_sizes = []
+
+    def counted(policy, inputs, *args, **kwargs):
+        batch_sizes.append(len(inputs))
+        return token_logprobs(policy, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(ppo, "token_logprobs", counted)
+    cfg = tiny_config(ppo, minibatch_size=8, accumulation=2)
     whole = ppo.score_rollout(gpt, inputs, targets, mask, cfg)
-    parts = ppo.score_rollout(gpt, inputs, targets, mask, dataclasses.replace(cfg, dtype="bfloat16"))
-    assert shapes == [12, 4, 4, 4]
+    cfg = dataclasses.replace(cfg, dtype="bfloat16")
+    parts = ppo.score_rollout(gpt, inputs, targets, mask, cfg)
+    assert batch_sizes == [12, 4, 4, 4]
     for a, b in zip(whole, parts):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     assert torch.equal(whole[0], token_logprobs(gpt, inputs, targets, mask))
 
 
-def test_first_minibatch_check_passes_at_ratio_one_and_names_what_is_wrong_otherwise(capsys):
-    check, zero, none = ppo.check_first_minibatch, torch.zeros(2, 3), torch.zeros(2)
-    mask = torch.ones(2, 3)
-    assert check(zero, zero, mask, none, 0.2) == 0.0
-    with pytest.raises(Stopped, match="the ratio should be 1, but the log ratio reaches 1.0e-03"):
-        check(zero + 1e-3, zero, mask, none, 0.2)
-    with pytest.raises(Stopped, match="kl_ref should be 0"):
-        check(zero, zero, mask, torch.tensor([0.0, 0.1]), 0.2)
-    capsys.readouterr()
-    noise, ones = torch.zeros(4, 50), torch.ones(4, 50)
-    noise[0, :3] = torch.tensor([0.3, -0.3, 0.15])           # bfloat16, where a few tokens may be far off
-    assert check(noise - 1, -ones, ones, none, 0.2, dtype="bfloat16") == pytest.approx(2 / 200)
+def test_the_first_minibatch_must_have_ratio_one(capsys):
+    zero = torch.zeros(2, 3)
+    ones = torch.ones(2, 3)
+    assert ppo.check_first_ratio(zero, zero, ones, ppo.Config()) == 0.0
+    with pytest.raises(Stopped, match="log ratio should be 0, but it reaches 1.0e-03"):
+        ppo.check_first_ratio(zero + 1e-3, zero, ones, ppo.Config())
+
+    noise = torch.zeros(4, 50)
+    noise[0, :3] = torch.tensor([0.3, -0.3, 0.15])
+    ones = torch.ones(4, 50)
+
+    def check(clip_eps, high=None, log_ratio=noise, mask=ones, dtype="bfloat16"):
+        cfg = dataclasses.replace(ppo.Config(), clip_eps=clip_eps, dtype=dtype)
+        return ppo.check_first_ratio(log_ratio - 1, -ones, mask, cfg, high)
+
+    assert check(0.2) == pytest.approx(2 / 200)                # in bfloat16 a few tokens may be off
     assert capsys.readouterr().out == ""
-    assert check(noise - 1, -ones, ones, none, 0.1, dtype="bfloat16") == pytest.approx(3 / 200)
-    assert "1.5% of the tokens have a ratio outside the clip range" in capsys.readouterr().out
-    assert check(noise - 1, -ones, ones, none, 0.1, 0.4, "bfloat16") == pytest.approx(1 / 200)
-    half = (torch.arange(50) < 25) * ones                    # tokens off the mask do not count
-    assert check(noise - 1, -ones, half, none, 0.2, dtype="bfloat16") == pytest.approx(2 / 100)
-    with pytest.raises(Stopped, match="the ratio should be 1"):
-        check(noise - 1, -ones, ones, none, 0.2)
-    with pytest.raises(Stopped, match="the ratio should be 1"):
-        check(-1.03 * ones, -ones, ones, none, 0.2, dtype="bfloat16")
+    assert check(0.1) == pytest.approx(3 / 200)
+    warning = "1.5% of the tokens have a ratio outside the clip range"
+    assert warning in capsys.readouterr().out
+    assert check(0.1, 0.4) == pytest.approx(1 / 200)
+    half = (torch.arange(50) < 25) * ones
+    assert check(0.2, mask=half) == pytest.approx(2 / 100)     # tokens off the mask do not count
+    with pytest.raises(Stopped, match="the log ratio should be 0"):
+        check(0.2, dtype="float32")
+    with pytest.raises(Stopped, match="the log ratio should be 0"):
+        check(0.2, log_ratio=-0.03 * ones)
 
 
-def test_rollout_check_warns_of_impossible_or_large_kls(capsys):
+def test_an_impossible_or_large_kl_ref_is_noticed(capsys):
+    cfg = ppo.Config()                                         # --kl_bound 25
     fine = torch.tensor([0.5, -0.2, 0.3])
-    ppo.check_rollout(fine, 25.0)
+    ppo.check_kl_ref(fine, cfg, first=False)
+    ppo.check_kl_ref(torch.zeros(3), cfg, first=True)
     assert capsys.readouterr().out == ""
-    ppo.check_rollout(torch.tensor([-1.0, -1.1, -0.9] * 6), 25.0)
+    ppo.check_kl_ref(torch.tensor([-1.0, -1.1, -0.9] * 6), cfg, first=False)
     assert "never negative" in capsys.readouterr().out
-    ppo.check_rollout(fine + 30, 25.0)
+    ppo.check_kl_ref(fine + 30, cfg, first=False)
     assert "above --kl_bound 25.0" in capsys.readouterr().out
-    ppo.check_rollout(fine[:1] * 0 - 1, 25.0)                                  # one response proves nothing
+    ppo.check_kl_ref(torch.tensor([-1.0]), cfg, first=False)   # one response proves nothing
     assert capsys.readouterr().out == ""
+    with pytest.raises(Stopped, match="at the first update kl_ref should be 0"):
+        ppo.check_kl_ref(fine, cfg, first=True)
+    ppo.check_kl_ref(fine, dataclasses.replace(cfg, dtype="bfloat16"), first=True)   # rounding
 
 
 def test_responses_without_eos_get_the_fixed_score_and_scores_can_be_clipped():
-    scalar, batch = small_scalar(), data.collate(PROMPTS, RESPONSES)
+    scalar = small_scalar()
+    batch = data.collate(PROMPTS, RESPONSES)
     finished = torch.tensor([True, True, True, False])
     raw = sequence_scores(scalar, *batch)
     cfg = dataclasses.replace(ppo.Config(), missing_eos_score=-3.0)
@@ -2867,51 +1583,69 @@ def test_responses_without_eos_get_the_fixed_score_and_scores_can_be_clipped():
 # --------------------------------------------------------------------------------------------------
 # dpo.py
 
-def pair_tensors(n=6, seed=0):
-    return torch.randn(4, n, generator=seeded(seed), dtype=torch.float64)
-
-
-@pytest.mark.parametrize("kind", ["sigmoid", "robust", "ipo", "hinge", "fidelity"])
-def test_dpo_losses_equal_their_formulas(kind):
-    (c, r, rc, rr), beta, margin, weights = pair_tensors(), 0.7, 0.2 if kind != "ipo" else 0.0, torch.arange(1.0, 7.0).double()
-    target = torch.rand(6, generator=seeded(1), dtype=torch.float64)
-    e = 0.1 if kind in ("sigmoid", "robust") else 0.0
-
+def dpo_loss_by_hand(kind, h, beta, margin, target, e):
+    """The loss of one pair, in plain Python: h is how far its log ratios differ."""
     def log_sigma(z):
         return -math.log(1 + math.exp(-z))
-    losses, margins, right = [], [], []
-    for i in range(6):
-        h = ((c[i] - rc[i]) - (r[i] - rr[i])).item()
-        z, t = beta * h - margin, target[i].item()
-        losses.append({
-            "sigmoid": lambda: -((1 - e) * t + e * (1 - t)) * log_sigma(z) - (e * t + (1 - e) * (1 - t)) * log_sigma(-z),
-            "robust": lambda: (-((1 - e) * t - e * (1 - t)) * log_sigma(z)
-                               - ((1 - e) * (1 - t) - e * t) * log_sigma(-z)) / (1 - 2 * e),
-            "ipo": lambda: t * (h - 1 / (2 * beta)) ** 2 + (1 - t) * (-h - 1 / (2 * beta)) ** 2,
-            "hinge": lambda: t * max(0, 1 - z) + (1 - t) * max(0, 1 + z),
-            "fidelity": lambda: 1 - math.sqrt(t * math.exp(log_sigma(z))) - math.sqrt((1 - t) * math.exp(log_sigma(-z))),
-        }[kind]())
-        margins.append(beta * h)
-        right.append(h > 0)
-    loss, metrics = dpo.dpo_loss(c, r, rc, rr, beta, kind, e, margin, target, weights)
-    mean = lambda xs: sum(w * x for w, x in zip(weights.tolist(), xs)) / 21
-    assert loss.item() == pytest.approx(mean(losses)) == metrics["loss"].item()
-    assert metrics["margin"].item() == pytest.approx(mean(margins))
-    assert metrics["accuracy"].item() == pytest.approx(mean(right))
-    plain, _ = dpo.dpo_loss(c, r, rc, rr, beta, kind)
-    hard, _ = dpo.dpo_loss(c, r, rc, rr, beta, kind, target=torch.ones(6, dtype=torch.float64))
+
+    z = beta * h - margin
+    wins, loses = target, 1 - target                           # probabilities
+    if kind == "sigmoid":
+        return (-((1 - e) * wins + e * loses) * log_sigma(z)
+                - (e * wins + (1 - e) * loses) * log_sigma(-z))
+    if kind == "robust":
+        return (-((1 - e) * wins - e * loses) * log_sigma(z)
+                - ((1 - e) * loses - e * wins) * log_sigma(-z)) / (1 - 2 * e)
+    if kind == "ipo":
+        return wins * (h - 1 / (2 * beta)) ** 2 + loses * (-h - 1 / (2 * beta)) ** 2
+    if kind == "hinge":
+        return wins * max(0, 1 - z) + loses * max(0, 1 + z)
+    if kind == "fidelity":
+        p = math.exp(log_sigma(z))
+        q = math.exp(log_sigma(-z))
+        return 1 - math.sqrt(wins * p) - math.sqrt(loses * q)
+
+
+@pytest.mark.parametrize("kind, margin, smoothing", [
+    ("sigmoid", 0.2, 0.1),
+    ("robust", 0.2, 0.1),
+    ("ipo", 0.0, 0.0),
+    ("hinge", 0.2, 0.0),
+    ("fidelity", 0.2, 0.0)])
+def test_dpo_losses_equal_their_formulas(kind, margin, smoothing):
+    beta = 0.7
+    c, r, rc, rr = logprobs = torch.randn(4, 6, generator=seeded(), dtype=torch.float64)
+    target = torch.rand(6, generator=seeded(1), dtype=torch.float64)
+    weights = torch.arange(1.0, 7.0).double()
+
+    def weighted_mean(values):
+        return sum(w * x for w, x in zip(weights.tolist(), values)) / 21
+
+    differences = ((c - rc) - (r - rr)).tolist()
+    losses = [dpo_loss_by_hand(kind, h, beta, margin, t, smoothing)
+              for h, t in zip(differences, target.tolist())]
+    loss, metrics = dpo.dpo_loss(*logprobs, beta, kind, smoothing, margin, target, weights)
+    assert loss.item() == pytest.approx(weighted_mean(losses)) == metrics["loss"].item()
+    assert metrics["margin"].item() == pytest.approx(weighted_mean(beta * h for h in differences))
+    assert metrics["accuracy"].item() == pytest.approx(weighted_mean(h > 0 for h in differences))
+
+    plain, _ = dpo.dpo_loss(*logprobs, beta, kind)
+    hard, _ = dpo.dpo_loss(*logprobs, beta, kind, target=torch.ones(6, dtype=torch.float64))
     assert plain.item() == pytest.approx(hard.item())
 
 
-def test_dpo_at_the_reference_is_ln_2_without_margin_and_half_right_with_the_known_slope():
+def test_dpo_starts_at_ln_2_without_margin_half_right_with_the_known_slope():
     c = torch.tensor([-3.0, -5.0], requires_grad=True)
     r = torch.tensor([-4.0, -2.0], requires_grad=True)
-    loss, metrics = dpo.dpo_loss(c, r, c.detach(), r.detach(), beta=0.3)
+    ref_c, ref_r = c.detach(), r.detach()
+    loss, metrics = dpo.dpo_loss(c, r, ref_c, ref_r, beta=0.3)
     loss.backward()
-    assert loss.item() == pytest.approx(math.log(2)) and metrics["margin"] == 0 and metrics["accuracy"] == 0.5
-    assert torch.allclose(c.grad, torch.tensor(-0.3 / 2 / 2)) and torch.allclose(r.grad, torch.tensor(0.3 / 2 / 2))
-    _, metrics = dpo.dpo_loss(c.detach() + 1e-6, r.detach(), c.detach(), r.detach(), beta=0.3)
-    assert metrics["accuracy"] == 0.5                          # rounding is a tie
+    assert loss.item() == pytest.approx(math.log(2))
+    assert metrics["margin"] == 0 and metrics["accuracy"] == 0.5
+    assert torch.allclose(c.grad, torch.tensor(-0.3 / 2 / 2))
+    assert torch.allclose(r.grad, torch.tensor(0.3 / 2 / 2))
+    _, metrics = dpo.dpo_loss(ref_c + 1e-6, ref_r, ref_c, ref_r, beta=0.3)
+    assert metrics["accuracy"] == 0.5                          # a difference by rounding is a tie
     with pytest.raises(ValueError, match="it is sigmoid, robust"):
         dpo.dpo_loss(c, r, c, r, 0.1, kind="kto")
     with pytest.raises(ValueError, match="belongs to sigmoid and robust"):
@@ -2919,6 +1653,7 @@ def test_dpo_at_the_reference_is_ln_2_without_margin_and_half_right_with_the_kno
 
 
 def loss_of_margin(z, **options):
+    """The DPO loss of pairs with the margins z, at beta 1."""
     zero = torch.zeros_like(z)
     return dpo.dpo_loss(z, zero, zero, zero, beta=1.0, **options)[0]
 
@@ -2927,93 +1662,121 @@ def loss_of_margin(z, **options):
 def test_cdpo_has_a_finite_best_margin(e, best):
     z = torch.tensor([best], requires_grad=True)
     loss_of_margin(z, label_smoothing=e).backward()
-    assert best == pytest.approx(math.log((1 - e) / e), abs=1e-3) and z.grad.abs().item() < 1e-3
+    assert best == pytest.approx(math.log((1 - e) / e), abs=1e-3)
+    assert z.grad.abs().item() < 1e-3
 
 
 def test_robust_is_unbiased_under_flips_and_unbounded_below():
-    z, e = torch.tensor([0.7]), 0.2
-    flipped = (1 - e) * loss_of_margin(z, kind="robust", label_smoothing=e) + e * loss_of_margin(
-        -z, kind="robust", label_smoothing=e)
-    assert flipped.item() == pytest.approx(loss_of_margin(z).item())
-    assert loss_of_margin(torch.tensor([20.0]), kind="robust", label_smoothing=0.1).item() == pytest.approx(-2.5, abs=1e-3)
+    z = torch.tensor([0.7])
+    robust = loss_of_margin(z, kind="robust", label_smoothing=0.2)
+    flipped = loss_of_margin(-z, kind="robust", label_smoothing=0.2)
+    mean = 0.8 * robust + 0.2 * flipped
+    assert mean.item() == pytest.approx(loss_of_margin(z).item())
+    far = loss_of_margin(torch.tensor([20.0]), kind="robust", label_smoothing=0.1)
+    assert far.item() == pytest.approx(-2.5, abs=1e-3)
 
 
-def test_ipo_is_least_at_half_over_beta_hinge_is_flat_past_one_and_fidelity_is_bounded():
-    for kind, z, gradient in (("ipo", 0.5, 0.0), ("ipo", 1.5, 2.0), ("hinge", 1.01, 0.0), ("hinge", 0.99, -1.0),
-                              ("fidelity", -math.log(2), -0.19245), ("fidelity", -40.0, 0.0)):
-        x = torch.tensor([z], requires_grad=True)
-        loss_of_margin(x, kind=kind).backward()
-        assert x.grad.item() == pytest.approx(gradient, abs=1e-4), (kind, z)
-    for z in (-50.0, 0.0, 50.0):
-        assert -1e-6 <= loss_of_margin(torch.tensor([z]), kind="fidelity").item() <= 1
+@pytest.mark.parametrize("kind, z, gradient", [
+    ("ipo", 0.5, 0.0),                       # the best margin: 1 / (2 beta)
+    ("ipo", 1.5, 2.0),
+    ("hinge", 1.01, 0.0),
+    ("hinge", 0.99, -1.0),
+    ("fidelity", -math.log(2), -0.19245),
+    ("fidelity", -40.0, 0.0)])
+def test_ipo_is_least_at_its_margin_and_hinge_and_fidelity_flatten_out(kind, z, gradient):
+    x = torch.tensor([z], requires_grad=True)
+    loss_of_margin(x, kind=kind).backward()
+    assert x.grad.item() == pytest.approx(gradient, abs=1e-4)
+
+
+@pytest.mark.parametrize("z", [-50.0, 0.0, 50.0])
+def test_the_fidelity_loss_of_dpo_is_between_zero_and_one(z):
+    assert -1e-6 <= loss_of_margin(torch.tensor([z]), kind="fidelity").item() <= 1
 
 
 def test_sequence_logprobs_are_sums_or_means_over_response_tokens():
     logprobs, _, _, _, mask = ragged()
-    lengths = mask.sum(1)
-    torch.testing.assert_close(dpo.sequence_logprobs(logprobs, mask), logprobs.sum(1))
-    torch.testing.assert_close(dpo.sequence_logprobs(logprobs, mask, True) * lengths, logprobs.sum(1))
-    twice = torch.cat([logprobs, logprobs], 1)                 # the mean does not change when every token comes twice
-    torch.testing.assert_close(dpo.sequence_logprobs(twice, torch.cat([mask, mask], 1), True),
-                               dpo.sequence_logprobs(logprobs, mask, True))
+    sums = dpo.sequence_logprobs(logprobs, mask)
+    torch.testing.assert_close(sums, logprobs.sum(1))
+    means = dpo.sequence_logprobs(logprobs, mask, True)
+    torch.testing.assert_close(means * mask.sum(1), logprobs.sum(1))
+    twice = torch.cat([logprobs, logprobs], 1)                 # every token twice: the same mean
+    twice_mask = torch.cat([mask, mask], 1)
+    torch.testing.assert_close(dpo.sequence_logprobs(twice, twice_mask, True), means)
 
 
 def test_masking_the_shared_prefix_changes_means_and_not_differences_of_sums():
     gpt = small_gpt()
     prompts, chosen, rejected = [[1, 2], [3]], [[4, 5, 6, 10], [7, 10]], [[4, 5, 10], [8, 9, 10]]
     inputs, targets, mask = data.collate(prompts * 2, chosen + rejected)
-    masks = dpo.after_shared_prefix(*targets.chunk(2), *mask.chunk(2))
-    assert [m.sum(1).tolist() for m in masks] == [[2, 2], [1, 3]]
+    full_masks = mask.chunk(2)
+    cut_masks = dpo.after_shared_prefix(*targets.chunk(2), *full_masks)
+    assert [m.sum(1).tolist() for m in cut_masks] == [[2, 2], [1, 3]]
     logprobs = token_logprobs(gpt, inputs, targets, mask).chunk(2)
-    full, cut = ([dpo.sequence_logprobs(lp, m) for lp, m in zip(logprobs, ms)] for ms in (mask.chunk(2), masks))
-    torch.testing.assert_close(full[0] - full[1], cut[0] - cut[1])
-    full, cut = ([dpo.sequence_logprobs(lp, m, True) for lp, m in zip(logprobs, ms)] for ms in (mask.chunk(2), masks))
-    assert not torch.allclose(full[0] - full[1], cut[0] - cut[1])
+
+    def difference(masks, length_normalise):
+        chosen, rejected = (dpo.sequence_logprobs(lp, m, length_normalise)
+                            for lp, m in zip(logprobs, masks))
+        return chosen - rejected
+
+    torch.testing.assert_close(difference(full_masks, False), difference(cut_masks, False))
+    assert not torch.allclose(difference(full_masks, True), difference(cut_masks, True))
 
 
 def test_pair_logprobs_equal_each_response_alone():
-    gpt, cfg = small_gpt(), tiny(dpo)
-    pairs = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in zip(PROMPTS, RESPONSES, RESPONSES[::-1])]
-    logprobs, lengths, nll = dpo.pair_logprobs(gpt, pairs, cfg)
-    for k, responses in enumerate((RESPONSES, RESPONSES[::-1])):
-        for i, (p, y) in enumerate(zip(PROMPTS, responses)):
-            alone = token_logprobs(gpt, *data.collate([p], [y])).sum().item()
-            assert logprobs[k, i].item() == pytest.approx(alone, abs=1e-4) and lengths[k, i] == len(y)
-    assert nll.item() == pytest.approx(-logprobs[0].sum().item() / sum(map(len, RESPONSES)))
+    gpt = small_gpt()
+    chosen, rejected = RESPONSES, RESPONSES[::-1]
+    pairs = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r}
+             for p, c, r in zip(PROMPTS, chosen, rejected)]
+    logprobs, lengths, nll = dpo.pair_logprobs(gpt, pairs, tiny_config(dpo))
+    for k, responses in enumerate((chosen, rejected)):
+        for i, (prompt, response) in enumerate(zip(PROMPTS, responses)):
+            alone = token_logprobs(gpt, *data.collate([prompt], [response])).sum().item()
+            assert logprobs[k, i].item() == pytest.approx(alone, abs=1e-4)
+            assert lengths[k, i] == len(response)
+    assert nll.item() == pytest.approx(-logprobs[0].sum().item() / sum(map(len, chosen)))
 
 
 def test_all_pairs_of_rankings_are_made_better_first():
-    comparisons = [{"prompt_ids": [1], "response_ids": [[2], [3], [4]]}, {"prompt_ids": [5], "response_ids": [[6], [7]]}]
+    comparisons = [{"prompt_ids": [1], "response_ids": [[2], [3], [4]]},
+                   {"prompt_ids": [5], "response_ids": [[6], [7]]}]
     pairs = dpo.pairs_of_rankings(comparisons, seeded())
-    assert sorted((*p["prompt_ids"], *p["chosen_ids"], *p["rejected_ids"]) for p in pairs) == [
-        (1, 2, 3), (1, 2, 4), (1, 3, 4), (5, 6, 7)]
+    made = sorted((*p["prompt_ids"], *p["chosen_ids"], *p["rejected_ids"]) for p in pairs)
+    assert made == [(1, 2, 3), (1, 2, 4), (1, 3, 4), (5, 6, 7)]
 
 
 @pytest.mark.parametrize("labels", ["annotators", "reward_model", "soft"])
-def test_sampled_pairs_are_labelled_by_the_probability_that_the_one_beats_the_other(labels, tokenizer):
-    """Scores by length, so that the label of every pair can be told from the pair."""
+def test_sampled_pairs_are_labelled_with_the_probability_of_a_win(labels, tokenizer):
+    """The reward counts tokens and EOS, so each pair's label can be computed from the pair."""
     gpt = small_gpt(vocab_size=tokenizer.n_vocab, block_size=40, std=0.02)
-    reward = lambda inputs, targets, mask, finished: mask.sum(1) / 2 + finished
-    cfg = tiny(dpo, labels=labels, max_new_tokens=6)
-    gpt.transformer.ln_f.bias.data.copy_(gpt.transformer.wte.weight[tokenizer.eot_token] * 300)   # EOS is likely
-    pairs = dpo.sample_pairs(gpt, reward, tokenizer, [data.encode_prompt(tokenizer, TINY_PROMPT)] * 1500, cfg, 0.1, seeded())
-    assert len(pairs) == 1500
-    wins, expected, variance = 0, 0.0, 0.0
-    for pair in pairs:
-        ids = [pair["chosen_ids"], pair["rejected_ids"]]
+    eos_weight = gpt.transformer.wte.weight[tokenizer.eot_token]
+    gpt.transformer.ln_f.bias.data.copy_(eos_weight * 300)     # EOS is likely
+
+    def reward(inputs, targets, mask, finished):
+        return mask.sum(1) / 2 + finished
+
+    def score(response):
         if labels == "annotators":
-            gold = [reviews.gold(TINY_PROMPT, *data.decode_response(tokenizer, y)) / 0.1 for y in ids]
-        else:
-            gold = [len(y) / 2 + (y[-1] == tokenizer.eot_token) for y in ids]
-        p = 1 / (1 + math.exp(gold[1] - gold[0]))
+            text = tokenizers.decode_response(tokenizer, response)
+            return reviews.gold(TINY_PROMPT, *text) / 0.1
+        return len(response) / 2 + (response[-1] == tokenizer.eot_token)
+
+    cfg = tiny_config(dpo, labels=labels, max_new_tokens=6)
+    prompts = [tokenizers.encode_prompt(tokenizer, TINY_PROMPT)] * 1500
+    pairs = dpo.sample_pairs(gpt, reward, tokenizer, prompts, cfg, 0.1, seeded())
+    assert len(pairs) == 1500
+    wins, expected, variance = 0, 0.0, 0.0                     # how often the better one won
+    for pair in pairs:
+        chosen, rejected = score(pair["chosen_ids"]), score(pair["rejected_ids"])
+        p = 1 / (1 + math.exp(rejected - chosen))
         if labels == "soft":
             assert pair["target"] == pytest.approx(p, abs=1e-5) and p >= 0.5
-        else:
-            assert pair["target"] == 1
-            if gold[0] != gold[1]:                             # did the better one win?
-                wins += gold[0] > gold[1]
-                expected += max(p, 1 - p)
-                variance += p * (1 - p)
+            continue
+        assert pair["target"] == 1
+        if chosen != rejected:
+            wins += chosen > rejected
+            expected += max(p, 1 - p)
+            variance += p * (1 - p)
     if labels != "soft":
         assert expected > 50 and abs(wins - expected) < 4 * variance ** 0.5
 
@@ -3021,17 +1784,18 @@ def test_sampled_pairs_are_labelled_by_the_probability_that_the_one_beats_the_ot
 # --------------------------------------------------------------------------------------------------
 # grpo.py
 
-def advantages_by_loop(rewards, G, kind):
+def group_advantages_by_loop(rewards, G, kind):
     result = []
     for start in range(0, len(rewards), G):
         group = rewards[start:start + G]
         mean = sum(group) / G
         std = math.sqrt(sum((r - mean) ** 2 for r in group) / (G - 1))
         for i, r in enumerate(group):
-            others = [group[j] for j in range(G) if j != i]
-            result.append({"grpo": (r - mean) / (std + 1e-4), "dr_grpo": r - mean, "reinforce": r,
-                           "rloo": r - sum(others) / max(1, len(others))}[kind])
-    return result
+            others = group[:i] + group[i + 1:]
+            advantages = {"grpo": (r - mean) / (std + 1e-4), "dr_grpo": r - mean,
+                          "rloo": r - sum(others) / (G - 1), "reinforce": r}
+            result.append(advantages[kind])
+    return torch.tensor(result, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo", "reinforce"])
@@ -3039,87 +1803,114 @@ def test_group_advantages_equal_a_loop_over_groups(kind):
     rewards = torch.randn(24, generator=seeded(), dtype=torch.float64)
     for G in (2, 3, 4, 24):
         ours = grpo.group_advantages(rewards, G, kind)
-        torch.testing.assert_close(ours, torch.tensor(advantages_by_loop(rewards.tolist(), G, kind),
-                                                      dtype=torch.float64), atol=1e-9, rtol=0)
+        by_loop = group_advantages_by_loop(rewards.tolist(), G, kind)
+        torch.testing.assert_close(ours, by_loop, atol=1e-9, rtol=0)
         if kind != "reinforce":
             assert ours.view(-1, G).sum(1).abs().max() < 1e-9
 
 
 def test_group_advantages_move_with_the_rewards_as_they_should():
     rewards = torch.randn(12, generator=seeded(1))
-    of = lambda kind, r=rewards: grpo.group_advantages(r, 4, kind)
-    torch.testing.assert_close(of("rloo"), of("dr_grpo") * 4 / 3)
-    for kind in ("grpo", "dr_grpo", "rloo"):                                   # a prompt's own level does not count
-        torch.testing.assert_close(of(kind, rewards + torch.arange(3.0).repeat_interleave(4)), of(kind),
-                                   atol=1e-5, rtol=0)
-    torch.testing.assert_close(of("grpo", 100 * rewards), of("grpo"), atol=1e-3, rtol=0)       # nor the scale, for grpo
-    torch.testing.assert_close(of("dr_grpo", 100 * rewards), 100 * of("dr_grpo"), atol=1e-3, rtol=0)
-    half = math.sqrt(0.5)                                  # of two, the sample deviation is |r - r'| / sqrt(2)
-    assert grpo.group_advantages(torch.tensor([0.3, 0.9]), 2).tolist() == pytest.approx([-half, half], abs=1e-3)
+    ours = {kind: grpo.group_advantages(rewards, 4, kind) for kind in ("grpo", "dr_grpo", "rloo")}
+    torch.testing.assert_close(ours["rloo"], ours["dr_grpo"] * 4 / 3)
+    for kind, before in ours.items():                          # a prompt's own level does not count
+        shifted = rewards + torch.arange(3.0).repeat_interleave(4)
+        after = grpo.group_advantages(shifted, 4, kind)
+        torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+    after = grpo.group_advantages(100 * rewards, 4, "grpo")    # nor the scale, for grpo
+    torch.testing.assert_close(after, ours["grpo"], atol=1e-3, rtol=0)
+    after = grpo.group_advantages(100 * rewards, 4, "dr_grpo")
+    torch.testing.assert_close(after, 100 * ours["dr_grpo"], atol=1e-3, rtol=0)
+    pair = grpo.group_advantages(torch.tensor([0.3, 0.9]), 2)  # their deviation: |r - r'| / sqrt(2)
+    half = math.sqrt(0.5)
+    assert pair.tolist() == pytest.approx([-half, half], abs=1e-3)
 
 
 def test_sequence_weights_of_a_row_without_tokens_are_zero():
     mask = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
-    assert torch.equal(grpo.token_weights(mask, "sequence"), torch.tensor([[0.25, 0.25], [0.0, 0.0]]))
+    expected = torch.tensor([[0.25, 0.25], [0.0, 0.0]])
+    assert torch.equal(grpo.token_weights(mask, "sequence"), expected)
 
 
-def test_grpos_deviation_is_the_samples_as_in_other_libraries():
+def test_grpo_divides_by_the_sample_deviation_as_other_libraries_do():
     rewards = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64)
     advantages = grpo.group_advantages(rewards, 4)
     assert advantages.tolist() == pytest.approx([-0.9258, -0.4629, 0, 1.3887], abs=1e-3)
-    assert (rewards - 3)[3] / rewards.std(correction=0) / advantages[3] == pytest.approx(1.1547, abs=1e-3)
+    by_population = (rewards - 3)[3] / rewards.std(correction=0)
+    assert by_population / advantages[3] == pytest.approx(1.1547, abs=1e-3)
 
 
 @pytest.mark.parametrize("G", [2, 3, 4, 7, 64])
 def test_groups_of_equal_rewards_have_exactly_zero_advantage_and_gradient(G):
     gpt = small_gpt()
-    inputs, targets, mask = data.collate([[1, 2]] * G, [[3] * (1 + i % 3) + [10] for i in range(G)])
-    for level in (0.1, -3.0, 1e-3, 1234.567):                                  # a mean of equal floats may be off by rounding
+    responses = [[3] * (1 + i % 3) + [10] for i in range(G)]
+    inputs, targets, mask = data.collate([[1, 2]] * G, responses)
+    for level in (0.1, -3.0, 1e-3, 1234.567):                  # a mean of equal floats may be off
         for kind in ("grpo", "dr_grpo", "rloo"):
             advantages = grpo.group_advantages(torch.full((G,), level), G, kind)
             assert torch.equal(advantages, torch.zeros(G))
     logprobs = token_logprobs(gpt, inputs, targets, mask)
     loss, _ = grpo.grpo_loss(logprobs, logprobs.detach(), advantages, grpo.token_weights(mask))
-    assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(loss, list(gpt.parameters())))
+    for gradient in torch.autograd.grad(loss, list(gpt.parameters())):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 def test_group_advantages_refuse_what_makes_no_groups():
-    with pytest.raises(ValueError, match="got 7 scores, which is not a multiple of group_size 3"):
+    wrong = "got 7 scores, which is not a multiple of group_size 3"
+    with pytest.raises(ValueError, match=wrong):
         grpo.group_advantages(torch.zeros(7), 3)
-    with pytest.raises(ValueError, match="got kind 'mean'; it is grpo, dr_grpo, rloo or reinforce"):
+    wrong = "got kind 'mean'; it is grpo, dr_grpo, rloo or reinforce"
+    with pytest.raises(ValueError, match=wrong):
         grpo.group_advantages(torch.zeros(6), 3, "mean")
     for kind in ("grpo", "rloo"):
-        with pytest.raises(ValueError, match=f"got group_size 1 with kind {kind}; a group takes 2 responses or more"):
+        wrong = f"got group_size 1 with kind {kind}; a group takes 2 responses or more"
+        with pytest.raises(ValueError, match=wrong):
             grpo.group_advantages(torch.zeros(6), 1, kind)
-    with pytest.raises(ValueError, match="got normalise 'row'; it is token, sequence or fixed"):
+    wrong = "got normalise 'row'; it is token, sequence or fixed"
+    with pytest.raises(ValueError, match=wrong):
         grpo.token_weights(torch.ones(2, 3), "row")
 
 
 def test_token_weights_say_what_a_token_of_a_short_and_of_a_long_response_counts():
     mask = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0]])
-    token, sequence, fixed = (grpo.token_weights(mask, kind, max_length=5) for kind in ("token", "sequence", "fixed"))
-    assert token[mask > 0].tolist() == [0.25] * 4                              # every token alike
-    torch.testing.assert_close(sequence.sum(1), torch.tensor([0.5, 0.5]))      # every response alike
+    token = grpo.token_weights(mask, "token", max_length=5)
+    assert token[mask > 0].tolist() == [0.25] * 4              # every token counts the same
+    sequence = grpo.token_weights(mask, "sequence", max_length=5)
+    torch.testing.assert_close(sequence.sum(1), torch.tensor([0.5, 0.5]))  # every response does
     torch.testing.assert_close(sequence[1, 1:], torch.full((3,), 1 / 6))
-    torch.testing.assert_close(fixed[mask > 0], torch.full((4,), 0.1))         # whatever was sampled beside
-    assert all(torch.equal(w == 0, mask == 0) for w in (token, sequence, fixed))
+    fixed = grpo.token_weights(mask, "fixed", max_length=5)    # whatever else was sampled
+    torch.testing.assert_close(fixed[mask > 0], torch.full((4,), 0.1))
+    for weights in (token, sequence, fixed):
+        assert torch.equal(weights == 0, mask == 0)
 
 
 @pytest.mark.parametrize("ratio, advantage, loss, gradient, clipped", [
-    (1.1, 2.0, -2.2, -2.2, 0), (1.25, 2.0, -2.5, -2.5, 0), (1.4, 2.0, -2.6, 0.0, 1), (0.5, 2.0, -1.0, -1.0, 0),
-    (0.9, -2.0, 1.8, 1.8, 0), (0.5, -2.0, 1.6, 0.0, 1), (1.4, -2.0, 2.8, 2.8, 0)])
-def test_asymmetric_clipping_in_every_case_with_gradients(ratio, advantage, loss, gradient, clipped):
-    """clip_eps 0.2, clip_eps_high 0.3: what rises may rise further than what falls may fall"""
+    (1.1, 2.0, -2.2, -2.2, 0),
+    (1.25, 2.0, -2.5, -2.5, 0),
+    (1.4, 2.0, -2.6, 0.0, 1),
+    (0.5, 2.0, -1.0, -1.0, 0),
+    (0.9, -2.0, 1.8, 1.8, 0),
+    (0.5, -2.0, 1.6, 0.0, 1),
+    (1.4, -2.0, 2.8, 2.8, 0)])
+def test_asymmetric_clipping_in_every_case_with_gradients(
+        ratio, advantage, loss, gradient, clipped):
+    """clip_eps 0.2, clip_eps_high 0.3: a probability may rise further than it may fall."""
     logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
-    ours, metrics = grpo.grpo_loss(logprobs, torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1), 0.2, 0.3)
+    old = torch.zeros(1, 1)
+    weights = torch.ones(1, 1)
+    ours, metrics = grpo.grpo_loss(logprobs, old, torch.tensor([advantage]), weights, 0.2, 0.3)
     ours.backward()
-    assert ours.item() == pytest.approx(loss) and logprobs.grad.item() == pytest.approx(gradient)
-    assert metrics["clip_fraction"].item() == clipped and metrics["ratio"].item() == pytest.approx(ratio)
+    assert ours.item() == pytest.approx(loss)
+    assert logprobs.grad.item() == pytest.approx(gradient)
+    assert metrics["clip_fraction"].item() == clipped
+    assert metrics["ratio"].item() == pytest.approx(ratio)
 
 
 def test_grpo_loss_by_tokens_is_ppos_and_by_every_weight_a_plain_sum():
     logprobs, old, values, _, mask = ragged()
-    logprobs, old, advantages = 0.3 * logprobs, 0.3 * old, values[:, 0] + torch.arange(5)
+    logprobs = 0.3 * logprobs
+    old = 0.3 * old
+    advantages = values[:, 0] + torch.arange(5)
     ours, metrics = grpo.grpo_loss(logprobs, old, advantages, grpo.token_weights(mask))
     theirs, expected = ppo.policy_loss(logprobs, old, advantages[:, None].expand_as(mask), mask)
     torch.testing.assert_close(ours, theirs)
@@ -3129,83 +1920,139 @@ def test_grpo_loss_by_tokens_is_ppos_and_by_every_weight_a_plain_sum():
     for kind in ("sequence", "fixed"):
         total = 0.0
         for b, t in (mask > 0).nonzero().tolist():
-            rho, length = math.exp(logprobs[b, t] - old[b, t]), {"sequence": mask[b].sum().item(), "fixed": 20}[kind]
-            worst = min(rho * advantages[b].item(), min(max(rho, 0.8), 1.28) * advantages[b].item())
-            total -= worst / length / 5
+            ratio = math.exp(logprobs[b, t] - old[b, t])
+            clipped = min(max(ratio, 0.8), 1.28)
+            advantage = advantages[b].item()
+            length = mask[b].sum().item() if kind == "sequence" else 20
+            total -= min(ratio * advantage, clipped * advantage) / length / 5
         weights = grpo.token_weights(mask, kind, max_length=20)
-        assert grpo.grpo_loss(logprobs, old, advantages, weights, 0.2, 0.28)[0].item() == pytest.approx(total)
+        loss, _ = grpo.grpo_loss(logprobs, old, advantages, weights, 0.2, 0.28)
+        assert loss.item() == pytest.approx(total)
 
 
 @pytest.mark.parametrize("response, kept", [
-    (" The plot is good. The plot is not dull. See it twice.", 1), (" The plot is good. I liked the plot. Skip it.", 1),
-    (" The plot is good. See it twice.", 0), (" The plot is good. The plot is solid. I saw it on a train. See it twice.", 0),
-    (" The plot is good. The music is solid. See it twice.", 0), (" The plot is good, but the music is dull. The plot is thin. Skip it.", 0),
-    (" The plot is good. It is a solid fable. See it twice.", 0), (" The plot is good. The plot is solid.", 0),
-    (" The plot plot is good. The plot is solid. Skip it.", 0), ("", 0), (" See it twice.", 0)])
+    (" The plot is good. The plot is not dull. See it twice.", 1),
+    (" The plot is good. I liked the plot. Skip it.", 1),
+    (" The plot is good. See it twice.", 0),
+    (" The plot is good. The plot is solid. I saw it on a train. See it twice.", 0),
+    (" The plot is good. The music is solid. See it twice.", 0),
+    (" The plot is good, but the music is dull. The plot is thin. Skip it.", 0),
+    (" The plot is good. It is a solid fable. See it twice.", 0),
+    (" The plot is good. The plot is solid.", 0),
+    (" The plot plot is good. The plot is solid. Skip it.", 0),
+    ("", 0),
+    (" See it twice.", 0)])
 def test_the_request_is_three_sentences_about_the_aspect_alone(response, kept):
     prompt = reviews.make_prompt("fable", "a lost letter", "plot")
-    assert reviews.request_kept([prompt, prompt], [response, " The plot is good. The plot is solid. Skip it."]) == [kept, 1]
+    good = " The plot is good. The plot is solid. Skip it."
+    assert reviews.request_kept([prompt, prompt], [response, good]) == [kept, 1]
 
 
 def test_rows_give_back_the_texts_they_were_made_of(tokenizer):
-    prompts, responses = ["A fable about an old map. On the plot:", "", "x"], [" Skip it.", " Worth a look.", " The"]
-    ids = data.encode_texts(tokenizer, prompts, responses)
-    ids[1][2].pop()                                                            # the last one has no EOS
+    prompts = ["A fable about an old map. On the plot:", "", "x"]
+    responses = [" Skip it.", " Worth a look.", " The"]
+    ids = tokenizers.encode_texts(tokenizer, prompts, responses)
+    ids[1][2].pop()                                            # the last one has no EOS
     assert data.texts_of(tokenizer, *data.collate(*ids)) == (prompts, responses)
 
 
-def load_own(tokenizer, spec, **changes):
-    """A reward of one's own, not normalised"""
-    cfg = dataclasses.replace(grpo.Config(), reward=spec, normalise_reward=False, **changes)
-    return scoring.load_reward(cfg, None, tokenizer, [], "cpu")
+def three_rows(tokenizer):
+    """The inputs, targets and mask of three responses of 4, 9 and 2 characters"""
+    ids = tokenizers.encode_texts(tokenizer, ["a", "b", "c"], [" The", " Skip it.", " A"])
+    return data.collate(*ids)
 
 
-def test_a_reward_of_ones_own_is_called_with_texts_and_must_give_a_number_for_each(tokenizer, tmp_path, capsys):
-    mine = tmp_path / "mine.py"
-    mine.write_text("def short(prompts, responses):\n    return [-len(r) for r in responses]\n"
-                    "def one(prompts, responses):\n    return [1.0]\nnumber = 3\n"
-                    "def broken(prompts, responses):\n    return [1 / 0 for r in responses]\n")
-    reward, finished = load_own(tokenizer, f"{mine}:short", score_clip=6.0), torch.tensor([True] * 3)
-    batch = data.collate(*data.encode_texts(tokenizer, ["a", "b", "c"], [" The", " Skip it.", " A"]))
-    assert reward(*batch, torch.tensor([True, True, False])).tolist() == [-4, -6, -3]         # clipped; without EOS
+REWARDS = """
+def short(prompts, responses):
+    return [-len(r) for r in responses]
+
+def one(prompts, responses):
+    return [1.0]
+
+def broken(prompts, responses):
+    return [1 / 0 for r in responses]
+
+def generator(prompts, responses):
+    yield 1.0
+    1 / 0
+
+number = 3
+"""
+
+
+def test_a_users_reward_is_called_with_the_texts_of_rows(tokenizer, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(REWARDS)
+    reward = load_own(tokenizer, f"{path}:short", score_clip=6.0)
+    scores = reward(*three_rows(tokenizer), torch.tensor([True, True, False]))
+    assert scores.tolist() == [-4, -6, -3]                     # the second clipped, the last no EOS
     assert reward.made_for.startswith("mine.py:short ") and reward.model is None
-    assert load_own(tokenizer, os.path.relpath(mine) + ":short").made_for == reward.made_for
-    for spec, message in ((f"{mine}:number", "has no function number"), (f"{mine}", "it takes reward_model, path/to/file.py:"),
-                          (f"{tmp_path}/none.py:short", "none.py is not there"), ("rm", "it takes reward_model, path/to/")):
-        with pytest.raises(Stopped, match=message):
-            load_own(tokenizer, spec)
-    with pytest.raises(Stopped, match="was given 3 prompts and responses and gave back 1 numbers"):
-        load_own(tokenizer, f"{mine}:one")(*batch, finished)
-    with pytest.raises(Stopped, match="the reward function broken ended in the ZeroDivisionError above"):
-        load_own(tokenizer, f"{mine}:broken")(*batch, finished)
-    assert "return [1 / 0 for r in responses]" in capsys.readouterr().err      # the line of theirs that it was
-    mine.write_text("import beside_it\nthis is no python")
-    with pytest.raises(Stopped, match="mine.py cannot be read .SyntaxError: invalid syntax .*line 2"):
-        load_own(tokenizer, f"{mine}:f")
-    mine.write_text("import sys\nsys.exit(0)\ndef f(): pass")
-    with pytest.raises(Stopped, match="mine.py cannot be imported: it ended in the SystemExit above"):
-        load_own(tokenizer, f"{mine}:f")
-    mine.write_text("def f(p, r):\n    yield 1.0\n    1 / 0\n")
-    with pytest.raises(Stopped, match="ended in the ZeroDivisionError above"):
-        load_own(tokenizer, f"{mine}:f")(*batch, finished)
-    (tmp_path / "beside_it.py").write_text("number = 7.0\n")
-    mine.write_text("import beside_it\ndef f(p, r):\n    return [beside_it.number] * len(r)\n")
-    assert load_own(tokenizer, f"{mine}:f")(*batch, finished).tolist() == [7.0] * 3
-    mine.write_text("import torch\ndef f(p, r):\n    return torch.ones(3, requires_grad=True)\n")
-    other = load_own(tokenizer, f"{mine}:f")
-    assert not other(*batch, finished).requires_grad and other.made_for.split()[1] != reward.made_for.split()[1]    # edited
+    assert load_own(tokenizer, os.path.relpath(path) + ":short").made_for == reward.made_for
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("mine.py:number", "has no function number"),
+    ("mine.py", "it takes reward_model, path/to/file.py:"),
+    ("none.py:short", "none.py does not exist"),
+    ("rm", "it takes reward_model, path/to/")])
+def test_a_spec_that_names_no_reward_is_refused(spec, message, tokenizer, empty_folder):
+    (empty_folder / "mine.py").write_text(REWARDS)
+    with pytest.raises(Stopped, match=message):
+        load_own(tokenizer, spec)
+
+
+@pytest.mark.parametrize("name, message, shown", [
+    pytest.param("one", "was given 3 prompts and responses and returned 1 numbers", "", id="one"),
+    pytest.param("broken", "the reward function broken ended in the ZeroDivisionError above",
+                 "return [1 / 0 for r in responses]", id="broken"),
+    pytest.param("generator", "ended in the ZeroDivisionError above", "1 / 0", id="generator")])
+def test_a_failing_reward_is_named_and_its_line_shown(
+        name, message, shown, tokenizer, tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(REWARDS)
+    reward = load_own(tokenizer, f"{path}:{name}")
+    with pytest.raises(Stopped, match=message):
+        reward(*three_rows(tokenizer), torch.tensor([True] * 3))
+    assert shown in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code, message", [
+    pytest.param("import neighbor\nthis is no python",
+                 "mine.py cannot be read .SyntaxError: invalid syntax .*line 2", id="syntax"),
+    pytest.param("import sys\nsys.exit(0)\ndef f(): pass",
+                 "importing .*mine.py ended in the SystemExit above", id="exit")])
+def test_a_reward_file_that_cannot_be_imported_is_named(code, message, tokenizer, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(code)
+    with pytest.raises(Stopped, match=message):
+        load_own(tokenizer, f"{path}:f")
+    path.write_text(REWARDS)
+    load_own(tokenizer, f"{path}:short")                       # repaired
+
+
+def test_a_reward_that_was_edited_is_loaded_anew_with_what_it_imports(tokenizer, tmp_path):
+    path = tmp_path / "mine.py"
+    rows = three_rows(tokenizer)
+    finished = torch.tensor([True] * 3)
+    (tmp_path / "neighbor.py").write_text("number = 7.0\n")
+    path.write_text("import neighbor\ndef f(p, r):\n    return [neighbor.number] * len(r)\n")
+    before = load_own(tokenizer, f"{path}:f")
+    assert before(*rows, finished).tolist() == [7.0] * 3
+    path.write_text("import torch\ndef f(p, r):\n    return torch.ones(3, requires_grad=True)\n")
+    after = load_own(tokenizer, f"{path}:f")
+    assert not after(*rows, finished).requires_grad
+    assert after.made_for.split()[1] != before.made_for.split()[1]
 
 
 @pytest.fixture
-def of_three(tokenizer, tmp_path):
-    """The rewards of a function, as a line of Python or a whole file, for three responses"""
+def three_rewards(tokenizer, tmp_path):
+    """The rewards for three_rows of a function, given as an expression or as a file's text"""
     def rewards(code, name="f", file="mine.py"):
         if "\n" not in code:
             code = f"import numpy as np, torch\ndef f(prompts, completions):\n    return {code}\n"
         (tmp_path / file).write_text(code)
         reward = load_own(tokenizer, f"{tmp_path / file}:{name}", missing_eos_score=None)
-        ids = data.encode_texts(tokenizer, ["a", "b", "c"], [" The", " Skip it.", " A"])
-        return reward(*data.collate(*ids), torch.tensor([True] * 3)).tolist()
+        return reward(*three_rows(tokenizer), torch.tensor([True] * 3)).tolist()
     return rewards
 
 
@@ -3265,60 +2112,80 @@ class NoCall: pass
     "turned trl open_ended stars star alone keywords slash unnamed optional nothing_more "
     "by_lambda anything first_given named_given passes_both passes_args passes_named passes_less "
     "Judge judge method").split())
-def test_a_reward_is_given_what_its_parameters_are_named(name, of_three):
-    assert of_three(CALLABLES, name) == [4, 9, 2]
+def test_a_reward_is_given_what_its_parameters_are_named(name, three_rewards):
+    assert three_rewards(CALLABLES, name) == [4, 9, 2]
 
 
 @pytest.mark.parametrize("name, message", [
     ("answers", "answers.prompts, completions, answer. asks for answer; a reward is given prompts"),
-    ("answer_first", "asks for answer;"), ("answer_last", "asks for answer;"),
-    ("three", "asks for p, r, answer;"), ("outputs", "asks for outputs;"),
-    ("one", "asks for texts;"), ("none", "asks for nothing;"), ("wrapped", "asks for answer;"),
-    ("Needs", "cannot be imported: it ended in the TypeError above"),
+    ("answer_first", "asks for answer;"),
+    ("answer_last", "asks for answer;"),
+    ("three", "asks for p, r, answer;"),
+    ("outputs", "asks for outputs;"),
+    ("one", "asks for texts;"),
+    ("none", "asks for nothing;"),
+    ("wrapped", "asks for answer;"),
+    ("Needs", "importing .* ended in the TypeError above"),
     ("NoCall", "has no function NoCall")])
-def test_a_reward_that_asks_for_more_is_refused_when_loaded(name, message, tokenizer, here):
-    (here / "mine.py").write_text(CALLABLES)
+def test_a_reward_that_asks_for_more_is_refused_when_loaded(name, message, tokenizer, empty_folder):
+    (empty_folder / "mine.py").write_text(CALLABLES)
     with pytest.raises(Stopped, match="^error: .*" + message):
         load_own(tokenizer, f"mine.py:{name}")
 
 
 @pytest.mark.parametrize("answer", [
-    "np.arange(3.0)", "np.arange(3)[:, None]", "torch.arange(3.0, requires_grad=True)",
-    "torch.arange(3)[:, None].bfloat16()", "(x for x in range(3))", "map(float, range(3))",
-    "(0.0, True, np.float32(2))", "[torch.tensor([0.0]), np.array(1.0), np.longdouble(2)]",
+    "np.arange(3.0)",
+    "np.arange(3)[:, None]",
+    "torch.arange(3.0, requires_grad=True)",
+    "torch.arange(3)[:, None].bfloat16()",
+    "(x for x in range(3))",
+    "map(float, range(3))",
+    "(0.0, True, np.float32(2))",
+    "[torch.tensor([0.0]), np.array(1.0), np.longdouble(2)]",
     "[__import__('decimal').Decimal(0), __import__('fractions').Fraction(1), 2]",
-    "{i: float(i) for i in range(3)}.values()", "np.arange(3).astype(object)"])
-def test_a_reward_gives_its_numbers_in_any_common_form(answer, of_three):
-    assert of_three(answer) == [0, 1, 2]
+    "{i: float(i) for i in range(3)}.values()",
+    "np.arange(3).astype(object)"])
+def test_a_reward_gives_its_numbers_in_any_common_form(answer, three_rewards):
+    assert three_rewards(answer) == [0, 1, 2]
 
 
-def test_a_reward_gives_true_and_false_and_one_number_for_one_response(of_three):
-    assert of_three("np.array([True, False, True])") == [1, 0, 1]
-    assert of_three("[len(completions.pop(0)) for _ in prompts]") == [4, 9, 2]
-    assert guest.numbers(np.array(2.5), "f") == guest.numbers(torch.tensor([[2.5]]), "f") == [2.5]
+def test_a_reward_gives_true_and_false_and_one_number_for_one_response(three_rewards):
+    assert three_rewards("np.array([True, False, True])") == [1, 0, 1]
+    assert three_rewards("[len(completions.pop(0)) for _ in prompts]") == [4, 9, 2]
+    assert guest.numbers(np.array(2.5), "f") == [2.5]
+    assert guest.numbers(torch.tensor([[2.5]]), "f") == [2.5]
 
 
 @pytest.mark.parametrize("answer, why", [
-    ("None", "a NoneType .*generator is wanted"), ("3.0", "a float .*generator is wanted"),
-    ("{0: 1.0, 1: 2.0, 2: 3.0}", "a dict .*is wanted"), ("{1.0, 2.0, 3.0}", "a set .*is wanted"),
-    ("'123'", "a str .*is wanted"), ("b'123'", "a bytes .*is wanted"),
-    ("[1.0, None, 2.0]", r"item .1. is None, of type NoneType"), ("['high'] * 3", "is 'high'"),
-    ("['1.2'] * 3", "item .0. is '1.2', of type str"), ("np.array(['1.2'] * 3)", "of type str"),
-    ("iter(['1.2'] * 3)", "of type str"), ("[np.str_('1.2')] * 3", "of type str_"),
-    ("[b'1'] * 3", "of type bytes"), ("[1j] * 3", "complex"),
-    ("[[1.0], [2.0], [3.0]]", r"item .0. is .1.0., of type list"), ("[10 ** 400] * 3", "type int"),
+    ("None", "a NoneType .*generator is wanted"),
+    ("3.0", "a float .*generator is wanted"),
+    ("{0: 1.0, 1: 2.0, 2: 3.0}", "a dict .*is wanted"),
+    ("{1.0, 2.0, 3.0}", "a set .*is wanted"),
+    ("'123'", "a str .*is wanted"),
+    ("b'123'", "a bytes .*is wanted"),
+    ("[1.0, None, 2.0]", r"item .1. is None, of type NoneType"),
+    ("['high'] * 3", "is 'high'"),
+    ("['1.2'] * 3", "item .0. is '1.2', of type str"),
+    ("np.array(['1.2'] * 3)", "of type str"),
+    ("iter(['1.2'] * 3)", "of type str"),
+    ("[np.str_('1.2')] * 3", "of type str_"),
+    ("[b'1'] * 3", "of type bytes"),
+    ("[1j] * 3", "complex"),
+    ("[[1.0], [2.0], [3.0]]", r"item .0. is .1.0., of type list"),
+    ("[10 ** 400] * 3", "type int"),
     ("torch.zeros(3, 2)", r"its shape is .3, 2."),
     ("np.array([1.0, None, 2.0])", "item .1. is None"),
-    ("np.array(2.0)", "gave back 1 numbers"),
-    ("async_one()", "a coroutine .*asyncio.run"), ("async_many()", "an? async_generator ")])
+    ("np.array(2.0)", "returned 1 numbers"),
+    ("async_one()", "a coroutine .*asyncio.run"),
+    ("async_many()", "an? async_generator ")])
 @pytest.mark.filterwarnings("error")
-def test_what_is_not_a_list_of_numbers_is_refused_and_named(answer, why, of_three):
+def test_what_is_not_a_list_of_numbers_is_refused_and_named(answer, why, three_rewards):
     code = ("import numpy as np, torch\n"
             "async def async_one(): pass\n"
             "async def async_many(): yield\n"
             f"f = lambda p, r: {answer}\n")
-    with pytest.raises(Stopped, match=f"^error: the reward function f .*{why}.*should give one"):
-        of_three(code)
+    with pytest.raises(Stopped, match=f"^error: the reward function f .*{why}.*should return one"):
+        three_rewards(code)
 
 
 WORKERS = """
@@ -3339,44 +2206,43 @@ def forked(prompts, responses):
 
 
 @pytest.mark.parametrize("name", ["judge", "data", "ppo", "tiktoken", "my-judge", "judge.v2"])
-def test_worker_processes_find_the_functions_of_a_reward(name, of_three, tmp_path):
-    """Whether or not its file is named like one of ours, an installed one, or no module at all"""
+def test_worker_processes_find_the_functions_of_a_reward(name, three_rewards):
+    """Even if its file has the name of ours, of an installed one, or of no possible module."""
     module = sys.modules.get(name)
-    assert of_three(WORKERS, "pooled", f"{name}.py") == of_three(WORKERS, "forked", f"{name}.py")
+    assert three_rewards(WORKERS, "pooled", f"{name}.py") == [4, 9, 2]
+    assert three_rewards(WORKERS, "forked", f"{name}.py") == [4, 9, 2]
     assert sys.modules.get(name) is module
 
 
-def test_a_reward_may_be_named_like_a_module_of_python(of_three):
+def test_a_reward_may_be_named_like_a_module_of_python(three_rewards):
     code = "def f(prompts, responses):\n    import json\n    return map(len, responses)\n"
     for name in ("json", "random", "model", "test"):
-        assert of_three(code, file=f"{name}.py") == [4, 9, 2]
+        assert three_rewards(code, file=f"{name}.py") == [4, 9, 2]
     assert json is sys.modules["json"] and model is sys.modules["model"]
 
 
-def test_a_reward_meets_its_neighbors_and_we_meet_ours(of_three, tmp_path, monkeypatch):
-    """Imported by the file, by the function when called, and in a worker process of it"""
+def test_a_reward_imports_its_neighbors_and_we_import_ours(three_rewards, tmp_path, monkeypatch):
+    """Its neighbors have the names of our modules: data, and the package lab"""
     main = types.ModuleType("__main__")
     main.__file__ = str(HERE / "ppo.py")
     monkeypatch.setitem(sys.modules, "__main__", main)
-    (tmp_path / "files.py").write_text("def length(text):\n    return len(text)\n")
-    (tmp_path / "options").mkdir()
-    (tmp_path / "options" / "__init__.py").write_text("from . import inner\n")
-    (tmp_path / "options" / "inner.py").write_text("from files import length\n")
+    (tmp_path / "data.py").write_text("def length(text):\n    return len(text)\n")
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "__init__.py").write_text("from . import inner\n")
+    (tmp_path / "lab" / "inner.py").write_text("from data import length\n")
     before = dict(sys.modules)
-    early = WORKERS + "import files\nimport reviews\ncheck = files.length\n"
-    assert of_three(early, "pooled") == [4, 9, 2]
-    late = ("def f(prompts, responses):\n    from options import inner\n"
+    early = WORKERS + "import data\nimport reviews\ncheck = data.length\n"
+    assert three_rewards(early, "pooled") == [4, 9, 2]
+    late = ("def f(prompts, responses):\n    from lab import inner\n"
             "    return map(inner.length, responses)\n")
-    assert of_three(late) == [4, 9, 2]
-    assert all(sys.modules[name] is module for name, module in before.items())
-    assert not {"mine", "options.inner"} & sys.modules.keys()
-    assert sys.path[-1] == str(tmp_path) != sys.path[0]      # for workers that start after a call
+    assert three_rewards(late) == [4, 9, 2]
+    for name, module in before.items():
+        assert sys.modules[name] is module
+    assert not {"mine", "lab.inner"} & sys.modules.keys()
+    assert sys.path[-1] == str(tmp_path) != sys.path[0]        # for workers that start after a call
 
 
-def test_what_a_reward_sets_for_the_whole_program_is_set_back(of_three, tmp_path, monkeypatch):
-    """By its file, for which it holds when it is called, and by its function"""
-    monkeypatch.chdir(tmp_path)
-    wild = """
+SETS_EVERYTHING = """
 import os, random, sys, torch
 torch.set_grad_enabled(False)
 torch.set_default_dtype(torch.bfloat16)
@@ -3385,6 +2251,7 @@ torch.use_deterministic_algorithms(True)
 os.mkdir("work")
 os.chdir("work")
 sys.path.insert(0, "/nowhere")
+
 def f(prompts, responses):
     assert torch.zeros(1).is_meta and torch.zeros(1).dtype == torch.bfloat16
     assert os.path.basename(os.getcwd()) == "work" and sys.path[0] == "/nowhere"
@@ -3392,35 +2259,44 @@ def f(prompts, responses):
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     os.rmdir(os.getcwd())
     return [random.random() for _ in responses]
+
 def broken(prompts, responses):
     torch.set_float32_matmul_precision("medium")
     torch.set_grad_enabled(True)
     os.chdir("/")
     1 / 0
 """
+
+
+def test_what_a_reward_sets_for_the_whole_program_is_set_back(
+        three_rewards, tmp_path, monkeypatch):
+    """What its file sets holds again when its function is called; neither reaches the program."""
+    monkeypatch.chdir(tmp_path)
+
     def state():
         return (torch.is_grad_enabled(), torch.get_default_dtype(), torch.zeros(1).device,
                 torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(),
                 torch.get_float32_matmul_precision(), os.getcwd(), sys.path[0],
                 torch._C._len_torch_function_stack(), sys.modules["__main__"])
+
     before = state()
     random.seed(3)
-    lucky = random.Random(3)
-    drawn = [lucky.random() for _ in range(3)]
-    assert of_three(wild) == pytest.approx(drawn)
-    assert random.random() == lucky.random()                                   # it is not set back
+    twin = random.Random(3)
+    drawn = [twin.random() for _ in range(3)]
+    assert three_rewards(SETS_EVERYTHING) == pytest.approx(drawn)
+    assert random.random() == twin.random()                    # generators are not set back
     assert state() == before
     with torch.no_grad(), pytest.raises(Stopped, match="ended in the ZeroDivisionError"):
-        of_three(wild, "broken")
+        three_rewards(SETS_EVERYTHING, "broken")
     assert state() == before
 
 
-def test_a_keyboard_interrupt_passes_through_a_reward(of_three):
+def test_a_keyboard_interrupt_passes_through_a_reward(three_rewards):
     for code in ("def f(p, r):\n    raise KeyboardInterrupt\n",
                  "raise KeyboardInterrupt\nf = len\n"):
         with pytest.raises(KeyboardInterrupt):
-            of_three(code)
-    assert not experiment.Run.in_users_code
+            three_rewards(code)
+    assert not runs.Run.in_users_code
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3432,27 +2308,37 @@ def test_every_rungs_psi_equals_its_sum_over_a_response(gamma):
     psi = {rung: f(rewards, values, mask, gamma, 0.7) for rung, f in policy_gradient.PSI.items()}
     for b in range(len(mask)):
         columns = (mask[b] > 0).nonzero().squeeze(1).tolist()
-        R, V = rewards[b, columns].tolist(), values[b, columns].tolist() + [0.0]
         n = len(columns)
+        R = rewards[b, columns].tolist()
+        V = values[b, columns].tolist() + [0.0]
         to_go = [sum(gamma ** (l - t) * R[l] for l in range(t, n)) for t in range(n)]
         delta = [R[t] + gamma * V[t + 1] - V[t] for t in range(n)]
-        wanted = {"plain_value": [R[t] + gamma * V[t + 1] for t in range(n)],
-                  "total_return": [sum(gamma ** l * R[l] for l in range(n))] * n, "reward_to_go": to_go,
-                  "baseline": [G - v for G, v in zip(to_go, V)], "a2c": delta,
-                  "gae": [sum((gamma * 0.7) ** (l - t) * delta[l] for l in range(t, n)) for t in range(n)]}
-        for rung, numbers in wanted.items():
+        discount = gamma * 0.7
+        expected = {
+            "plain_value": [R[t] + gamma * V[t + 1] for t in range(n)],
+            "total_return": [sum(gamma ** l * R[l] for l in range(n))] * n,
+            "reward_to_go": to_go,
+            "baseline": [G - v for G, v in zip(to_go, V)],
+            "a2c": delta,
+            "gae": [sum(discount ** (l - t) * delta[l] for l in range(t, n)) for t in range(n)]}
+        for rung, numbers in expected.items():
             assert psi[rung][b, columns].tolist() == pytest.approx(numbers), rung
             assert not psi[rung][b][mask[b] == 0].any(), rung
 
 
 def test_conjugate_gradient_solves_what_a_direct_solver_solves():
     root = torch.randn(12, 12, generator=seeded(), dtype=torch.float64)
-    A, b = root @ root.T + 0.1 * torch.eye(12), torch.randn(12, generator=seeded(1), dtype=torch.float64)
+    A = root @ root.T + 0.1 * torch.eye(12)
+    b = torch.randn(12, generator=seeded(1), dtype=torch.float64)
     exact = torch.linalg.solve(A, b)
-    torch.testing.assert_close(policy_gradient.conjugate_gradient(lambda v: A @ v, b, 20), exact, atol=1e-6, rtol=1e-6)
-    errors = [(policy_gradient.conjugate_gradient(lambda v: A @ v, b, n) - exact) @ A @
-              (policy_gradient.conjugate_gradient(lambda v: A @ v, b, n) - exact) for n in range(13)]
-    assert all(after < before for before, after in zip(errors, errors[1:]))   # in the norm of A it always falls
+
+    def solution(b, steps):
+        return policy_gradient.conjugate_gradient(lambda v: A @ v, b, steps)
+
+    torch.testing.assert_close(solution(b, 20), exact, atol=1e-6, rtol=1e-6)
+    errors = [solution(b, steps) - exact for steps in range(13)]
+    norms = [e @ A @ e for e in errors]                        # in the norm of A they always fall
+    assert all(after < before for before, after in zip(norms, norms[1:]))
     zero = torch.zeros(12, dtype=torch.float64)
     assert torch.equal(policy_gradient.conjugate_gradient(lambda v: A @ v, zero), zero)
 
@@ -3460,170 +2346,294 @@ def test_conjugate_gradient_solves_what_a_direct_solver_solves():
 def test_mean_kl_is_the_mean_over_response_tokens_of_the_whole_distributions():
     old, new = small_gpt(seed=0), small_gpt(seed=1)
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
-    p, q = (policy_gradient.token_distributions(m, inputs, mask, 0.7) for m in (old, new))
+    p = policy_gradient.token_distributions(old, inputs, mask, 0.7)
+    q = policy_gradient.token_distributions(new, inputs, mask, 0.7)
     total = 0.0
     for b, t in (mask > 0).nonzero().tolist():
-        a, c = ((m(inputs)[b, t].double() / 0.7).log_softmax(-1) for m in (old, new))
-        total += (a.exp() * (a - c)).sum().item()
-    assert policy_gradient.mean_kl(p, q).item() == pytest.approx(total / mask.sum().item(), rel=1e-4)
-    torch.testing.assert_close(p.gather(1, targets[mask > 0][:, None]).squeeze(1),
-                               token_logprobs(old, inputs, targets, mask, 0.7)[mask > 0])
+        log_p, log_q = ((gpt(inputs)[b, t].double() / 0.7).log_softmax(-1) for gpt in (old, new))
+        total += (log_p.exp() * (log_p - log_q)).sum().item()
+    mean = total / mask.sum().item()
+    assert policy_gradient.mean_kl(p, q).item() == pytest.approx(mean, rel=1e-4)
+    chosen = p.gather(1, targets[mask > 0][:, None]).squeeze(1)
+    logprobs = token_logprobs(old, inputs, targets, mask, 0.7)
+    torch.testing.assert_close(chosen, logprobs[mask > 0])
 
 
 def test_gradient_noise_is_the_trace_of_the_covariance_and_the_square_of_the_mean():
-    generator, D = seeded(), 50
-    mean, std = torch.linspace(-1, 1, D), torch.linspace(0.1, 2, D)
-    variances, signal = policy_gradient.gradient_noise(mean + std * torch.randn(D, generator=generator) for _ in range(4000))
-    truth, error = (std ** 2).sum().item(), variances.std().item() / 2000 ** 0.5
-    assert len(variances) == 2000 and abs(variances.mean().item() - truth) < 4 * error < 0.05 * truth
+    generator = seeded()
+    mean = torch.linspace(-1, 1, 50)
+    std = torch.linspace(0.1, 2, 50)
+    gradients = (mean + std * torch.randn(50, generator=generator) for _ in range(4000))
+    variances, signal = policy_gradient.gradient_noise(gradients)
+    trace = (std ** 2).sum().item()
+    error = variances.std().item() / 2000 ** 0.5
+    assert len(variances) == 2000
+    assert abs(variances.mean().item() - trace) < 4 * error < 0.05 * trace
     assert signal == pytest.approx((mean ** 2).sum().item(), rel=0.05)
-    variances, signal = policy_gradient.gradient_noise(iter([torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0]), torch.zeros(2), torch.ones(2)]))
+
+    pairs = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 0.0], [1.0, 1.0]])
+    variances, signal = policy_gradient.gradient_noise(iter(pairs))
     assert variances.tolist() == [10, 1] and signal == pytest.approx(1.5)
 
 
 # --------------------------------------------------------------------------------------------------
-# frontier.py
+# frontier.py, compare.py
 
 def test_the_mixture_is_the_average_density_by_number_of_samples():
     logprobs = torch.randn(2, 3, 4, generator=seeded(), dtype=torch.float64)
     q = frontier.mixture_logprobs(logprobs, [1, 3])
     for p, n in itertools.product(range(3), range(4)):
-        assert q[p, n].item() == pytest.approx(math.log(
-            0.25 * math.exp(logprobs[0, p, n]) + 0.75 * math.exp(logprobs[1, p, n])))
+        density = 0.25 * math.exp(logprobs[0, p, n]) + 0.75 * math.exp(logprobs[1, p, n])
+        assert q[p, n].item() == pytest.approx(math.log(density))
 
 
 def exactly(listing):
-    """The listing as samples of the uniform distribution: rewards, log weights, so that means are exact"""
+    """Rewards and log weights of the listing as uniform samples, whose means are exact"""
     return listing.scores.double(), listing.ref + math.log(len(listing.responses))
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 1.0, 5.0])
 def test_the_optimum_equals_enumeration(listing, beta):
-    best = (listing.ref + listing.scores.double() / beta).softmax(1)
+    scores = listing.scores.double()
+    best = (listing.ref + scores / beta).softmax(1)
     kl = (best * (best.log() - listing.ref)).sum(1).mean().item()
-    reward = (best * listing.scores).sum(1).mean().item()
-    point = frontier.optimum(*exactly(listing), beta, values=listing.scores.double() ** 2)
-    assert point["reward"].item() == pytest.approx(reward) and point["kl"].item() == pytest.approx(kl, abs=1e-5)
+    reward = (best * scores).sum(1).mean().item()
+    point = frontier.optimum(*exactly(listing), beta, values=scores ** 2)
+    assert point["reward"].item() == pytest.approx(reward)
+    assert point["kl"].item() == pytest.approx(kl, abs=1e-5)
     assert point["objective"].item() == pytest.approx(reward - beta * kl, abs=1e-5)
-    assert point["value"].item() == pytest.approx((best * listing.scores ** 2).sum(1).mean().item())
+    assert point["value"].item() == pytest.approx((best * scores ** 2).sum(1).mean().item())
     torch.testing.assert_close(point["ess"], 1 / (best ** 2).sum(1))
 
 
 def test_the_frontier_is_reached_by_pi_star_and_by_nobody_passed(listing):
+    scores = listing.scores.double()
     for beta in (0.3, 1.0, 3.0):
         point = frontier.optimum(*exactly(listing), beta)
         best, at = frontier.best_reward(*exactly(listing), point["kl"])
-        assert best.item() == pytest.approx(point["reward"].item(), abs=1e-3) and at["beta"] == pytest.approx(beta, rel=0.04)
-    for seed in range(30):                                     # policies of all sorts, some near pi*
+        assert best.item() == pytest.approx(point["reward"].item(), abs=1e-3)
+        assert at["beta"] == pytest.approx(beta, rel=0.04)
+    for seed in range(30):                                     # various policies, some near pi*
         noise = torch.randn(2, 40, generator=seeded(seed)) * (seed % 5) / 4
-        p = (listing.ref + (seed % 3) * listing.scores.double() + noise).softmax(1)
+        p = (listing.ref + (seed % 3) * scores + noise).softmax(1)
         kl = (p * (p.log() - listing.ref)).sum(1).mean()
-        assert (p * listing.scores).sum(1).mean() <= frontier.best_reward(*exactly(listing), kl)[0] + 1e-6
+        best, _ = frontier.best_reward(*exactly(listing), kl)
+        assert (p * scores).sum(1).mean() <= best + 1e-6
 
 
 def drawn_samples(listing, policies, counts, seed=0):
-    """Samples of tables of probabilities, as collect would make them"""
-    at = torch.cat([torch.multinomial(p, n, replacement=True, generator=seeded(seed + k))
-                    for k, (p, n) in enumerate(zip(policies, counts))], dim=1)              # (P, N)
-    gather = lambda x: x.double().gather(1, at)
-    one, N = torch.ones(at.shape), at.shape[1]
-    return frontier.Samples([[1]] * 2, ["SFT", *"ABC"[:len(counts) - 1]], counts, [TINY_PROMPT] * 2, [[" Skip it."] * N] * 2,
-                            gather(listing.scores), torch.stack([gather(p.log()) for p in policies]),
-                            one, one, one, gather(listing.scores), one)
+    """Samples of SFT, A, B, .., given as tables of probabilities, as collect would make them"""
+    draws = [torch.multinomial(p, n, replacement=True, generator=seeded(seed + k))
+             for k, (p, n) in enumerate(zip(policies, counts))]
+    drawn = torch.cat(draws, dim=1)                            # (P, N)
+    scores = listing.scores.double().gather(1, drawn)
+    one = torch.ones(drawn.shape)
+    texts = [[" Skip it."] * drawn.shape[1]] * 2
+    return compare.Samples(
+        [[1]] * 2, ["SFT", "A", "B"][:len(counts)], counts, [TINY_PROMPT] * 2, texts, scores,
+        logprobs=torch.stack([p.log().double().gather(1, drawn) for p in policies]),
+        entropy=one, lengths=one, finished=one, gold=scores, grammatical=one)
 
 
 def test_z_is_estimated_without_bias_and_its_log_from_below(listing):
-    beta, policies = 0.5, [listing.ref.exp(), listing.best]
-    z = (listing.ref + listing.scores / beta).logsumexp(1).exp()                               # (P,)
-    samples = drawn_samples(listing, policies, [6000, 2000])
-    scores, log_weights = samples.scores, samples.log_weights()                               # 2000 estimates from 3 + 1
-    rows = torch.cat([torch.arange(6000).view(2000, 3), 6000 + torch.arange(2000).view(2000, 1)], 1)
-    each = torch.exp(log_weights + scores / beta)[:, rows].mean(-1)                           # (P, 2000)
+    beta = 0.5
+    z = (listing.ref + listing.scores / beta).logsumexp(1).exp()            # (P,)
+    samples = drawn_samples(listing, [listing.ref.exp(), listing.best], [6000, 2000])
+    rows = torch.cat([torch.arange(6000).view(2000, 3), torch.arange(6000, 8000).view(2000, 1)], 1)
+    rewards = samples.scores / beta
+    # 2000 estimates, each from three samples of the reference and one of pi*: (P, 2000)
+    each = torch.exp(samples.log_weights() + rewards)[:, rows].mean(-1)
     assert ((each.mean(1) - z).abs() < 4 * each.std(1) / 2000 ** 0.5).all()
     assert (each.log().mean(1) < z.log()).all()
-    wrong = torch.exp(scores / beta)[:, rows].mean(-1)                                        # without weights
-    assert ((wrong.mean(1) - z).abs() > 10 * wrong.std(1) / 2000 ** 0.5).any()
+    unweighted = torch.exp(rewards)[:, rows].mean(-1)
+    error = unweighted.std(1) / 2000 ** 0.5
+    assert ((unweighted.mean(1) - z).abs() > 10 * error).any()
 
 
 def test_pi_star_has_the_whole_share_and_the_reference_none(listing):
-    worse = (listing.ref + 0.5 * listing.scores.double() / BETA + 1.5 * torch.randn(2, 40, generator=seeded())).softmax(1)
-    samples = drawn_samples(listing, [listing.ref.exp(), listing.best, worse], [3000, 3000, 3000])
-    limit = frontier.share_of_frontier(samples, "A")
+    scores = listing.scores.double()
+    noise = 1.5 * torch.randn(2, 40, generator=seeded())
+    worse = (listing.ref + 0.5 * scores / BETA + noise).softmax(1)
+    policies = [listing.ref.exp(), listing.best, worse]        # SFT, A, B
+    samples = drawn_samples(listing, policies, [3000, 3000, 3000])
+    limit = compare.share_of_frontier(samples, "A")
     assert limit["share"] == pytest.approx(1, abs=0.03) and limit["trusted"]
-    assert frontier.share_of_frontier(samples, "SFT")["share"] is None
-    reached = frontier.fraction_of_optimum(samples, "A", BETA)
+    assert compare.share_of_frontier(samples, "SFT")["share"] is None
+
+    reached = compare.fraction_of_optimum(samples, "A", BETA)
     assert reached["fraction"] == pytest.approx(1, abs=0.03)
     assert reached["objective"] == pytest.approx(listing.objective(listing.best), abs=0.02)
-    start = listing.objective(listing.ref.exp())
-    exact = (listing.objective(worse) - start) / (listing.objective(listing.best) - start)
-    reached = frontier.fraction_of_optimum(samples, "B", BETA)
+    exact = listing.fraction(worse)
+    reached = compare.fraction_of_optimum(samples, "B", BETA)
     assert abs(reached["fraction"] - exact) < 5 * reached["standard_error"] + 0.02 and exact < 0.9
-    assert frontier.misfit(samples, "A", "SFT", BETA) == pytest.approx(0, abs=1e-5)            # also where it is rare
-    deviation = (listing.scores.double() - BETA * (worse.log() - listing.ref))
-    spread = (worse * (deviation - (worse * deviation).sum(1, keepdim=True)) ** 2).sum(1).mean().sqrt().item()
-    assert frontier.misfit(samples, "B", "B", BETA) == pytest.approx(spread, rel=0.05) and spread > 0.2
+
+    misfit = compare.misfit(samples, "A", "SFT", BETA)        # pi* fits everywhere
+    assert misfit == pytest.approx(0, abs=1e-5)
+    deviation = scores - BETA * (worse.log() - listing.ref)
+    centred = deviation - (worse * deviation).sum(1, keepdim=True)
+    spread = (worse * centred ** 2).sum(1).mean().sqrt().item()
+    assert compare.misfit(samples, "B", "B", BETA) == pytest.approx(spread, rel=0.05)
+    assert spread > 0.2
+
     quarter, weights = samples.every_fourth()
     assert len(quarter) == 2250 and weights.shape == (2, 2250) and quarter[750] == 3000
-    assert frontier.optimum(samples.scores[:, quarter], weights, BETA)["objective"].item() == pytest.approx(reached["objective"], rel=0.05)
+    objective = frontier.optimum(samples.scores[:, quarter], weights, BETA)["objective"].item()
+    assert objective == pytest.approx(reached["objective"], rel=0.05)
 
 
 def test_nothing_to_gain_and_too_much_kl_have_an_answer_too(listing):
     samples = drawn_samples(listing, [listing.ref.exp(), listing.best], [200, 200])
-    assert frontier.best_reward(samples.scores, samples.log_weights(), 500.0)[0] == samples.scores.amax(1).mean()
+    best, _ = frontier.best_reward(samples.scores, samples.log_weights(), 500.0)
+    assert best == samples.scores.amax(1).mean()
     flat = dataclasses.replace(samples, scores=torch.full_like(samples.scores, 0.7))
-    assert frontier.fraction_of_optimum(flat, "A", 0.3)["fraction"] is None
+    assert compare.fraction_of_optimum(flat, "A", 0.3)["fraction"] is None
 
 
-def test_only_runs_that_aim_at_the_measured_optimum_get_a_fraction_of_it(listing):
-    samples, cfg = drawn_samples(listing, [listing.ref.exp(), listing.best], [20, 20]), evaluate.Config()
-    aim = lambda script, **changes: evaluate.own_objective(
-        dataclasses.asdict(dataclasses.replace(script.Config(), **changes)), samples, 0.6, cfg)
-    rewards, beta, aims = aim(ppo, kl_control="fixed", beta=0.3)
-    assert rewards is samples.scores and beta == 0.3 and aims
-    rewards, beta, aims = aim(dpo, labels="annotators", beta=0.2)
-    assert torch.equal(rewards, samples.gold / 0.6) and beta == 0.2 and aims
-    for changes, aims in ((dict(), True), (dict(kl_in="loss"), False), (dict(advantage="reinforce"), False),
-                          (dict(advantage="reinforce", normalise="fixed"), True), (dict(normalise="sequence"), True)):
-        assert aim(grpo, beta=0.1, **changes)[1:] == (0.1, aims)
-    assert aim(policy_gradient, rung="gae")[1:] == (0.25, True)
-    assert aim(dpo, labels="soft", rounds=3)[0] is samples.scores
-    for script, changes in ((ppo, {}), (ppo, dict(kl_control="fixed", gamma=0.9)), (ppo, dict(kl_control="fixed", beta=0.0)),
-                            (ppo, dict(kl_control="fixed", entropy_coef=0.1)), (dpo, dict(loss="ipo")),
-                            (ppo, dict(kl_control="fixed", score_clip=1.0)), (dpo, dict(labels="soft", missing_eos_score=None)),
-                            (grpo, dict(temperature=0.7)), (grpo, dict(beta=0.0)), (policy_gradient, dict(gamma=0.9)),
-                            (dpo, dict(label_smoothing=0.1)), (dpo, dict(length_normalise=True)), (dpo, dict(nll_coef=1.0))):
-        assert aim(script, **changes) is None, changes
+def objective_of(samples, script, **changes):
+    """What evaluate takes for the reward, the beta and the aim of a run of a script"""
+    config = dataclasses.asdict(dataclasses.replace(script.Config(), **changes))
+    return evaluate.own_objective(config, samples, 0.6, evaluate.Config())
 
 
-def test_the_limit_table_marks_what_too_few_samples_stand_behind(listing):
-    few, many = (drawn_samples(listing, [listing.ref.exp(), listing.best], [n, n]) for n in (40, 100_000))
-    tables = [evaluate.limit_table(samples, samples.scores, "score", [1.0, 0.1]) for samples in (few, many)]
-    assert [row[0] for row in tables[0][1:]] == ["1*", "0.1*"] or tables[0][2][0] == "0.1*"
-    assert tables[1][1][0] == "1" and "!" not in tables[1][1][2] and any("!" in row[2] for row in tables[0][1:])
-    assert tables[1][1][1] == pytest.approx(listing.objective(listing.best), rel=0.02)
+@pytest.fixture
+def few_samples(listing):
+    return drawn_samples(listing, [listing.ref.exp(), listing.best], [20, 20])
+
+
+def test_runs_that_maximise_the_measured_objective_aim_at_its_optimum(few_samples):
+    rewards, beta, aims = objective_of(few_samples, ppo, kl_control="fixed", beta=0.3)
+    assert rewards is few_samples.scores and beta == 0.3 and aims
+    rewards, beta, aims = objective_of(few_samples, dpo, labels="annotators", beta=0.2)
+    assert torch.equal(rewards, few_samples.gold / 0.6) and beta == 0.2 and aims
+    rewards, _, _ = objective_of(few_samples, dpo, labels="soft", rounds=3)
+    assert rewards is few_samples.scores
+    assert objective_of(few_samples, policy_gradient, rung="gae")[1:] == (0.25, True)
+
+
+@pytest.mark.parametrize("aims, changes", [
+    (True, {}),
+    (False, {"kl_in": "loss"}),
+    (False, {"advantage": "reinforce"}),
+    (True, {"advantage": "reinforce", "normalise": "fixed"}),
+    (True, {"normalise": "sequence"})])
+def test_which_grpo_runs_aim_at_the_measured_optimum(aims, changes, few_samples):
+    assert objective_of(few_samples, grpo, beta=0.1, **changes)[1:] == (0.1, aims)
+
+
+@pytest.mark.parametrize("script, changes", [
+    (ppo, {}),
+    (ppo, {"kl_control": "fixed", "gamma": 0.9}),
+    (ppo, {"kl_control": "fixed", "beta": 0.0}),
+    (ppo, {"kl_control": "fixed", "entropy_coef": 0.1}),
+    (ppo, {"kl_control": "fixed", "score_clip": 1.0}),
+    (dpo, {"loss": "ipo"}),
+    (dpo, {"labels": "soft", "missing_eos_score": None}),
+    (dpo, {"label_smoothing": 0.1}),
+    (dpo, {"length_normalise": True}),
+    (dpo, {"nll_coef": 1.0}),
+    (grpo, {"temperature": 0.7}),
+    (grpo, {"beta": 0.0}),
+    (policy_gradient, {"gamma": 0.9})])
+def test_runs_with_an_objective_of_their_own_get_no_fraction(script, changes, few_samples):
+    assert objective_of(few_samples, script, **changes) is None
+
+
+def random_samples(n=(4, 3), P=5, T=6):
+    """Samples of two policies with random numbers in every field"""
+    generator = seeded(3)
+    N = sum(n)
+
+    def numbers(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    lengths = torch.randint(1, T, (P, N), generator=generator).double()
+    return compare.Samples(
+        prompts=[[1]] * P, names=["SFT", "PPO"], counts=list(n), asked=["x"] * P,
+        texts=[["y"] * N] * P, scores=numbers(P, N), logprobs=numbers(2, P, N) - 3,
+        entropy=numbers(P, N).abs() * lengths, lengths=lengths,
+        finished=(numbers(P, N) > 0).double(), gold=numbers(P, N),
+        grammatical=(numbers(P, N) > 0).double())
+
+
+@pytest.mark.parametrize("name, columns", [("SFT", range(4)), ("PPO", range(4, 7))])
+def test_measures_are_means_over_a_policys_own_responses(name, columns):
+    samples = random_samples()
+    means, errors = compare.measure(samples, name)
+    k = samples.names.index(name)
+    quantities = {
+        "score": samples.scores, "gold": samples.gold, "eos_rate": samples.finished,
+        "kl_ref": samples.logprobs[k] - samples.logprobs[0], "response_length": samples.lengths,
+        "grammatical": samples.grammatical}
+    assert means.keys() == {*quantities, "entropy"}
+    for metric, values in quantities.items():
+        by_prompt = [sum(row[i] for i in columns) / len(columns) for row in values.tolist()]
+        assert means[metric] == pytest.approx(np.mean(by_prompt)), metric
+        assert errors[metric] == pytest.approx(np.std(by_prompt, ddof=1) / 5 ** 0.5), metric
+    entropy = sum(samples.entropy[p, i].item() for p in range(5) for i in columns)
+    tokens = sum(samples.lengths[p, i].item() for p in range(5) for i in columns)
+    assert means["entropy"] == pytest.approx(entropy / tokens)               # a mean over tokens
+
+
+def test_the_error_of_the_fraction_is_the_standard_error_of_j():
+    """Over fresh responses to the same prompts J scatters as the formula says"""
+    samples = random_samples(n=(200, 40))
+    samples.logprobs[1] = samples.logprobs[0]                # KL 0, so J is the mean score
+    beta = 0.5
+    found = compare.fraction_of_optimum(samples, "PPO", beta)
+    start = samples.scores[:, :200].mean().item()
+    scores = samples.scores[:, 200:].tolist()
+    variance = sum(np.var(row, ddof=1) / 40 for row in scores) / 5 ** 2      # of the mean of means
+    gain = found["objective"] - start
+    assert found["standard_error"] == pytest.approx(variance ** 0.5 / gain)
+    assert found["fraction"] == pytest.approx((np.mean(scores) - start) / gain)
+
+
+def test_the_gain_in_gold_is_in_standard_deviations_of_sfts_gold(monkeypatch):
+    samples = random_samples()
+    monkeypatch.setattr(compare, "collect", lambda *args: samples)
+    text, results = compare.compare({"SFT": None, "PPO": None}, None, None, [[1]] * 5,
+                                    ppo.Config(n_samples=4))
+    sft_gold = samples.gold[:, :4].flatten().tolist()
+    gain = samples.gold[:, 4:].mean().item() - np.mean(sft_gold)
+    assert results["gold_gain"] == pytest.approx(gain / np.std(sft_gold))
+    assert f"{results['gold_gain']:+.2f} standard" in text
+
+
+def test_the_limit_table_marks_points_with_too_few_samples(listing):
+    def rows(n):
+        samples = drawn_samples(listing, [listing.ref.exp(), listing.best], [n, n])
+        return evaluate.limit_table(samples, samples.scores, "score", [1.0, 0.1])[1:]
+
+    few, many = rows(40), rows(100_000)
+    assert few[1][0] == "0.1*"                                 # too few effective samples
+    assert any("!" in by_a_quarter for _, _, by_a_quarter, *_ in few)
+    assert many[0][0] == "1" and "!" not in many[0][2]
+    assert many[0][1] == pytest.approx(listing.objective(listing.best), rel=0.02)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 7])
 def test_best_of_n_is_the_mean_over_all_subsets(n):
     rewards, values = torch.randn(2, 3, 7, generator=seeded(), dtype=torch.float64)
-    best, of_best = [], []
+    best_rewards, their_values = [], []
     for row, other in zip(rewards.tolist(), values.tolist()):
         for subset in itertools.combinations(range(7), n):
             winner = max(subset, key=row.__getitem__)
-            best.append(row[winner])
-            of_best.append(other[winner])
-    assert frontier.best_of_n(rewards, n).item() == pytest.approx(sum(best) / len(best))
-    assert frontier.best_of_n(rewards, n, values).item() == pytest.approx(sum(of_best) / len(of_best))
+            best_rewards.append(row[winner])
+            their_values.append(other[winner])
+    expected = sum(best_rewards) / len(best_rewards)
+    assert frontier.best_of_n(rewards, n).item() == pytest.approx(expected)
+    expected = sum(their_values) / len(their_values)
+    assert frontier.best_of_n(rewards, n, values).item() == pytest.approx(expected)
 
 
 def test_best_of_n_wants_n_samples_and_its_kl_is_an_upper_bound(listing):
     with pytest.raises(ValueError, match="n = 8 with 7 samples"):
         frontier.best_of_n(torch.zeros(2, 7), 8)
-    p, order = listing.ref.exp()[0], listing.scores[0].argsort()
+    order = listing.scores[0].argsort()
+    p = listing.ref.exp()[0, order]
     for n in (2, 4, 16):
-        below = p[order].cumsum(0)
-        best = torch.diff(below ** n, prepend=torch.zeros(1))                  # P(the best of n is this one)
-        kl = (best * (best / p[order]).log()).sum().item()
+        best = torch.diff(p.cumsum(0) ** n, prepend=torch.zeros(1))         # P(it is the best)
+        kl = (best * (best / p).log()).sum().item()
         assert 0 < kl < frontier.best_of_n_kl(n)
 
 
@@ -3631,10 +2641,13 @@ def test_best_of_n_wants_n_samples_and_its_kl_is_an_upper_bound(listing):
 # evaluate.py
 
 def test_win_rates_count_all_pairs_of_a_prompt_and_ties_half():
-    ours, theirs = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[1.0, 0.0, 3.0], [0.0, 5.0, -1.0]])
+    ours = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
+    theirs = torch.tensor([[1.0, 0.0, 3.0], [0.0, 5.0, -1.0]])
     rate, error = evaluate.win_rate(ours, theirs)
-    assert rate == pytest.approx(((0.5 + 1 + 0 + 1 + 1 + 0) / 6 + (0.5 + 0 + 1) * 2 / 6) / 2)
-    assert error == pytest.approx(abs(3.5 / 6 - 0.5) / 2)
+    first = (0.5 + 1 + 0 + 1 + 1 + 0) / 6                      # one prompt, six pairs
+    second = (0.5 + 0 + 1) * 2 / 6
+    assert rate == pytest.approx((first + second) / 2)
+    assert error == pytest.approx(abs(first - second) / 2)
     assert evaluate.win_rate(theirs, ours)[0] == pytest.approx(1 - rate)
 
 
@@ -3657,43 +2670,10 @@ def test_distinct_is_the_share_of_different_word_pairs():
 # --------------------------------------------------------------------------------------------------
 # What people copy
 
-def fisher_example(f, x):
-    w = x.clone().requires_grad_()
-    return f((w ** 4).sum(), [w], 0.1)(x.flatten())
-
-
-COPIED = {
-    "whiten": lambda f, x, m: f(x, m), "kl_estimate": lambda f, x, m: f(x, 2 * x),
-    "shape_rewards": lambda f, x, m: f(x[:, 0], x, 2 * x, m, 0.1), "gae": lambda f, x, m: f(x, x, m),
-    "critic_targets": lambda f, x, m: f(x, x, x[:, 0], m), "policy_loss": lambda f, x, m: f(x, 2 * x, x, m),
-    "kl_penalty_loss": lambda f, x, m: f(x, 2 * x, x, m, 0.1), "value_loss": lambda f, x, m: f(x, 2 * x, x, m),
-    "explained_variance": lambda f, x, m: f(x, 2 * x, m), "preference_loss": lambda f, x, m: f(x, 2 * x),
-    "token_wise_scores": lambda f, x, m: f(x, x, m, m, m, m), "sft_loss": lambda f, x, m: f(x, m),
-    "sequence_logprobs": lambda f, x, m: f(x, m, True), "after_shared_prefix": lambda f, x, m: f(x, 2 * x, m, m),
-    "dpo_loss": lambda f, x, m: f(*x.T[:4], 0.1), "group_advantages": lambda f, x, m: f(x[:4, 0], 2, "grpo"),
-    "token_weights": lambda f, x, m: f(m, "fixed", 20), "grpo_loss": lambda f, x, m: f(x, 2 * x, x[:, 0], m, 0.2, 0.28),
-    "policy_gradient_loss": lambda f, x, m: f(x, 2 * x, m), "importance_loss": lambda f, x, m: f(x, 2 * x, x, m),
-    "next_values": lambda f, x, m: f(x, m), "total_return": lambda f, x, m: f(x, x, m, 0.9),
-    "conjugate_gradient": lambda f, x, m: f(lambda v: x @ (x.T @ v), x[:, 0]),
-    "fisher_product": lambda f, x, m: fisher_example(f, x), "mean_kl": lambda f, x, m: f(x.log_softmax(1), (2 * x).log_softmax(1)),
-    "gradient_noise": lambda f, x, m: f(iter(x[:4])), "mixture_logprobs": lambda f, x, m: f(x[None].expand(2, -1, -1), [3, 6]),
-    "optimum": lambda f, x, m: tuple(f(x, m, 0.1).values()), "best_of_n": lambda f, x, m: f(x, 3),
-    "ProportionalKL": lambda f, x, m: f(0.1, 6.0, 1e4).update(5.0, 8), "ThresholdKL": lambda f, x, m: f(1, 1).update(5),
-    "masked_mean": lambda f, x, m: f(x, m), "sequence_scores": lambda f, x, m: f(lambda tokens: tokens.double(), x, x, m),
-    "move_average": lambda f, x, m: moved_average(f, x), "plain_value": lambda f, x, m: f(x, x, m),
-    "reward_to_go": lambda f, x, m: f(x, x, m, 0.9), "baseline": lambda f, x, m: f(x, x, m, 0.9), "a2c": lambda f, x, m: f(x, x, m, 0.9),
-    "trpo_step": lambda f, x, m: trpo_example(f, x), "best_reward": lambda f, x, m: f(x, m, 0.5)[0],
-    "win_rate": lambda f, x, m: f(x, 2 * x), "elo_fit": lambda f, x, m: f((x[:, :5] ** 2).round()),
-    "preference": lambda f, x, m: f(x, 2 * x), "agreement": lambda f, x, m: f(x, 2 * x)}
-TAKES_ALONG = {
-    "plain_value": "next_values", "reward_to_go": "gae", "baseline": "reward_to_go gae", "a2c": "plain_value next_values",
-    "trpo_step": "conjugate_gradient fisher_product", "best_reward": "optimum BETAS",
-    "preference": "ANNOTATOR_TEMPERATURE", "agreement": "preference ANNOTATOR_TEMPERATURE"}
-PARTS_OF_SCRIPTS = ("token_logprobs", "generate", "add_lora", "merged", "normalisation", "main", "log_prob", "share_of_frontier")
-
-
-def moved_average(f, x):
-    mean, model = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+def move_average_example(f, x):
+    """The parameters of an average, after one step towards a model"""
+    mean = torch.nn.Linear(3, 2)
+    model = torch.nn.Linear(3, 2)
     for p, q in zip(mean.parameters(), model.parameters()):
         p.data.fill_(x[0, 0])
         q.data.fill_(x[0, 1])
@@ -3701,45 +2681,119 @@ def moved_average(f, x):
     return tuple(p.detach() for p in mean.parameters())
 
 
+def fisher_example(f, x):
+    w = x.clone().requires_grad_()
+    return f((w ** 4).sum(), [w], 0.1)(x.flatten())
+
+
 def trpo_example(f, x):
-    """A policy over nine actions, and advantages of them"""
-    w, start = torch.zeros(9, dtype=x.dtype, requires_grad=True), torch.zeros(9, dtype=x.dtype).log_softmax(0)
-    kl = lambda: (start.exp() * (start - w.log_softmax(0))).sum()
-    return tuple(v for v in f([w], lambda: (w.softmax(0) @ x[0], kl()), kl).values())
+    """A policy over nine actions with the advantages x[0]"""
+    w = torch.zeros(9, dtype=x.dtype, requires_grad=True)
+    start = torch.zeros(9, dtype=x.dtype).log_softmax(0)
+
+    def kl():
+        return (start.exp() * (start - w.log_softmax(0))).sum()
+
+    return tuple(f([w], lambda: (w.softmax(0) @ x[0], kl()), kl).values())
+
+
+COPIED = {                           # a call of each function f with numbers x and their mask m
+    "masked_mean": lambda f, x, m: f(x, m),
+    "sequence_scores": lambda f, x, m: f(lambda tokens: tokens.double(), x, x, m),
+    "sft_loss": lambda f, x, m: f(x, m),
+    "preference_loss": lambda f, x, m: f(x, 2 * x),
+    "token_wise_scores": lambda f, x, m: f(x, x, m, m, m, m),
+    "whiten": lambda f, x, m: f(x, m),
+    "kl_estimate": lambda f, x, m: f(x, 2 * x),
+    "shape_rewards": lambda f, x, m: f(x[:, 0], x, 2 * x, m, 0.1),
+    "gae": lambda f, x, m: f(x, x, m),
+    "critic_targets": lambda f, x, m: f(x, x, x[:, 0], m),
+    "policy_loss": lambda f, x, m: f(x, 2 * x, x, m),
+    "kl_penalty_loss": lambda f, x, m: f(x, 2 * x, x, m, 0.1),
+    "value_loss": lambda f, x, m: f(x, 2 * x, x, m),
+    "explained_variance": lambda f, x, m: f(x, 2 * x, m),
+    "ProportionalKL": lambda f, x, m: f(0.1, 6.0, 1e4).update(5.0, 8),
+    "ThresholdKL": lambda f, x, m: f(1, 1).update(5),
+    "move_average": lambda f, x, m: move_average_example(f, x),
+    "sequence_logprobs": lambda f, x, m: f(x, m, True),
+    "after_shared_prefix": lambda f, x, m: f(x, 2 * x, m, m),
+    "dpo_loss": lambda f, x, m: f(*x.T[:4], 0.1),
+    "group_advantages": lambda f, x, m: f(x[:4, 0], 2, "grpo"),
+    "token_weights": lambda f, x, m: f(m, "fixed", 20),
+    "grpo_loss": lambda f, x, m: f(x, 2 * x, x[:, 0], m, 0.2, 0.28),
+    "policy_gradient_loss": lambda f, x, m: f(x, 2 * x, m),
+    "importance_loss": lambda f, x, m: f(x, 2 * x, x, m),
+    "next_values": lambda f, x, m: f(x, m),
+    "plain_value": lambda f, x, m: f(x, x, m),
+    "total_return": lambda f, x, m: f(x, x, m, 0.9),
+    "reward_to_go": lambda f, x, m: f(x, x, m, 0.9),
+    "baseline": lambda f, x, m: f(x, x, m, 0.9),
+    "a2c": lambda f, x, m: f(x, x, m, 0.9),
+    "conjugate_gradient": lambda f, x, m: f(lambda v: x @ (x.T @ v), x[:, 0]),
+    "fisher_product": lambda f, x, m: fisher_example(f, x),
+    "trpo_step": lambda f, x, m: trpo_example(f, x),
+    "mean_kl": lambda f, x, m: f(x.log_softmax(1), (2 * x).log_softmax(1)),
+    "gradient_noise": lambda f, x, m: f(iter(x[:4])),
+    "mixture_logprobs": lambda f, x, m: f(x[None].expand(2, -1, -1), [3, 6]),
+    "optimum": lambda f, x, m: tuple(f(x, m, 0.1).values()),
+    "best_reward": lambda f, x, m: f(x, m, 0.5)[0],
+    "best_of_n": lambda f, x, m: f(x, 3),
+    "win_rate": lambda f, x, m: f(x, 2 * x),
+    "elo_fit": lambda f, x, m: f((x[:, :5] ** 2).round()),
+    "preference": lambda f, x, m: f(x, 2 * x),
+    "agreement": lambda f, x, m: f(x, 2 * x)}
+TAKES_ALONG = {                      # names that a function needs besides masked_mean
+    "plain_value": ["next_values"],
+    "reward_to_go": ["gae"],
+    "baseline": ["reward_to_go", "gae"],
+    "a2c": ["plain_value", "next_values"],
+    "trpo_step": ["conjugate_gradient", "fisher_product"],
+    "best_reward": ["optimum", "BETAS"],
+    "preference": ["ANNOTATOR_TEMPERATURE"],
+    "agreement": ["preference", "ANNOTATOR_TEMPERATURE"]}
+PARTS_OF_SCRIPTS = ("token_logprobs", "generate", "add_lora", "merged", "normalisation", "main",
+                    "log_prob", "share_of_frontier")
+
+
+def find_original(name):
+    """-> the function or constant of that name, the module that has it"""
+    for module in (model, ppo, *SCRIPTS, frontier, reviews):
+        if hasattr(module, name):
+            return getattr(module, name), module
 
 
 def pasted_source(name):
     """A function's source, or the line that sets a constant"""
-    owner = next(m for m in (model, ppo, *SCRIPTS, frontier, reviews) if hasattr(m, name))
-    value = getattr(owner, name)
+    value, module = find_original(name)
     if callable(value):
         return inspect.getsource(value)
-    return re.search(rf"^{name} = .*$", inspect.getsource(owner), re.M).group()
+    return re.search(rf"^{name} = .*$", inspect.getsource(module), re.M).group()
 
 
 def test_every_formula_of_the_table_is_pasted_or_named_as_part_of_a_script():
     names = {name for _, name, _, _ in ROW.findall(README)}
     assert names == {*COPIED, *PARTS_OF_SCRIPTS}
-    quote = README[README.index("## Quote it"):README.index("## What differs")]
-    for name in (*PARTS_OF_SCRIPTS, *TAKES_ALONG, *" ".join(TAKES_ALONG.values()).split()):
+    quote = re.search(r"\n## Quote it\n(.*?)\n## ", README, re.S)[1]
+    for name in (*PARTS_OF_SCRIPTS, *TAKES_ALONG, *itertools.chain(*TAKES_ALONG.values())):
         assert f"{name}`" in quote, name
 
 
 @pytest.mark.parametrize("name", COPIED)
 def test_maths_works_when_pasted_into_an_empty_file_with_masked_mean(name):
-    original = next(getattr(m, name) for m in (*SCRIPTS, frontier, reviews, model) if hasattr(m, name))
     pasted = {"torch": torch, "math": math}
-    if name == "trpo_step":                              # and one import
+    if name == "trpo_step":                                    # needs one more import
         exec("from torch.nn.attention import SDPBackend, sdpa_kernel", pasted)
-    along = TAKES_ALONG.get(name, "").split()
+    along = TAKES_ALONG.get(name, [])
     for source in ("masked_mean", *reversed(along), name):
         exec(pasted_source(source), pasted)
     if "gae" in along:
         pasted["ppo"] = types.SimpleNamespace(gae=pasted["gae"])
-    x, mask = ragged()[0], ragged()[4]
-    ours, theirs = COPIED[name](pasted[name], x, mask), COPIED[name](original, x, mask)
-    flat = lambda result: result if isinstance(result, tuple) else (result,)
-    for a, b in zip(flat(ours), flat(theirs)):
+    x, *_, mask = ragged()
+    ours = COPIED[name](pasted[name], x, mask)
+    theirs = COPIED[name](find_original(name)[0], x, mask)
+    if not isinstance(ours, tuple):
+        ours, theirs = (ours,), (theirs,)
+    for a, b in zip(ours, theirs):
         assert torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
@@ -3751,145 +2805,227 @@ def test_examples_in_docstrings_are_true(module):
 # --------------------------------------------------------------------------------------------------
 # Any shapes, any values: what hypothesis finds by trying
 
-some_rows = hypothesis.strategies.lists(hypothesis.strategies.tuples(
-    hypothesis.strategies.integers(1, 6), hypothesis.strategies.integers(1, 7)), min_size=1, max_size=6)      # lengths of prompt, response
-any_seed = hypothesis.strategies.integers(0, 2 ** 32 - 1)
-any_share = hypothesis.strategies.floats(0, 1)
-any_size = hypothesis.strategies.sampled_from([0.0, 1e-12, 1e-3, 1.0, 30.0, 1e6])                              # of the numbers
+strategies = hypothesis.strategies
+any_lengths = strategies.lists(                                # (prompt, response) of each row
+    strategies.tuples(strategies.integers(1, 6), strategies.integers(1, 7)),
+    min_size=1, max_size=6)
+any_seed = strategies.integers(0, 2 ** 32 - 1)
+any_share = strategies.floats(0, 1)
+any_size = strategies.sampled_from([0.0, 1e-12, 1e-3, 1.0, 30.0, 1e6])      # how large numbers are
 tried = hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
-def token_lists(lengths, seed, vocab_size=11):
+def random_rows(lengths, seed, vocab_size=11):
+    """Prompts and responses of these lengths, as token lists"""
     chance = random.Random(seed)
-    return [[[chance.randrange(vocab_size) for _ in range(n)] for n in pair] for pair in lengths]
+    prompts, responses = [], []
+    for n_prompt, n_response in lengths:
+        prompts.append([chance.randrange(vocab_size) for _ in range(n_prompt)])
+        responses.append([chance.randrange(vocab_size) for _ in range(n_response)])
+    return prompts, responses
 
 
-def ragged_of(lengths, seed, size, n=3):
-    """n tensors (B, T) in float64 with numbers of a size, garbage off the mask, and the mask"""
-    mask = data.collate(*zip(*token_lists(lengths, seed)))[2].double()
-    return [size * torch.randn(mask.shape, dtype=torch.float64, generator=seeded(seed + i)) for i in range(n)] + [mask]
+def random_tensors(lengths, seed, size):
+    """Three tensors (B, T) in float64 of numbers of a size, also off the mask, and the mask"""
+    _, _, mask = data.collate(*random_rows(lengths, seed))
+    tensors = [size * torch.randn(mask.shape, dtype=torch.float64, generator=seeded(seed + i))
+               for i in range(3)]
+    return (*tensors, mask.double())
+
+
+def mean_by_loop(mask, of_a_token):
+    cells = (mask > 0).nonzero().tolist()
+    return sum(of_a_token(row, t) for row, t in cells) / len(cells)
 
 
 @tried
-@hypothesis.given(some_rows, any_seed)
+@hypothesis.given(any_lengths, any_seed)
 def test_any_rows_are_collated_and_come_back(lengths, seed):
-    prompts, responses = map(list, zip(*token_lists(lengths, seed)))
+    prompts, responses = random_rows(lengths, seed)
     inputs, targets, mask = data.collate(prompts, responses)
-    assert inputs.shape == targets.shape == mask.shape == (len(lengths), max(map(sum, lengths)) - 1)
+    B, T = len(lengths), max(map(sum, lengths)) - 1
+    assert inputs.shape == targets.shape == mask.shape == (B, T)
     for row, (prompt, response) in enumerate(zip(prompts, responses)):
-        n, whole = len(prompt) + len(response) - 1, prompt + response
-        assert inputs[row, :n].tolist() == whole[:-1] and targets[row, :n].tolist() == whole[1:]
-        assert targets[row][mask[row] > 0].tolist() == response and mask[row].tolist() == (
-            [0.0] * (len(prompt) - 1) + [1.0] * len(response) + [0.0] * (mask.shape[1] - n))
+        whole = prompt + response
+        n = len(whole) - 1
+        assert inputs[row, :n].tolist() == whole[:-1]
+        assert targets[row, :n].tolist() == whole[1:]
         assert not targets[row, n:].any()
-    assert data.responses_of(torch.cat([inputs[:, :1], targets], dim=1), mask) == responses
+        expected_mask = [0.0] * (len(prompt) - 1) + [1.0] * len(response) + [0.0] * (T - n)
+        assert mask[row].tolist() == expected_mask
+        assert targets[row][mask[row] > 0].tolist() == response
+    tokens = torch.cat([inputs[:, :1], targets], dim=1)
+    assert data.responses_of(tokens, mask) == responses
 
 
 @tried
-@hypothesis.given(some_rows, any_seed, hypothesis.strategies.integers(1, 6), hypothesis.strategies.sampled_from([0.0, 0.3, 1.0, 5.0]),
-                  hypothesis.strategies.sampled_from([0.01, 0.3, 3.0]))
-def test_any_prompts_are_answered_with_tokens_that_the_policy_scores(lengths, seed, n_new, temperature, std):
-    gpt, prompts = small_gpt(seed=seed % 7, std=std), [prompt for prompt, _ in token_lists(lengths, seed)]
+@hypothesis.given(any_lengths, any_seed, strategies.integers(1, 6),
+                  strategies.sampled_from([0.0, 0.3, 1.0, 5.0]),
+                  strategies.sampled_from([0.01, 0.3, 3.0]))
+def test_any_prompts_are_answered_with_tokens_that_the_policy_scores(
+        lengths, seed, n_new, temperature, std):
+    gpt = small_gpt(seed=seed % 7, std=std)
+    prompts, _ = random_rows(lengths, seed)
     tokens, mask = generate(gpt, prompts, n_new, 10, temperature, seeded(seed))
     responses = data.responses_of(tokens, mask)
     for row, (prompt, response) in enumerate(zip(prompts, responses)):
-        assert tokens[row, :len(prompt)].tolist() == prompt and 1 <= len(response) <= n_new
-        assert 10 not in response[:-1] and (response[-1] == 10 or len(response) == n_new)
-        assert not tokens[row, len(prompt) + len(response):].any()             # zeros after the end
-    one = generate(gpt, prompts[:1], n_new, 10, temperature, seeded(seed))     # alone, with the same uniforms
-    assert data.responses_of(*one)[0] == responses[0]
+        assert tokens[row, :len(prompt)].tolist() == prompt
+        assert 1 <= len(response) <= n_new
+        assert 10 not in response[:-1]
+        assert response[-1] == 10 or len(response) == n_new
+        assert not tokens[row, len(prompt) + len(response):].any()          # zeros after the end
+    alone = generate(gpt, prompts[:1], n_new, 10, temperature, seeded(seed))
+    assert data.responses_of(*alone)[0] == responses[0]        # it gets the same uniforms
     if temperature:
         logprobs = token_logprobs(gpt, *data.shift(tokens), mask, temperature)
-        assert torch.isfinite(logprobs).all() and (logprobs <= 1e-5).all() and not logprobs[mask == 0].any()
+        assert torch.isfinite(logprobs).all() and (logprobs <= 1e-5).all()
+        assert not logprobs[mask == 0].any()
 
 
 @tried
-@hypothesis.given(some_rows, any_seed, any_size, any_share, any_share)
-def test_gae_of_any_rows_equals_the_double_sum_and_reads_nothing_off_the_mask(lengths, seed, size, gamma, lam):
-    rewards, values, _, mask = ragged_of(lengths, seed, size)
+@hypothesis.given(any_lengths, any_seed, any_size, any_share, any_share)
+def test_gae_of_any_rows_equals_the_double_sum_and_reads_nothing_off_the_mask(
+        lengths, seed, size, gamma, lam):
+    rewards, values, _, mask = random_tensors(lengths, seed, size)
     advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
+    rounding = 1e-9 * max(1.0, size)
     for row, (n_prompt, n) in enumerate(lengths):
-        at = slice(n_prompt - 1, n_prompt - 1 + n)
-        r, v = rewards[row, at], torch.cat([values[row, at], torch.zeros(1, dtype=torch.float64)])
-        for t in range(n):
-            expected = sum((gamma * lam) ** l * (r[t + l] + gamma * v[t + l + 1] - v[t + l]) for l in range(n - t))
-            assert advantages[row, at][t].item() == pytest.approx(expected.item(), rel=1e-9, abs=1e-9 * max(1.0, size))
+        columns = slice(n_prompt - 1, n_prompt - 1 + n)
+        R = rewards[row, columns].tolist()
+        V = values[row, columns].tolist() + [0.0]
+        delta = [R[t] + gamma * V[t + 1] - V[t] for t in range(n)]
+        for t, got in enumerate(advantages[row, columns].tolist()):
+            expected = sum((gamma * lam) ** l * delta[t + l] for l in range(n - t))
+            assert got == pytest.approx(expected, rel=1e-9, abs=rounding)
     assert not advantages[mask == 0].any() and not returns[mask == 0].any()
     torch.testing.assert_close(returns, (advantages + values) * mask)
-    torch.testing.assert_close(ppo.critic_targets(rewards, values, rewards[:, 0], mask, "gae", gamma, lam), returns,
-                               atol=1e-9 * max(1.0, size), rtol=1e-9)
+    targets = ppo.critic_targets(rewards, values, rewards[:, 0], mask, "gae", gamma, lam)
+    torch.testing.assert_close(targets, returns, atol=rounding, rtol=1e-9)
 
 
 @tried
-@hypothesis.given(some_rows, any_seed, any_size, hypothesis.strategies.floats(0.01, 0.9))
-def test_losses_of_any_rows_are_finite_equal_their_loops_and_ignore_what_is_off_the_mask(lengths, seed, size, eps):
-    drift, advantages, values, mask = ragged_of(lengths, seed, size)
-    old = -torch.rand(mask.shape, dtype=torch.float64, generator=seeded(seed + 9)) * 5
-    new = (old + drift.clamp(-20, 20)).requires_grad_()                        # a ratio up to e^20
-    garbage = (1 - mask) * 1e3
+@hypothesis.given(any_lengths, any_seed, any_size, strategies.floats(0.01, 0.9))
+def test_the_policy_loss_of_any_rows_equals_its_loop_and_ignores_the_rest(
+        lengths, seed, size, eps):
+    drift, advantages, _, mask = random_tensors(lengths, seed, size)
+    old = -5 * torch.rand(mask.shape, dtype=torch.float64, generator=seeded(seed + 9))
+    new = (old + drift.clamp(-20, 20)).requires_grad_()        # ratios up to e^20
+    ratios = torch.exp(new - old).detach()
 
-    def loop(of_a_token):
-        cells = [(row, column) for row, column in (mask > 0).nonzero().tolist()]
-        return sum(of_a_token(row, column) for row, column in cells) / len(cells)
-    ratio = torch.exp(new - old).detach()
-    clipped = lambda r, a: -min(r * a, max(min(r, 1 + eps), 1 - eps) * a)
-    (loss, metrics), by_hand = ppo.policy_loss(new, old, advantages, mask, eps), loop(
-        lambda row, t: clipped(ratio[row, t].item(), advantages[row, t].item()))
-    assert loss.item() == pytest.approx(by_hand, rel=1e-9, abs=1e-12) and 0 <= metrics["clip_fraction"] <= 1
+    def clipped_loss(row, t):
+        ratio, advantage = ratios[row, t].item(), advantages[row, t].item()
+        clipped = max(min(ratio, 1 + eps), 1 - eps)
+        return -min(ratio * advantage, clipped * advantage)
+
+    expected = pytest.approx(mean_by_loop(mask, clipped_loss), rel=1e-9, abs=1e-12)
+    loss, metrics = ppo.policy_loss(new, old, advantages, mask, eps)
+    assert loss.item() == expected and 0 <= metrics["clip_fraction"] <= 1
     loss.backward()
     assert torch.isfinite(new.grad).all() and not new.grad[mask == 0].any()
-    assert ppo.policy_loss(new + garbage * 0.01, old, advantages + garbage, mask, eps)[0].item() == pytest.approx(by_hand, rel=1e-9, abs=1e-12)
-    targets = values + drift
-    squared = lambda v, o, g: 0.5 * max((v - g) ** 2, (o + max(min(v - o, eps), -eps) - g) ** 2)
-    loss, metrics = ppo.value_loss(values, advantages, targets, mask, eps)
-    assert loss.item() == pytest.approx(loop(lambda r, t: squared(values[r, t].item(), advantages[r, t].item(), targets[r, t].item())), rel=1e-9, abs=1e-12)
-    assert ppo.value_loss(values + garbage, advantages, targets, mask, eps)[0].item() == pytest.approx(loss.item(), rel=1e-9)
-    whitened = ppo.whiten(advantages + garbage, mask)
-    assert torch.isfinite(whitened).all() and not whitened[mask == 0].any() and abs(masked_mean(whitened, mask).item()) < 1e-6
-    groups = grpo.group_advantages(torch.cat([advantages[:, 0]] * 2), 2, "grpo")
-    assert torch.isfinite(groups).all()
+    rest = 1 - mask
+    loss, _ = ppo.policy_loss(new + 10 * rest, old, advantages + 1e3 * rest, mask, eps)
+    assert loss.item() == expected
 
 
 @tried
-@hypothesis.given(any_seed, hypothesis.strategies.integers(1, 5), any_size, hypothesis.strategies.sampled_from(["sigmoid", "robust", "ipo", "hinge", "fidelity"]),
-                  hypothesis.strategies.sampled_from([0.01, 0.25, 5.0]))
-def test_preference_losses_of_any_margins_are_finite_with_finite_gradients(seed, n, size, kind, beta):
-    chosen, rejected, ref_chosen, ref_rejected = (-size * torch.rand(n, generator=seeded(seed + i)) for i in range(4))
+@hypothesis.given(any_lengths, any_seed, any_size, strategies.floats(0.01, 0.9))
+def test_the_value_loss_of_any_rows_equals_its_loop_and_ignores_the_rest(
+        lengths, seed, size, eps):
+    drift, old, values, mask = random_tensors(lengths, seed, size)
+    targets = values + drift
+
+    def clipped_loss(row, t):
+        v, v_old, target = values[row, t].item(), old[row, t].item(), targets[row, t].item()
+        clipped = v_old + max(min(v - v_old, eps), -eps)
+        return 0.5 * max((v - target) ** 2, (clipped - target) ** 2)
+
+    loss, _ = ppo.value_loss(values, old, targets, mask, eps)
+    by_loop = mean_by_loop(mask, clipped_loss)
+    assert loss.item() == pytest.approx(by_loop, rel=1e-9, abs=1e-12)
+    garbage = 1e3 * (1 - mask)
+    same, _ = ppo.value_loss(values + garbage, old, targets, mask, eps)
+    assert same.item() == pytest.approx(loss.item(), rel=1e-9)
+
+
+@tried
+@hypothesis.given(any_lengths, any_seed, any_size)
+def test_whitened_and_group_advantages_of_any_rows_are_finite(lengths, seed, size):
+    advantages, _, _, mask = random_tensors(lengths, seed, size)
+    whitened = ppo.whiten(advantages + 1e3 * (1 - mask), mask)
+    assert torch.isfinite(whitened).all() and not whitened[mask == 0].any()
+    assert abs(masked_mean(whitened, mask).item()) < 1e-6
+    rewards = torch.cat([advantages[:, 0], advantages[:, 0]])
+    assert torch.isfinite(grpo.group_advantages(rewards, 2, "grpo")).all()
+
+
+@tried
+@hypothesis.given(any_seed, strategies.integers(1, 5), any_size,
+                  strategies.sampled_from(["sigmoid", "robust", "ipo", "hinge", "fidelity"]),
+                  strategies.sampled_from([0.01, 0.25, 5.0]))
+def test_preference_losses_of_any_margins_are_finite_with_finite_gradients(
+        seed, n, size, kind, beta):
+    chosen, rejected, ref_chosen, ref_rejected = (
+        -size * torch.rand(n, generator=seeded(seed + i)) for i in range(4))
     chosen.requires_grad_()
     loss, metrics = dpo.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, kind)
     loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(chosen.grad).all() and 0 <= metrics["accuracy"] <= 1
-    if size <= 30:                                       # beyond, the slope is 0 in fp32
-        assert (chosen.grad <= 0).all() or kind == "ipo"                       # to make the chosen likelier never costs
+    assert torch.isfinite(loss) and torch.isfinite(chosen.grad).all()
+    assert 0 <= metrics["accuracy"] <= 1
+    if size <= 30 and kind != "ipo":                           # beyond, the slope is 0 in fp32
+        assert (chosen.grad <= 0).all()                        # a likelier chosen one never costs
     for rm_kind in ("bradley_terry", "fidelity"):
-        loss, metrics = reward_model.preference_loss(chosen, rejected, rm_kind)
-        assert torch.isfinite(loss) and loss >= 0 and torch.isfinite(torch.autograd.grad(loss, chosen)[0]).all()
+        loss, _ = reward_model.preference_loss(chosen, rejected, rm_kind)
+        (gradient,) = torch.autograd.grad(loss, chosen)
+        assert torch.isfinite(loss) and loss >= 0 and torch.isfinite(gradient).all()
 
 
 # --------------------------------------------------------------------------------------------------
-# The proof: a problem so small that every response can be listed, solved exactly and by our functions
+# The proof: a problem so small that every response can be listed
+#
+# The vocabulary is 0, 1, 2 and EOS = 3. A response ends with its first EOS or after three tokens,
+# which makes 1 + 3 + 36 = 40 responses. There are two prompts x, and each (x, y) has a fixed random
+# score r(x, y). The policy is a real GPT of one layer, and pi_ref is one with random weights. The
+# best policy, and how far any other falls short of it, are known in closed form. With beta = 1:
+#
+#     J(pi) = E_x E_{y ~ pi(.|x)} [r(x, y) - beta log(pi(y|x) / pi_ref(y|x))]
+#     pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x),     J(pi) = J(pi*) - beta KL(pi || pi*)
+#
+# Each method trains the GPT with its own functions from ppo.py, dpo.py, grpo.py or
+# policy_gradient.py. The batch is the whole list, and each response is weighted by its probability,
+# so there is no sampling noise. A method that maximises J must then end at pi*. Every other variant
+# must end at the optimum of its own objective, which is computed a second time by other means: by
+# L-BFGS on float64 tables, or from a fixed-point equation. Tables are (P, N) = (2, 40), and tensors
+# of tokens are (P N, T) = (80, 4).
 
 BETA = 1.0
 
 
-class Enumerated:
-    """Two prompts and all 40 responses of up to three tokens to each, ragged by EOS; a real GPT as the policy."""
+class Listing:
+    """Two prompts, all their responses of up to `longest` tokens, the scores, pi_ref and pi*"""
 
-    def __init__(self, seed=0, longest=3, vocab_size=4):
-        eos = vocab_size - 1
-        words = [w for n in range(1, longest + 1) for w in itertools.product(range(vocab_size), repeat=n)
-                 if eos not in w[:-1] and (w[-1] == eos or n == longest)]
-        self.prompts, self.responses, self.eos = [[0], [1, 2]], [list(w) for w in words], eos
+    def __init__(self, longest=3):
+        self.eos = 3
+        self.prompts = [[0], [1, 2]]
+        self.responses = []
+        for n in range(1, longest + 1):
+            for y in itertools.product(range(4), repeat=n):
+                is_whole = y[-1] == self.eos or n == longest
+                if is_whole and self.eos not in y[:-1]:
+                    self.responses.append(list(y))
         P, N = len(self.prompts), len(self.responses)
-        rows = [(p, y) for p in self.prompts for y in self.responses]
-        self.inputs, self.targets, self.mask = data.collate(*map(list, zip(*rows)))        # (P N, T)
-        self.scores = torch.randn(P, N, generator=seeded(seed))
+        prompts = [x for x in self.prompts for _ in self.responses]
+        batch = data.collate(prompts, P * self.responses)
+        self.inputs, self.targets, self.mask = batch                                  # (P N, T)
         self.lengths = self.mask.sum(1).view(P, N)
-        self.reference = self.policy(std=0.25)
-        with torch.no_grad():
-            self.ref_logprobs = self.by_token(self.reference)
-        self.ref = self.ref_logprobs.sum(1).view(P, N).double()
-        self.best = (self.ref + self.scores.double() / BETA).softmax(1)                     # pi*, (P, N)
+        self.scores = torch.randn(P, N, generator=seeded())
+        self.reference = self.policy()
+        self.ref_logprobs = self.token_logprobs(self.reference).detach()              # (P N, T)
+        self.ref = self.ref_logprobs.sum(1).view(P, N).double()                       # log pi_ref
+
+    @property
+    def best(self):
+        """pi*, a table of probabilities"""
+        return (self.ref + self.scores.double() / BETA).softmax(1)
 
     def policy(self, seed=0, std=0.25):
         torch.manual_seed(seed)
@@ -3898,269 +3034,350 @@ class Enumerated:
             p.data.normal_(std=std)
         return policy
 
-    def by_token(self, policy):
-        return token_logprobs(policy, self.inputs, self.targets, self.mask)                 # (P N, T)
+    def token_logprobs(self, policy):
+        return token_logprobs(policy, self.inputs, self.targets, self.mask)           # (P N, T)
 
     def logprobs(self, policy):
-        return self.by_token(policy).sum(1).view(self.scores.shape)                         # (P, N)
+        return self.token_logprobs(policy).sum(1).view(self.scores.shape)             # (P, N)
 
     @torch.no_grad()
     def probabilities(self, policy):
         return self.logprobs(policy).double().exp()
 
+    @torch.no_grad()
+    def rollout(self, policy):
+        """The list as a batch of policy -> old_logprobs, KL-shaped rewards, weights: (P N, T)"""
+        old = self.token_logprobs(policy)
+        weights = self.mask * old.sum(1, keepdim=True).exp()
+        scores = self.scores.flatten()
+        rewards = ppo.shape_rewards(scores, old, self.ref_logprobs, self.mask, BETA)
+        return old, rewards, weights
+
+    def state_values(self, p, to_go=None):
+        """
+        V(s) = E[what is still earned | the tokens so far], by summing over the list.
+
+        to_go (P N, T) is what each response earns from a column on; by default its score.
+        -> (P N, T), float64: the value before each response token
+        """
+        values = torch.zeros(self.mask.shape, dtype=torch.float64)
+        if to_go is None:
+            to_go = self.scores.double().view(-1, 1).expand_as(values)
+        for t in range(values.shape[1]):
+            prefix = self.inputs[:, :t + 1]
+            real = self.mask[:, t] > 0
+            same = (prefix[:, None] == prefix[None]).all(2)            # (P N, P N): share a state
+            weights = (same & real[:, None] & real) * p.flatten()
+            values[:, t] = weights @ to_go[:, t] / weights.sum(1).clamp_min(1e-300)
+        return values
+
+    def objective(self, p):
+        """J of a table of probabilities"""
+        log_ratio = p.clamp_min(1e-300).log() - self.ref
+        return (p * (self.scores - BETA * log_ratio)).sum(1).mean().item()
+
+    def fraction(self, p):
+        """The share of J(pi*) - J(pi_ref) that a table of probabilities reaches"""
+        start = self.objective(self.ref.exp())
+        return (self.objective(p) - start) / (self.objective(self.best) - start)
+
     def distance(self, p, q):
         """Total variation, the mean over prompts"""
         return 0.5 * (p - q).abs().sum(1).mean().item()
 
-    def objective(self, p):
-        """J = E[r] - beta KL of a table of probabilities"""
-        return (p * (self.scores - BETA * (p.clamp_min(1e-300).log() - self.ref))).sum(1).mean().item()
 
-    def fraction(self, p):
-        start = self.objective(self.ref.exp())
-        return (self.objective(p) - start) / (self.objective(self.best) - start)
+def adam(policy, lr=4e-3):
+    return torch.optim.Adam(policy.parameters(), lr=lr, fused=True)
 
-    def descend(self, loss_of, steps=250, lr=4e-3):
-        """Adam on loss_of(policy), from the reference -> the policy's probabilities"""
-        policy = self.policy()
-        optimizer = torch.optim.Adam(policy.parameters(), lr=lr, fused=True)
-        for step in range(steps):
-            experiment.set_learning_rate(optimizer, experiment.learning_rate(step, steps, lr, 10, 0.01))
-            optimizer.zero_grad()
-            loss_of(policy).backward()
-            optimizer.step()
-        return self.probabilities(policy)
+
+def schedule(optimizer, step, steps, peak=4e-3, warmup=5, floor=0.005):
+    lr = runs.learning_rate(step, steps, peak, warmup, floor)
+    runs.set_learning_rate(optimizer, lr)
+
+
+def take_step(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 @pytest.fixture(scope="module")
 def listing():
-    return Enumerated()
+    return Listing()
 
 
-def test_the_listing_is_a_distribution_over_what_the_sampler_samples(listing):
+def test_listed_probabilities_sum_to_one_and_are_the_samplers_frequencies(listing):
     p = listing.probabilities(listing.reference)
-    assert p.shape == (2, 40) and torch.allclose(p.sum(1), torch.ones(2, dtype=torch.float64), atol=1e-6)
-    tokens, mask = generate(listing.reference, [listing.prompts[1]] * 4000, 3, listing.eos, generator=seeded())
-    counts = {}
-    for y in data.responses_of(tokens, mask):
-        counts[tuple(y)] = counts.get(tuple(y), 0) + 1
+    assert p.shape == (2, 40)
+    assert torch.allclose(p.sum(1), torch.ones(2, dtype=torch.float64), atol=1e-6)
+    prompts = [listing.prompts[1]] * 4000
+    tokens, mask = generate(listing.reference, prompts, 3, listing.eos, generator=seeded())
+    found = [tuple(y) for y in data.responses_of(tokens, mask)]
     for y, q in zip(listing.responses, p[1].tolist()):
-        assert abs(counts.get(tuple(y), 0) / 4000 - q) < 4.5 * math.sqrt(q * (1 - q) / 4000) + 1e-3
+        frequency = found.count(tuple(y)) / 4000
+        assert abs(frequency - q) < 4.5 * math.sqrt(q * (1 - q) / 4000) + 1e-3
 
 
-def test_no_policy_beats_pi_star_and_falls_short_of_it_by_beta_kl(listing):
-    """J(pi) = J* - beta KL(pi, pi*), with J* = beta E_x log Z(x)"""
-    limit = BETA * (listing.ref + listing.scores / BETA).logsumexp(1).mean().item()
-    assert listing.objective(listing.best) == pytest.approx(limit)
+def test_every_policy_falls_short_of_the_optimum_by_beta_kl(listing):
+    """J(pi) = J(pi*) - beta KL(pi || pi*), and J(pi*) = beta E_x log Z(x)"""
+    optimum = BETA * (listing.ref + listing.scores / BETA).logsumexp(1).mean().item()
+    assert listing.objective(listing.best) == pytest.approx(optimum)
     for seed in range(5):
-        p = listing.probabilities(listing.policy(seed=seed, std=0.4))
+        p = listing.probabilities(listing.policy(seed, std=0.4))
         kl = (p * (p.log() - listing.best.log())).sum(1).mean().item()
-        assert listing.objective(p) == pytest.approx(limit - BETA * kl, abs=1e-5) and kl > 0.01
+        assert kl > 0.01
+        assert listing.objective(p) == pytest.approx(optimum - BETA * kl, abs=1e-5)
 
 
 # ---- PPO
 
-def ppo_on(listing, updates=150, epochs=4, surrogate="clip", lam=1.0, critic=None):
-    """PPO with the listing as its batch, each response weighed by its probability -> probabilities"""
-    policy, penalty = listing.policy(), ppo.ThresholdKL(1.0, 0.002)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=4e-3, fused=True)
+def surrogate_loss(surrogate, logprobs, old_logprobs, advantages, weights, coef=1.0):
+    """The loss of either surrogate of the PPO paper"""
+    if surrogate == "clip":
+        return ppo.policy_loss(logprobs, old_logprobs, advantages, weights)[0]
+    return ppo.kl_penalty_loss(logprobs, old_logprobs, advantages, weights, coef)[0]
+
+
+def train_by_ppo(listing, surrogate, updates=150, epochs=4):
+    """PPO at lambda 1 and without a critic, on the whole list -> probabilities"""
+    policy = listing.policy()
+    optimizer = adam(policy)
+    penalty = ppo.ThresholdKL(1.0, 0.002)
     for update in range(updates):
-        experiment.set_learning_rate(optimizer, experiment.learning_rate(update, updates, 4e-3, 5, 0.005))
-        with torch.no_grad():
-            old = listing.by_token(policy)
-            weights = listing.mask * old.sum(1, keepdim=True).exp()
-            rewards = ppo.shape_rewards(listing.scores.flatten(), old, listing.ref_logprobs, listing.mask, BETA)
-            advantages, _ = ppo.gae(rewards, torch.zeros_like(rewards), listing.mask, lam=lam)
-            advantages = ppo.whiten(advantages, weights)
+        schedule(optimizer, update, updates)
+        old, rewards, weights = listing.rollout(policy)
+        advantages, _ = ppo.gae(rewards, torch.zeros_like(rewards), listing.mask, lam=1.0)
+        advantages = ppo.whiten(advantages, weights)
         for _ in range(epochs):
-            logprobs = listing.by_token(policy)
-            loss, _ = (ppo.policy_loss(logprobs, old, advantages, weights) if surrogate == "clip" else
-                       ppo.kl_penalty_loss(logprobs, old, advantages, weights, penalty.coef))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        with torch.no_grad():
-            penalty.update(masked_mean(ppo.kl_estimate(old, listing.by_token(policy), "k3"), weights).item())
+            logprobs = listing.token_logprobs(policy)
+            loss = surrogate_loss(surrogate, logprobs, old, advantages, weights, penalty.coef)
+            take_step(optimizer, loss)
+        kl_old = ppo.kl_estimate(old, listing.token_logprobs(policy).detach(), "k3")
+        penalty.update(masked_mean(kl_old, weights).item())
     return listing.probabilities(policy)
 
 
 @pytest.mark.parametrize("surrogate", ["clip", "kl_penalty"])
 def test_ppo_ends_at_pi_star(listing, surrogate):
-    p = ppo_on(listing, surrogate=surrogate)
-    assert listing.distance(listing.ref.exp(), listing.best) > 0.3
-    assert listing.distance(p, listing.best) < 0.03 and listing.fraction(p) > 0.99
+    p = train_by_ppo(listing, surrogate)
+    assert listing.distance(listing.ref.exp(), listing.best) > 0.3     # it has a long way to go
+    assert listing.distance(p, listing.best) < 0.03
+    assert listing.fraction(p) > 0.99
 
 
 def test_ppo_on_sampled_responses_with_a_critic_ends_near_pi_star(listing):
-    """The stages of ppo.main: roll out, shaped rewards, GAE with a learned critic, whitening, minibatches."""
-    actor, generator = listing.policy(), seeded()
+    """The steps of ppo.main: rollout, shaped rewards, GAE by a critic, whitening, minibatches"""
+    updates, lr = 120, 3e-3
+    generator = seeded()
+    actor = listing.policy()
     critic = ScalarGPT(actor.config, init_from=actor, zero_head=True).eval()
-    optimizers = [torch.optim.Adam(m.parameters(), lr=3e-3, fused=True) for m in (actor, critic)]
-    score_of = {(tuple(p), tuple(y)): listing.scores[i, j].item() for i, p in enumerate(listing.prompts)
-                for j, y in enumerate(listing.responses)}
+    optimizers = [adam(actor, lr), adam(critic, lr)]
     cfg = dataclasses.replace(ppo.Config(), max_new_tokens=3)
-    for update in range(120):
-        prompts = [listing.prompts[i % 2] for i in range(256)]
+    prompts = listing.prompts * 128
+    score_of = {}
+    for i, x in enumerate(listing.prompts):
+        for j, y in enumerate(listing.responses):
+            score_of[tuple(x), tuple(y)] = listing.scores[i, j].item()
+
+    for update in range(updates):
         inputs, targets, mask, _ = ppo.roll_out(actor, prompts, cfg, listing.eos, generator)
-        scores = torch.tensor([score_of[tuple(p), tuple(y)] for p, y in zip(prompts, data.responses_of(
-            torch.cat([inputs, targets[:, -1:]], 1), mask))])
+        responses = data.responses_of(torch.cat([inputs, targets[:, -1:]], 1), mask)
+        scores = torch.tensor([score_of[tuple(x), tuple(y)] for x, y in zip(prompts, responses)])
         with torch.no_grad():
-            old, ref = (token_logprobs(m, inputs, targets, mask) for m in (actor, listing.reference))
+            old = token_logprobs(actor, inputs, targets, mask)
+            ref = token_logprobs(listing.reference, inputs, targets, mask)
             values = critic(inputs) * mask
         rewards = ppo.shape_rewards(scores, old, ref, mask, BETA)
         advantages, returns = ppo.gae(rewards, values, mask, lam=0.95)
         advantages = ppo.whiten(advantages, mask)
         for optimizer in optimizers:
-            experiment.set_learning_rate(optimizer, experiment.learning_rate(update, 120, 3e-3, 5, 0.01))
+            schedule(optimizer, update, updates, lr, floor=0.01)
         for rows in torch.randperm(256, generator=generator).split(64):
             logprobs = token_logprobs(actor, inputs[rows], targets[rows], mask[rows])
             loss, _ = ppo.policy_loss(logprobs, old[rows], advantages[rows], mask[rows])
-            critic_loss, _ = ppo.value_loss(critic(inputs[rows]), values[rows], returns[rows], mask[rows])
-            (loss + critic_loss).backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            take_step(optimizers[0], loss)
+            new_values = critic(inputs[rows])
+            loss, _ = ppo.value_loss(new_values, values[rows], returns[rows], mask[rows])
+            take_step(optimizers[1], loss)
+
     p = listing.probabilities(actor)
-    assert listing.distance(p, listing.best) < 0.08 and listing.fraction(p) > 0.96
+    assert listing.distance(p, listing.best) < 0.08
+    assert listing.fraction(p) > 0.96
 
 
-# ---- DPO and its relatives: every ordered pair of responses, weighed by how often it is labelled so
+# ---- DPO and its relatives: every ordered pair of responses, weighted by how often it is labelled
 
-FORMULAS = {                                                   # losses of z, written down a second time
-    "sigmoid": lambda z: torch.log1p(torch.exp(-z)), "ipo": lambda z: (z / BETA - 1 / (2 * BETA)) ** 2,
-    "hinge": lambda z: (1 - z) * (z < 1), "fidelity": lambda z: 1 - (1 + torch.exp(-z)) ** -0.5}
+FORMULAS = {                             # each loss as a function of z, written down a second time
+    "sigmoid": lambda z: torch.log1p(torch.exp(-z)),
+    "robust": lambda z: torch.log1p(torch.exp(-z)),
+    "ipo": lambda z: (z / BETA - 1 / (2 * BETA)) ** 2,
+    "hinge": lambda z: (1 - z) * (z < 1),
+    "fidelity": lambda z: 1 - (1 + torch.exp(-z)) ** -0.5,
+}
 
 
-def all_pairs(listing, flips=0.0):
-    """chosen, rejected (M,) and how often an annotator who errs at a rate prefers the one (P, M)"""
-    N = len(listing.responses)
-    i, j = (~torch.eye(N, dtype=torch.bool)).nonzero().T
+def labelled_pairs(listing, flips=0.0):
+    """All pairs i != j (M,), and how often an annotator who errs at a rate prefers i to j (P, M)"""
+    i, j = (~torch.eye(len(listing.responses), dtype=torch.bool)).nonzero().T
     p = torch.sigmoid(listing.scores[:, i] - listing.scores[:, j]).double()
     return i, j, (1 - flips) * p + flips * (1 - p)
 
 
-def dpo_on(listing, flips=0.0, soft=False, normalise=False, counts=None, steps=250, **options):
-    """dpo.dpo_loss over all pairs, by gradient descent on the GPT -> probabilities, last loss"""
-    i, j, wins = all_pairs(listing, flips)
-    wins = (wins if counts is None else counts).float()
+def train_by_dpo(listing, flips=0.0, soft=False, normalise=False, reference_free=False, counts=None,
+                 steps=250, **options):
+    """dpo.dpo_loss over all pairs, by Adam on the GPT -> probabilities, last loss"""
+    i, j, wins = labelled_pairs(listing, flips)
+    if counts is not None:
+        wins = counts
+    wins = wins.float().flatten()
+    labelled = {"target": wins} if soft else {"weights": wins}
     lengths = listing.lengths if normalise else torch.ones_like(listing.lengths)
-    ref = listing.ref.float() / lengths * (not options.pop("reference_free", False))
-    losses = []
-
-    def loss_of(policy):
+    ref = listing.ref.float() / lengths
+    if reference_free:
+        ref = torch.zeros_like(ref)
+    policy = listing.policy()
+    optimizer = adam(policy)
+    for step in range(steps):
+        schedule(optimizer, step, steps, warmup=10, floor=0.01)
         logprobs = listing.logprobs(policy) / lengths
-        given = dict(target=wins.flatten()) if soft else dict(weights=wins.flatten())
-        loss, _ = dpo.dpo_loss(*(x.flatten() for x in (logprobs[:, i], logprobs[:, j], ref[:, i], ref[:, j])),
-                               beta=BETA, **given, **options)
-        losses.append(loss.item())
-        return loss
-    return listing.descend(loss_of, steps), losses[-1]
+        pairs = [x.flatten() for x in (logprobs[:, i], logprobs[:, j], ref[:, i], ref[:, j])]
+        loss, _ = dpo.dpo_loss(*pairs, beta=BETA, **labelled, **options)
+        take_step(optimizer, loss)
+    return listing.probabilities(policy), loss.item()
 
 
-def optimum_of(listing, flips=0.0, normalise=False, counts=None, kind="sigmoid", label_smoothing=0.0, margin=0.0,
-               reference_free=False, steps=300):
-    """The same objective over tables of probabilities, by L-BFGS in float64, from the formulas -> table, loss"""
-    i, j, wins = all_pairs(listing, flips)
-    wins, e, losses = wins if counts is None else counts, label_smoothing, FORMULAS.get(kind, FORMULAS["sigmoid"])
+def dpo_optimum(listing, flips=0.0, normalise=False, reference_free=False, kind="sigmoid",
+                label_smoothing=0.0, margin=0.0):
+    """The same objective in float64 tables, from FORMULAS, by L-BFGS -> probabilities, loss"""
+    i, j, wins = labelled_pairs(listing, flips)
+    formula = FORMULAS[kind]
     lengths = listing.lengths.double() if normalise else 1.0
     ref = 0.0 if reference_free else listing.ref / lengths
     table = listing.ref.clone().requires_grad_()
 
-    def loss_of():
-        implied = BETA * (table.log_softmax(1) / lengths - ref)
+    def objective():
+        implied = BETA * (table.log_softmax(1) / lengths - ref)        # the implied reward
         z = implied[:, i] - implied[:, j] - margin
-        mixed = (1 - e) * losses(z) + (e if kind != "robust" else -e) * losses(-z)
-        return (wins * mixed).sum() / wins.sum() / (1 - 2 * e if kind == "robust" else 1)
+        e = label_smoothing
+        if kind == "robust":
+            losses = ((1 - e) * formula(z) - e * formula(-z)) / (1 - 2 * e)
+        else:
+            losses = (1 - e) * formula(z) + e * formula(-z)
+        return (wins * losses).sum() / wins.sum()
 
-    if kind == "hinge":                                        # has corners: many small steps instead
+    def closure():
+        optimizer.zero_grad()
+        loss = objective()
+        loss.backward()
+        return loss
+
+    if kind == "hinge":                  # it has corners: many small steps instead
         optimizer = torch.optim.Adam([table], lr=0.05)
         for step in range(3000):
-            experiment.set_learning_rate(optimizer, 0.05 * (1 - step / 3000) + 1e-5)
-            optimizer.zero_grad()
-            loss_of().backward()
-            optimizer.step()
+            runs.set_learning_rate(optimizer, 0.05 * (1 - step / 3000) + 1e-5)
+            take_step(optimizer, objective())
     else:
-        optimizer = torch.optim.LBFGS([table], max_iter=steps, history_size=50, tolerance_grad=1e-10,
-                                      tolerance_change=1e-14, line_search_fn="strong_wolfe")
-
-        def closure():
-            optimizer.zero_grad()
-            loss = loss_of()
-            loss.backward()
-            return loss
+        optimizer = torch.optim.LBFGS(
+            [table], max_iter=300, history_size=50, tolerance_grad=1e-10, tolerance_change=1e-14,
+            line_search_fn="strong_wolfe")
         optimizer.step(closure)
-    return table.detach().softmax(1), loss_of().item()
+    return table.detach().softmax(1), objective().item()
 
 
 @pytest.mark.parametrize("options", [
-    dict(), dict(kind="robust", label_smoothing=0.2, flips=0.2), dict(kind="fidelity", soft=True),
-    dict(kind="sigmoid", soft=True)], ids=["sigmoid", "robust", "fidelity soft", "sigmoid soft"])
+    pytest.param(dict(), id="sigmoid"),
+    pytest.param(dict(kind="robust", label_smoothing=0.2, flips=0.2), id="robust"),
+    pytest.param(dict(kind="fidelity", soft=True), id="fidelity soft"),
+    pytest.param(dict(kind="sigmoid", soft=True), id="sigmoid soft")])
 def test_dpo_ends_at_pi_star(listing, options):
-    p, _ = dpo_on(listing, **options)
-    assert listing.distance(p, listing.best) < 0.02 and listing.fraction(p) > 0.998
-    if not options.get("soft"):
-        assert listing.distance(optimum_of(listing, **options)[0], listing.best) < 1e-3
+    p, _ = train_by_dpo(listing, **options)
+    assert listing.distance(p, listing.best) < 0.02
+    assert listing.fraction(p) > 0.998
+    if "soft" not in options:
+        optimum, _ = dpo_optimum(listing, **options)
+        assert listing.distance(optimum, listing.best) < 1e-3
 
 
 @pytest.mark.parametrize("options", [
-    dict(label_smoothing=0.2), dict(flips=0.2), dict(kind="ipo"), dict(kind="fidelity"), dict(kind="sigmoid", margin=0.5),
-    dict(kind="robust", label_smoothing=0.1, flips=0.2), dict(normalise=True), dict(label_smoothing=0.1, flips=0.1)],
-    ids=lambda o: "-".join(map(str, itertools.chain(*o.items()))))
+    pytest.param(dict(kind="sigmoid", margin=0.5), id="margin"),
+    pytest.param(dict(kind="ipo"), id="ipo"),
+    pytest.param(dict(kind="fidelity"), id="fidelity"),
+    pytest.param(dict(flips=0.2), id="flipped"),
+    pytest.param(dict(normalise=True), id="normalised"),
+    pytest.param(dict(label_smoothing=0.2), id="cDPO"),
+    pytest.param(dict(label_smoothing=0.1, flips=0.1), id="cDPO flipped"),
+    pytest.param(dict(kind="robust", label_smoothing=0.1, flips=0.2), id="robust, wrong rate")])
 def test_every_other_loss_ends_at_the_optimum_of_its_own_objective(listing, options):
-    (p, loss), (best, least) = dpo_on(listing, **options, steps=500), optimum_of(listing, **options)
+    p, loss = train_by_dpo(listing, **options, steps=500)
+    optimum, least = dpo_optimum(listing, **options)
     assert least - 1e-5 < loss < least + 5e-4
-    assert listing.distance(p, best) < 0.02
-    if set(options) - {"margin", "kind"}:
-        assert listing.distance(best, listing.best) > 0.03     # which is not pi*
+    assert listing.distance(p, optimum) < 0.02
+    assert listing.distance(optimum, listing.best) > 0.03      # its own objective is not J
 
 
-@pytest.mark.parametrize("options", [dict(kind="hinge"), dict(normalise=True, reference_free=True, margin=0.3)],
-                         ids=["hinge", "simpo"])
+@pytest.mark.parametrize("options", [
+    pytest.param(dict(kind="hinge"), id="hinge"),
+    pytest.param(dict(normalise=True, reference_free=True, margin=0.3), id="simpo")])
 def test_hinge_and_simpo_reach_the_least_value_of_their_own_objectives(listing, options):
-    (_, loss), (_, least) = dpo_on(listing, **options, steps=600), optimum_of(listing, **options)
+    _, loss = train_by_dpo(listing, **options, steps=600)
+    _, least = dpo_optimum(listing, **options)
     assert abs(loss - least) < 3e-3
 
 
 def test_hard_labels_halve_the_beta_of_the_fidelity_loss(listing):
-    best, _ = optimum_of(listing, kind="fidelity")
+    optimum, _ = dpo_optimum(listing, kind="fidelity")
     at_half_beta = (listing.ref + listing.scores.double() / (BETA / 2)).softmax(1)
-    assert listing.distance(best, at_half_beta) < 1e-3
+    assert listing.distance(optimum, at_half_beta) < 1e-3
 
 
+FLIPPED = {                              # a loss, told the rate of flipped labels if it can use it
+    "sigmoid": lambda rate: dict(),
+    "cDPO": lambda rate: dict(label_smoothing=rate),
+    "robust": lambda rate: dict(kind="robust", label_smoothing=rate),
+    "fidelity": lambda rate: dict(kind="fidelity"),
+}
 
-FLIPPED = {                                                    # a loss, told the share of flipped labels if it can be
-    "sigmoid": lambda e: dict(), "cDPO": lambda e: dict(label_smoothing=e),
-    "robust": lambda e: dict(kind="robust", label_smoothing=e), "fidelity": lambda e: dict(kind="fidelity")}
 
-
-def test_only_robust_keeps_its_optimum_where_labels_are_flipped(listing):
-    fractions = {name: listing.fraction(optimum_of(listing, flips=0.2, **options(0.2))[0]) for name, options in FLIPPED.items()}
+def test_only_robust_keeps_its_optimum_when_labels_are_flipped(listing):
+    fractions = {}
+    for name, options_at in FLIPPED.items():
+        optimum, _ = dpo_optimum(listing, flips=0.2, **options_at(0.2))
+        fractions[name] = listing.fraction(optimum)
     assert fractions["robust"] > 0.999
     assert fractions["robust"] > fractions["sigmoid"] + 0.05 > fractions["cDPO"] + 0.1
-    assert listing.fraction(optimum_of(listing, kind="fidelity")[0]) < fractions["fidelity"] - 0.05        # flips undo its excess
+    clean, _ = dpo_optimum(listing, kind="fidelity")           # overshoots, and flips temper it
+    assert listing.fraction(clean) < fractions["fidelity"] - 0.05
 
 
 def draw_flips(path, n=20000, seeds=3):
-    """DPO's losses on n drawn labels of which a share is flipped -> a picture, and its numbers as a table"""
-    listing, rates = Enumerated(), (0.0, 0.1, 0.2, 0.3)
-    rows = [["loss", "flipped", "fraction of the optimum", "its own optimum's", "distance to that, TV"]]
-    figure, axes = experiment.subplots(1, 2, figsize=(9.5, 3.8))
-    for (name, options), style in zip(FLIPPED.items(), ("o-", "s--", "^-.", "D:")):
+    """DPO on n drawn labels, some of them flipped -> a picture, and its numbers as a table"""
+    listing = Listing()
+    rates = [0.0, 0.1, 0.2, 0.3]
+    percent = [100 * rate for rate in rates]
+    rows = [["loss", "flipped", "fraction of the optimum", "its own optimum's",
+             "distance to that, TV"]]
+    figure, axes = reports.subplots(1, 2, figsize=(9.5, 3.8))
+    for (name, options_at), style in zip(FLIPPED.items(), ("o-", "s--", "^-.", "D:")):
         fractions, distances = [], []
         for rate in rates:
-            own, _ = optimum_of(listing, flips=rate, **options(rate))
+            pi_star, _ = dpo_optimum(listing, flips=rate, **options_at(rate))
+            _, _, wins = labelled_pairs(listing, rate)
+            p = wins.flatten()
             runs = []
             for seed in range(seeds):
-                _, _, wins = all_pairs(listing, rate)
-                drawn = torch.multinomial(wins.flatten(), n, replacement=True, generator=seeded(seed))
-                counts = torch.bincount(drawn, minlength=wins.numel()).view_as(wins).double()
-                runs.append(dpo_on(listing, counts=counts, **options(rate))[0])
+                drawn = torch.multinomial(p, n, replacement=True, generator=seeded(seed))
+                counts = torch.bincount(drawn, minlength=len(p)).view_as(wins).double()
+                policy, _ = train_by_dpo(listing, counts=counts, **options_at(rate))
+                runs.append(policy)
             fractions.append(torch.tensor([listing.fraction(p) for p in runs]))
-            distances.append(torch.tensor([listing.distance(p, own) for p in runs]))
-            rows.append([name, f"{rate:.0%}", fractions[-1].mean().item(), listing.fraction(own), distances[-1].mean().item()])
+            distances.append(torch.tensor([listing.distance(p, pi_star) for p in runs]))
+            rows.append([name, f"{rate:.0%}", fractions[-1].mean().item(),
+                         listing.fraction(pi_star),
+                         distances[-1].mean().item()])
         for axis, values in zip(axes, (fractions, distances)):
-            axis.errorbar([100 * r for r in rates], [v.mean() for v in values], [v.std() for v in values], fmt=style,
-                          color="0.15", markerfacecolor="0.75", capsize=2, linewidth=1.1, label=name)
+            means, deviations = [v.mean() for v in values], [v.std() for v in values]
+            axis.errorbar(percent, means, deviations, fmt=style, color="0.15",
+                          markerfacecolor="0.75", capsize=2, linewidth=1.1, label=name)
     axes[0].set(xlabel="flipped labels (%)", ylabel="fraction of the optimum reached")
     axes[1].set(xlabel="flipped labels (%)", ylabel="total variation to the loss's own optimum")
     for axis in axes:
@@ -4168,390 +3385,486 @@ def draw_flips(path, n=20000, seeds=3):
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    return experiment.table(rows, markdown=True)
+    return reports.table(rows, markdown=True)
 
 
-# ---- GRPO and its relatives: every group of two, weighed by how often it is sampled
+# ---- GRPO and its relatives: every group of two, weighted by how often it is sampled
 
 def expected_advantages(rewards, p, kind):
-    """Of each response, over who else is in its group: (P, N), (P, N) -> (P, N)"""
-    (P, N), groups = rewards.shape, torch.stack(torch.broadcast_tensors(rewards[:, :, None], rewards[:, None, :]), -1)
-    return (grpo.group_advantages(groups.reshape(-1), 2, kind).view(P, N, N, 2)[..., 0] * p[:, None, :]).sum(2)
+    """A response's mean advantage over its partner in a group of two: (P, N), (P, N) -> (P, N)"""
+    P, N = rewards.shape
+    ours = rewards[:, :, None].expand(P, N, N)
+    partner = rewards[:, None, :].expand(P, N, N)
+    groups = torch.stack([ours, partner], dim=-1)                               # (P, N, N, 2)
+    advantages = grpo.group_advantages(groups.flatten(), 2, kind).view(P, N, N, 2)[..., 0]
+    return (advantages * p[:, None, :]).sum(2)
 
 
-def grpo_on(listing, advantage="grpo", kl_in="reward", normalise="token", updates=150, epochs=4):
+def train_by_grpo(listing, advantage, normalise, kl_in="reward", updates=150, epochs=4):
     """GRPO with all groups of two as its batch -> probabilities"""
+    P, N = listing.scores.shape
     policy = listing.policy()
-    optimizer = torch.optim.Adam(policy.parameters(), lr=4e-3, fused=True)
+    optimizer = adam(policy)
     for update in range(updates):
-        experiment.set_learning_rate(optimizer, experiment.learning_rate(update, updates, 4e-3, 5, 0.005))
-        with torch.no_grad():
-            old = listing.by_token(policy)
-            p, kl = old.sum(1).exp().view(2, -1), ppo.kl_estimate(old, listing.ref_logprobs).sum(1).view(2, -1)
-            rewards = listing.scores - BETA * kl if kl_in == "reward" else listing.scores
-            advantages = expected_advantages(rewards, p, advantage).flatten()
-            weights = 40 * grpo.token_weights(listing.mask, normalise, 3) * p.view(-1, 1)
+        schedule(optimizer, update, updates)
+        old = listing.token_logprobs(policy).detach()
+        p = old.sum(1).exp().view(P, N)
+        rewards = listing.scores
+        if kl_in == "reward":
+            kl_ref = ppo.kl_estimate(old, listing.ref_logprobs).sum(1).view(P, N)
+            rewards = rewards - BETA * kl_ref
+        advantages = expected_advantages(rewards, p, advantage).flatten()
+        weights = grpo.token_weights(listing.mask, normalise, 3)               # a row counts 1 / N
+        weights = N * p.view(-1, 1) * weights                                  # and now p
         for _ in range(epochs):
-            logprobs = listing.by_token(policy)
+            logprobs = listing.token_logprobs(policy)
             loss, _ = grpo.grpo_loss(logprobs, old, advantages, weights)
             if kl_in == "loss":
-                loss = loss + BETA * (weights * ppo.kl_estimate(logprobs, listing.ref_logprobs, "k3")).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+                kl_ref = ppo.kl_estimate(logprobs, listing.ref_logprobs, "k3")
+                loss = loss + BETA * (weights * kl_ref).sum()
+            take_step(optimizer, loss)
     return listing.probabilities(policy)
 
 
-@pytest.mark.parametrize("advantage, normalise", [("grpo", "token"), ("grpo", "sequence"), ("dr_grpo", "fixed"),
-                                                  ("rloo", "token")])
-def test_every_group_advantage_ends_at_pi_star_with_the_kl_in_the_reward(listing, advantage, normalise):
-    p = grpo_on(listing, advantage, normalise=normalise)
-    assert listing.distance(p, listing.best) < 0.03 and listing.fraction(p) > 0.97
+@pytest.mark.parametrize("advantage, normalise", [
+    ("grpo", "token"),
+    ("grpo", "sequence"),
+    ("dr_grpo", "fixed"),
+    ("rloo", "token")])
+def test_every_group_advantage_ends_at_pi_star_with_the_kl_in_the_reward(
+        listing, advantage, normalise):
+    p = train_by_grpo(listing, advantage, normalise)
+    assert listing.distance(p, listing.best) < 0.03
+    assert listing.fraction(p) > 0.97
 
 
-def test_without_a_baseline_a_constant_reward_is_harmless_unless_responses_are_weighed_by_their_length():
-    """At pi* the advantages of reinforce are beta log Z(x), not 0: E[grad log pi] = 0, E[grad log pi / length] is not"""
-    louder = Enumerated()
-    louder.scores = louder.scores + 4                                          # which does not change pi*
-    assert louder.distance(louder.best, Enumerated().best) < 1e-6
-    assert louder.distance(grpo_on(louder, "reinforce", normalise="fixed"), louder.best) < 0.06
-    assert louder.distance(grpo_on(louder, "reinforce", normalise="sequence"), louder.best) > 0.3
-    assert louder.distance(grpo_on(louder, "rloo", normalise="sequence"), louder.best) < 0.03
+def test_a_constant_reward_misleads_reinforce_only_under_sequence_weights(listing):
+    """
+    A constant added to every score does not change pi*, but the advantages of reinforce at pi* are
+    then beta log Z(x) and not 0. That is harmless because E[grad log pi] = 0. Weights of 1 / length
+    break it: E[grad log pi / length] is not 0. A baseline removes the constant.
+    """
+    shifted = Listing()
+    shifted.scores = shifted.scores + 4
+    assert shifted.distance(shifted.best, listing.best) < 1e-6
+
+    def error(advantage, normalise):
+        return shifted.distance(train_by_grpo(shifted, advantage, normalise), shifted.best)
+
+    assert error("reinforce", "fixed") < 0.06
+    assert error("reinforce", "sequence") > 0.3
+    assert error("rloo", "sequence") < 0.03
 
 
-def test_at_pi_star_every_advantage_with_a_baseline_is_zero_and_so_is_its_noise(listing):
+def test_at_pi_star_every_advantage_with_a_baseline_is_zero(listing):
+    """r - beta log(pi* / pi_ref) = beta log Z(x) for every y, so there is no noise either."""
     rewards = listing.scores.double() - BETA * (listing.best.log() - listing.ref)
     assert rewards.std(1).max() < 1e-9
     for kind in ("dr_grpo", "rloo"):
         assert grpo.group_advantages(rewards.flatten(), 40, kind).abs().max() < 1e-9
 
 
-def rest_of(listing, kind, beta=BETA):
+def grpo_fixed_point(listing, kind, beta=BETA):
     """
-    Where GRPO rests with the KL in the loss, from its own equations, in tables.
+    Where GRPO comes to rest with the KL in the loss, in float64 tables.
 
-    In a state the loss pulls by Q(s, a), the mean advantage of what begins so, and by the gradient of KL(ref, pi):
-    pi (Q - E Q) + beta (ref - pi) = 0, so pi(a|s) = beta ref(a|s) / (lambda - Q(s, a)), from the last token back.
-    Q hangs on the advantages and they on pi: iterated to a fixed point.
+    In each state the loss pulls by Q(s, a), the mean advantage of the responses that continue with
+    a, and by the gradient of KL(pi_ref || pi). At rest
+        pi (Q - E Q) + beta (pi_ref - pi) = 0,  so  pi(a|s) = beta pi_ref(a|s) / (lambda - Q(s, a)),
+    where lambda makes pi sum to 1. States are solved from the last token back. Q depends on the
+    advantages. Those of grpo depend on pi, so they are iterated to a fixed point.
     """
-    index, p = {tuple(y): i for i, y in enumerate(listing.responses)}, listing.ref.exp()
+    tokens = range(listing.eos + 1)
+    index = {tuple(y): i for i, y in enumerate(listing.responses)}
     scores = listing.scores.double()
 
     def mass(row, prefix):
         return sum(q for y, q in zip(listing.responses, row) if tuple(y[:len(prefix)]) == prefix)
 
     def solve(ref_row, advantages, prefix=()):
-        """-> E Q in this state, {response: its probability from here on}"""
-        below = [(advantages[index[prefix + (a,)]], {prefix + (a,): 1.0}) if prefix + (a,) in index else
-                 solve(ref_row, advantages, prefix + (a,)) for a in range(listing.eos + 1)]
-        ref = [mass(ref_row, prefix + (a,)) / mass(ref_row, prefix) for a in range(listing.eos + 1)]
-        low, high = max(q for q, _ in below), max(q for q, _ in below) + beta
+        """-> E Q in the state after prefix, {response: its probability from there on}"""
+        ref, Q, below = [], [], []
+        for a in tokens:
+            y = prefix + (a,)
+            ref.append(mass(ref_row, y) / mass(ref_row, prefix))
+            if y in index:
+                Q.append(advantages[index[y]])
+                below.append({y: 1.0})
+            else:
+                value, probabilities = solve(ref_row, advantages, y)
+                Q.append(value)
+                below.append(probabilities)
+        low, high = max(Q), max(Q) + beta                                      # hold lambda
         for _ in range(60):
             middle = (low + high) / 2
-            total = sum(beta * r / (middle - q) for r, (q, _) in zip(ref, below))
-            low, high = (middle, high) if total > 1 else (low, middle)
-        pi = [beta * r / (high - q) for r, (q, _) in zip(ref, below)]
-        return sum(x * q for x, (q, _) in zip(pi, below)), {y: x * z for x, (_, ys) in zip(pi, below) for y, z in ys.items()}
+            if sum(beta * r / (middle - q) for r, q in zip(ref, Q)) > 1:
+                low = middle
+            else:
+                high = middle
+        pi = [beta * r / (high - q) for r, q in zip(ref, Q)]
+        value = sum(x * q for x, q in zip(pi, Q))
+        return value, {y: pi[a] * q for a in tokens for y, q in below[a].items()}
 
-    for _ in range(40 if kind == "grpo" else 1):
-        advantages = {"rloo": scores, "dr_grpo": scores / 2,                   # (r - r') / 2, without its mean
-                      "grpo": ((scores[:, :, None] - scores[:, None]).sign() / math.sqrt(2) * p[:, None]).sum(2)}[kind]
-        solved = [solve(listing.ref[i].exp().tolist(), advantages[i].tolist())[1] for i in range(2)]
-        new = torch.tensor([[row[tuple(y)] for y in listing.responses] for row in solved], dtype=torch.float64)
-        p = (p + new) / 2 if kind == "grpo" else new
-    return new
+    def solve_all(advantages):
+        table = torch.zeros_like(scores)
+        for row in range(len(listing.prompts)):
+            _, pi = solve(listing.ref[row].exp().tolist(), advantages[row].tolist())
+            for i, y in enumerate(listing.responses):
+                table[row, i] = pi[tuple(y)]
+        return table
+
+    if kind == "rloo":
+        return solve_all(scores)
+    if kind == "dr_grpo":                                      # (r - r') / 2, up to a constant
+        return solve_all(scores / 2)
+    signs = (scores[:, :, None] - scores[:, None]).sign() / math.sqrt(2)       # (r - mean) / std
+    p = listing.ref.exp()
+    for _ in range(40):
+        pi = solve_all((signs * p[:, None]).sum(2))
+        p = (p + pi) / 2
+    return pi
 
 
 @pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo"])
-def test_with_the_kl_in_the_loss_each_ends_at_the_rest_of_its_own_equations(listing, advantage):
-    rest = rest_of(listing, advantage)
+def test_with_the_kl_in_the_loss_each_advantage_ends_at_its_own_fixed_point(listing, advantage):
+    rest = grpo_fixed_point(listing, advantage)
     assert rest.sum(1).tolist() == pytest.approx([1, 1], abs=1e-6)
-    assert listing.distance(rest, listing.best) > 0.05                         # which is not pi*
-    p = grpo_on(listing, advantage, kl_in="loss", normalise="fixed")
+    assert listing.distance(rest, listing.best) > 0.05                         # it is not pi*
+    p = train_by_grpo(listing, advantage, "fixed", kl_in="loss")
     assert listing.distance(p, rest) < 0.03 < listing.distance(p, listing.best)
 
 
-def test_dividing_by_the_standard_deviation_and_a_mean_that_holds_oneself_change_the_effective_beta(listing):
-    """In groups of two: dr_grpo at beta rests where rloo does at 2 beta; grpo where any other scale of r does"""
-    assert listing.distance(rest_of(listing, "dr_grpo"), rest_of(listing, "rloo", 2 * BETA)) < 1e-6
-    louder = Enumerated()
+def test_dr_grpo_doubles_beta_and_grpo_ignores_the_scale_of_the_reward(listing):
+    """In groups of two, with the KL in the loss. grpo divides by the standard deviation."""
+    doubled = grpo_fixed_point(listing, "rloo", 2 * BETA)
+    assert listing.distance(grpo_fixed_point(listing, "dr_grpo"), doubled) < 1e-6
+    louder = Listing()
     louder.scores = 10 * louder.scores
-    assert listing.distance(rest_of(louder, "grpo"), rest_of(listing, "grpo")) < 1e-6
-    assert listing.distance(rest_of(louder, "rloo"), rest_of(listing, "rloo")) > 0.1
+
+    def shift(kind):
+        return listing.distance(grpo_fixed_point(louder, kind), grpo_fixed_point(listing, kind))
+
+    assert shift("grpo") < 1e-6
+    assert shift("rloo") > 0.1
 
 
-# ---- The ladder
+# ---- The ladder of policy_gradient.py
 
-def rung_on(listing, rung, updates=200, lr=4e-3):
-    """A rung of the ladder with the listing as its batch and the exact critic -> probabilities"""
-    policy, penalty = listing.policy(), ppo.ThresholdKL(1.0, 0.002)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=lr, fused=True)
+def ladder_rows(listing, policy):
+    """The list as a rollout of policy, with exact values of its shaped rewards -> rows, weights"""
+    old, rewards, weights = listing.rollout(policy)
+    to_go = policy_gradient.reward_to_go(rewards, None, listing.mask)
+    values = listing.state_values(listing.probabilities(policy), to_go.double()).float()
+    rows = {"old_logprobs": old, "rewards": rewards, "values": values, "mask": listing.mask}
+    return rows, weights
+
+
+def take_trpo_step(listing, policy, rows, weights, psi, max_kl):
+    """One trust-region step on the whole list; checks that it keeps within max_kl"""
+    real = listing.mask > 0
+    p = weights[real] / weights.sum()
+    old = policy_gradient.token_distributions(policy, listing.inputs, listing.mask).detach()
+
+    def measure():
+        log_pi = policy_gradient.token_distributions(policy, listing.inputs, listing.mask)
+        kl = ((old.exp() * (old - log_pi)).sum(-1) * p).sum()
+        log_ratio = listing.token_logprobs(policy)[real] - rows["old_logprobs"][real]
+        return (log_ratio.exp() * psi[real] * p).sum(), kl
+
+    taken = policy_gradient.trpo_step(policy.parameters(), measure, lambda: measure()[1], max_kl,
+                                      cg_steps=10, damping=1e-3)
+    assert measure()[1].item() == pytest.approx(taken["kl"], abs=1e-7)
+    assert taken["kl"] <= max_kl
+
+
+def train_by_rung(listing, rung, updates=200, lr=4e-3):
+    """A rung of the ladder on the whole list, with the exact critic -> probabilities"""
+    policy = listing.policy()
+    optimizer = adam(policy)
+    penalty = ppo.ThresholdKL(1.0, 0.002)
     cfg = dataclasses.replace(policy_gradient.Config(), lam=0.9)
+    epochs = 1 if rung in policy_gradient.PSI else 4
     for update in range(updates):
-        factor = experiment.learning_rate(update, updates, 1.0, 5, 0.005)
-        experiment.set_learning_rate(optimizer, factor * lr)
-        rows, weights = shaped(listing, policy)
-        rows["mask"] = weights
-        psi = policy_gradient.gae(rows["rewards"], rows["values"], listing.mask, 1.0, 0.9)
+        rows, weights = ladder_rows(listing, policy)
         if rung == "trpo":
-            at, p = listing.mask > 0, weights[listing.mask > 0] / weights.sum()
-            old = policy_gradient.token_distributions(policy, listing.inputs, listing.mask).detach()
-
-            def kl(log_pi, old=old):
-                return ((old.exp() * (old - log_pi)).sum(-1) * p).sum()
-
-            def measure():
-                log_pi = policy_gradient.token_distributions(policy, listing.inputs, listing.mask)
-                ratio = torch.exp(listing.by_token(policy)[at] - rows["old_logprobs"][at])
-                return (ratio * psi[at] * p).sum(), kl(log_pi)
-
-            taken = policy_gradient.trpo_step(policy.parameters(), measure, lambda: measure()[1], 0.02 * factor ** 2, 10, 1e-3)
-            with torch.no_grad():
-                assert measure()[1].item() == pytest.approx(taken["kl"], abs=1e-7) and taken["kl"] <= 0.02 * factor ** 2
+            psi = policy_gradient.gae(rows["rewards"], rows["values"], listing.mask, 1.0, 0.9)
+            factor = runs.learning_rate(update, updates, 1.0, 5, 0.005)
+            take_trpo_step(listing, policy, rows, weights, psi, 0.02 * factor ** 2)
             continue
-        for _ in range(1 if rung in policy_gradient.PSI else 4):
-            optimizer.zero_grad()
-            policy_gradient.rung_loss(rung, listing.by_token(policy), rows, cfg, penalty.coef).backward()
-            optimizer.step()
-        with torch.no_grad():
-            penalty.update(masked_mean(ppo.kl_estimate(rows["old_logprobs"], listing.by_token(policy), "k3"), weights).item())
+        schedule(optimizer, update, updates, lr)
+        weighted = rows | {"mask": weights}
+        for _ in range(epochs):
+            logprobs = listing.token_logprobs(policy)
+            loss = policy_gradient.rung_loss(rung, logprobs, weighted, cfg, penalty.coef)
+            take_step(optimizer, loss)
+        logprobs = listing.token_logprobs(policy).detach()
+        kl_old = ppo.kl_estimate(rows["old_logprobs"], logprobs, "k3")
+        penalty.update(masked_mean(kl_old, weights).item())
     return listing.probabilities(policy)
 
 
-@torch.no_grad()
-def shaped(listing, policy):
-    """The listing as a rollout of policy, with the exact values of its KL-shaped rewards -> rows, weights"""
-    old = listing.by_token(policy)
-    rewards = ppo.shape_rewards(listing.scores.flatten(), old, listing.ref_logprobs, listing.mask, BETA)
-    to_go = policy_gradient.reward_to_go(rewards, None, listing.mask)
-    values = state_values(listing, listing.probabilities(policy), to_go.double()).float()
-    return ({"old_logprobs": old, "rewards": rewards, "values": values, "mask": listing.mask},
-            listing.mask * old.sum(1, keepdim=True).exp())
+@pytest.mark.parametrize("rung, options", [
+    pytest.param("gae", dict(lr=8e-3), id="gae"),
+    pytest.param("importance", dict(updates=140), id="importance"),
+    pytest.param("trpo", dict(updates=40), id="trpo")])
+def test_the_rungs_end_at_pi_star(listing, rung, options):
+    """
+    gae speaks for the first six rungs, whose gradients are equal with this critic (see below);
+    clip and kl_penalty are tested with PPO above.
+    """
+    p = train_by_rung(listing, rung, **options)
+    assert listing.distance(p, listing.best) < 0.03
+    assert listing.fraction(p) > 0.98
 
 
-@pytest.mark.parametrize("rung, steps", [("gae", dict(lr=8e-3)), ("importance", dict(updates=140)), ("trpo", dict(updates=40))])
-def test_the_rungs_end_at_pi_star(listing, rung, steps):
-    """gae for the first six, whose gradients are one with this critic (see below); clip and kl_penalty as in PPO above"""
-    p = rung_on(listing, rung, **steps)
-    assert listing.distance(p, listing.best) < 0.03 and listing.fraction(p) > 0.98
-
-
-# ---- gradients
+# ---- Gradients, each against the exact gradient of J
 
 def flat_gradient(loss, policy):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(
-        loss, list(policy.parameters()), retain_graph=True)]).double()
+    parameters = list(policy.parameters())
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+    return torch.cat([g.flatten() for g in gradients]).double()
 
 
-def exact_objective(listing, policy):
+def exact_gradient(listing, policy):
+    """grad J, differentiated through the probabilities of all responses"""
     logprobs = listing.logprobs(policy)
-    return (logprobs.exp() * (listing.scores - BETA * (logprobs - listing.ref.float()))).sum(1).mean()
+    rewards = listing.scores - BETA * (logprobs - listing.ref.float())
+    return flat_gradient((logprobs.exp() * rewards).sum(1).mean(), policy)
+
+
+def is_close(ours, exact, within=1e-4):
+    """Whether two gradients differ by less than a share of the second one's norm"""
+    return (ours - exact).norm() < within * exact.norm()
 
 
 @pytest.mark.parametrize("surrogate", ["clip", "kl_penalty"])
 def test_the_first_gradient_is_the_exact_policy_gradient_over_the_mean_length(listing, surrogate):
-    """- grad J / E[length]: with lambda 1, any critic that sees the state alone, and no whitening"""
-    policy, critic = listing.policy(seed=3), small_scalar()
-    old = listing.by_token(policy).detach()
-    weights = listing.mask * old.sum(1, keepdim=True).exp()
-    rewards = ppo.shape_rewards(listing.scores.flatten(), old, listing.ref_logprobs, listing.mask, BETA)
-    advantages, _ = ppo.gae(rewards, critic(listing.inputs).detach() * listing.mask, listing.mask, lam=1.0)
-    logprobs = listing.by_token(policy)
-    loss, _ = (ppo.policy_loss(logprobs, old, advantages, weights) if surrogate == "clip" else
-               ppo.kl_penalty_loss(logprobs, old, advantages, weights, 1.0))
-    ours = flat_gradient(loss, policy)
-    exact = flat_gradient(exact_objective(listing, policy), policy)
-    mean_length = weights.sum().item() / 2                                    # E[length], over two prompts
-    assert (ours + exact / mean_length).norm() < 1e-4 * ours.norm()
-    biased, _ = ppo.gae(rewards, critic(listing.inputs).detach() * listing.mask, listing.mask, lam=0.5)
-    wrong = flat_gradient(ppo.policy_loss(listing.by_token(policy), old, biased, weights)[0], policy)
-    assert (wrong + exact / mean_length).norm() > 0.05 * ours.norm()          # the test can fail
+    """- grad J / E[length], at lambda 1 without whitening, by any critic of the state alone"""
+    policy = listing.policy(seed=3)
+    values = small_scalar()(listing.inputs).detach() * listing.mask
+    old, rewards, weights = listing.rollout(policy)
+    mean_length = weights.sum().item() / 2                                     # over two prompts
+    exact = exact_gradient(listing, policy) / mean_length
+
+    def gradient(surrogate, lam):
+        advantages, _ = ppo.gae(rewards, values, listing.mask, lam=lam)
+        logprobs = listing.token_logprobs(policy)
+        return flat_gradient(surrogate_loss(surrogate, logprobs, old, advantages, weights), policy)
+
+    assert is_close(gradient(surrogate, lam=1.0), -exact)
+    assert not is_close(gradient("clip", lam=0.5), -exact, within=0.05)        # the test can fail
 
 
-def test_the_token_mean_over_ragged_rows_is_biased_by_a_term_of_order_one_over_batch_size(listing):
+def test_the_bias_of_the_token_mean_falls_as_one_over_the_batch_size(listing):
     """
-    E[sum f / sum length] against E[f] / E[length], exact at every batch size: given the others' total
-    length L, which is independent of a row, the mean is B E[f_1 / (length_1 + L)].
+    The bias is E[sum f / sum length] - E[f] / E[length], where f is a row's part of the gradient.
+    It is exact at every batch size B: given the total length L of the other rows, which is
+    independent of row 1, the first term is B E[f_1 / (length_1 + L)].
     """
     policy = listing.policy(seed=3)
-    old, direction = listing.by_token(policy).detach(), flat_gradient(exact_objective(listing, policy), policy)
-    rewards = ppo.shape_rewards(listing.scores.flatten(), old, listing.ref_logprobs, listing.mask, BETA)
+    old, rewards, _ = listing.rollout(policy)
     advantages, _ = ppo.gae(rewards, torch.zeros_like(rewards), listing.mask, lam=1.0)
-    f = torch.stack([flat_gradient((listing.by_token(policy) * advantages)[i].sum(), policy) @ direction
-                     for i in range(80)])                                      # each row's part of the gradient
-    p, lengths = old.double().sum(1).exp() / 2, listing.lengths.flatten().long()
+    direction = exact_gradient(listing, policy)
+    row_losses = (listing.token_logprobs(policy) * advantages).sum(1)
+    f = torch.stack([flat_gradient(loss, policy) @ direction for loss in row_losses])   # (P N,)
+    p = old.double().sum(1).exp() / 2
+    lengths = listing.lengths.flatten().long()
     limit = (p @ f) / (p @ lengths.double())
-    one = torch.zeros(4, dtype=torch.float64).index_add(0, lengths, p)         # distribution of a length
-    others, bias = torch.ones(1, dtype=torch.float64), {}
-    for B in range(1, 129):                                                    # others: of B - 1 lengths together
+
+    one = torch.zeros(4, dtype=torch.float64).index_add(0, lengths, p)         # P(length of a row)
+    others = torch.ones(1, dtype=torch.float64)                                # P(L), of B - 1 rows
+    bias = {}
+    for B in range(1, 129):
         total = lengths[:, None] + torch.arange(len(others))
         bias[B] = (B * ((f * p)[:, None] * others / total).sum() - limit).item()
-        others = sum(torch.nn.functional.pad(others * q, (n, 3 - n)) for n, q in enumerate(one))
-    whole_batches = [(p[list(ij)].prod() * f[list(ij)].sum() / lengths[list(ij)].sum()).item()
-                     for ij in itertools.product(range(80), repeat=2)]
-    assert bias[2] == pytest.approx(sum(whole_batches) - limit.item())         # the trick against plain enumeration
+        shifts = [torch.nn.functional.pad(others * q, (n, 3 - n)) for n, q in enumerate(one)]
+        others = sum(shifts)
+
+    mean_of_two = 0.0                            # by plain enumeration, as a check
+    for i, j in itertools.product(range(80), repeat=2):
+        mean_of_two += (p[i] * p[j] * (f[i] + f[j]) / (lengths[i] + lengths[j])).item()
+    assert bias[2] == pytest.approx(mean_of_two - limit.item())
     assert abs(bias[1]) > 0.01 * abs(limit)
-    assert 128 * bias[128] == pytest.approx(64 * bias[64], rel=0.02) and abs(bias[128]) < abs(bias[1]) / 50
+    assert 128 * bias[128] == pytest.approx(64 * bias[64], rel=0.02)
+    assert abs(bias[128]) < abs(bias[1]) / 50
 
 
 def test_the_expected_gradient_of_log_pi_is_zero(listing):
     policy = listing.policy(seed=3)
     logprobs = listing.logprobs(policy)
-    assert flat_gradient((logprobs.detach().exp() * logprobs).sum(), policy).norm() < 1e-5
-    assert flat_gradient((logprobs.detach().exp() * logprobs)[:, :20].sum(), policy).norm() > 1e-2
-
-
-def state_values(listing, p, to_go=None):
-    """
-    V(s) = E[what is still earned | the tokens so far], before each response token, by summing over the listing.
-
-    to_go (P N, T) is what each response earns from a column on; by default its score. -> (P N, T), float64
-    """
-    values = torch.zeros(listing.mask.shape, dtype=torch.float64)
-    to_go = listing.scores.double().view(-1, 1).expand_as(values) if to_go is None else to_go
-    for t in range(values.shape[1]):
-        prefix = listing.inputs[:, :t + 1]
-        at = listing.mask[:, t] > 0
-        same = (prefix[:, None] == prefix[None]).all(2) & at[:, None] & at                   # (P N, P N) share a state
-        weights = same * p.flatten()
-        values[:, t] = weights @ to_go[:, t] / weights.sum(1).clamp_min(1e-300)
-    return values
+    expected = logprobs.detach().exp() * logprobs
+    assert flat_gradient(expected.sum(), policy).norm() < 1e-5
+    assert flat_gradient(expected[:, :20].sum(), policy).norm() > 1e-2         # half of the list
 
 
 def test_performance_difference_lemma(listing):
-    """J(pi') - J(pi) = E_{y ~ pi'} sum_t A_pi(s_t, a_t), the advantages by ppo.gae with the exact V at lambda 0"""
-    old, new = (listing.probabilities(listing.policy(seed=s, std=0.4)) for s in (1, 2))
-    old, new = old / old.sum(1, keepdim=True), new / new.sum(1, keepdim=True)
-    rewards = ppo.shape_rewards(listing.scores.flatten().double(), listing.mask.double(), listing.mask.double(),
-                                listing.mask, 0.0)
-    advantages, _ = ppo.gae(rewards, state_values(listing, old), listing.mask, lam=0.0)
+    """J(pi') - J(pi) = E_{y ~ pi'} sum_t A_pi(s_t, a_t), A by ppo.gae at lambda 0 with exact V"""
+    tables = []
+    for seed in (1, 2):
+        p = listing.probabilities(listing.policy(seed, std=0.4))
+        tables.append(p / p.sum(1, keepdim=True))
+    old, new = tables
+    zeros = torch.zeros(80, 4, dtype=torch.float64)
+    scores = listing.scores.flatten().double()
+    rewards = ppo.shape_rewards(scores, zeros, zeros, listing.mask, beta=0.0)
+    advantages, _ = ppo.gae(rewards, listing.state_values(old), listing.mask, lam=0.0)
+    gains = advantages.sum(1)                                                  # (P N,)
     difference = ((new - old) * listing.scores).sum().item()
-    assert (new.flatten() @ advantages.sum(1)).item() == pytest.approx(difference, abs=1e-9) and abs(difference) > 0.1
-    assert (old.flatten() @ advantages.sum(1)).item() == pytest.approx(0, abs=1e-9)
+    assert abs(difference) > 0.1
+    assert (new.flatten() @ gains).item() == pytest.approx(difference, abs=1e-9)
+    assert (old.flatten() @ gains).item() == pytest.approx(0, abs=1e-9)
 
 
-def test_importance_sampling_is_unbiased_and_its_variance_grows_with_the_spread_of_the_ratio(listing):
+def test_importance_sampling_is_unbiased_and_noisier_the_wider_its_ratios(listing):
     p = listing.probabilities(listing.policy(seed=1))
-    p, spreads, variances = p / p.sum(1, keepdim=True), [], []
-    one = torch.ones(p.numel(), 1, dtype=torch.float64)
-    for step in (0.0, 0.25, 0.5, 0.75, 1.0):                                   # from pi towards pi*
+    p = p / p.sum(1, keepdim=True)
+    rewards = listing.scores.double()
+    spreads, variances = [], []
+    for step in (0.0, 0.25, 0.5, 0.75, 1.0):                                   # from pi to pi*
         q = (p.log() * (1 - step) + listing.best.log() * step).softmax(1)
-        loss, _ = ppo.policy_loss(q.log().view(-1, 1), p.log().view(-1, 1), listing.scores.double().view(-1, 1),
-                                  p.view(-1, 1) * one, clip_eps=1e9)           # E_p[q / p r]
-        mean = (q * listing.scores).sum().item() / 2
+        columns = [x.view(-1, 1) for x in (q.log(), p.log(), rewards, p)]
+        loss, _ = ppo.policy_loss(*columns, clip_eps=1e9)                      # - E_p[q / p r]
+        mean = (q * rewards).sum().item() / 2
         assert -loss.item() == pytest.approx(mean, abs=1e-9)
         spreads.append((q / p).std().item())
-        variances.append((p * (q / p * listing.scores) ** 2).sum().item() / 2 - mean ** 2)
+        variances.append((p * (q / p * rewards) ** 2).sum().item() / 2 - mean ** 2)
     assert spreads == sorted(spreads) and spreads[-1] > 1
     assert variances == sorted(variances) and variances[-1] > 3 * variances[0]
 
 
 @pytest.mark.parametrize("longest", [1, 2])
-def test_what_k1_k2_and_k3_estimate_and_what_their_gradients_are(longest):
+def test_values_and_gradients_of_the_kl_estimates_k1_k2_and_k3(longest):
     """
-              mean of a sampled response      gradient where it stands in the loss, samples held fixed
+              mean over sampled responses     gradient as a loss, with the samples held fixed
         k1    KL(pi, ref)                     zero
-        k2    E[d^2] / 2, biased              that of KL(pi, ref), summed over the states visited
-        k3    KL(pi, ref)                     that of KL(ref, pi), summed over the states visited
+        k2    E[d^2] / 2, biased              of KL(pi, ref), summed over the visited states
+        k3    KL(pi, ref)                     of KL(ref, pi), summed over the visited states
     """
-    listing = Enumerated(longest=longest)
+    listing = Listing(longest)
     policy = listing.policy(seed=3)
-    logprobs = listing.by_token(policy)
-    p = logprobs.detach().double().sum(1).exp()                                # (P N,)
+    logprobs = listing.token_logprobs(policy)
+    p = logprobs.detach().double().sum(1, keepdim=True).exp()                  # (P N, 1)
     d = (logprobs - listing.ref_logprobs).detach().double() * listing.mask
-    kl = (p * d.sum(1)).sum().item()
-    estimate = {kind: (p[:, None] * ppo.kl_estimate(logprobs, listing.ref_logprobs, kind)).sum() for kind in
-                ("k1", "k2", "k3")}
-    assert kl > 0.1 and estimate["k1"].item() == pytest.approx(kl, rel=1e-4)
-    assert estimate["k3"].item() == pytest.approx(kl, rel=1e-4)
-    assert estimate["k2"].item() == pytest.approx((p[:, None] * d ** 2).sum().item() / 2, rel=1e-4)
-    assert estimate["k2"].item() != pytest.approx(kl, rel=0.02)
+    true_kl = (p * d).sum().item()
+    estimates, gradients = {}, {}
+    for kind in ("k1", "k2", "k3"):
+        mean = (p * ppo.kl_estimate(logprobs, listing.ref_logprobs, kind)).sum()
+        estimates[kind] = mean.item()
+        gradients[kind] = flat_gradient(mean, policy)
+    assert true_kl > 0.1
+    assert estimates["k1"] == pytest.approx(true_kl, rel=1e-4)
+    assert estimates["k3"] == pytest.approx(true_kl, rel=1e-4)
+    assert estimates["k2"] == pytest.approx((p * d ** 2).sum().item() / 2, rel=1e-4)
+    assert estimates["k2"] != pytest.approx(true_kl, rel=0.02)
 
-    # The distributions in each state, each weighed by how often pi visits it
-    log_pi, log_ref = (m(listing.inputs).log_softmax(-1) for m in (policy, listing.reference))     # (P N, T, V)
-    visits = (p[:, None] * listing.mask).float()                               # rows that share a state add up
-    forward = (visits * (log_pi.exp() * (log_pi - log_ref.detach())).sum(-1)).sum()
-    backward = (visits * (log_ref.detach().exp() * (log_ref.detach() - log_pi)).sum(-1)).sum()
-    gradients = {kind: flat_gradient(x, policy) for kind, x in estimate.items()}
-    forward, backward = flat_gradient(forward, policy), flat_gradient(backward, policy)
+    # The KLs of the token distributions, each state weighted by how often pi visits it
+    log_pi = policy(listing.inputs).log_softmax(-1)                            # (P N, T, V)
+    log_ref = listing.reference(listing.inputs).log_softmax(-1).detach()
+    visits = (p * listing.mask).float()                                        # rows share states
+    pi_to_ref = (log_pi.exp() * (log_pi - log_ref)).sum(-1)                    # (P N, T)
+    ref_to_pi = (log_ref.exp() * (log_ref - log_pi)).sum(-1)
+    forward = flat_gradient((visits * pi_to_ref).sum(), policy)
+    backward = flat_gradient((visits * ref_to_pi).sum(), policy)
     assert gradients["k1"].norm() < 1e-4 * forward.norm()
-    assert (gradients["k2"] - forward).norm() < 1e-3 * forward.norm()
-    assert (gradients["k3"] - backward).norm() < 1e-3 * backward.norm()
-    assert (forward - backward).norm() > 0.1 * forward.norm()                  # two different things
+    assert is_close(gradients["k2"], forward, within=1e-3)
+    assert is_close(gradients["k3"], backward, within=1e-3)
+    assert not is_close(backward, forward, within=0.1)                         # they do differ
 
-    # As a loss of whole sequences: what the true gradient of KL(pi, ref) adds is how states are reached
-    logprobs = listing.by_token(policy)
+    # The gradient of the KL of whole responses also counts how pi changes the visits themselves
     whole = (logprobs.sum(1).exp() * (logprobs - listing.ref_logprobs).sum(1)).sum()
     gap = (flat_gradient(whole, policy) - forward).norm() / forward.norm()
-    assert gap < 1e-3 if longest == 1 else gap > 0.05
+    if longest == 1:
+        assert gap < 1e-3
+    else:
+        assert gap > 0.05
 
 
-def test_group_baselines_leave_the_gradient_and_the_own_share_of_the_mean_shrinks_it(listing):
-    """Over all groups of two, on policy: rloo - grad J exactly, dr_grpo (G - 1) / G of it, grpo another direction"""
+def test_group_advantages_have_the_exact_gradient_a_share_of_it_or_tilt_it(listing):
+    """
+    Over all groups of G = 2, on policy. rloo and reinforce have exactly - grad J. dr_grpo subtracts
+    a mean that includes the response itself, which leaves (G - 1) / G of the gradient. grpo turns
+    it: rare gains count as much as large ones.
+    """
     policy = listing.policy(seed=3)
-    exact, logprobs = flat_gradient(exact_objective(listing, policy), policy), listing.by_token(policy)
-    old, p = logprobs.detach(), logprobs.detach().sum(1).exp().view(2, -1)
-    rewards = listing.scores - BETA * ppo.kl_estimate(old, listing.ref_logprobs).sum(1).view(2, -1)
-    gradients = {kind: flat_gradient(grpo.grpo_loss(logprobs, old, expected_advantages(rewards, p, kind).flatten(),
-                                                    listing.mask * p.view(-1, 1) / 2)[0], policy)
-                 for kind in ("grpo", "dr_grpo", "rloo", "reinforce")}
-    for kind, share in (("rloo", 1.0), ("reinforce", 1.0), ("dr_grpo", 0.5)):
-        assert (gradients[kind] + share * exact).norm() < 1e-4 * exact.norm(), kind
-    cosine = torch.cosine_similarity(gradients["grpo"], -exact, dim=0)
-    assert 0.5 < cosine < 0.995                                                # rare gains count as much as large ones
+    exact = exact_gradient(listing, policy)
+    logprobs = listing.token_logprobs(policy)
+    old = logprobs.detach()
+    p = old.sum(1).exp().view(2, -1)
+    kl_ref = ppo.kl_estimate(old, listing.ref_logprobs).sum(1).view(2, -1)
+    rewards = listing.scores - BETA * kl_ref
+    weights = listing.mask * p.view(-1, 1) / 2
+    gradients = {}
+    for kind in ("grpo", "dr_grpo", "rloo", "reinforce"):
+        advantages = expected_advantages(rewards, p, kind).flatten()
+        loss, _ = grpo.grpo_loss(logprobs, old, advantages, weights)
+        gradients[kind] = flat_gradient(loss, policy)
+    assert is_close(gradients["rloo"], -exact)
+    assert is_close(gradients["reinforce"], -exact)
+    assert is_close(gradients["dr_grpo"], -0.5 * exact)
+    assert 0.5 < torch.cosine_similarity(gradients["grpo"], -exact, dim=0) < 0.995
 
 
 @pytest.mark.parametrize("critic", ["exact", "wrong"])
 def test_the_expected_gradients_of_the_rungs_are_one_where_theory_says_so(listing, critic):
     """
-    - grad J / E[length] for every rung, if the critic is exact. With a wrong one still for total_return, reward_to_go
-    and baseline, which add up what was really earned, and not for plain_value, a2c and gae.
+    With the exact critic every rung has the gradient - grad J / E[length]. With a wrong critic only
+    total_return, reward_to_go and baseline keep it, because they add up rewards that were earned.
     """
     policy = listing.policy(seed=3)
-    rows, weights = shaped(listing, policy)
+    rows, weights = ladder_rows(listing, policy)
     if critic == "wrong":
         rows["values"] = small_scalar()(listing.inputs).detach() * listing.mask
-    exact = flat_gradient(exact_objective(listing, policy), policy) / (weights.sum().item() / 2)
-    logprobs, cfg = listing.by_token(policy), dataclasses.replace(policy_gradient.Config(), lam=0.6)
+    exact = exact_gradient(listing, policy) / (weights.sum().item() / 2)
+    logprobs = listing.token_logprobs(policy)
+    cfg = dataclasses.replace(policy_gradient.Config(), lam=0.6)
     for rung in policy_gradient.LADDER:
         if rung in policy_gradient.PSI:
-            psi = policy_gradient.PSI[rung](rows["rewards"], rows["values"], listing.mask, 1.0, 0.6)
+            psi_of = policy_gradient.PSI[rung]
+            psi = psi_of(rows["rewards"], rows["values"], listing.mask, 1.0, 0.6)
             loss = policy_gradient.policy_gradient_loss(logprobs, psi, weights)
         else:
             loss = policy_gradient.rung_loss(rung, logprobs, rows | {"mask": weights}, cfg, 1.0)
-        error = (flat_gradient(loss, policy) + exact).norm() / exact.norm()
+        gradient = flat_gradient(loss, policy)
         if critic == "exact" or rung in ("total_return", "reward_to_go", "baseline"):
-            assert error < 1e-4, rung
+            assert is_close(gradient, -exact), rung
         else:
-            assert error > 0.05, rung
-    before = policy_gradient.policy_gradient_loss(logprobs, rows["values"], weights)         # V_t instead of V_{t+1}
-    assert flat_gradient(before, policy).norm() < 1e-4 * exact.norm()
+            assert not is_close(gradient, -exact, within=0.05), rung
+    too_early = policy_gradient.policy_gradient_loss(logprobs, rows["values"], weights)
+    assert flat_gradient(too_early, policy).norm() < 1e-4 * exact.norm()       # V_t, not V_{t+1}
 
 
 def test_what_each_rung_does_to_the_variance_of_one_response(listing):
-    """Exact, with the exact critic; away from the reference, where past KL makes the totals smaller than what is to come"""
-    policy, variance = listing.policy(seed=3), {}
-    rows, _ = shaped(listing, policy)
-    p = (rows["old_logprobs"].double().sum(1).exp() / 2)
+    """
+    Exact, with the exact critic. The policy is not the reference, so the KL already paid makes the
+    total return smaller than what is still to come.
+    """
+    policy = listing.policy(seed=3)
+    rows, _ = ladder_rows(listing, policy)
+    p = rows["old_logprobs"].double().sum(1).exp() / 2                         # (P N,)
+    variance = {}
     for rung, psi_of in policy_gradient.PSI.items():
         psi = psi_of(rows["rewards"], rows["values"], listing.mask, 1.0, 0.6)
-        losses = (listing.by_token(policy) * psi).sum(1)
-        gradients = torch.stack([flat_gradient(loss, policy) for loss in losses])            # (P N, D)
+        losses = (listing.token_logprobs(policy) * psi).sum(1)
+        gradients = torch.stack([flat_gradient(loss, policy) for loss in losses])       # (P N, D)
         variance[rung] = ((p @ gradients ** 2).sum() - ((p @ gradients) ** 2).sum()).item()
     assert variance["a2c"] < variance["gae"] < variance["baseline"] < variance["reward_to_go"]
-    assert variance["baseline"] < variance["total_return"] and variance["a2c"] < variance["plain_value"]
+    assert variance["baseline"] < variance["total_return"]
+    assert variance["a2c"] < variance["plain_value"]
 
 
 def test_the_fisher_product_is_the_mean_outer_product_of_the_gradients_of_log_pi():
-    gpt, (inputs, _, mask) = small_gpt(), data.collate(PROMPTS[:2], RESPONSES[:2])
+    gpt = small_gpt()
+    inputs, _, mask = data.collate(PROMPTS[:2], RESPONSES[:2])
     parameters = [gpt.transformer.h[1].attn.c_attn.weight, gpt.transformer.ln_f.weight]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        log_pi = policy_gradient.token_distributions(gpt, inputs, mask)                      # (N, V)
-        product = policy_gradient.fisher_product(policy_gradient.mean_kl(log_pi.detach(), log_pi), parameters, 0.3)
+        log_pi = policy_gradient.token_distributions(gpt, inputs, mask)        # (N, V)
+        kl = policy_gradient.mean_kl(log_pi.detach(), log_pi)
+        product = policy_gradient.fisher_product(kl, parameters, damping=0.3)
     v = torch.randn(sum(p.numel() for p in parameters), generator=seeded())
     wanted = 0.3 * v
     for n, a in itertools.product(range(len(log_pi)), range(log_pi.shape[1])):
-        g = torch.cat([x.flatten() for x in torch.autograd.grad(log_pi[n, a], parameters, retain_graph=True)])
+        gradients = torch.autograd.grad(log_pi[n, a], parameters, retain_graph=True)
+        g = torch.cat([x.flatten() for x in gradients])
         wanted = wanted + log_pi[n, a].exp().item() * (g @ v) * g / len(log_pi)
     torch.testing.assert_close(product(v), wanted, atol=1e-4 * wanted.norm().item(), rtol=0)
 
@@ -4560,169 +3873,210 @@ def test_the_fisher_product_is_the_mean_outer_product_of_the_gradients_of_log_pi
 def test_a_trpo_step_gains_within_its_bound_and_is_not_taken_where_nothing_is_gained(max_kl):
     gpt = small_gpt()
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
-    psi, old = torch.randn(mask.shape, generator=seeded()), token_logprobs(gpt, inputs, targets, mask).detach()
+    psi = torch.randn(mask.shape, generator=seeded())
+    old = token_logprobs(gpt, inputs, targets, mask).detach()
     old_log_pi = policy_gradient.token_distributions(gpt, inputs, mask).detach()
+    start = [p.detach().clone() for p in gpt.parameters()]
 
     def measure():
-        loss = policy_gradient.importance_loss(token_logprobs(gpt, inputs, targets, mask), old, psi, mask)
-        return -loss, policy_gradient.mean_kl(old_log_pi, policy_gradient.token_distributions(gpt, inputs, mask))
+        logprobs = token_logprobs(gpt, inputs, targets, mask)
+        log_pi = policy_gradient.token_distributions(gpt, inputs, mask)
+        objective = -policy_gradient.importance_loss(logprobs, old, psi, mask)
+        return objective, policy_gradient.mean_kl(old_log_pi, log_pi)
 
-    before, start = measure()[0].item(), [p.detach().clone() for p in gpt.parameters()]
-    taken = policy_gradient.trpo_step(gpt.parameters(), measure, lambda: measure()[1], max_kl, damping=1e-3)
+    def fisher_kl():
+        return measure()[1]
+
+    before = measure()[0].item()
+    taken = policy_gradient.trpo_step(gpt.parameters(), measure, fisher_kl, max_kl, damping=1e-3)
     objective, kl = (x.item() for x in measure())
-    assert kl == pytest.approx(taken["kl"], rel=1e-3) and max_kl / 20 < kl <= max_kl
-    assert objective == pytest.approx(before + taken["gain"], abs=1e-6) and objective > before
-    if max_kl == 1e-4:                                                         # a short step keeps to second order
-        assert taken["halvings"] == (kl < 5e-5) and kl > 2e-5
+    assert kl == pytest.approx(taken["kl"], rel=1e-3)
+    assert max_kl / 20 < kl <= max_kl
+    assert objective == pytest.approx(before + taken["gain"], abs=1e-6)
+    assert objective > before
+    if max_kl == 1e-4:                           # second order is exact enough for a short step
+        assert kl > 2e-5
+        assert taken["halvings"] == (kl < 5e-5)
 
     for p, value in zip(gpt.parameters(), start):
         p.data.copy_(value)
     calls = []
 
-    def worse():                                                               # whatever is tried afterwards is worse
-        calls.append(1)
-        return measure()[0] - float(len(calls) > 1), measure()[1]
-    taken = policy_gradient.trpo_step(gpt.parameters(), worse, lambda: measure()[1], max_kl)
-    assert taken.pop("grad_norm") > 0 and taken == {"kl": 0.0, "gain": 0.0, "halvings": 10}
+    def measure_worse():                         # after the first call, everything looks worse
+        objective, kl = measure()
+        calls.append(objective)
+        return objective - float(len(calls) > 1), kl
+
+    taken = policy_gradient.trpo_step(gpt.parameters(), measure_worse, fisher_kl, max_kl)
+    assert taken.pop("grad_norm") > 0
+    assert taken == {"kl": 0.0, "gain": 0.0, "halvings": 10}
     assert all(torch.equal(p, value) for p, value in zip(gpt.parameters(), start))
 
 
 # ---- A decision process without language: two states, two actions, discount 0.9
 
 GAMMA = 0.9
-NEXT = torch.tensor([[[1.0, 0.0], [0.2, 0.8]], [[0.8, 0.2], [0.1, 0.9]]], dtype=torch.float64)     # P(s' | s, a)
-PAY = torch.tensor([[1.0, 0.0], [1.5, 2.0]], dtype=torch.float64)                                  # R(s, a)
+NEXT_STATE = torch.tensor([[[1.0, 0.0], [0.2, 0.8]],
+                           [[0.8, 0.2], [0.1, 0.9]]], dtype=torch.float64)     # P(s' | s, a)
+REWARD = torch.tensor([[1.0, 0.0], [1.5, 2.0]], dtype=torch.float64)           # R(s, a)
+START = torch.tensor([0.5, 0.5], dtype=torch.float64)
 
 
-def solved(policy):
-    """V and Q of a policy (S, A), from the Bellman equations as a linear system"""
-    V = torch.linalg.solve(torch.eye(2) - GAMMA * torch.einsum("sa,sat->st", policy, NEXT), (policy * PAY).sum(1))
-    return V, PAY + GAMMA * NEXT @ V
+def bellman_matrix(policy):
+    """I - gamma P_pi"""
+    return torch.eye(2) - GAMMA * torch.einsum("sa,sat->st", policy, NEXT_STATE)
+
+
+def exact_values(policy):
+    """V (S,) and Q (S, A) of a policy, from the Bellman equations as a linear system"""
+    V = torch.linalg.solve(bellman_matrix(policy), (policy * REWARD).sum(1))
+    return V, REWARD + GAMMA * NEXT_STATE @ V
 
 
 def optimal_values():
     V = torch.zeros(2, dtype=torch.float64)
     for _ in range(1000):
-        V = (PAY + GAMMA * NEXT @ V).max(1).values
+        V = (REWARD + GAMMA * NEXT_STATE @ V).max(1).values
     return V
 
 
-def visited(policy, start=torch.tensor([0.5, 0.5], dtype=torch.float64)):
-    """Discounted visits, sum_t gamma^t P(s_t = s) -> (S,)"""
-    return torch.linalg.solve(torch.eye(2) - GAMMA * torch.einsum("sa,sat->st", policy, NEXT).T, start)
+def discounted_visits(policy):
+    """sum_t gamma^t P(s_t = s) -> (S,)"""
+    return torch.linalg.solve(bellman_matrix(policy).T, START)
+
+
+def greedy(Q):
+    return torch.nn.functional.one_hot(Q.argmax(1), 2).double()
 
 
 def test_ppo_drives_a_two_state_decision_process_to_its_optimal_policy():
-    logits, values, generator = torch.zeros(2, 2, requires_grad=True), torch.zeros(2, requires_grad=True), seeded()
+    logits = torch.zeros(2, 2, requires_grad=True)
+    values = torch.zeros(2, requires_grad=True)
+    generator = seeded()
     optimizer = torch.optim.Adam([logits, values], lr=0.1)
-    B, T = 32, 80                                              # 0.9^80 is 2e-4: the end of a row hardly counts
+    B, T = 32, 80                                # 0.9^80 is 2e-4: the cut end hardly counts
+    mask = torch.ones(B, T)
     for update in range(80):
+        states = torch.zeros(B, T, dtype=torch.long)
+        actions = torch.zeros(B, T, dtype=torch.long)
         with torch.no_grad():
-            states, actions = torch.zeros(2, B, T, dtype=torch.long)
             state = torch.randint(2, (B,), generator=generator)
             for t in range(T):
-                action = torch.multinomial(logits[state].softmax(-1), 1, generator=generator).squeeze(1)
-                states[:, t], actions[:, t] = state, action
-                state = torch.multinomial(NEXT[state, action], 1, generator=generator).squeeze(1)
-            mask, rewards = torch.ones(B, T), PAY[states, actions].float()
-            old_logprobs, old_values = logits.log_softmax(-1)[states, actions], values[states]
+                p = logits[state].softmax(-1)
+                action = torch.multinomial(p, 1, generator=generator).squeeze(1)
+                states[:, t] = state
+                actions[:, t] = action
+                p = NEXT_STATE[state, action]
+                state = torch.multinomial(p, 1, generator=generator).squeeze(1)
+            rewards = REWARD[states, actions].float()
+            old_logprobs = logits.log_softmax(-1)[states, actions]
+            old_values = values[states]
             advantages, returns = ppo.gae(rewards, old_values, mask, GAMMA, 0.95)
             advantages = ppo.whiten(advantages, mask)
         for _ in range(4):
             logprobs = logits.log_softmax(-1)[states, actions]
-            loss = (ppo.policy_loss(logprobs, old_logprobs, advantages, mask)[0]
-                    + ppo.value_loss(values[states], old_values, returns, mask, clip_eps=0)[0])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            loss, _ = ppo.policy_loss(logprobs, old_logprobs, advantages, mask)
+            critic_loss, _ = ppo.value_loss(values[states], old_values, returns, mask, clip_eps=0)
+            take_step(optimizer, loss + critic_loss)
     policy = logits.detach().double().softmax(1)
-    greedy = torch.nn.functional.one_hot(PAY.argmax(1), 2).double()            # what one would do at gamma 0
-    assert solved(greedy)[0][0] < 0.75 * optimal_values()[0]                   # looking ahead pays
-    assert (solved(policy)[0] > 0.98 * optimal_values()).all()
-    assert policy.argmax(1).tolist() == (PAY + GAMMA * NEXT @ optimal_values()).argmax(1).tolist()
-
-
-def one_step(policy, V):
-    """Every (s, a, s') as a row of two columns, the second for V(s'), with its probability given s -> our tensors"""
-    s, a, t = torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(2)).T
-    mask = torch.ones(8, 2, dtype=torch.float64)
-    rewards = torch.stack([PAY[s, a], torch.zeros(8)], 1)
-    return s, a, rewards, torch.stack([V[s], V[t]], 1), mask, policy[s, a] * NEXT[s, a, t]
+    best = optimal_values()
+    assert exact_values(greedy(REWARD))[0][0] < 0.75 * best[0]                 # gamma matters
+    assert (exact_values(policy)[0] > 0.98 * best).all()
+    assert policy.argmax(1).tolist() == (REWARD + GAMMA * NEXT_STATE @ best).argmax(1).tolist()
 
 
 def test_bellman_identities_of_gae_and_of_the_critics_targets():
+    """Every (s, a, s') is a row of two columns. The second column is there for V(s')."""
     policy = torch.tensor([[0.3, 0.7], [0.6, 0.4]], dtype=torch.float64)
-    V, Q = solved(policy)
-    s, a, rewards, values, mask, p = one_step(policy, V)
+    V, Q = exact_values(policy)
+    s, a, t = torch.cartesian_prod(*[torch.arange(2)] * 3).T                   # (8,)
+    p = policy[s, a] * NEXT_STATE[s, a, t]                                     # given s
+    mask = torch.ones(8, 2, dtype=torch.float64)
+    rewards = torch.stack([REWARD[s, a], torch.zeros(8)], 1)
+    values = torch.stack([V[s], V[t]], 1)
     advantages = ppo.gae(rewards, values, mask, GAMMA, 0.0)[0][:, 0]
     targets = ppo.critic_targets(rewards, values, values[:, 0], mask, "td", GAMMA)[:, 0]
+
+    def mean(x, rows):
+        return ((p * x)[rows].sum() / p[rows].sum()).item()
+
     for state in (0, 1):
-        assert (p * advantages)[s == state].sum().item() == pytest.approx(0, abs=1e-12)       # E_a A = 0
-        assert (p * targets)[s == state].sum().item() == pytest.approx(V[state].item())       # V = T V
+        assert mean(advantages, s == state) == pytest.approx(0, abs=1e-12)     # E_a A = 0
+        assert mean(targets, s == state) == pytest.approx(V[state].item())     # V = T V
         for action in (0, 1):
-            at = (s == state) & (a == action)
-            assert (p * advantages)[at].sum() / p[at].sum() == pytest.approx((Q - V[:, None])[state, action].item())
-            assert (p * targets)[at].sum() / p[at].sum() == pytest.approx(Q[state, action].item())
+            rows = (s == state) & (a == action)
+            q = Q[state, action].item()
+            assert mean(advantages, rows) == pytest.approx(q - V[state].item())
+            assert mean(targets, rows) == pytest.approx(q)
 
 
 def test_conservative_policy_iteration_bound():
-    """eta(mixture) >= L(mixture) - 2 eps gamma alpha^2 / (1 - gamma)^2  (Kakade and Langford 2002, as in TRPO)"""
-    start, margins = torch.tensor([0.5, 0.5], dtype=torch.float64), []
+    """
+    eta(mixture) >= L(mixture) - 2 eps gamma alpha^2 / (1 - gamma)^2    (Kakade and Langford 2002,
+    as in TRPO), and the performance difference lemma for the same mixtures
+    """
+    overestimates = []                           # by the surrogate L without the bound's last term
     for seed in range(20):
-        old, towards = torch.rand(2, 2, 2, generator=seeded(seed), dtype=torch.float64).softmax(-1)
+        draws = torch.rand(2, 2, 2, generator=seeded(seed), dtype=torch.float64)
+        old, towards = draws.softmax(-1)
+        V, Q = exact_values(old)
+        A = Q - V[:, None]
         if seed % 2:
-            towards = torch.nn.functional.one_hot(solved(old)[1].argmax(1), 2).double()        # greedy
-        V, Q = solved(old)
-        gains = (towards * (Q - V[:, None])).sum(1)                                            # E_{a ~ pi'} A
+            towards = greedy(Q)
+        eps = (towards * A).sum(1).abs().max()                                 # max_s |E_a A|
         for alpha in (0.0, 0.05, 0.2, 0.5, 1.0):
             mixture = (1 - alpha) * old + alpha * towards
-            surrogate = (start @ V) + visited(old) @ (mixture * (Q - V[:, None])).sum(1)
-            bound = surrogate - 2 * gains.abs().max() * GAMMA * alpha ** 2 / (1 - GAMMA) ** 2
-            reached = start @ solved(mixture)[0]
+            gains = (mixture * A).sum(1)                                       # (S,)
+            surrogate = START @ V + discounted_visits(old) @ gains
+            bound = surrogate - 2 * eps * GAMMA * alpha ** 2 / (1 - GAMMA) ** 2
+            reached = START @ exact_values(mixture)[0]
             assert reached >= bound - 1e-9
-            margins.append((surrogate - reached).item())
-            lemma = visited(mixture) @ (mixture * (Q - V[:, None])).sum(1)                     # performance difference
-            assert (reached - start @ V).item() == pytest.approx(lemma.item(), abs=1e-9)
-    assert max(margins) > 1e-3                                 # the surrogate alone would be no bound
+            overestimates.append((surrogate - reached).item())
+            lemma = discounted_visits(mixture) @ gains
+            assert (reached - START @ V).item() == pytest.approx(lemma.item(), abs=1e-9)
+    assert max(overestimates) > 1e-3             # so the surrogate alone is not a bound
 
 
 # --------------------------------------------------------------------------------------------------
 # The scripts, end to end at --config tiny
 
-def tiny(script, **changes):
-    return script.Config(**{"config": "tiny", **changes})
+FEW = dict(n_eval=4, n_samples=4)                # prompts and responses of the final comparison
 
 
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def tiny_models(out):
+    """The SFT policy of the run tiny, its tokenizer and its reward model"""
+    reference, tokenizer = sft.load_policy(out / "tiny" / "sft", "cpu")
+    scorer = reward_model.load_reward_model(out / "tiny" / "reward_model", reference, tokenizer,
+                                            "cpu")
+    return reference, tokenizer, scorer
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """python ppo.py --config tiny, which makes all three stages, then the others; -> folder, results of ppo"""
-    home = tmp_path_factory.mktemp("whole_run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(home)
-        results = ppo.main(tiny(ppo))
-        dpo.main(tiny(dpo))
-        grpo.main(tiny(grpo))
-        policy_gradient.main(tiny(policy_gradient, out="ladder", base="tiny"))
-    return home / "out" / "tiny", results
+def stage_log(out, run, script):
+    return log_of(out / run / script.__name__)
 
 
-@pytest.fixture
-def beside(whole_run, monkeypatch):
-    """Work where the whole run stands, so that --base tiny finds its stages -> out/"""
-    monkeypatch.chdir(whole_run[0].parent.parent)
-    return whole_run[0].parent
+def option_id(value):
+    """dict(lam=0.9, beta=1) -> lam-beta, a script -> its name; for the ids of cases"""
+    if isinstance(value, dict):
+        return "-".join(value)
+    return getattr(value, "__name__", "")
 
+
+def option_folder(changes):
+    """dict(lam=0.9, beta=1) -> lam-0.9_beta-1"""
+    return "_".join(f"{name}-{value}" for name, value in changes.items())
+
+
+# ---- sft.py, reward_model.py and ppo.py
 
 def test_one_command_makes_every_stage_with_all_its_files(whole_run):
     folder, _ = whole_run
     for stage in ("sft", "reward_model", "ppo", "dpo", "grpo", "../ladder/policy_gradient"):
-        for name in ("checkpoint.pt", "log.jsonl", "config.json", "report.txt", "results.json", "tokenizer.json"):
+        for name in ("checkpoint.pt", "log.jsonl", "config.json", "report.txt", "results.json",
+                     "tokenizer.json"):
             assert (folder / stage / name).stat().st_size > 0
-        for picture in ("ladder.png", "variance.png") if "ladder" in stage else ("curves.png",):
+        pictures = ("ladder.png", "variance.png") if "ladder" in stage else ("curves.png",)
+        for picture in pictures:
             assert (folder / stage / picture).read_bytes()[:4] == b"\x89PNG"
         steps = [line["step"] for line in log_of(folder / stage)]
         assert steps == list(range(len(steps))) and len(steps) >= 8
@@ -4730,33 +4084,36 @@ def test_one_command_makes_every_stage_with_all_its_files(whole_run):
 
 
 def test_sft_learns(whole_run):
-    log, results = log_of(whole_run[0] / "sft"), files.read_json(whole_run[0] / "sft" / "results.json")
+    log = log_of(whole_run[0] / "sft")
+    results = files.read_json(whole_run[0] / "sft" / "results.json")
     assert log[0]["held_out"] > 100 and results["held_out"] < 40
-    assert results["above_entropy"] == pytest.approx(results["held_out"] - results["entropy"])
+    above_entropy = results["held_out"] - results["entropy"]
+    assert results["above_entropy"] == pytest.approx(above_entropy)
     assert 14 < results["entropy"] < 18
 
 
-def test_reward_model_agrees_with_annotators_and_is_normalised(whole_run, beside):
-    results = files.read_json(whole_run[0] / "reward_model" / "results.json")
+def test_the_reward_model_agrees_with_annotators_and_is_normalised(whole_run, finished_run):
+    folder = whole_run[0] / "reward_model"
+    results = files.read_json(folder / "results.json")
     assert 0.6 < results["accuracy"] < results["bayes_accuracy"] < 1
-    tokenizer = data.load_tokenizer(whole_run[0] / "sft")
-    policy, _ = sft.load_policy(whole_run[0] / "sft", "cpu")
-    scorer = reward_model.load_reward_model(whole_run[0] / "reward_model", policy, tokenizer, "cpu")
-    held_out = files.read_json(whole_run[0] / "reward_model" / "comparisons.json")[1]
+    _, _, scorer = tiny_models(finished_run)
+    held_out = files.read_json(folder / "comparisons.json")[1]
     scores = reward_model.score_all(scorer, held_out, "cpu")
-    assert scores.mean().item() == pytest.approx(0, abs=1e-4) and scores.std().item() == pytest.approx(1, abs=1e-4)
+    assert scores.mean().item() == pytest.approx(0, abs=1e-4)
+    assert scores.std().item() == pytest.approx(1, abs=1e-4)
 
 
 def test_comparisons_hold_the_ids_that_were_sampled_best_first(whole_run):
-    tokenizer = data.load_tokenizer(whole_run[0] / "sft")
+    tokenizer = tokenizers.load_tokenizer(whole_run[0] / "sft")
     comparisons, held_out = files.read_json(whole_run[0] / "reward_model" / "comparisons.json")
     assert len(comparisons) == 160 and len(held_out) == 40
     firsts, lasts = [], []
     for c in comparisons + held_out:
         assert tokenizer.encode_ordinary(c["prompt"]) == c["prompt_ids"]
         for text, ids, gold in zip(c["responses"], c["response_ids"], c["gold"]):
-            assert data.decode_response(tokenizer, ids)[0] == text
-            assert gold == pytest.approx(reviews.gold(c["prompt"], *data.decode_response(tokenizer, ids)), abs=1e-5)
+            decoded = tokenizers.decode_response(tokenizer, ids)
+            assert decoded[0] == text
+            assert gold == pytest.approx(reviews.gold(c["prompt"], *decoded), abs=1e-5)
         firsts.append(c["gold"][0])
         lasts.append(c["gold"][-1])
     assert sum(firsts) > sum(lasts) + 100
@@ -4774,22 +4131,505 @@ def test_ppo_raises_the_score_and_starts_where_it_should(whole_run):
     assert log[1]["beta"] == pytest.approx(log[0]["beta"] * (1 - 0.2 * 32 / 640))
 
 
-def test_the_reported_comparison_is_that_of_the_two_checkpoints_so_the_reference_did_not_move(whole_run):
-    folder, results = whole_run
-    reference, tokenizer = sft.load_policy(folder / "sft", "cpu")
-    scorer = reward_model.load_reward_model(folder / "reward_model", reference, tokenizer, "cpu")
+def test_the_reported_comparison_can_be_made_again_from_the_checkpoints(finished_run):
+    """So the reference did not move in any of these runs."""
+    reference, tokenizer, scorer = tiny_models(finished_run)
     for script, name in ((ppo, "PPO"), (dpo, "DPO"), (grpo, "GRPO")):
-        policy, _ = sft.load_policy(folder / script.__name__, "cpu")
-        _, again = frontier.compare({"SFT": reference, name: policy}, reward_of(scorer, tiny(script)), tokenizer,
-                                    asked(tokenizer, tiny(script).n_eval, 1337), tiny(script))
-        assert again == files.read_json(folder / script.__name__ / "results.json")
+        folder = finished_run / "tiny" / script.__name__
+        cfg = tiny_config(script)
+        policies = {"SFT": reference, name: sft.load_policy(folder, "cpu")[0]}
+        prompts = held_out_prompts(tokenizer, cfg.n_eval, 1337)
+        _, again = compare.compare(policies, reward_of(scorer, cfg), tokenizer, prompts, cfg)
+        assert again == files.read_json(folder / "results.json")
 
 
-def test_an_update_wires_rollout_rewards_advantages_and_losses_together(beside, monkeypatch):
-    """One run of two updates, every call of the maths recorded and compared with the definitions."""
+def test_an_update_wires_rollout_rewards_advantages_and_losses_together(finished_run, monkeypatch):
+    """One run of two updates, every call of the maths recorded and compared with the definitions"""
     calls = {}
+    critic_values = []
 
-    def spy(name, owner=ppo):
+    def record(owner, name):
+        original = getattr(owner, name)
+
+        def recorded(*args, **kwargs):
+            if name == "gae":                            # before the critic moves on
+                inputs = calls["roll_out"][-1][1][0]
+                critic = calls["ScalarGPT"][0][1]
+                mask = args[2]
+                critic_values.append((critic(inputs) * mask).detach())
+            result = original(*args, **kwargs)
+            calls.setdefault(name, []).append((args, result))
+            return result
+        monkeypatch.setattr(owner, name, recorded)
+
+    for name in ("ScalarGPT", "roll_out", "gae", "policy_loss", "value_loss", "shape_rewards"):
+        record(ppo, name)
+    record(reward_py.Reward, "__call__")
+    ppo.main(tiny_config(ppo, out="wired", base="tiny", steps=2, batch_size=16, minibatch_size=16,
+                         n_eval=8, lam=0.9, gamma=0.98, beta=0.3, kl_control="fixed"))
+    reference, _, _ = tiny_models(finished_run)
+    for update in range(2):
+        inputs, targets, mask, finished = calls["roll_out"][update][1]
+        scores = calls["__call__"][update][1]
+        args, rewards = calls["shape_rewards"][update]
+        shaped_scores, old_logprobs, ref_logprobs, rewards_mask, beta = args
+        assert torch.equal(shaped_scores, scores) and torch.equal(rewards_mask, mask)
+        assert beta == 0.3
+        expected = token_logprobs(reference, inputs, targets, mask).detach()
+        torch.testing.assert_close(ref_logprobs, expected)
+        (gae_rewards, values, _, gamma, lam), (advantages, returns) = calls["gae"][update]
+        assert torch.equal(gae_rewards, rewards) and (gamma, lam) == (0.98, 0.9)
+        assert torch.equal(values, critic_values[update]) and values.any() == (update > 0)
+        args, _ = calls["policy_loss"][update]
+        logprobs, loss_old, whitened, loss_mask, clip_eps = args
+        rows = [next(b for b in range(16) if torch.equal(old_logprobs[b], row))
+                for row in loss_old]                                           # shuffled
+        torch.testing.assert_close(whitened, ppo.whiten(advantages, mask)[rows])
+        torch.testing.assert_close(logprobs.detach(), loss_old, atol=1e-5, rtol=0)
+        assert torch.equal(loss_mask, mask[rows]) and clip_eps == 0.2
+        (new_values, old_values, critic_returns, _, eps), _ = calls["value_loss"][update]
+        torch.testing.assert_close(critic_returns, returns[rows])
+        assert torch.equal(old_values, values[rows]) and new_values.requires_grad and eps == 0.2
+    critic = files.load_checkpoint(finished_run / "wired" / "ppo")["critic"]
+    assert critic["head.weight"].abs().max() > 0
+
+
+@pytest.mark.parametrize("script, changes, message", [
+    (reward_model, dict(base="tiny", max_new_tokens=70),
+     "--max_new_tokens 70 exceed the model's block_size 72; lower --max_new_tokens to 5"),
+    (ppo, dict(base="tiny", max_new_tokens=70),
+     "--max_new_tokens 70 exceed the model's block_size 72; lower --max_new_tokens to 5"),
+    (sft, dict(block_size=60, max_new_tokens=60),
+     "--max_new_tokens 60 exceed the model's block_size 60; lower --max_new_tokens to"),
+    (sft, dict(block_size=40, max_new_tokens=1), "exceed --block_size 40; raise it")])
+def test_no_room_for_a_response_ends_at_once_with_both_numbers(script, changes, message,
+                                                               finished_run):
+    with pytest.raises(Stopped, match=message):
+        script.main(tiny_config(script, out="too_long", **changes))
+
+
+def test_one_bad_stage_among_many_is_left_out_by_name(finished_run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    for stage in ("sft", "reward_model", "ppo"):
+        shutil.copytree(finished_run / "tiny" / stage, out / "tiny" / stage)
+    for run in ("damaged", "foreign", "older", "unfinished"):
+        shutil.copytree(finished_run / "tiny" / "ppo", out / run / "ppo")
+    monkeypatch.chdir(tmp_path)
+    damaged = out / "damaged" / "ppo" / "checkpoint.pt"
+    damaged.write_bytes(damaged.read_bytes()[:5000])
+    torch.save({"weights": torch.zeros(3)}, out / "foreign" / "ppo" / "checkpoint.pt")
+    older = out / "older" / "ppo" / "config.json"
+    config = files.read_json(older)
+    for name in ("score_clip", "ptx_coef", "ema", "text_prompt", "whiten_rewards"):
+        del config[name]
+    files.write(older, json.dumps(config))
+    (out / "unfinished" / "ppo" / "report.txt").unlink()
+    small = dict(out="among_bad", base="tiny", n_eval=2, n_reference=4, n_samples=2)
+    found = evaluate.main(tiny_config(evaluate, **small))
+    said = capsys.readouterr().out
+    assert set(found) == {"SFT", "tiny/ppo", "older/ppo"}
+    assert "leaving out damaged/ppo: error: cannot read out/damaged/ppo/checkpoint.pt as a" in said
+    assert "leaving out foreign/ppo: error: " in said
+    assert "leaving out unfinished/ppo: it is not finished" in said
+    with pytest.raises(Stopped, match="cannot read out/damaged/ppo/checkpoint.pt"):   # asked for
+        evaluate.main(tiny_config(evaluate, runs="tiny, damaged/ppo", **small))
+
+
+def test_a_damaged_stage_does_not_keep_others_from_being_sampled(finished_run, capsys):
+    for stage in ("sft", "ppo", "dpo"):
+        shutil.copytree(finished_run / "tiny" / stage, finished_run / "half_damaged" / stage)
+    (finished_run / "half_damaged" / "dpo" / "config.json").write_text("{")
+    sample.main(tiny_config(sample, out="half_damaged", stage="ppo", n=1))
+    assert "    ppo " in capsys.readouterr().out
+    shutil.rmtree(finished_run / "half_damaged")
+
+
+def test_one_sample_has_no_standard_deviation(finished_run, capsys, no_pictures):
+    cfg = tiny_config(ppo, out="single", base="tiny", steps=1, n_eval=1, n_samples=1)
+    results = ppo.main(cfg)
+    assert "standard deviations" not in capsys.readouterr().out and "gold_gain" not in results
+    written = (finished_run / "single" / "ppo" / "results.json").read_text()
+    json.loads(written, parse_constant=pytest.fail)      # which is called for NaN and Infinity
+
+
+def test_without_a_bonus_the_update_builds_no_graph_for_the_entropy(finished_run, monkeypatch,
+                                                                    no_pictures):
+    wanted = []                                  # whether each call with a graph asks for entropy
+    original = ppo.token_logprobs
+
+    def recorded(*args, return_entropy=False, **kwargs):
+        if torch.is_grad_enabled():
+            wanted.append(return_entropy)
+        return original(*args, return_entropy=return_entropy, **kwargs)
+    monkeypatch.setattr(ppo, "token_logprobs", recorded)
+    for coef in (0.0, 0.1):
+        ppo.main(tiny_config(ppo, out=f"bonus_{coef}", base="tiny", steps=1, n_eval=2, n_samples=2,
+                             entropy_coef=coef))
+    assert wanted == [False, False, True, True]
+    assert stage_log(finished_run, "bonus_0.0", ppo)[0]["entropy"] > 0
+
+
+@pytest.fixture(scope="module")
+def two_updates(whole_run):
+    """Logs of two updates by default settings, {script: log}, to compare options with"""
+    out = whole_run[0].parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(out.parent)
+        ppo.main(tiny_config(ppo, out="default", base="tiny", steps=2, n_eval=8))
+        grpo.main(tiny_config(grpo, out="default", base="tiny", steps=2, **FEW))
+    return {script: stage_log(out, "default", script) for script in (ppo, grpo)}
+
+
+def check_option_acts(script, changes, update, metric, out, default_log, **small):
+    """Two updates with some options differ from two by default in a metric of an update."""
+    name = f"{script.__name__}_" + option_folder(changes)
+    results = script.main(tiny_config(script, out=name, base="tiny", steps=2, **small, **changes))
+    assert math.isfinite(results["score"]) and math.isfinite(results["kl_ref"])
+    log = stage_log(out, name, script)
+    assert log[0]["kl_ref"] == 0
+    assert log[update][metric] != pytest.approx(default_log[update][metric], rel=1e-4)
+
+
+@pytest.mark.parametrize("changes, update, metric", [
+    (dict(surrogate="kl_penalty"), 1, "policy_loss"),
+    (dict(kl_control="fixed"), 1, "beta"),
+    (dict(whiten_rewards=True), 0, "value_loss"),
+    (dict(score_clip=0.5), 0, "score"),
+    (dict(entropy_coef=1.0), 0, "grad_norm"),
+    (dict(critic_init="sft"), 1, "value_loss"),
+    (dict(critic_target="td"), 0, "value_loss"),
+    (dict(critic_target="score"), 1, "value_loss"),
+    (dict(critic_target="mc", lam=0.9), 1, "explained_variance"),
+    (dict(lam=0.9), 0, "value_loss"),
+    (dict(gamma=0.9), 0, "value_loss"),
+    (dict(value_clip_eps=0.001), 0, "value_clip_fraction"),
+    (dict(epochs=2), 0, "kl_old"),
+    (dict(temperature=0.7), 0, "entropy"),
+    (dict(missing_eos_score=None), 0, "score"),
+    (dict(beta=1.0), 1, "value_loss"),
+    (dict(clip_eps=0.01), 0, "clip_fraction"),
+    (dict(grad_clip=0.01), 1, "score"),
+    (dict(critic_lr=1e-2), 1, "value_loss"),
+    (dict(batch_size=1, minibatch_size=1), 0, "score"),
+    (dict(batch_size=6, minibatch_size=3, max_new_tokens=1), 0, "score")], ids=option_id)
+def test_every_option_of_ppo_acts_on_the_quantity_it_names(changes, update, metric, finished_run,
+                                                           two_updates, no_pictures):
+    check_option_acts(ppo, changes, update, metric, finished_run, two_updates[ppo], n_eval=8)
+
+
+def test_beta_follows_kl_ref_of_each_update(finished_run, no_pictures):
+    ppo.main(tiny_config(ppo, out="followed", base="tiny", kl_target=0.5, kl_horizon=100.0,
+                         n_eval=8))
+    log = stage_log(finished_run, "followed", ppo)
+    for before, after in zip(log, log[1:]):
+        error = min(max(before["kl_ref"] / 0.5 - 1, -0.2), 0.2)
+        assert after["beta"] == pytest.approx(before["beta"] * (1 + error * 32 / 100))
+    assert any(after["beta"] > before["beta"] for before, after in zip(log, log[1:]))
+
+
+def test_an_eos_in_the_prompt_does_not_finish_the_response():
+    cfg = dataclasses.replace(ppo.Config(), max_new_tokens=2)
+    prompts = [[1, 10, 2] for _ in range(60)]
+    _, targets, mask, finished = ppo.roll_out(small_gpt(std=0.4), prompts, cfg, 10, seeded())
+    assert finished.tolist() == [10 in t[m > 0].tolist() for t, m in zip(targets, mask)]
+    assert finished.any() and not finished.all()
+
+
+def test_the_kl_penalty_coefficient_follows_kl_old(finished_run, no_pictures):
+    ppo.main(tiny_config(ppo, out="penalised", base="tiny", surrogate="kl_penalty",
+                         kl_old_target=0.01, steps=8, n_eval=8))
+    log = stage_log(finished_run, "penalised", ppo)
+    for before, after in zip(log, log[1:]):
+        factor = 1
+        if before["kl_old"] > 0.015:
+            factor = 2
+        elif before["kl_old"] < 0.01 / 1.5:
+            factor = 0.5
+        assert after["kl_penalty_coef"] == before["kl_penalty_coef"] * factor
+    assert len({line["kl_penalty_coef"] for line in log}) > 1
+
+
+def test_an_entropy_bonus_raises_the_entropy(finished_run, no_pictures):
+    plain, raised = (ppo.main(tiny_config(ppo, out=f"bonus{coef}", base="tiny", n_eval=32,
+                                          entropy_coef=coef))["entropy"] for coef in (0.0, 3.0))
+    assert raised > plain + 0.1
+
+
+def test_with_a_learning_rate_of_zero_nothing_moves_over_all_epochs(finished_run, no_pictures):
+    ppo.main(tiny_config(ppo, out="still", base="tiny", steps=2, epochs=3, lr=0.0, n_eval=8))
+    for line in stage_log(finished_run, "still", ppo):
+        assert line["ratio"] == pytest.approx(1, abs=1e-6) and line["clip_fraction"] == 0
+        assert line["kl_ref"] == line["kl_old"] == 0
+
+
+@pytest.mark.parametrize("changes", [
+    dict(loss="fidelity"),
+    dict(token_wise=True),
+    dict(n_responses=2, margin=0.5),
+    dict(batch_size=1, epochs=2)], ids=option_id)
+def test_every_option_of_the_reward_model_runs(changes, finished_run, no_pictures):
+    name = "rm_" + "-".join(changes)
+    results = reward_model.main(tiny_config(reward_model, out=name, base="tiny", n_prompts=40,
+                                            **changes))
+    assert 0.4 < results["accuracy"] < results["bayes_accuracy"]
+    pairs = 40 if "n_responses" in changes else 240
+    report = (finished_run / name / "reward_model" / "report.txt").read_text()
+    assert f"on {pairs} held-out comparisons" in report
+
+
+def test_a_beta_raised_a_hundredfold_keeps_the_policy_at_the_reference(finished_run, no_pictures):
+    low, high = (ppo.main(tiny_config(ppo, out=f"beta{beta}", base="tiny", kl_control="fixed",
+                                      beta=beta))["kl_ref"] for beta in (0.02, 2.0))
+    assert high < 0.5 * low
+
+
+# ---- dpo.py and evaluate.py
+
+def test_dpo_starts_at_the_reference_and_raises_gold_from_comparisons_alone(whole_run):
+    folder = whole_run[0] / "dpo"
+    log = log_of(folder)
+    first, last = log[0], log[-1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["margin"] == pytest.approx(0, abs=1e-5)
+    assert first["accuracy"] == 0.5 and first["kl_ref"] == 0
+    assert last["kl_ref"] > 0.05 and last["gold"] > first["gold"] and last["margin"] > 0.05
+    for line in log:
+        assert ("kl_ref" in line) == (line["step"] % 5 == 0 or line is last)
+    reference, _ = sft.load_policy(whole_run[0] / "sft", "cpu")
+    for pair in files.read_json(folder / "pairs_0.json")[:20]:
+        for name, stored in zip(("chosen_ids", "rejected_ids"), pair["ref_logprobs"], strict=True):
+            batch = data.collate([pair["prompt_ids"]], [pair[name]])
+            assert stored == pytest.approx(token_logprobs(reference, *batch).sum().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(loss="robust", label_smoothing=0.1),
+    dict(label_smoothing=0.1),
+    dict(loss="ipo"),
+    dict(loss="hinge"),
+    dict(loss="fidelity"),
+    dict(length_normalise=True),
+    dict(reference_free=True),
+    dict(margin=0.5),
+    dict(length_normalise=True, mask_shared_prefix=True),
+    dict(nll_coef=1.0),
+    dict(labels="soft"),
+    dict(labels="reward_model"),
+    dict(labels="annotators", rounds=2),
+    dict(beta=1.0),
+    dict(grad_clip=0.01),
+    dict(labels="soft", rounds=2, epochs=2),
+    dict(batch_size=1),
+    dict(missing_eos_score=None, labels="soft"),
+    dict(length_normalise=True, reference_free=True, margin=0.5, beta=2.0),
+    dict(score_clip=0.1, labels="soft")], ids=option_folder)
+def test_every_option_of_dpo_acts(changes, finished_run, no_pictures):
+    name = "dpo_" + option_folder(changes)
+    rounds = changes.get("rounds", 1)
+    n_pairs = 3 * changes.get("batch_size", 16) * rounds
+    results = dpo.main(tiny_config(dpo, out=name, base="tiny", n_pairs=n_pairs, **FEW, **changes))
+    log = stage_log(finished_run, name, dpo)
+    default_log = stage_log(finished_run, "tiny", dpo)
+    assert len(log) == 3 * rounds * changes.get("epochs", 1)
+    assert math.isfinite(results["score"]) and log[0]["kl_ref"] == 0
+    assert len(list((finished_run / name / "dpo").glob("pairs_*.json"))) == rounds
+    changed = {key for key in ("loss", "margin", "grad_norm", "chosen_logprobs", "nll")
+               for step in (0, 2)
+               if log[step][key] != pytest.approx(default_log[step][key], rel=1e-3, abs=1e-6)}
+    assert changed
+
+
+def test_masking_the_shared_prefix_alone_changes_nothing_and_says_so(finished_run, capsys,
+                                                                     no_pictures):
+    margins = []
+    for masked in (False, True):
+        assert "--mask_shared_prefix changes nothing" not in capsys.readouterr().out
+        out = f"prefix_{masked}"
+        dpo.main(tiny_config(dpo, out=out, base="tiny", n_pairs=48, mask_shared_prefix=masked,
+                             **FEW))
+        margins.append([line["margin"] for line in stage_log(finished_run, out, dpo)])
+    said = capsys.readouterr().out
+    assert "--mask_shared_prefix changes nothing without --length_normalise" in said
+    assert margins[0] == pytest.approx(margins[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(beta=0.0), "--beta got 0"),
+    (dict(label_smoothing=0.5), "--label_smoothing got 0.5"),
+    (dict(loss="ipo", label_smoothing=0.1),
+     "belongs to --loss sigmoid .cDPO. and robust, this is --loss ipo"),
+    (dict(n_pairs=20, rounds=2), "less than one batch of 16 pairs"),
+    (dict(n_pairs=5000), "asks for 5000 of the annotators' comparisons, .*reward_model has 960"),
+    (dict(n_eval=500), "--n_eval 500 .* asks for more held-out prompts than the 197 that")])
+def test_dpo_refuses_what_cannot_be(changes, message, finished_run):
+    with pytest.raises(Stopped, match=message):
+        dpo.main(tiny_config(dpo, out="refused", base="tiny", **changes))
+    assert not (finished_run / "refused").exists()
+
+
+def test_pairs_of_identical_responses_are_left_out_and_counted(finished_run, monkeypatch, capsys,
+                                                               no_pictures):
+    original = dpo.pairs_of_rankings
+
+    def with_identical(*args):
+        pairs = original(*args)
+        for pair in pairs[::3]:
+            pair["rejected_ids"] = pair["chosen_ids"]
+        return pairs
+    monkeypatch.setattr(dpo, "pairs_of_rankings", with_identical)
+    dpo.main(tiny_config(dpo, out="identical", base="tiny", n_pairs=48, **FEW))
+    said = capsys.readouterr().out
+    assert "round 0: 32 pairs; 16 with identical responses are left out" in said
+    assert len(files.read_json(finished_run / "identical" / "dpo" / "pairs_0.json")) == 32
+
+
+def test_nll_keeps_the_chosen_responses_likely(finished_run, no_pictures):
+    nll = []
+    for coef in (0.0, 3.0):
+        dpo.main(tiny_config(dpo, out=f"nll{coef}", base="tiny", nll_coef=coef, **FEW))
+        nll.append(stage_log(finished_run, f"nll{coef}", dpo)[-1]["nll"])
+    assert nll[1] < nll[0]
+
+
+@pytest.fixture(scope="module")
+def evaluated(whole_run):
+    """-> results, folder of an evaluation of the runs tiny and fixed"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(whole_run[0].parent.parent)
+        ppo.main(tiny_config(ppo, out="fixed", base="tiny", kl_control="fixed", beta=0.5, **FEW))
+        results = evaluate.main(tiny_config(evaluate, runs="tiny,fixed", overoptimise=True))
+    return results, whole_run[0] / "evaluate"
+
+
+def test_evaluate_finds_every_policy_and_reports_where_it_landed(evaluated):
+    results, folder = evaluated
+    policies = ["fixed/ppo", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
+    assert list(results) == ["SFT", *policies, "overoptimisation"]
+    report = (folder / "report.md").read_text()
+    for heading in ("The limit", "Best of n", "Win rates", "Samples", "Over-optimisation"):
+        assert f"## {heading}" in report
+    for text in (report, (folder / "report.txt").read_text()):
+        assert "\ncommand     python evaluate.py --config tiny" in text
+        assert "\nmade with   commit " in text
+    for picture in ("frontier.png", "overoptimisation.png"):
+        assert (folder / picture).read_bytes()[:4] == b"\x89PNG" and f"({picture})" in report
+    assert results["SFT"]["kl_ref"] == 0 and results["SFT"]["elo_by_gold"] == 1000
+    assert "fraction" in results["fixed/ppo"] and "fraction" in results["tiny/dpo"]
+    assert "fraction" not in results["tiny/ppo"]
+    assert results["tiny/grpo"]["aims_at_optimum"] and results["tiny/grpo"]["fraction"] > 0.3
+    for name in policies:
+        assert -1 < results[name]["share"] < 1.3 and results[name]["kl_ref"] > 0.05
+    assert results["tiny/ppo"]["share"] > 0.3 and results["tiny/ppo"]["elo_by_score"] > 1000
+    log = stage_log(folder.parent.parent, "tiny-weak", ppo)
+    last = [line["score"] for line in log[-3:]]          # means over five updates, two on each side
+    assert results["overoptimisation"]["end_score"] == pytest.approx(sum(last) / 3)
+    assert results["overoptimisation"]["fall"] >= 0
+    json.dumps(results, allow_nan=False)
+
+
+def test_samples_carry_the_densities_scores_and_texts_of_their_policies(finished_run):
+    """Each policy is sampled again by itself, and measured under every policy."""
+    reference, tokenizer, scorer = tiny_models(finished_run)
+    actor, _ = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
+    policies = {"SFT": reference, "PPO": actor}
+    reward = reward_of(scorer, tiny_config(ppo))
+    prompts = held_out_prompts(tokenizer, 3)
+    samples = compare.collect(policies, reward, tokenizer, prompts, [4, 2],
+                              tiny_config(ppo, temperature=0.8, seed=9))
+    assert samples.columns("SFT") == slice(0, 4) and samples.columns("PPO") == slice(4, 6)
+    for (name, policy), n in zip(policies.items(), samples.counts, strict=True):
+        columns = samples.columns(name)
+
+        def check(ours, theirs):
+            torch.testing.assert_close(ours[:, columns].float(), theirs.view(3, n).float(),
+                                       atol=2e-4, rtol=1e-4)
+
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        tokens, mask = generate(policy, repeated, 24, tokenizer.eot_token, 0.8, seeded(9))
+        inputs, targets = data.shift(tokens)
+        batch = (inputs, targets, mask)
+        finished = data.met_eos(targets, mask, tokenizer.eot_token)
+        for logprobs, other in zip(samples.logprobs, policies.values(), strict=True):
+            check(logprobs, token_logprobs(other, *batch, 0.8).sum(1).detach())
+        _, entropy = token_logprobs(policy, *batch, 0.8, return_entropy=True)
+        check(samples.entropy, entropy.sum(1).detach())
+        check(samples.scores, reward(*batch, finished))
+        check(samples.lengths, mask.sum(1))
+        check(samples.finished, finished)
+        asked = [tokenizer.decode(prompt) for prompt in repeated]
+        texts = [tokenizers.decode_response(tokenizer, ids)
+                 for ids in data.responses_of(tokens, mask)]
+        gold = [reviews.gold(prompt, *text) for prompt, text in zip(asked, texts)]
+        grammatical = [reviews.grammatical(prompt, *text) for prompt, text in zip(asked, texts)]
+        check(samples.gold, torch.tensor(gold))
+        check(samples.grammatical, torch.tensor(grammatical))
+        assert [t for row in samples.texts for t in row[columns]] == [t for t, _ in texts]
+        assert samples.asked == asked[::n]
+
+
+def test_no_batch_of_samples_repeats_an_earlier_one(finished_run):
+    reference, tokenizer, _ = tiny_models(finished_run)
+
+    def length(inputs, targets, mask, finished):
+        return mask.sum(1)
+    samples = compare.collect({"SFT": reference}, length, tokenizer, held_out_prompts(tokenizer, 1),
+                              [1100], tiny_config(ppo, max_new_tokens=4, seed=9))
+    assert samples.texts[0][1024:] != samples.texts[0][:76]      # they are sampled 1024 at a time
+
+
+SMALL_EVALUATION = dict(n_eval=2, n_reference=8, n_samples=4)
+
+
+def test_evaluate_leaves_out_runs_from_a_different_sft_policy(finished_run, capsys, no_pictures):
+    sft.main(tiny_config(sft, out="elsewhere", steps=5))
+    ppo.main(tiny_config(ppo, out="elsewhere", base="tiny", steps=1, **FEW))
+    cfg = tiny_config(evaluate, out="tiny", runs="tiny,elsewhere", **SMALL_EVALUATION)
+    results = evaluate.main(cfg)
+    said = capsys.readouterr().out
+    assert "leaving out elsewhere/ppo: it started from a different SFT policy" in said
+    assert list(results) == ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
+    for stage in ("ppo", "sft"):                         # as an interrupted --overwrite leaves them
+        shutil.copytree(finished_run / "tiny" / stage, finished_run / "tiny" / f"{stage}.old")
+    again = evaluate.main(dataclasses.replace(cfg, runs="tiny"))
+    assert list(again) == ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(n_reference=1), "--n_reference got 1"),
+    (dict(max_new_tokens=70), "lower --max_new_tokens to"),
+    (dict(runs="nowhere"), "--runs names nowhere, but out/nowhere has no finished stage")])
+def test_evaluate_refuses_what_cannot_be(changes, message, finished_run):
+    with pytest.raises(Stopped, match=message):
+        evaluate.main(tiny_config(evaluate, **{"runs": "tiny", **SMALL_EVALUATION, **changes}))
+
+
+def test_evaluate_without_any_policy_shows_the_limit_alone(finished_run, tmp_path, monkeypatch):
+    for stage in ("sft", "reward_model"):
+        shutil.copytree(finished_run / "tiny" / stage, tmp_path / "out" / "tiny" / stage)
+    monkeypatch.chdir(tmp_path)
+    assert list(evaluate.main(tiny_config(evaluate, n_eval=2, n_reference=8))) == ["SFT"]
+
+
+# ---- grpo.py and policy_gradient.py
+
+def test_grpo_raises_the_score_and_starts_where_it_should(whole_run):
+    log = log_of(whole_run[0] / "grpo")
+    results = files.read_json(whole_run[0] / "grpo" / "results.json")
+    assert results["score"] > results["sft"]["score"] + 0.3 and results["kl_ref"] > 0.1
+    assert log[0]["kl_ref"] == log[0]["kl_ref_k3"] == 0
+    for line in log:
+        assert line["beta"] == 0.25
+        assert line["kl_old"] >= 0 and 0 <= line["equal_groups"] < 1 and line["group_std"] > 0
+
+
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_a_grpo_update_wires_groups_rewards_and_weights_together(kl_in, finished_run, monkeypatch):
+    """One run, the calls of the maths in two updates compared with the definitions"""
+    calls = {}
+    backward = []                                # what .backward() was called on
+    original_backward = torch.Tensor.backward
+
+    def record(owner, name):
         original = getattr(owner, name)
 
         def recorded(*args, **kwargs):
@@ -4798,1961 +4638,793 @@ def test_an_update_wires_rollout_rewards_advantages_and_losses_together(beside, 
             return result
         monkeypatch.setattr(owner, name, recorded)
 
-    for name in ("ScalarGPT", "roll_out", "gae", "policy_loss", "value_loss", "shape_rewards"):
-        spy(name)
-    spy("__call__", scoring.Reward)
-    spied, critic_values = ppo.gae, []
-
-    def gae(rewards, values, mask, gamma, lam):              # before the critic moves on
-        inputs = calls["roll_out"][-1][1][0]
-        critic_values.append((calls["ScalarGPT"][0][1](inputs) * mask).detach())
-        return spied(rewards, values, mask, gamma, lam)
-
-    monkeypatch.setattr(ppo, "gae", gae)
-    ppo.main(tiny(ppo, out="wired", base="tiny", steps=2, batch_size=16, minibatch_size=16, n_eval=8, lam=0.9,
-                  gamma=0.98, beta=0.3, kl_control="fixed"))
-    for update in range(2):
-        inputs, targets, mask, finished = calls["roll_out"][update][1]
-        scores = calls["__call__"][update][1]
-        (given, old_logprobs, ref_logprobs, rewards_mask, beta), rewards = calls["shape_rewards"][update]
-        assert torch.equal(given, scores) and torch.equal(rewards_mask, mask) and beta == 0.3
-        (gae_rewards, values, _, gamma, lam), (advantages, returns) = calls["gae"][update]
-        assert torch.equal(gae_rewards, rewards) and (gamma, lam) == (0.98, 0.9)
-        assert torch.equal(values, critic_values[update]) and values.any() == (update > 0)
-        (logprobs, loss_old, whitened, loss_mask, clip_eps), _ = calls["policy_loss"][update]
-        rows = [next(b for b in range(16) if torch.equal(old_logprobs[b], row)) for row in loss_old]     # shuffled
-        torch.testing.assert_close(whitened, ppo.whiten(advantages, mask)[rows])
-        torch.testing.assert_close(logprobs.detach(), loss_old, atol=1e-5, rtol=0)
-        assert torch.equal(loss_mask, mask[rows]) and clip_eps == 0.2
-        (new_values, old_values, targets_of_critic, _, eps), _ = calls["value_loss"][update]
-        torch.testing.assert_close(targets_of_critic, returns[rows])
-        assert torch.equal(old_values, values[rows]) and new_values.requires_grad and eps == 0.2
-        reference, _ = sft.load_policy(beside / "tiny" / "sft", "cpu")
-        torch.testing.assert_close(ref_logprobs, token_logprobs(reference, inputs, targets, mask).detach())
-    critic = files.load_checkpoint(beside / "wired" / "ppo")["critic"]
-    assert critic["head.weight"].abs().max() > 0
-
-
-def test_a_finished_stage_is_shown_again_and_not_run_again(whole_run, beside, capsys):
-    before = (beside / "tiny" / "ppo" / "checkpoint.pt").stat().st_mtime_ns
-    assert ppo.main(tiny(ppo)) == whole_run[1]
-    assert "already finished" in capsys.readouterr().out
-    assert (beside / "tiny" / "ppo" / "checkpoint.pt").stat().st_mtime_ns == before
-
-
-def test_settings_that_differ_from_those_in_the_folder_are_an_error_that_names_the_field(beside):
-    with pytest.raises(Stopped, match=r"ppo holds a run with lr 0.002, this one has lr 0.001; --out NAME"):
-        ppo.main(tiny(ppo, lr=0.001))
-    with pytest.raises(Stopped, match=r"ppo holds a run with seed 1337, lr 0.002, this one has seed 2, lr 0.001; --out NAME"):
-        ppo.main(tiny(ppo, lr=0.001, seed=2))
-    with pytest.raises(Stopped, match="made with --config tiny, this is --config small"):
-        reward_model.main(reward_model.Config(config="small", out="other", base="tiny"))
-    with pytest.raises(Stopped, match="--base nowhere has no finished"):
-        ppo.main(tiny(ppo, out="other", base="nowhere"))
-
-
-def test_a_missing_device_is_an_error_that_says_what_works(beside):
-    with pytest.raises(Stopped, match="--device cuda:99 cannot be used here .*--device cpu always can"):
-        sft.main(tiny(sft, out="device", device="cuda:99"))
-
-
-def test_no_room_for_a_response_ends_at_once_with_both_numbers(beside):
-    for script in (reward_model, ppo):
-        with pytest.raises(Stopped, match="--max_new_tokens 70 exceed the model's block_size 72; lower --max_new_tokens to 5"):
-            script.main(tiny(script, out="room", base="tiny", max_new_tokens=70))
-    with pytest.raises(Stopped, match="--max_new_tokens 60 exceed the model's block_size 60; lower --max_new_tokens to"):
-        sft.main(tiny(sft, out="room", block_size=60, max_new_tokens=60))
-    with pytest.raises(Stopped, match="exceed --block_size 40; raise that"):
-        sft.main(tiny(sft, out="room", block_size=40, max_new_tokens=1))
-
-
-def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(beside, tmp_path):
-    for stage in ("sft", "reward_model"):
-        shutil.copytree(beside / "tiny" / stage, tmp_path / "out" / "tiny" / stage)
-    os.chdir(tmp_path)                                                         # monkeypatch in `beside` goes back
-    other = data.train_tokenizer(["another vocabulary"], 300)
-    data.save_tokenizer(other, Path("out/tiny/sft"))
-    with pytest.raises(Stopped, match="out/tiny/sft/checkpoint.pt was trained with another vocabulary"):
-        ppo.main(tiny(ppo))
-    Path("out/tiny/sft/checkpoint.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(Stopped, match="out/tiny/sft/checkpoint.pt cannot be read as a checkpoint"):
-        ppo.main(tiny(ppo))
-
-
-@contextlib.contextmanager
-def crash_at(step, monkeypatch):
-    """The power goes right after an update was logged"""
-    original = experiment.Run.log
-
-    def crash(run, now, *args, **kwargs):
-        original(run, now, *args, **kwargs)
-        if now == step:
-            raise RuntimeError("the power went")
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the power went"):
-        patch.setattr(experiment.Run, "log", crash)
-        yield
-
-
-@pytest.mark.parametrize("script, at", [(sft, 33), (reward_model, 17), (ppo, 4), (dpo, 9), (grpo, 4),
-                                        (policy_gradient, 16)], ids=lambda x: getattr(x, "__name__", ""))
-def test_an_interrupted_and_resumed_stage_ends_with_the_same_bits(script, at, beside, monkeypatch):
-    """Stopped between two checkpoints, as a crash would: the steps since the last one come again."""
-    name, base = f"resumed_{script.__name__}", "" if script is sft else "tiny"
-    with crash_at(at, monkeypatch):
-        script.main(tiny(script, out=name, base=base))
-    with pytest.raises(Stopped, match="unfinished stage; --resume goes on with it, --overwrite begins again"):
-        script.main(tiny(script, out=name, base=base))
-    script.main(tiny(script, out=name, base=base, resume=True))
-
-    stage, whole = script.__name__, "ladder" if script is policy_gradient else "tiny"
-    assert_same_run(beside / name / stage, beside / whole / stage)
-
-
-def assert_same_run(folder, other):
-    """Checkpoints and results bit for bit, logs but for times; each update once"""
-    ours, theirs = map(files.load_checkpoint, (folder, other))
-    for saved in (ours, theirs):
-        saved["config"] = {name: value for name, value in saved["config"].items() if name not in (*options.FREE, "base")}
-    assert_same_bits(ours, theirs)
-    timed = re.compile("_seconds$|_per_second$")
-    logs = [[{k: v for k, v in line.items() if not timed.search(k)} for line in log_of(run)] for run in (folder, other)]
-    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(len(logs[0])))
-    assert (folder / "results.json").read_text() == (other / "results.json").read_text()
-
-
-def assert_same_bits(a, b):
-    assert type(a) is type(b)
-    if torch.is_tensor(a):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for k in a:
-            assert_same_bits(a[k], b[k])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same_bits(x, y)
-    else:
-        assert a == b
-
-
-def test_overwrite_that_ends_in_an_error_leaves_the_finished_stage_where_it_is(beside):
-    first = sft.main(tiny(sft, out="kept", steps=12))
-    with pytest.raises(Stopped, match="exceed --block_size 20"):
-        sft.main(tiny(sft, out="kept", steps=12, block_size=20, overwrite=True))
-    assert sft.main(tiny(sft, out="kept", steps=12)) == first
-
-
-def test_a_folder_of_ones_own_is_not_emptied(beside):
-    (beside / "mine" / "sft").mkdir(parents=True)
-    (beside / "mine" / "sft" / "notes.txt").write_text("precious")
-    sft.main(tiny(sft, out="mine", steps=2))
-    assert (beside / "mine" / "sft" / "notes.txt").read_text() == "precious"
-
-
-def test_resume_goes_on_even_where_the_command_says_overwrite(beside, monkeypatch, capsys):
-    cfg = tiny(sft, out="both", steps=12, save_every=5, overwrite=True)
-    with crash_at(7, monkeypatch):
-        sft.main(cfg)
-    sft.main(dataclasses.replace(cfg, resume=True))
-    assert "going on from update 5" in capsys.readouterr().out
-
-
-def test_stages_that_do_not_belong_together_are_noticed(beside, capsys):
-    sft.main(tiny(sft, out="mixed", steps=5))
-    ppo.main(tiny(ppo, out="mixed", base="tiny", steps=2, n_eval=8))             # its own SFT, tiny's reward model
-    assert "reward_model was made from another SFT policy than the one here" in capsys.readouterr().out
-    ppo_folder = beside / "mixed" / "ppo"
-    (ppo_folder / "report.txt").unlink()                                         # as if it had not finished
-    sft.main(tiny(sft, out="mixed", steps=6, overwrite=True))
-    with pytest.raises(Stopped, match="was begun with another sft: the stages before it have changed"):
-        ppo.main(tiny(ppo, out="mixed", base="tiny", steps=2, n_eval=8, resume=True))
-
-
-@pytest.mark.parametrize("script, broken, call, tensor, step, taken", [
-    (sft, "sft_loss", 25, "loss", 25, 0), (reward_model, "preference_loss", 12, "loss", 12, 0), (dpo, "dpo_loss", 10, "loss", 10, 0),
-    (ppo, "value_loss", 10, "value_loss", 5, 0), (ppo, "policy_loss", 11, "policy_loss", 5, 1), (ppo, "kl_estimate", 15, "kl_ref", 5, 0),
-    (ppo, "kl_estimate", 16, "kl_old", 5, 2),
-    (grpo, "grpo_loss", 6, "loss", 3, 0), (grpo, "grpo_loss", 11, "loss", 5, 1), (policy_gradient, "rung_loss", 9, "loss", 9, 0)],
-    ids=lambda x: getattr(x, "__name__", str(x)))
-def test_numbers_that_are_none_stop_the_run_after_saving_and_mended_it_goes_on(
-        script, broken, call, tensor, step, taken, beside, monkeypatch):
-    original, calls, stage = getattr(script, broken), [], script.__name__
-
-    def breaks(*args, **kwargs):
-        calls.append(1)
-        result = original(*args, **kwargs)
-        if len(calls) == call + 1:
-            nan = (result[0] if isinstance(result, tuple) else result) * math.nan
-            return (nan, {k: nan.detach() if k in (broken, "loss") else v for k, v in result[1].items()}) if isinstance(
-                result, tuple) else nan
-        return result
-    shutil.rmtree(beside / "nan", ignore_errors=True)
-    changes = dict(base="" if script is sft else "tiny", save_every=4)
-    with monkeypatch.context() as patch:
-        patch.setattr(script, broken, breaks)
-        with pytest.raises(Stopped, match=f"^error: {tensor} in update {step}: nan.*"
-                           f"from {'before that' if taken else 'the start of that'} update.*README.md, 'When a number is not finite'"):
-            script.main(tiny(script, out="nan", **changes))
-    saved = files.load_checkpoint(beside / "nan" / stage)
-    assert saved["step"] == (step // 4 * 4 if taken else step)
-    assert all(torch.isfinite(w).all() for key, weights in saved.items() if key in ("policy", "actor", "critic", "reward_model")
-               for w in weights.values())
-    script.main(tiny(script, out="nan", resume=True, **changes))               # mended, it ends as if nothing had been
-    whole = "ladder" if script is policy_gradient else "tiny"
-    assert_same_run(beside / "nan" / stage, beside / whole / stage)
-
-
-def test_overwrite_keeps_the_old_stage_until_the_new_one_is_complete(beside, monkeypatch):
-    cfg = tiny(sft, out="twice", steps=12)
-    first = sft.main(cfg)
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment.Run, "finish", lambda *_: (_ for _ in ()).throw(RuntimeError("crash")))
-        with pytest.raises(RuntimeError):
-            sft.main(dataclasses.replace(cfg, overwrite=True, lr=0.001))
-    assert files.read_json(beside / "twice" / "sft.old" / "results.json") == first
-    with monkeypatch.context() as patch:                 # once more, over what is unfinished: the finished one stays
-        patch.setattr(experiment.Run, "finish", lambda *_: (_ for _ in ()).throw(RuntimeError("crash")))
-        with pytest.raises(RuntimeError):
-            sft.main(dataclasses.replace(cfg, overwrite=True, lr=0.002))
-    assert files.read_json(beside / "twice" / "sft.old" / "results.json") == first
-    second = sft.main(dataclasses.replace(cfg, overwrite=True, lr=0.001))
-    assert second["held_out"] != first["held_out"] and not (beside / "twice" / "sft.old").exists()
-    for lr in (0.001, 0.002):                            # with nothing finished, the unfinished one is kept
-        shutil.rmtree(beside / "twice") if lr == 0.001 else None
-        with monkeypatch.context() as patch:
-            patch.setattr(experiment.Run, "finish", lambda *_: (_ for _ in ()).throw(RuntimeError("crash")))
-            with pytest.raises(RuntimeError):
-                sft.main(dataclasses.replace(cfg, overwrite=True, lr=lr))
-    assert files.load_checkpoint(beside / "twice" / "sft.old")["config"]["lr"] == 0.001
-
-
-def stage_command(script, *options):
-    return [sys.executable, "-u", str(HERE / f"{script.__name__}.py"), "--config", "tiny", *options]
-
-
-def kill_at_random(command, home, log, n_lines, chance):
-    """kill -9 of a command when its log has some number of lines, and a little later -> whether it was still there"""
-    lines, delay = chance.randrange(n_lines + 1), chance.random() * 0.3
-    process = subprocess.Popen(command, cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= lines):
-        time.sleep(0.002)
-    time.sleep(delay)
-    process.kill()                                                             # SIGKILL
-    return process.wait() == -signal.SIGKILL
-
-
-STAGES = [sft, reward_model, ppo, dpo, grpo, policy_gradient]
-
-
-@pytest.mark.parametrize("script", STAGES, ids=lambda s: s.__name__)
-def test_a_stage_that_is_killed_and_resumed_ends_with_the_same_bits(script, whole_run, beside):
-    """A real process and a real kill -9, at a moment that differs from run to run"""
-    stage, whole = script.__name__, beside / ("ladder" if script is policy_gradient else "tiny") / script.__name__
-    base = [] if script is sft else ["--base", "tiny"]
-    log, seed = beside / "killed" / stage / "log.jsonl", time.time_ns()
-    command = stage_command(script, "--out", "killed", *base)
-    kill_at_random(command, beside.parent, log, len(log_of(whole)), random.Random(seed))
-    script.main(tiny(script, out="killed", base="" if script is sft else "tiny", resume=True))
-    assert_same_run(log.parent, whole)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", STAGES, ids=lambda s: s.__name__)
-def test_fifty_kills_of_a_stage_leave_the_same_bits(script, whole_run, beside):
-    """Each start goes on from where the last one was killed; runs that get through are compared and begun again"""
-    stage, whole = script.__name__, beside / ("ladder" if script is policy_gradient else "tiny") / script.__name__
-    command = stage_command(script, "--out", "fifty", "--resume", *([] if script is sft else ["--base", "tiny"]))
-    folder, chance, kills, finished = beside / "fifty" / stage, random.Random(time.time_ns()), 0, 0
-    times = []                                           # of what comes before any work, and of a whole run
-    for options in (["--help"], []):
-        begun = time.time()
-        subprocess.run(command + options, cwd=beside.parent, check=True, capture_output=True)
-        times.append(time.time() - begun)
-    while kills < 50:
-        if (folder / "report.txt").exists():
-            assert_same_run(folder, whole)
-            shutil.rmtree(folder)
-            finished += 1
-        process = subprocess.Popen(command, cwd=beside.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(chance.uniform(times[0], max(times)))
-        process.kill()
-        killed = process.wait() == -signal.SIGKILL
-        kills, times[1] = kills + killed, times[1] * (1.03 if killed else 0.85)      # the machine may be faster by now
-    subprocess.run(command, cwd=beside.parent, check=True, capture_output=True)
-    assert_same_run(folder, whole)
-    print(f"{stage}: {kills} kills, {finished + 1} runs that ended with the same bits, {len(files.read_lines(folder / 'started.jsonl'))} starts of the last")
-
-
-def test_ctrl_c_saves_and_says_how_to_go_on_and_that_works(tmp_path):
-    command = [sys.executable, "-u", str(HERE / "sft.py"), "--config", "tiny", "--steps", "3000", "--save_every", "9999"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("   100"):
-            process.send_signal(signal.SIGINT)
-            break
-    out, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and "Traceback" not in err
-    assert re.search(r"saved after \d+ of 3000 updates in out/tiny/sft; the same command with --resume", err)
-    done = files.load_checkpoint(tmp_path / "out/tiny/sft")["step"]
-    assert done >= 101 and len(log_of(tmp_path / "out/tiny/sft")) == done
-    with subprocess.Popen(command + ["--resume"], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
-        assert any(line == f"going on from update {done}\n" for line in process.stdout)
-        process.kill()
-
-
-@contextlib.contextmanager
-def started(command, home, **options):
-    """A process that does not outlive the test"""
-    process = subprocess.Popen(command, cwd=home, text=True, **options)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def test_a_plain_kill_is_taken_as_ctrl_c_and_a_second_ctrl_c_leaves_at_once(beside):
-    folder = beside / "signals" / "ppo"
-    slow = stage_command(ppo, "--out", "signals", "--base", "tiny", "--steps", "400", "--batch_size", "512", "--save_every", "2", "--resume")
-    for first, second, said in ((signal.SIGTERM, None, r"saved after \d+ of 400 updates in out/signals/ppo; the same command with --resume"),
-                                (signal.SIGINT, signal.SIGINT, "stopped; what was saved is intact, --resume continues an unfinished stage")):
-        with started(slow, beside.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            before = 0
-            for line in process.stdout:
-                if re.match(" +[0-9]+ ", line) and not before:                 # an update is done, the next one begun
-                    before = len(log_of(folder))
-                    process.send_signal(first)
-                if line.startswith("finishing this update") and second:
-                    process.send_signal(second)
-            err = process.stderr.read()
-            assert process.wait() == 1 and re.search(said, err) and "Traceback" not in err, err
-        saved = files.load_checkpoint(folder)["step"]
-        assert saved >= before if second is None else saved >= before - 2
-        assert not list(folder.glob("*.tmp"))
-
-
-def test_a_second_run_in_the_same_folder_is_refused_and_told_of_the_first(beside):
-    command = stage_command(sft, "--out", "both_at_once", "--steps", "3000", "--save_every", "10")
-    folder = beside / "both_at_once" / "sft"
-    with started(command, beside.parent, stdout=subprocess.DEVNULL) as first:
-        while not (folder / "checkpoint.pt").exists():
-            time.sleep(0.01)
-        for changes in ({}, dict(resume=True), dict(overwrite=True)):
-            with pytest.raises(Stopped, match=rf"both_at_once/sft is being written by process {first.pid} on .* .python sft.py --config "
-                               r"tiny --out both_at_once --save_every 10 --steps 3000., started 20\d\d-.*; wait until it has ended, or"):
-                sft.main(tiny(sft, out="both_at_once", steps=3000, save_every=10, **changes))
-        with pytest.raises(Stopped, match=f"both_at_once/sft is being written by process {first.pid}"):
-            ppo.main(tiny(ppo, out="both_at_once"))                            # nor does another stage make it
-    with pytest.raises(Stopped, match="holds an unfinished stage; --resume"):
-        sft.main(tiny(sft, out="both_at_once", steps=3000, save_every=10))     # free again, and still whole
-    assert files.load_checkpoint(folder)["step"] >= 10
-    run = experiment.Run(tiny(sft, out="late"), "sft")                         # looked before the other had finished
-    sft.main(tiny(sft, out="late", steps=2))
-    with pytest.raises(Stopped, match="late/sft has changed while this run was starting; see what is there"):
-        run.begin()
-
-
-@pytest.mark.parametrize("script, changes", [
-    (sft, dict(dropout=0.3)), (ppo, dict(reward="luck.py:luck", base="tiny", n_eval=2, n_samples=2, epochs=2)),
-    (grpo, dict(reward="luck.py:luck", base="tiny", n_eval=2, n_samples=2, normalise_reward=False))], ids=lambda x: getattr(x, "__name__", ""))
-def test_random_numbers_of_torch_python_and_numpy_go_on_where_they_were(script, changes, beside, monkeypatch, no_pictures):
-    """Dropout draws torch's own; a reward function of the user's may draw any"""
-    (beside.parent / "luck.py").write_text("import random\nimport numpy as np\nimport torch\ndef luck(prompts, responses):\n"
-        "    return [random.random() + random.gauss(0, 1) + np.random.randn() + torch.rand(()).item() + len(r) / 9 for r in responses]\n")
-    cfg = tiny(script, **{**dict(out="lucky", steps=6, save_every=2), **changes})
-    folders = [beside / name / script.__name__ for name in ("lucky", "lucky_again", "lucky_resumed")]
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-    script.main(cfg)
-    random.random(), np.random.rand(), torch.rand(1)                           # whatever was drawn before
-    script.main(dataclasses.replace(cfg, out="lucky_again"))
-    with crash_at(3, monkeypatch):
-        script.main(dataclasses.replace(cfg, out="lucky_resumed"))
-    random.random(), np.random.rand(), torch.rand(1)
-    script.main(dataclasses.replace(cfg, out="lucky_resumed", resume=True))
-    for other in folders[1:]:
-        assert_same_run(folders[0], other)
-
-
-def test_a_stage_killed_before_its_first_checkpoint_is_begun_again_with_its_own_settings(beside, monkeypatch, no_pictures):
-    with crash_at(1, monkeypatch):
-        sft.main(short(sft, out="early", lr=0.005))
-    assert not (beside / "early" / "sft" / "checkpoint.pt").exists()
-    reward_model.main(tiny(reward_model, out="early", n_prompts=8, n_held_out=4))
-    assert files.read_json(beside / "early" / "sft" / "config.json")["lr"] == 0.005 and len(log_of(beside / "early" / "sft")) == 5
-
-
-def test_the_log_is_on_the_disk_before_the_checkpoint_that_comes_after_it(beside, monkeypatch, no_pictures):
-    flushed, original = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: (flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name), original(handle)))
-    sft.main(short(sft, out="flushed"))
-    checkpoints = [i for i, name in enumerate(flushed) if name == "checkpoint.pt.tmp"]
-    assert len(checkpoints) == 3 and all(flushed[i - 1] == "log.jsonl" for i in checkpoints)
-
-
-def test_ctrl_c_in_the_last_step_leaves_before_the_report_which_comes_with_resume(beside, monkeypatch, no_pictures):
-    original = experiment.Run.log
-
-    def interrupted(run, step, *args, **kwargs):
-        original(run, step, *args, **kwargs)
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment.Run, "log", interrupted)
-        with pytest.raises(Stopped, match="saved after 5 of 5 updates in out/last/sft; the same command with --resume"):
-            sft.main(short(sft, out="last"))
-    assert not (beside / "last" / "sft" / "report.txt").exists()
-    sft.main(short(sft, out="last", resume=True))
-    assert (beside / "last" / "sft" / "report.txt").exists()
-
-
-@pytest.mark.parametrize("calls, message", [
-    (0, "the reward of a response of the SFT policy is inf"), (8, "the reward of a sampled response is inf; it has to be finite"),
-    (9, "score in update 0: inf; the reward returned it"), (10, "score in update 5: inf"), (12, "the reward of a sampled response is inf")])
-def test_rewards_that_are_no_numbers_are_noticed_wherever_they_come(calls, message, beside, no_pictures):
-    """Normalisation has 8 calls, labels 1, the samples of updates 0, 5 and 9 one each, then comes the comparison"""
-    shutil.rmtree(beside / "infinite", ignore_errors=True)
-    (beside.parent / f"after_{calls}.py").write_text(
-        f"calls = []\ndef score(prompts, responses):\n    calls.append(1)\n    bad = len(calls) > {calls}\n"
-        "    return [float('inf') if bad else float(len(r)) for r in responses]\n")
-    with pytest.raises(Stopped, match=message):
-        dpo.main(tiny(dpo, out="infinite", base="tiny", reward=f"after_{calls}.py:score", labels="reward_model", n_eval=4, n_samples=4,
-                      missing_eos_score=None, eval_every=5, n_pairs=160))
-
-
-@pytest.mark.parametrize("script", [grpo, policy_gradient], ids=lambda s: s.__name__)
-def test_scores_that_are_no_numbers_stop_every_loop_at_the_start_of_the_update(script, beside, no_pictures):
-    (beside.parent / "late_inf.py").write_text("calls = []\ndef f(prompts, responses):\n    calls.append(1)\n"
-                                               "    return [float('-inf') if len(calls) > 11 else float(len(r)) for r in responses]\n")
-    with pytest.raises(Stopped, match=r"^error: scores in update 3: -inf in \d+ of \d+ places, first at .*the reward returned it"):
-        script.main(tiny(script, out="late_inf", base="tiny", reward="late_inf.py:f", missing_eos_score=None))
-    assert files.load_checkpoint(beside / "late_inf" / script.__name__)["step"] == 3
-
-
-@pytest.mark.parametrize("owner, name, rung, tensor, step", [(ppo, "value_loss", "gae", "critic_grad_norm", 2), (policy_gradient, "trpo_step", "trpo", "grad_norm", 2)],
-                         ids=lambda x: x if isinstance(x, str) else "")
-def test_the_ladders_critic_and_trpo_stop_at_gradients_that_are_no_numbers(owner, name, rung, tensor, step, beside, monkeypatch, no_pictures):
-    original, calls = getattr(owner, name), []
-
-    def breaks(*args, **kwargs):
-        calls.append(1)
-        result = original(*args, **kwargs)
-        if len(calls) < 3 + 2 * (name == "value_loss"):
-            return result
-        return (result[0] * math.nan, result[1]) if name == "value_loss" else result | {"grad_norm": torch.tensor(math.nan)}
-    monkeypatch.setattr(owner, name, breaks)
-    with pytest.raises(Stopped, match=f"^error: {tensor} in update {step}: nan"):
-        policy_gradient.main(tiny(policy_gradient, out=f"nan_{rung}", base="tiny", rung=rung))
-    assert files.load_checkpoint(beside / f"nan_{rung}" / "policy_gradient")["step"] == 2
-
-
-def test_a_last_update_that_ruins_the_weights_is_noticed_before_the_report(beside, no_pictures):
-    for script, changes, message in (
-            (sft, dict(steps=1, warmup=0, lr=1e30), "the held-out loss is nan"), (reward_model, dict(n_prompts=4, lr=1e30, warmup=0, lora_rank=0), "the score of a held-out response is nan"),
-            (dpo, dict(n_pairs=16, lr=1e30, warmup=0), "a log-probability of DPO is nan"), (grpo, dict(steps=1, lr=1e30, warmup=0), "(loss|kl_old) in update 0: (nan|inf)")):
-        with pytest.raises(Stopped, match=f"^error: {message}"):
-            script.main(tiny(script, out=f"ruined_{script.__name__}", base="" if script is sft else "tiny", **changes))
-        assert not (beside / f"ruined_{script.__name__}" / script.__name__ / "report.txt").exists()
-    with pytest.raises(Stopped, match="weight of the policy after 3 updates is inf"):
-        run = experiment.Run(short(sft, out="infinite_weight"), "sft")
-        run.begin()
-        gpt = small_gpt()
-        run.restore(policy=gpt)
-        gpt.transformer.wte.weight.data[1, 1] = math.inf
-        run.save(3)
-    assert not (beside / "infinite_weight" / "sft" / "checkpoint.pt").exists()
-
-
-def test_files_beside_a_checkpoint_are_those_it_was_written_with(beside, monkeypatch, no_pictures):
-    for script, name, changes in ((reward_model, "comparisons.json", dict(n_prompts=16, save_every=2)), (dpo, "pairs_0.json", dict(n_pairs=160, save_every=2))):
-        run = f"companion_{script.__name__}"
-        cfg, folder = tiny(script, out=run, base="tiny", **changes), beside / run / script.__name__
-        shutil.rmtree(folder, ignore_errors=True)
-        with crash_at(3, monkeypatch):
-            script.main(cfg)
-        kept = (folder / name).read_bytes()
-        for content in (kept.replace(b"1", b"2", 1), None):
-            (folder / name).write_bytes(content) if content else (folder / name).unlink()
-            with pytest.raises(Stopped, match=f"{name} (is not the file that .*checkpoint.pt goes with; bring it back|cannot be read .FileNotFoundError)"):
-                script.main(dataclasses.replace(cfg, resume=True))
-            (folder / name).write_bytes(kept)
-        script.main(dataclasses.replace(cfg, resume=True))
-    (beside / "companion_reward_model" / "reward_model" / "comparisons.json").write_text("{}")
-    with pytest.raises(Stopped, match="comparisons.json is not what reward_model.py writes"):
-        dpo.main(tiny(dpo, out="companion_reward_model", base="tiny"))
-
-
-def test_a_finished_stage_set_aside_by_a_process_that_was_killed_comes_back(beside, monkeypatch, no_pictures):
-    first = sft.main(short(sft, out="aside"))
-    written = (beside / "aside" / "sft" / "report.txt").stat().st_mtime_ns
-    for name, call, after in (("replace", 1, True), ("fsync", 1, False)):      # between its two renamings, and before its config is there
-        def work():
-            sys.stdout = open(os.devnull, "w")
-            killed_at(monkeypatch, os, name, call, after)
-            sft.main(short(sft, out="aside", lr=0.001, overwrite=True))
-        assert in_a_child(work) == -signal.SIGKILL
-        assert not (beside / "aside" / "sft").exists() and (beside / "aside" / "sft.old" / "report.txt").exists()
-        assert sft.main(short(sft, out="aside")) == first and not (beside / "aside" / "sft.old").exists()
-        assert (beside / "aside" / "sft" / "report.txt").stat().st_mtime_ns == written     # the very same, not made again
-    assert list((beside / "aside").glob("*.tmp"))
-    sft.main(short(sft, out="aside", lr=0.001, overwrite=True))
-    assert not list((beside / "aside").glob("*.tmp"))
-
-
-def test_a_run_whose_data_have_changed_is_told_so_and_keeps_its_tokenizer(here, monkeypatch, no_pictures):
-    rows = [comparison(i) for i in range(120)]
-    cfg = tiny(sft, data=write_rows(here / "rows.jsonl", rows), max_prompt_tokens=40, steps=6, save_every=2, n_eval=5, out="changing")
-    with crash_at(3, monkeypatch):
-        sft.main(cfg)
-    kept = (here / "out" / "changing" / "sft" / "tokenizer.json").read_bytes()
-    write_rows(here / "rows.jsonl", [{"prompt": f"an entirely other file {i}", "completion": f" with other words {i}"} for i in range(120)])
-    with pytest.raises(Stopped, match="changing/sft was begun with another data: the contents of --data have changed since"):
-        sft.main(dataclasses.replace(cfg, resume=True))
-    assert (here / "out" / "changing" / "sft" / "tokenizer.json").read_bytes() == kept
-    write_rows(here / "rows.jsonl", rows)
-    sft.main(dataclasses.replace(cfg, resume=True))
-    assert len(log_of(here / "out" / "changing" / "sft")) == 6
-
-
-def test_accumulation_and_checkpointing_may_change_when_a_run_goes_on(beside, monkeypatch, no_pictures):
-    cfg = tiny(ppo, out="changed", base="tiny", steps=4, save_every=2, n_eval=2, n_samples=2)
-    with crash_at(2, monkeypatch):
-        ppo.main(cfg)
-    ppo.main(dataclasses.replace(cfg, resume=True, checkpointing=True, accumulation=2))
-    assert len(log_of(beside / "changed" / "ppo")) == 4
-
-
-def test_copies_and_exports_in_out_do_not_confuse_the_readers(beside, capsys, no_pictures):
-    shutil.copytree(beside / "tiny" / "sft", beside / "tiny" / "sft-backup")
-    (beside / "tiny" / "exported").mkdir()
-    (beside / "tiny" / "exported" / "config.json").write_text('{"model_type": "gpt2"}')
-    try:
-        evaluate.main(tiny(evaluate, runs="tiny", n_eval=2, n_reference=4, n_samples=2, out="copies", base="tiny"))
-        sample.main(tiny(sample, out="tiny", stage="sft", n=1))
-    finally:
-        shutil.rmtree(beside / "tiny" / "sft-backup")
-        shutil.rmtree(beside / "tiny" / "exported")
-    assert "evaluating SFT, tiny/dpo, tiny/grpo, tiny/ppo" in capsys.readouterr().out
-    with pytest.raises(Stopped, match="--stage got ','; it takes names of stages"):
-        sample.main(tiny(sample, out="tiny", stage=","))
-
-
-def test_truncated_weights_and_broken_tokenizers_of_ones_own_are_refused(own, among, tmp_path):
-    for name, message in (("model.safetensors", "--init .* cannot be read as weights"),
-                          ("tokenizer.json", "no tokenizer in .* cannot be read"),
-                          ("config.json", "--init .*/config.json cannot be read")):
-        folder = tmp_path / name.split(".")[0]
-        shutil.copytree(own[0] / "gpt2", folder)
-        content = (folder / name).read_bytes()
-        for cut in (0, len(content) // 2, len(content) - 10):
-            (folder / name).write_bytes(content[:cut])
-            with pytest.raises(Stopped, match="^error: " + message):
-                sft.main(mine(sft, out="cut", init=str(folder), lora_rank=0))
-    (tmp_path / "adapter").mkdir()                       # without a tokenizer, as peft saves it
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    (tmp_path / "bare").mkdir()
-    shutil.copy(own[0] / "gpt2" / "model.safetensors", tmp_path / "bare")
-    for init, message in (("adapter", "merge it into them first"), ("bare", "bare has no config.json"),
-                          (among / "own" / "sft", "A stage of this project writes them with --export"),
-                          (among / "own" / "sft" / "checkpoint.pt", "is not a checkpoint of nanoGPT")):
-        for script in (sft, reward_model):
-            with pytest.raises(Stopped, match=f"^error: --init .*{message}"):
-                script.main(mine(script, out="cut", base="own", init=str(tmp_path / init), lora_rank=0))
-    tokenizer = json.loads((own[0] / "gpt2" / "tokenizer.json").read_text())
-    byte, other = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)[7:9]
-    for change, message in (({byte: tokenizer["model"]["vocab"][other]}, "two tokens with one id"), ({"A": None}, "number the merges in their order")):
-        vocab = {k: v for k, v in (tokenizer["model"]["vocab"] | change).items() if v is not None}
-        (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer | {"model": tokenizer["model"] | {"vocab": vocab}}))
-        with pytest.raises(Stopped, match=f"^error: no tokenizer in .*{message}"):
-            sft.main(mine(sft, out="cut", init=str(tmp_path / "tokenizer"), lora_rank=0))
-    saved = json.loads((among / "own" / "sft" / "tokenizer.json").read_text())
-    one, other = list(saved["ranks"])[7:9]
-    for content in (saved | {"ranks": saved["ranks"] | {one: saved["ranks"][other]}}, [], {"ranks": 3}, saved | {"ranks": {}}):
-        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-        with pytest.raises(Stopped, match="tokenizer.json cannot be read as a tokenizer"):
-            data.load_tokenizer(tmp_path)
-
-
-def short(script, **changes):
-    """A run of a second, with several checkpoints"""
-    return tiny(script, **{**dict(steps=5, save_every=2, n_texts=100, n_eval=8, batch_size=4, eval_every=3), **changes})
-
-
-def test_killed_at_every_moment_of_writing_a_run_goes_on_to_the_same_bits(beside, monkeypatch, no_pictures):
-    """SIGKILL before and after each flush to the disk and each renaming of a whole run, each in a process of its own"""
-    moments = []
-    with monkeypatch.context() as patch:
-        for name in ("fsync", "replace"):
-            patch.setattr(os, name, lambda *args, name=name, original=getattr(os, name): (moments.append(name), original(*args))[1])
-        sft.main(short(sft, out="unkilled"))
-    assert moments.count("replace") >= 7 and moments.count("fsync") > moments.count("replace")
-    for name in ("fsync", "replace"):
-        for call in range(1, moments.count(name) + 1):
-            for after in (False, True)[:1 if name == "fsync" else 2]:
-                shutil.rmtree(beside / "killed_writing", ignore_errors=True)
-
-                def work():
-                    sys.stdout = open(os.devnull, "w")
-                    killed_at(monkeypatch, os, name, call, after)
-                    sft.main(short(sft, out="killed_writing"))
-                assert in_a_child(work) == -signal.SIGKILL, (name, call)
-                sft.main(short(sft, out="killed_writing", resume=True))
-                assert_same_run(beside / "killed_writing" / "sft", beside / "unkilled" / "sft")
-                assert not list((beside / "killed_writing" / "sft").glob("*.tmp"))
-
-
-def test_a_run_on_a_full_disk_stops_with_its_last_checkpoint_and_goes_on_when_there_is_room(beside, monkeypatch, no_pictures):
-    """By the kernel's limit on the size of a file: the second checkpoint, then the log, cannot be written"""
-    sft.main(short(sft, out="room"))
-    size = (beside / "room" / "sft" / "checkpoint.pt").stat().st_size
-    options = [f"--{k}={v}" for k, v in dict(steps=5, save_every=2, n_texts=100, n_eval=8, batch_size=4, eval_every=3).items()]
-    shutil.rmtree(beside / "no_room", ignore_errors=True)
-    stage = beside / "no_room" / "sft"
-    for room in (size - 1000, size // 2):                # at its end; in the middle, where torch stumbles over its own end
-        done = subprocess.run(stage_command(sft, "--out", "no_room", *options), cwd=beside.parent, capture_output=True, text=True,
-                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
-        assert done.returncode == 1 and "Traceback" not in done.stderr
-        assert "no_room/sft/checkpoint.pt could not be written (File too large); what stood there before is as it was" in done.stderr
-        assert not (stage / "checkpoint.pt").exists() and not list(stage.glob("*.tmp")) and len(log_of(stage)) == 2
-    original = os.fsync
-
-    def full(handle):
-        if (stage / "checkpoint.pt").exists():
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(handle)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(Stopped, match="could not be written .No space left on device"):
-            sft.main(short(sft, out="no_room", resume=True))
-    assert files.load_checkpoint(stage)["step"] == 2
-    sft.main(short(sft, out="no_room", resume=True))
-    assert_same_run(stage, beside / "room" / "sft")
-
-
-def test_a_checkpoint_or_log_that_is_another_runs_is_refused_when_a_run_goes_on(beside, monkeypatch, no_pictures):
-    cfg, stage = short(sft, out="swapped"), beside / "swapped" / "sft"
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment.Run, "finish", lambda *_: None)
-        sft.main(cfg)
-    sft.main(short(sft, out="other_lr", lr=1e-3, overwrite=True))
-    kept = {name: (stage / name).read_bytes() for name in ("checkpoint.pt", "log.jsonl", "config.json")}
-    going_on = dataclasses.replace(cfg, resume=True)
-
-    def refused(message):
-        with pytest.raises(Stopped, match=message):
-            sft.main(going_on)
-        for name, content in kept.items():
-            (stage / name).write_bytes(content)
-    shutil.copy(beside / "other_lr" / "sft" / "checkpoint.pt", stage)
-    refused("swapped/sft holds a run with lr 0.001, this one has lr 0.01")
-    shutil.copy(beside / "tiny" / "ppo" / "checkpoint.pt", stage)
-    refused("swapped/sft/checkpoint.pt holds no optimizer but step, config, random, policy, critic")
-    saved = files.load_checkpoint(stage)
-    for change, message in ((dict(policy=saved["policy"] | {"transformer.wte.weight": torch.zeros(5, 32)}),
-                             r"sft/checkpoint.pt: policy does not fit the GPT it is read for: size mismatch for transformer.wte.weight"),
-                            (dict(tokenizer="0123"), "swapped/sft was begun with another tokenizer: the stages before it have changed"),
-                            (dict(data="rows"), "swapped/sft was begun with another data: the contents of --data have changed")):
-        torch.save(saved | change, stage / "checkpoint.pt")
-        refused(message)
-    for content in (b'{"step": 0}\n{"step": 2}\n', b"5\n{}\n", b"\xff\n", b""):
-        (stage / "log.jsonl").write_bytes(content)
-        (stage / "started.jsonl").write_bytes(content)
-        refused("swapped/sft/log.jsonl has not the updates 0 to 4 that .*checkpoint.pt comes after: it was changed since")
-    for change, message in ((dict(random={}), "holds random states that cannot be set .'run'"), (dict(random=saved["random"] | {"torch": torch.zeros(3)}),
-                             "holds random states that cannot be set")):
-        torch.save(saved | change, stage / "checkpoint.pt")
-        refused(message)
-    (stage / "config.json").write_text("{")
-    refused("swapped/sft/config.json cannot be read .JSONDecodeError: .*; bring it back from a copy")
-    (stage / "config.json").write_text("[]")
-    refused("swapped/sft/config.json is not what a stage writes")
-    sft.main(going_on)
-    assert len(log_of(stage)) == 5
-    # an earlier stage that another version of the code began
-    (stage / "report.txt").unlink()
-    (stage / "config.json").write_text(json.dumps(json.loads(kept["config.json"]) | {"old_option": 1}))
-    with pytest.raises(Stopped, match="swapped/sft/config.json has the settings old_option, which sft.py does not know"):
-        reward_model.main(tiny(reward_model, out="swapped"))
-    for change in ({"gpt": saved["gpt"] | {"rotary": True}}, {"gpt": saved["gpt"] | {"n_head": 0}}, {"gpt": saved["gpt"] | {"n_embd": "x"}},
-                   {"gpt": 5}, {"policy": 5}, {"policy": {"a.lora_a": torch.zeros(1, 1)}}, {"gpt": saved["gpt"] | {"n_embd": -8}}):
-        torch.save(saved | change, stage / "checkpoint.pt")
-        with pytest.raises(Stopped, match="sft/checkpoint.pt describes a model that model.py does not know"):
-            sft.load_policy(stage, "cpu")
-
-
-def test_a_report_says_by_what_it_was_made_and_its_command_makes_it_again(beside, whole_run):
-    for stage in ("sft", "reward_model", "ppo", "dpo", "grpo"):
-        report, start = (beside / "tiny" / stage / "report.txt").read_text(), files.read_lines(beside / "tiny" / stage / "started.jsonl")[0]
-        assert f"\ncommand     python {stage}.py --config tiny\nmade with   commit {start['commit']}, python 3." in report
-        for name in ("torch", "transformers", "tokenizers", "tiktoken", "numpy"):
-            assert f"{name} {sys.modules[name].__version__ if name in sys.modules else start[name]}" in report
-    assert "python policy_gradient.py --config tiny --out ladder --base tiny" in (beside / "ladder" / "policy_gradient" / "report.txt").read_text()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
-    assert experiment.circumstances("cpu")["commit"].split()[0] == (commit[:12] or "unknown")
-    cfg = tiny(ppo, seed=7, missing_eos_score=None, out="a", whiten_rewards=True, reward="some where/my file.py:f")
-    words = shlex.split(options.command(cfg, "ppo"))
-    assert words[:2] == ["python", "ppo.py"] and options.parse(ppo.Config, "", words[2:]) == cfg
-
-
-def test_without_git_the_commit_is_unknown(monkeypatch):
-    def no_git(*args, **kwargs):
-        raise FileNotFoundError("git")
-    monkeypatch.setattr(subprocess, "run", no_git)
-    assert experiment.circumstances("cpu")["commit"] == "unknown"
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: types.SimpleNamespace(stdout="0123456789ab-dirty\n"))
-    assert experiment.circumstances("cpu")["commit"] == "0123456789ab with changes"
-
-
-def test_the_same_seed_gives_the_same_bits_whatever_the_hash_seed_and_the_threads_that_tokenise(tmp_path):
-    path = write_rows(tmp_path / "pairs.jsonl", [comparison(i) for i in range(150)])
-    homes, processes = [], []
-    for hash_seed, threads in (("1", "1"), ("2", "4")):
-        homes.append(tmp_path / hash_seed)
-        homes[-1].mkdir()
-        processes.append(subprocess.Popen(
-            stage_command(sft, "--data", path, "--max_prompt_tokens", "40", "--steps", "4", "--n_eval", "5", "--eval_every", "2"),
-            cwd=homes[-1], stdout=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONHASHSEED": hash_seed, "RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true"}))
-    assert [process.wait() for process in processes] == [0, 0]
-    assert_same_run(*(home / "out" / "tiny" / "sft" for home in homes))
-    cached = [sorted(path for path in (home / "out" / "tokens").rglob("*") if path.is_file()) for home in homes]
-    assert len(cached[0]) == 5 and [p.relative_to(homes[0]) for p in cached[0]] == [p.relative_to(homes[1]) for p in cached[1]]
-    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*cached))
-
-
-@pytest.mark.parametrize("error, phase, flags", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "generate", "--max_new_tokens, --dtype bfloat16, --batch_size"),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "policy_loss",
-     "--accumulation 4, --checkpointing 1, --lora_rank 8, --dtype bfloat16, --batch_size"),
-    (MemoryError(), "sft_loss", "--accumulation 4, --checkpointing 1, --lora_rank 8, --dtype bfloat16, --batch_size")],
-    ids=lambda x: type(x).__name__)
-def test_out_of_memory_says_where_and_what_needs_less(error, phase, flags, beside, monkeypatch):
-    def fails(*args, **kwargs):
-        raise error
-    script = sft if phase == "sft_loss" else ppo
-    monkeypatch.setattr(script, phase, fails)
-    monkeypatch.setattr(sys, "argv", ["ppo.py", "--config", "tiny", "--out", f"memory_{phase}"] + ["--base", "tiny"] * (script is ppo))
-    banner = {"generate": "ppo.py in its phase '1. roll out'", "policy_loss": "ppo.py in its phase '6. update'",
-              "sft_loss": "sft.py in its phase '3. train'"}[phase]         # the stage that was being made, not the one asked for
-    with pytest.raises(SystemExit) as stopped:
-        experiment.launch(ppo.main, ppo.Config, "")
-    assert str(stopped.value).startswith(f"error: out of memory: {banner} ({str(error)[:20]}")
-    assert f"What needs less there: {flags}" in str(stopped.value)
-    advice = f". --accumulation and --checkpointing may be changed when {script.__name__}.py itself is run with --resume"
-    assert (advice in str(stopped.value)) == (phase != "generate")
-    if script is sft:                                    # it is the flags of the stage that was being made
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--config", "tiny", "--out", "memory_evaluate"])
-        with pytest.raises(SystemExit, match="sft.py in its phase '3. train' .*--lora_rank 8, --dtype bfloat16, --batch_size"):
-            experiment.launch(evaluate.main, evaluate.Config, "")
-        monkeypatch.setattr(sys, "argv", ["ppo.py", "--config", "tiny", "--out", "memory_bug"])
-    monkeypatch.setattr(script, phase, lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(ZeroDivisionError):                                     # and what is a bug keeps its traceback
-        experiment.launch(ppo.main, ppo.Config, "")
-
-
-def test_closing_the_output_ends_with_one_line():
-    done = subprocess.run(f"{sys.executable} {HERE}/sft.py --help | head -1", shell=True, capture_output=True, text=True)
-    assert done.stdout == "Stage 1: supervised fine-tuning.\n" and done.stderr in ("", "stopped: the output was closed; what was saved is intact\n")
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Drawing takes longer than all else in a run of two updates."""
-    monkeypatch.setattr(experiment, "curves", lambda folder, title, panels: folder / "curves.png")
-
-
-def test_a_stage_called_from_python_can_be_refused_and_called_again(beside, no_pictures):
-    cfg = short(sft, out="from_python")
-    state = torch.get_rng_state()
-    with pytest.raises(Stopped, match="--vocab_size got 5"):
-        sft.main(dataclasses.replace(cfg, vocab_size=5))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment.Run, "checkpoint", lambda run, done: files.stop("in the middle"))
-        with pytest.raises(Stopped, match="in the middle") as stopped:         # its traceback keeps the Run alive
-            sft.main(cfg)
-    results = sft.main(cfg)
-    assert results == sft.main(cfg) and torch.equal(torch.get_rng_state(), state)
-    assert stopped.value and "matplotlib.pyplot" not in sys.modules
-
-
-def test_a_main_runs_in_a_thread(beside, no_pictures):
-    found = []
-    thread = threading.Thread(target=lambda: found.append(sft.main(short(sft, out="in_a_thread"))))
-    thread.start()
-    thread.join()
-    assert found[0].keys() >= {"held_out"} and (beside / "in_a_thread" / "sft" / "report.txt").exists()
-
-
-def test_copies_links_and_profilers_run_and_export_under_their_own_name(beside, tmp_path):
-    shutil.copytree(HERE, tmp_path / "clone", ignore=shutil.ignore_patterns("out", ".*", "*.md", "docs", "__pycache__"))
-    shutil.copy(HERE / "ppo.py", tmp_path / "clone" / "my_ppo.py")
-    (tmp_path / "clone" / "linked.py").symlink_to("ppo.py")
-    few = ["--config", "tiny", "--base", "tiny", "--steps", "1", "--n_eval", "2", "--n_samples", "2"]
-    running = {}
-    for name, command in (("my_ppo", [tmp_path / "clone" / "my_ppo.py"]), ("linked", [tmp_path / "clone" / "linked.py"]),
-                          ("profiled", ["-m", "cProfile", "-o", tmp_path / "profile", HERE / "ppo.py"])):
-        running[name] = subprocess.Popen([sys.executable, *map(str, command), *few, "--out", name, "--export", str(tmp_path / name)],
-                                         cwd=beside.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for name, process in running.items():
-        out, _ = process.communicate()
-        script = "ppo" if name == "profiled" else name
-        assert process.returncode == 0 and f"\ncommand     python {script}.py --config tiny --out {name}" in out, out
-        assert f"python {script}.py --config tiny --base tiny --out {name}-hacked" in out
-        assert (tmp_path / name / "model.safetensors").exists() and (beside / name / "ppo" / "report.txt").exists()
-
-
-def test_a_closed_terminal_or_reader_saves_and_a_closed_or_full_output_changes_nothing(beside, tmp_path):
-    slow = stage_command(sft, "--steps", "100000", "--save_every", "100000", "--n_eval", "8", "--n_texts", "100")
-    with started([*slow, "--out", "hangup"], beside.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        for line in process.stdout:
-            if re.match(" +[0-9]+ ", line):
-                process.send_signal(signal.SIGHUP)
-        assert process.wait() == 1 and "saved after" in process.stderr.read()
-    with started([*slow, "--out", "reader"], beside.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        for line in process.stdout:
-            if re.match(" +[0-9]+ ", line):
-                break
-        process.stdout.close()                           # as  | head  or a killed tee
-        assert process.wait() == 1
-        assert re.search("saved after .*--resume continues from there", process.stderr.read())
-    for run in ("hangup", "reader"):
-        saved = files.load_checkpoint(beside / run / "sft")
-        assert 0 < saved["step"] == len(log_of(beside / run / "sft"))
-    quick = " ".join(stage_command(sft, "--steps", "3", "--n_eval", "8", "--n_texts", "100", "--batch_size", "4"))
-    running = {name: subprocess.Popen(f"{quick} --out {name} {where}", shell=True, cwd=beside.parent, stderr=subprocess.PIPE, text=True)
-               for name, where in (("closed", ">&-"), ("full", "> /dev/full"), ("mute", ">&- 2>&-"))}
-    for name, process in running.items():
-        assert (process.communicate()[1], process.returncode) == ("", 0) and (beside / name / "sft" / "report.txt").exists()
-        assert [line["step"] for line in log_of(beside / name / "sft")] == [0, 1, 2]
-
-
-def test_a_hangup_that_nohup_ignores_stays_ignored(beside, no_pictures, monkeypatch):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    seen, original = [], experiment.Run.log
-    monkeypatch.setattr(experiment.Run, "log", lambda *args, **kwargs: (seen.append(signal.getsignal(signal.SIGHUP)), original(*args, **kwargs)))
-    try:
-        sft.main(short(sft, out="nohup"))
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    assert len(seen) == 5 and set(seen) == {signal.SIG_IGN}
-
-
-def test_a_run_may_be_a_path_beside_which_others_are_found(beside, tmp_path, capsys, no_pictures):
-    disk = str(tmp_path / "disk" / "cost$_$")            # and its name is no formula
-    ppo.main(tiny(ppo, out=disk + "/", base="tiny", steps=1, n_eval=2, n_samples=2))
-    assert (tmp_path / "disk" / "cost$_$" / "ppo" / "report.txt").exists()
-    assert f"--out '{disk}-hacked'" in capsys.readouterr().out
-    found = evaluate.main(tiny(evaluate, out=disk, base="tiny", n_eval=2, n_reference=4, n_samples=2))
-    assert "cost$_$/ppo" in found and (tmp_path / "disk" / "cost$_$" / "evaluate" / "frontier.png").exists()
-    sample.main(tiny(sample, out=disk, stage="ppo", n=1))
-    ppo.main(tiny(ppo, out=str(tmp_path / "disk" / "next"), base=str(beside / "tiny"), steps=1, n_eval=2, n_samples=2))
-    with pytest.raises(Stopped, match="has no finished .*/disk/tin/sft"):
-        ppo.main(tiny(ppo, out="from_disk", base=str(tmp_path / "disk" / "tin")))
-
-
-def test_a_run_name_with_dollars_is_drawn_as_it_is(beside, tmp_path, capsys):
-    files.write_lines(tmp_path / "log.jsonl", [{"step": 0, "loss": 1.0}, {"step": 1, "loss": None}])
-    assert experiment.curves(tmp_path, "SFT, out/cost$_$", [("loss", "", ["loss"])]) == tmp_path / "curves.png"
-    assert capsys.readouterr().out == ""
-
-
-def test_without_matplotlib_a_stage_finishes_without_pictures(beside, monkeypatch, capsys):
-    for name in list(sys.modules):
-        if name.startswith("matplotlib"):
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    sft.main(short(sft, out="undrawn"))
-    out = capsys.readouterr().out
-    assert "warning: a picture was not drawn (ModuleNotFoundError" in out and "curves      not drawn (ModuleNotFoundError" in out
-    assert (beside / "undrawn" / "sft" / "report.txt").exists()
-    found = evaluate.main(tiny(evaluate, out="undrawn_too", base="tiny", runs="tiny", n_eval=2, n_reference=4, n_samples=2))
-    assert "tiny/ppo" in found
-
-
-def test_one_bad_stage_among_many_is_left_out_by_name(beside, capsys, monkeypatch):
-    for run in ("damaged", "foreign", "older", "unfinished"):
-        shutil.copytree(beside / "tiny" / "ppo", beside / run / "ppo", dirs_exist_ok=True)
-    (beside / "damaged" / "ppo" / "checkpoint.pt").write_bytes((beside / "tiny" / "ppo" / "checkpoint.pt").read_bytes()[:5000])
-    torch.save({"weights": torch.zeros(3)}, beside / "foreign" / "ppo" / "checkpoint.pt")
-    config = files.read_json(beside / "older" / "ppo" / "config.json")
-    for name in ("score_clip", "ptx_coef", "ema", "text_prompt", "whiten_rewards"):
-        del config[name]
-    files.write(beside / "older" / "ppo" / "config.json", json.dumps(config))
-    (beside / "unfinished" / "ppo" / "report.txt").unlink()
-    small = dict(out="among_bad", base="tiny", n_eval=2, n_reference=4, n_samples=2)
-    found = evaluate.main(tiny(evaluate, **small))
-    out = capsys.readouterr().out
-    assert "older/ppo" in found and not {"damaged/ppo", "foreign/ppo", "unfinished/ppo"} & set(found)
-    for said in ("leaving out damaged/ppo: error: out/damaged/ppo/checkpoint.pt cannot be read", "leaving out foreign/ppo: error: ",
-                 "leaving out unfinished/ppo: it is not finished"):
-        assert said in out
-    with pytest.raises(Stopped, match="damaged/ppo/checkpoint.pt cannot be read"):         # one that was asked for
-        evaluate.main(tiny(evaluate, runs="tiny, damaged/ppo", **small))
-    for run in ("damaged", "foreign", "older", "unfinished", "among_bad"):
-        shutil.rmtree(beside / run)
-
-
-def test_a_full_disk_leaves_the_last_evaluation_where_it_was(beside, monkeypatch):
-    small = dict(out="evaluated_full", base="tiny", runs="tiny", n_eval=2, n_reference=4, n_samples=2)
-    evaluate.main(tiny(evaluate, **small))
-    folder = beside / "evaluated_full" / "evaluate"
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    def full(handle):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    original = frontier.collect
-    def fill_the_disk(*args):
-        monkeypatch.setattr(os, "fsync", full)
-        return original(*args)
-    monkeypatch.setattr(frontier, "collect", fill_the_disk)
-    with pytest.raises(Stopped, match="could not be written .No space left on device"):
-        evaluate.main(tiny(evaluate, **small))
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert not folder.with_name("evaluate.old").exists()
-
-
-def test_an_export_that_cannot_be_made_is_refused_before_any_work(beside, tmp_path, monkeypatch):
-    (tmp_path / "a_file").write_text("")
-    with pytest.raises(Stopped, match="--export .*/a_file/there cannot be made: .*a_file is not a folder"):
-        sft.main(short(sft, out="unexported", export=str(tmp_path / "a_file" / "there")))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(Stopped, match="pip install transformers"):
-        sft.main(short(sft, out="unexported", export=str(tmp_path / "there")))
-    assert not (beside / "unexported").exists()
-
-
-def test_a_damaged_stage_does_not_keep_others_from_being_sampled(beside, capsys):
-    for stage in ("sft", "ppo", "dpo"):
-        shutil.copytree(beside / "tiny" / stage, beside / "half_damaged" / stage)
-    (beside / "half_damaged" / "dpo" / "config.json").write_text("{")
-    sample.main(tiny(sample, out="half_damaged", stage="ppo", n=1))
-    assert "    ppo " in capsys.readouterr().out
-    shutil.rmtree(beside / "half_damaged")
-
-
-def test_one_sample_has_no_standard_deviation_to_speak_of(beside, capsys, no_pictures):
-    results = ppo.main(tiny(ppo, out="single", base="tiny", steps=1, n_eval=1, n_samples=1))
-    assert "standard deviations" not in capsys.readouterr().out and "gold_gain" not in results
-    json.loads((beside / "single" / "ppo" / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-
-
-@pytest.mark.parametrize("changes, said", [
-    (dict(beta=1e38, kl_control="fixed"), "in update [01]: .*; try .*a smaller --beta"),
-    (dict(critic_lr=1e30), "in update [01]: .*; try a (smaller --beta, --score_clip or|lower) --critic_lr"),
-    (dict(lr=1e30), "; try a lower --lr or a smaller --grad_clip")], ids=lambda x: " ".join(x) if isinstance(x, dict) else "")
-def test_a_number_that_is_not_finite_blames_the_option_behind_it(changes, said, beside, no_pictures):
-    with pytest.raises(Stopped, match=said):
-        ppo.main(tiny(ppo, out="blamed", base="tiny", overwrite=True, **changes))
-
-
-def test_without_a_bonus_the_update_builds_no_graph_for_the_entropy(beside, monkeypatch, no_pictures):
-    asked, original = [], ppo.token_logprobs
-    def recorded(*args, return_entropy=False, **kwargs):
-        if torch.is_grad_enabled():
-            asked.append(return_entropy)
-        return original(*args, return_entropy=return_entropy, **kwargs)
-    monkeypatch.setattr(ppo, "token_logprobs", recorded)
-    for coef in (0.0, 0.1):
-        ppo.main(tiny(ppo, out=f"bonus_{coef}", base="tiny", steps=1, n_eval=2, n_samples=2, entropy_coef=coef))
-    assert asked == [False] * 2 + [True] * 2
-    assert log_of(beside / "bonus_0.0" / "ppo")[0]["entropy"] > 0
-
-
-@pytest.fixture(scope="module")
-def two_updates(whole_run):
-    """The log of two updates by default settings, to compare options with."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(whole_run[0].parent.parent)
-        ppo.main(tiny(ppo, out="default", base="tiny", steps=2, n_eval=8))
-    return log_of(whole_run[0].parent / "default" / "ppo")
-
-
-@pytest.mark.parametrize("changes, update, metric", [
-    (dict(surrogate="kl_penalty"), 1, "policy_loss"), (dict(kl_control="fixed"), 1, "beta"),
-    (dict(whiten_rewards=True), 0, "value_loss"), (dict(score_clip=0.5), 0, "score"),
-    (dict(entropy_coef=1.0), 0, "grad_norm"), (dict(critic_init="sft"), 1, "value_loss"),
-    (dict(critic_target="td"), 0, "value_loss"), (dict(critic_target="score"), 1, "value_loss"),
-    (dict(critic_target="mc", lam=0.9), 1, "explained_variance"), (dict(lam=0.9), 0, "value_loss"),
-    (dict(gamma=0.9), 0, "value_loss"), (dict(value_clip_eps=0.001), 0, "value_clip_fraction"), (dict(epochs=2), 0, "kl_old"),
-    (dict(temperature=0.7), 0, "entropy"), (dict(missing_eos_score=None), 0, "score"), (dict(beta=1.0), 1, "value_loss"),
-    (dict(clip_eps=0.01), 0, "clip_fraction"), (dict(grad_clip=0.01), 1, "score"), (dict(critic_lr=1e-2), 1, "value_loss"),
-    (dict(batch_size=1, minibatch_size=1), 0, "score"), (dict(batch_size=6, minibatch_size=3, max_new_tokens=1), 0, "score")],
-    ids=lambda c: "-".join(c) if isinstance(c, dict) else "")
-def test_every_option_of_ppo_acts_on_the_quantity_it_names(changes, update, metric, beside, two_updates, no_pictures):
-    name = "option_" + "_".join(f"{k}-{v}" for k, v in changes.items())
-    results = ppo.main(tiny(ppo, out=name, base="tiny", steps=2, n_eval=8, **changes))
-    assert math.isfinite(results["score"]) and math.isfinite(results["kl_ref"])
-    log = log_of(beside / name / "ppo")
-    assert log[0]["kl_ref"] == 0
-    assert log[update][metric] != pytest.approx(two_updates[update][metric], rel=1e-4)
-
-
-def test_beta_follows_kl_ref_of_each_update(beside):
-    ppo.main(tiny(ppo, out="followed", base="tiny", kl_target=0.5, kl_horizon=100.0, n_eval=8))
-    log = log_of(beside / "followed" / "ppo")
-    for before, after in zip(log, log[1:]):
-        error = min(max(before["kl_ref"] / 0.5 - 1, -0.2), 0.2)
-        assert after["beta"] == pytest.approx(before["beta"] * (1 + error * 32 / 100))
-    assert any(after["beta"] > before["beta"] for before, after in zip(log, log[1:]))
-
-
-def test_an_eos_in_the_prompt_does_not_finish_the_response():
-    gpt, cfg = small_gpt(std=0.4), dataclasses.replace(ppo.Config(), max_new_tokens=2)
-    _, targets, mask, finished = ppo.roll_out(gpt, [[1, 10, 2]] * 60, cfg, 10, seeded())
-    assert finished.tolist() == [10 in t[m > 0].tolist() for t, m in zip(targets, mask)]
-    assert finished.any() and not finished.all()
-
-
-def test_kl_penalty_coefficient_follows_kl_old(beside):
-    ppo.main(tiny(ppo, out="penalised", base="tiny", surrogate="kl_penalty", kl_old_target=0.01, steps=8, n_eval=8))
-    log = log_of(beside / "penalised" / "ppo")
-    for before, after in zip(log, log[1:]):
-        factor = 2 if before["kl_old"] > 0.015 else 0.5 if before["kl_old"] < 0.01 / 1.5 else 1
-        assert after["kl_penalty_coef"] == before["kl_penalty_coef"] * factor
-    assert len({line["kl_penalty_coef"] for line in log}) > 1
-
-
-def test_an_entropy_bonus_raises_the_entropy(beside, no_pictures):
-    entropies = [ppo.main(tiny(ppo, out=f"bonus{c}", base="tiny", entropy_coef=c, n_eval=32))["entropy"] for c in (0.0, 3.0)]
-    assert entropies[1] > entropies[0] + 0.1
-
-
-def test_with_a_learning_rate_of_zero_nothing_moves_over_all_epochs(beside):
-    ppo.main(tiny(ppo, out="still", base="tiny", steps=2, epochs=3, lr=0.0, n_eval=8))
-    for line in log_of(beside / "still" / "ppo"):
-        assert line["ratio"] == pytest.approx(1, abs=1e-6) and line["clip_fraction"] == 0
-        assert line["kl_ref"] == line["kl_old"] == 0
-
-
-@pytest.mark.parametrize("changes", [dict(loss="fidelity"), dict(token_wise=True), dict(n_responses=2, margin=0.5),
-                                     dict(batch_size=1, epochs=2)], ids=lambda c: "-".join(c))
-def test_every_option_of_the_reward_model_runs(changes, beside, no_pictures):
-    name = "rm_" + "-".join(changes)
-    results = reward_model.main(tiny(reward_model, out=name, base="tiny", **{"n_prompts": 40, **changes}))
-    assert 0.4 < results["accuracy"] < results["bayes_accuracy"]
-    pairs = 40 * (1 if "n_responses" in changes else 6)
-    assert f"on {pairs} held-out comparisons" in (beside / name / "reward_model" / "report.txt").read_text()
-
-
-def test_a_beta_raised_a_hundredfold_keeps_the_policy_at_the_reference(beside, no_pictures):
-    kls = [ppo.main(tiny(ppo, out=f"beta{beta}", base="tiny", kl_control="fixed", beta=beta))["kl_ref"]
-           for beta in (0.02, 2.0)]
-    assert kls[1] < 0.5 * kls[0]
-
-
-# ---- dpo.py and evaluate.py, end to end
-
-def test_dpo_starts_at_the_reference_and_raises_gold_from_comparisons_alone(whole_run):
-    log = log_of(whole_run[0] / "dpo")
-    first, last = log[0], log[-1]
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5) and first["margin"] == pytest.approx(0, abs=1e-5)
-    assert first["accuracy"] == 0.5 and first["kl_ref"] == 0
-    assert last["kl_ref"] > 0.05 and last["gold"] > first["gold"] and last["margin"] > 0.05
-    assert all(("kl_ref" in line) == (line["step"] % 5 == 0 or line is last) for line in log)
-    pairs = files.read_json(whole_run[0] / "dpo" / "pairs_0.json")
-    reference, _ = sft.load_policy(whole_run[0] / "sft", "cpu")
-    for pair in pairs[:20]:
-        for ids, stored in zip((pair["chosen_ids"], pair["rejected_ids"]), pair["ref_logprobs"]):
-            alone = token_logprobs(reference, *data.collate([pair["prompt_ids"]], [ids])).sum().item()
-            assert stored == pytest.approx(alone, abs=1e-4)
-
-
-DPO_OPTIONS = [dict(loss="robust", label_smoothing=0.1), dict(label_smoothing=0.1), dict(loss="ipo"), dict(loss="hinge"),
-               dict(loss="fidelity"), dict(length_normalise=True), dict(reference_free=True), dict(margin=0.5),
-               dict(length_normalise=True, mask_shared_prefix=True), dict(nll_coef=1.0), dict(labels="soft"),
-               dict(labels="reward_model"), dict(labels="annotators", rounds=2), dict(beta=1.0), dict(grad_clip=0.01),
-               dict(labels="soft", rounds=2, epochs=2), dict(batch_size=1), dict(missing_eos_score=None, labels="soft"),
-               dict(length_normalise=True, reference_free=True, margin=0.5, beta=2.0), dict(score_clip=0.1, labels="soft")]
-
-
-@pytest.mark.parametrize("changes", DPO_OPTIONS, ids=lambda c: "-".join(map(str, itertools.chain(*c.items()))))
-def test_every_option_of_dpo_acts(changes, beside, whole_run, capsys, no_pictures):
-    name = "dpo_" + "_".join(f"{k}-{v}" for k, v in changes.items())
-    n = 16 * changes.get("batch_size", 16) // 16 * 3 * changes.get("rounds", 1)
-    results = dpo.main(tiny(dpo, out=name, base="tiny", **{"n_pairs": n, "n_eval": 4, "n_samples": 4, **changes}))
-    log, plain = log_of(beside / name / "dpo"), log_of(whole_run[0] / "dpo")
-    assert len(log) == 3 * changes.get("rounds", 1) * changes.get("epochs", 1)
-    assert math.isfinite(results["score"]) and log[0]["kl_ref"] == 0
-    assert len(list((beside / name / "dpo").glob("pairs_*.json"))) == changes.get("rounds", 1)
-    moved = {key for key in ("loss", "margin", "grad_norm", "chosen_logprobs", "nll") for step in (0, 2)
-             if log[step][key] != pytest.approx(plain[step][key], rel=1e-3, abs=1e-6)}
-    assert moved, "changed nothing"
-
-
-def test_masking_the_shared_prefix_alone_changes_nothing_and_says_so(beside, capsys):
-    small = dict(base="tiny", n_pairs=48, n_eval=4, n_samples=4)
-    dpo.main(tiny(dpo, out="prefix", mask_shared_prefix=True, **small))
-    assert "--mask_shared_prefix changes nothing without --length_normalise" in capsys.readouterr().out
-    dpo.main(tiny(dpo, out="no_prefix", **small))
-    margins = [[line["margin"] for line in log_of(beside / run / "dpo")] for run in ("prefix", "no_prefix")]
-    assert margins[0] == pytest.approx(margins[1], abs=1e-4)
-
-
-@pytest.mark.parametrize("changes, message", [
-    (dict(beta=0.0), "--beta got 0"), (dict(label_smoothing=0.5), "--label_smoothing got 0.5"),
-    (dict(loss="ipo", label_smoothing=0.1), "belongs to --loss sigmoid .cDPO. and robust, this is --loss ipo"),
-    (dict(n_pairs=20, rounds=2), "less than one batch of 16 pairs"),
-    (dict(n_pairs=5000), "asks for 5000 of the annotators' comparisons, .*reward_model has 960"),
-    (dict(n_eval=500), "500 held-out prompts are asked for .*, there are 197")])
-def test_dpo_refuses_what_cannot_be(changes, message, beside):
-    with pytest.raises(Stopped, match=message):
-        dpo.main(tiny(dpo, out="refused", base="tiny", **changes))
-    assert not (beside / "refused").exists()
-
-
-def test_pairs_of_identical_responses_are_left_out_and_counted(beside, monkeypatch, capsys):
-    original = dpo.pairs_of_rankings
-
-    def doubled(*args):
-        return [{**pair, "rejected_ids": pair["chosen_ids"]} if i % 3 == 0 else pair for i, pair in enumerate(original(*args))]
-    monkeypatch.setattr(dpo, "pairs_of_rankings", doubled)
-    dpo.main(tiny(dpo, out="identical", base="tiny", n_pairs=48, n_eval=4, n_samples=4))
-    assert "round 0: 32 pairs, 16 more were of identical responses" in capsys.readouterr().out
-    assert len(files.read_json(beside / "identical" / "dpo" / "pairs_0.json")) == 32
-
-
-def test_nll_keeps_the_chosen_responses_likely(beside):
-    chosen = [log_of(beside / name / "dpo")[-1]["nll"] for name in ("nll0.0", "nll3.0") if dpo.main(
-        tiny(dpo, out=name, base="tiny", nll_coef=float(name[3:]), n_eval=4, n_samples=4))]
-    assert chosen[1] < chosen[0]
-
-
-@pytest.fixture(scope="module")
-def evaluated(whole_run):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(whole_run[0].parent.parent)
-        ppo.main(tiny(ppo, out="fixed", base="tiny", kl_control="fixed", beta=0.5, n_eval=4, n_samples=4))
-        return evaluate.main(tiny(evaluate, runs="tiny,fixed", overoptimise=True)), whole_run[0] / "evaluate"
-
-
-def test_evaluate_finds_every_policy_and_reports_where_it_landed(evaluated):
-    results, folder = evaluated
-    assert list(results) == ["SFT", "fixed/ppo", "tiny/dpo", "tiny/grpo", "tiny/ppo", "overoptimisation"]
-    report = (folder / "report.md").read_text()
-    for heading in ("## The limit", "## Best of n", "## Win rates", "## Samples", "## Over-optimisation"):
-        assert heading in report
-    for text in (report, (folder / "report.txt").read_text()):
-        assert "\ncommand     python evaluate.py --config tiny" in text and "\nmade with   commit " in text
-    for picture in ("frontier.png", "overoptimisation.png"):
-        assert (folder / picture).read_bytes()[:4] == b"\x89PNG" and f"({picture})" in report
-    assert results["SFT"]["kl_ref"] == 0 and results["SFT"]["elo_by_gold"] == 1000
-    assert "fraction" in results["fixed/ppo"] and "fraction" not in results["tiny/ppo"] and "fraction" in results["tiny/dpo"]
-    assert results["tiny/grpo"]["aims_at_optimum"] and results["tiny/grpo"]["fraction"] > 0.3
-    for name in ("fixed/ppo", "tiny/ppo", "tiny/dpo", "tiny/grpo"):
-        assert -1 < results[name]["share"] < 1.3 and results[name]["kl_ref"] > 0.05
-    assert results["tiny/ppo"]["share"] > 0.3 and results["tiny/ppo"]["elo_by_score"] > 1000
-    log = log_of(folder.parent.parent / "tiny-weak" / "ppo")
-    last = [line["score"] for line in log[-3:]]                # means over five updates, two to either side
-    assert results["overoptimisation"]["end_score"] == pytest.approx(sum(last) / 3)
-    assert results["overoptimisation"]["fall"] >= 0
-    json.dumps(results, allow_nan=False)
-
-
-def test_samples_carry_the_densities_scores_and_texts_of_the_policies_that_wrote_them(whole_run, beside):
-    reference, tokenizer = sft.load_policy(beside / "tiny" / "sft", "cpu")
-    actor, _ = sft.load_policy(beside / "tiny" / "ppo", "cpu")
-    scorer = reward_model.load_reward_model(beside / "tiny" / "reward_model", reference, tokenizer, "cpu")
-    reward, prompts = reward_of(scorer, tiny(ppo)), asked(tokenizer, 3)
-    samples = frontier.collect({"SFT": reference, "PPO": actor}, reward, tokenizer, prompts, [4, 2],
-                               tiny(ppo, temperature=0.8, seed=9))
-    assert samples.columns("SFT") == slice(0, 4) and samples.columns("PPO") == slice(4, 6)
-    for k, policy in enumerate((reference, actor)):                            # sampled again, one policy at a time
-        n, at = samples.counts[k], samples.columns(samples.names[k])
-        ids = [p for p in prompts for _ in range(n)]
-        tokens, mask = generate(policy, ids, 24, tokenizer.eot_token, 0.8, seeded(9))
-        inputs, targets = data.shift(tokens)
-        finished = data.met_eos(targets, mask, tokenizer.eot_token)
-        close = lambda ours, theirs: torch.testing.assert_close(
-            ours[:, at].float(), theirs.view(3, n).float(), atol=2e-4, rtol=1e-4)
-        for j, other in enumerate((reference, actor)):
-            close(samples.logprobs[j], token_logprobs(other, inputs, targets, mask, 0.8).sum(1).detach())
-        close(samples.entropy, token_logprobs(policy, inputs, targets, mask, 0.8, True)[1].sum(1).detach())
-        close(samples.scores, reward(inputs, targets, mask, finished))
-        close(samples.lengths, mask.sum(1))
-        close(samples.finished, finished)
-        asking = [tokenizer.decode(p) for p in ids]
-        texts = [data.decode_response(tokenizer, y) for y in data.responses_of(tokens, mask)]
-        close(samples.gold, torch.tensor([reviews.gold(p, *t) for p, t in zip(asking, texts)]))
-        close(samples.grammatical, torch.tensor([reviews.grammatical(p, *t) for p, t in zip(asking, texts)]))
-        assert [t for row in samples.texts for t in row[at]] == [t for t, _ in texts]
-        assert samples.asked == asking[::n]
-
-
-def test_no_batch_of_samples_repeats_another(whole_run, beside):
-    reference, tokenizer = sft.load_policy(beside / "tiny" / "sft", "cpu")
-    samples = frontier.collect({"SFT": reference}, lambda inputs, targets, mask, finished: mask.sum(1), tokenizer,
-                               asked(tokenizer, 1), [1100], tiny(ppo, max_new_tokens=4, seed=9))
-    assert samples.texts[0][1024:] != samples.texts[0][:76]    # they are sampled 1024 at a time
-
-
-def test_evaluate_leaves_out_what_started_elsewhere_and_refuses_runs_that_are_not_there(beside, capsys):
-    sft.main(tiny(sft, out="elsewhere", steps=5))
-    ppo.main(tiny(ppo, out="elsewhere", base="tiny", steps=1, n_eval=4, n_samples=4))
-    small = dict(n_eval=2, n_reference=8, n_samples=4)
-    results = evaluate.main(tiny(evaluate, out="tiny", runs="tiny,elsewhere", **small))
-    assert "leaving out elsewhere/ppo: it started from a different SFT policy" in capsys.readouterr().out
-    assert list(results) == ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
-    assert "overoptimisation" not in results                   # and a second time replaced the first
-    shutil.copytree(beside / "tiny" / "ppo", beside / "tiny" / "ppo.old")      # an interrupted --overwrite's
-    shutil.copytree(beside / "tiny" / "sft", beside / "tiny" / "sft.old")
-    assert list(evaluate.main(tiny(evaluate, runs="tiny", **small))) == ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
-    for changes, message in ((dict(n_reference=1), "--n_reference got 1"), (dict(max_new_tokens=70), "lower --max_new_tokens to")):
-        with pytest.raises(Stopped, match=message):
-            evaluate.main(tiny(evaluate, runs="tiny", **{**small, **changes}))
-    with pytest.raises(Stopped, match="--runs names nowhere, but out/nowhere has no finished stage"):
-        evaluate.main(tiny(evaluate, runs="nowhere"))
-
-
-def test_evaluate_without_any_policy_shows_the_limit_alone(beside, tmp_path, monkeypatch):
-    for stage in ("sft", "reward_model"):
-        shutil.copytree(beside / "tiny" / stage, tmp_path / "out" / "tiny" / stage)
-    monkeypatch.chdir(tmp_path)
-    assert list(evaluate.main(tiny(evaluate, n_eval=2, n_reference=8))) == ["SFT"]
-
-
-# ---- grpo.py and policy_gradient.py, end to end
-
-def test_grpo_raises_the_score_and_starts_where_it_should(whole_run):
-    log, results = log_of(whole_run[0] / "grpo"), files.read_json(whole_run[0] / "grpo" / "results.json")
-    assert results["score"] > results["sft"]["score"] + 0.3 and results["kl_ref"] > 0.1
-    assert log[0]["kl_ref"] == log[0]["kl_ref_k3"] == 0 and all(line["beta"] == 0.25 for line in log)
-    assert all(line["kl_old"] >= 0 and 0 <= line["equal_groups"] < 1 and line["group_std"] > 0 for line in log)
-
-
-@pytest.mark.parametrize("kl_in", ["reward", "loss"])
-def test_a_grpo_update_wires_groups_rewards_and_weights_together(kl_in, beside, monkeypatch):
-    """One run of two updates, the calls of the maths compared with the definitions."""
-    calls, recorded_losses = {}, []
-    for owner, name in ((ppo, "roll_out"), (scoring.Reward, "__call__"), (ppo, "score_rollout"), (grpo, "token_logprobs"),
-                        (grpo, "group_advantages"), (grpo, "token_weights"), (grpo, "grpo_loss"), (ppo, "kl_estimate"),
-                        (experiment.Run, "must_be_finite")):
-        def recorded(*args, original=getattr(owner, name), name=name, **kwargs):
-            if name == "must_be_finite":
-                recorded_losses.append(kwargs.get("loss"))
-            calls.setdefault(name, []).append((args, original(*args, **kwargs)))
-            return calls[name][-1][1]
-        monkeypatch.setattr(owner, name, recorded)
-    grpo.main(tiny(grpo, out=f"wired_{kl_in}", base="tiny", steps=4, batch_size=12, minibatch_size=12, group_size=3,
-                   n_eval=4, n_samples=4, kl_in=kl_in, beta=0.4, advantage="rloo", normalise="fixed", clip_eps=0.1,
-                   clip_eps_high=0.3))
-    losses = [loss for loss in recorded_losses if loss is not None]
-    reference, tokenizer = sft.load_policy(beside / "tiny" / "sft", "cpu")
+    def recorded_backward(loss):
+        backward.append(loss.detach())
+        original_backward(loss)
+    monkeypatch.setattr(torch.Tensor, "backward", recorded_backward)
+    for name in ("roll_out", "score_rollout", "kl_estimate"):
+        record(ppo, name)
+    for name in ("token_logprobs", "group_advantages", "token_weights", "grpo_loss"):
+        record(grpo, name)
+    record(reward_py.Reward, "__call__")
+    out = f"wired_{kl_in}"
+    grpo.main(tiny_config(grpo, out=out, base="tiny", steps=4, batch_size=12, minibatch_size=12,
+                          group_size=3, kl_in=kl_in, beta=0.4, advantage="rloo", normalise="fixed",
+                          clip_eps=0.1, clip_eps_high=0.3, **FEW))
+    reference, tokenizer, _ = tiny_models(finished_run)
+    log = stage_log(finished_run, out, grpo)
     for update in range(2):
         inputs, targets, mask, _ = calls["roll_out"][update][1]
         prompts, _ = data.texts_of(tokenizer, inputs, targets, mask)
-        assert all(len(set(prompts[i:i + 3])) == 1 for i in range(0, 12, 3)) and len(set(prompts)) > 1       # groups
+        groups = [set(prompts[i:i + 3]) for i in range(0, 12, 3)]
+        assert all(len(group) == 1 for group in groups) and len(set(prompts)) > 1
         old_logprobs, _ = calls["score_rollout"][update][1]
-        ref_logprobs = calls["token_logprobs"][3 * update][1]                  # then the update's, then kl_old's
-        torch.testing.assert_close(ref_logprobs, token_logprobs(reference, inputs, targets, mask).detach())
+        ref_logprobs = calls["token_logprobs"][3 * update][1]    # then the update's, then kl_old's
+        expected = token_logprobs(reference, inputs, targets, mask).detach()
+        torch.testing.assert_close(ref_logprobs, expected)
+
         scores = calls["__call__"][update][1]
-        (rewards, G, kind), advantages = calls["group_advantages"][update]
+        (rewards, group_size, kind), advantages = calls["group_advantages"][update]
+        assert (group_size, kind) == (3, "rloo")
         kl = (old_logprobs - ref_logprobs).sum(1)
-        assert (kl.abs().max() > 0) == (update > 0) and (G, kind) == (3, "rloo")
-        torch.testing.assert_close(rewards, scores - 0.4 * kl if kl_in == "reward" else scores)
-        (logprobs, loss_old, loss_advantages, weights, *clip), _ = calls["grpo_loss"][update]
-        rows = [next(b for b in range(12) if torch.equal(old_logprobs[b], row)) for row in loss_old]         # shuffled
-        assert rows != list(range(12)) and clip == [0.1, 0.3]
+        assert (kl.abs().max() > 0) == (update > 0)
+        expected = scores - 0.4 * kl if kl_in == "reward" else scores
+        torch.testing.assert_close(rewards, expected)
+
+        args, (loss, _) = calls["grpo_loss"][update]
+        assert log[update]["policy_loss"] == loss.item()
+        logprobs, loss_old, loss_advantages, weights, *clip = args
+        rows = [next(b for b in range(12) if torch.equal(old_logprobs[b], row))
+                for row in loss_old]
+        assert rows != list(range(12)) and clip == [0.1, 0.3]                  # shuffled
         assert torch.equal(loss_advantages, advantages[rows])
         torch.testing.assert_close(logprobs.detach(), loss_old, atol=1e-5, rtol=0)
         torch.testing.assert_close(weights, mask[rows] / (12 * 24))
-        k3 = [args for args, _ in calls["kl_estimate"] if len(args) == 3 and args[0] is logprobs]
-        assert len(k3) == (kl_in == "loss") and all(torch.equal(ref, ref_logprobs[rows]) for _, ref, _ in k3)
-        loss = calls["grpo_loss"][update][1][0]
+
+        k3_calls = [args for args, _ in calls["kl_estimate"] if len(args) == 3]
+        in_loss = [ref for actor, ref, _ in k3_calls if actor is logprobs]
+        assert len(in_loss) == (kl_in == "loss")
+        assert all(torch.equal(ref, ref_logprobs[rows]) for ref in in_loss)
         if kl_in == "loss":
             ratio = torch.exp(ref_logprobs[rows] - logprobs)
             loss = loss + 0.4 * (weights * (ratio - 1 - ratio.log())).sum()
-        torch.testing.assert_close(losses[update], loss)
-        kl_old = [args for args, _ in calls["kl_estimate"] if len(args) == 3 and args[0] is not logprobs
-                  and torch.equal(args[0], old_logprobs[rows])]
-        assert len(kl_old) == 1 and not torch.equal(kl_old[0][1], kl_old[0][0])        # KL(old, new), not the reverse
-        line = log_of(beside / f"wired_{kl_in}" / "grpo")[update]
-        assert line["group_std"] == pytest.approx(rewards.view(-1, 3).std(dim=1).mean().item(), rel=1e-5)
-        assert line["equal_groups"] == sum(len(set(group.tolist())) == 1 for group in scores.view(-1, 3)) / 4
-    saved, line = files.load_checkpoint(beside / f"wired_{kl_in}" / "grpo"), log_of(beside / f"wired_{kl_in}" / "grpo")[-1]
-    assert saved["optimizer"]["param_groups"][0]["lr"] == pytest.approx(line["lr"]) and line["lr"] < 1.5e-3
+        torch.testing.assert_close(backward[update], loss.detach())
+        kl_old = [new for old, new, _ in k3_calls
+                  if old is not logprobs and torch.equal(old, old_logprobs[rows])]
+        assert len(kl_old) == 1                                  # KL(old, new), not the reverse
+        assert not torch.equal(kl_old[0], old_logprobs[rows])
 
-
-@pytest.fixture(scope="module")
-def two_grpo_updates(whole_run):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(whole_run[0].parent.parent)
-        grpo.main(tiny(grpo, out="default", base="tiny", steps=2, n_eval=4, n_samples=4))
-    return log_of(whole_run[0].parent / "default" / "grpo")
+        group_std = rewards.view(-1, 3).std(dim=1).mean().item()
+        assert log[update]["group_std"] == pytest.approx(group_std, rel=1e-5)
+        equal = sum(len(set(group.tolist())) == 1 for group in scores.view(-1, 3))
+        assert log[update]["equal_groups"] == equal / 4
+    saved = files.load_checkpoint(finished_run / out / "grpo")
+    lr = saved["optimizer"]["param_groups"][0]["lr"]
+    assert lr == pytest.approx(log[-1]["lr"]) and lr < 1.5e-3
 
 
 @pytest.mark.parametrize("changes, update, metric", [
-    (dict(advantage="dr_grpo"), 0, "grad_norm"), (dict(advantage="rloo"), 0, "grad_norm"),
-    (dict(advantage="reinforce"), 0, "grad_norm"), (dict(kl_in="loss"), 1, "group_std"), (dict(normalise="sequence"), 0, "grad_norm"),
-    (dict(normalise="fixed"), 0, "grad_norm"), (dict(clip_eps=0.01), 0, "clip_fraction"),
-    (dict(clip_eps=0.01, clip_eps_high=0.5), 0, "clip_fraction"), (dict(group_size=2), 0, "group_std"),
-    (dict(beta=2.0), 1, "group_std"), (dict(epochs=2), 0, "kl_old"), (dict(temperature=0.7), 0, "entropy"),
-    (dict(missing_eos_score=None), 0, "score"), (dict(score_clip=0.5), 0, "score"), (dict(grad_clip=0.01), 1, "score"),
+    (dict(advantage="dr_grpo"), 0, "grad_norm"),
+    (dict(advantage="rloo"), 0, "grad_norm"),
+    (dict(advantage="reinforce"), 0, "grad_norm"),
+    (dict(kl_in="loss"), 1, "group_std"),
+    (dict(normalise="sequence"), 0, "grad_norm"),
+    (dict(normalise="fixed"), 0, "grad_norm"),
+    (dict(clip_eps=0.01), 0, "clip_fraction"),
+    (dict(clip_eps=0.01, clip_eps_high=0.5), 0, "clip_fraction"),
+    (dict(group_size=2), 0, "group_std"),
+    (dict(beta=2.0), 1, "group_std"),
+    (dict(epochs=2), 0, "kl_old"),
+    (dict(temperature=0.7), 0, "entropy"),
+    (dict(missing_eos_score=None), 0, "score"),
+    (dict(score_clip=0.5), 0, "score"),
+    (dict(grad_clip=0.01), 1, "score"),
     (dict(batch_size=1, minibatch_size=1, group_size=1, advantage="reinforce"), 0, "score"),
     (dict(batch_size=6, minibatch_size=2, group_size=3, max_new_tokens=1), 0, "score")],
-    ids=lambda c: "-".join(c) if isinstance(c, dict) else "")
-def test_every_option_of_grpo_acts_on_the_quantity_it_names(changes, update, metric, beside, two_grpo_updates, no_pictures):
-    name = "grpo_" + "_".join(f"{k}-{v}" for k, v in changes.items())
-    results = grpo.main(tiny(grpo, out=name, base="tiny", steps=2, n_eval=4, n_samples=4, **changes))
-    assert math.isfinite(results["score"]) and math.isfinite(results["kl_ref"])
-    log = log_of(beside / name / "grpo")
-    assert log[0]["kl_ref"] == 0
-    assert log[update][metric] != pytest.approx(two_grpo_updates[update][metric], rel=1e-4)
+    ids=option_id)
+def test_every_option_of_grpo_acts_on_the_quantity_it_names(changes, update, metric, finished_run,
+                                                            two_updates, no_pictures):
+    check_option_acts(grpo, changes, update, metric, finished_run, two_updates[grpo], **FEW)
 
 
-def test_a_beta_in_the_loss_keeps_the_policy_at_the_reference(beside, no_pictures):
-    kls = [grpo.main(tiny(grpo, out=f"loss{beta}", base="tiny", kl_in="loss", advantage="rloo", beta=beta, n_eval=8,
-                          n_samples=8))["kl_ref"] for beta in (0.02, 5.0)]
-    assert kls[1] < 0.5 * kls[0]
+def test_a_beta_in_the_loss_keeps_the_policy_at_the_reference(finished_run, no_pictures):
+    low, high = (grpo.main(tiny_config(grpo, out=f"loss{beta}", base="tiny", kl_in="loss",
+                                       advantage="rloo", beta=beta, n_eval=8,
+                                       n_samples=8))["kl_ref"] for beta in (0.02, 5.0))
+    assert high < 0.5 * low
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(batch_size=10, minibatch_size=2), "--batch_size 10 is not a multiple of --group_size 4; every group must be whole"),
-    (dict(minibatch_size=64), "--minibatch_size 64 does not divide --batch_size 32: .*; 32 does"),
-    (dict(group_size=1), "--group_size 1 has nobody to compare a response with, as --advantage grpo does"),
-    (dict(reward="nowhere.py:f"), "but nowhere.py is not there"), (dict(max_new_tokens=70), "lower --max_new_tokens to")])
-def test_grpo_refuses_what_cannot_be(changes, message, beside):
+    (dict(batch_size=10, minibatch_size=2),
+     "--batch_size 10 is not a multiple of --group_size 4; every group must be whole"),
+    (dict(minibatch_size=64), "--minibatch_size 64 does not divide --batch_size 32, .*; try 32"),
+    (dict(group_size=1), "--group_size 1 leaves nothing to compare a response with, and "
+                         "--advantage grpo compares"),
+    (dict(reward="nowhere.py:f"), "but nowhere.py does not exist"),
+    (dict(max_new_tokens=70), "lower --max_new_tokens to")])
+def test_grpo_refuses_what_cannot_be(changes, message, finished_run):
     with pytest.raises(Stopped, match=message):
-        grpo.main(tiny(grpo, out="refused", base="tiny", **changes))
-    assert not (beside / "refused").exists()
+        grpo.main(tiny_config(grpo, out="refused", base="tiny", **changes))
+    assert not (finished_run / "refused").exists()
 
 
-def test_a_verifiable_reward_is_learned_and_equal_groups_are_counted(beside, capsys):
-    """Few of the tiny policy's reviews keep the request, so that most groups are equal; a simpler rule goes up at once"""
-    (beside.parent / "rule.py").write_text(
-        "def short(prompts, responses):\n    return [float(len(r.split()) < 12) for r in responses]\n")
-    results = grpo.main(tiny(grpo, out="rule", base="tiny", reward="rule.py:short", missing_eos_score=0.0,
-                             normalise_reward=False))
-    log = log_of(beside / "rule" / "grpo")
+def test_a_verifiable_reward_is_learned_and_equal_groups_are_counted(finished_run, capsys,
+                                                                     no_pictures):
+    """
+    A simple rule is learned at once. The request of the built-in task is too hard for the tiny
+    policy: few of its reviews keep it, so most groups are equal.
+    """
+    (finished_run.parent / "rule.py").write_text(
+        "def short(prompts, responses):\n"
+        "    return [float(len(r.split()) < 12) for r in responses]\n")
+    results = grpo.main(tiny_config(grpo, out="rule", base="tiny", reward="rule.py:short",
+                                    missing_eos_score=0.0, normalise_reward=False))
+    log = stage_log(finished_run, "rule", grpo)
     assert results["score"] > results["sft"]["score"] + 0.15
-    assert all((line["equal_groups"] * 8) % 1 == 0 and (line["score"] * 32) % 1 == 0 for line in log)
+    for line in log:                                     # eight groups, 32 responses
+        assert (line["equal_groups"] * 8) % 1 == 0 and (line["score"] * 32) % 1 == 0
     assert 0 < log[0]["equal_groups"] < 1
-    assert any(line["equal_groups"] > 0 < line["kl_ref"] for line in log[1:])  # of scores: the KLs differ all the same
-    results = grpo.main(tiny(grpo, out="request", base="tiny", reward=f"{HERE}/reviews.py:request_kept",
-                             missing_eos_score=0.0, steps=2, n_eval=4, n_samples=4, normalise_reward=False))
+    # Groups are equal if their scores are, although their KLs differ
+    assert any(line["equal_groups"] > 0 < line["kl_ref"] for line in log[1:])
+    results = grpo.main(tiny_config(
+        grpo, out="request", base="tiny", reward=f"{HERE}/reviews.py:request_kept", steps=2,
+        missing_eos_score=0.0, normalise_reward=False, **FEW))
     assert 0 <= results["score"] < 0.3
-    evaluate.main(tiny(evaluate, out="tiny", runs="tiny,rule", n_eval=2, n_reference=8, n_samples=4))
-    assert "leaving out rule/grpo: it was trained for a different reward" in capsys.readouterr().out
+    evaluate.main(tiny_config(evaluate, out="tiny", runs="tiny,rule", **SMALL_EVALUATION))
+    said = capsys.readouterr().out
+    assert "leaving out rule/grpo: it was trained for a different reward" in said
+
+
+LADDER = policy_gradient.LADDER
 
 
 def test_the_ladder_starts_every_rung_from_the_same_place(whole_run):
     folder = whole_run[0].parent / "ladder" / "policy_gradient"
-    log, results = log_of(folder), files.read_json(folder / "results.json")
-    assert [line["rung"] for line in log] == [rung for rung in policy_gradient.LADDER for _ in range(4)]
-    for line in log[::4]:                                                      # the same models, prompts and samples
-        for metric in ("score", "gold", "kl_ref", "entropy", "response_length", "explained_variance"):
+    log = log_of(folder)
+    assert [line["rung"] for line in log] == [rung for rung in LADDER for _ in range(4)]
+    for line in log[::4]:                                # the same models, prompts and samples
+        for metric in ("score", "gold", "kl_ref", "entropy", "response_length",
+                       "explained_variance"):
             assert line[metric] == log[0][metric], (line["rung"], metric)
-        assert line["kl_ref"] == 0 and line["objective"] == pytest.approx(line["score"], abs=1e-5)
+        assert line["kl_ref"] == 0
+        assert line["objective"] == pytest.approx(line["score"], abs=1e-5)
     for line in log:
-        assert line["objective"] == pytest.approx(line["score"] - 0.25 * line["kl_ref"], abs=1e-4)
+        objective = line["score"] - 0.25 * line["kl_ref"]
+        assert line["objective"] == pytest.approx(objective, abs=1e-4)
         assert ("kl_step" in line) == (line["rung"] == "trpo") and "grad_norm" in line
         if line["rung"] == "trpo":
-            assert 0 <= line["kl_step"] <= 0.01 * (line["lr"] / 2e-3) ** 2 + 1e-9 and line["gain"] >= 0
-    for first, last in zip(log[::4], log[3::4]):                               # the critic learns on every rung
+            max_kl = 0.01 * (line["lr"] / 2e-3) ** 2
+            assert 0 <= line["kl_step"] <= max_kl + 1e-9 and line["gain"] >= 0
+    for first, last in zip(log[::4], log[3::4]):         # the critic learns on every rung
         assert first["explained_variance"] == 0 != last["explained_variance"]
     saved = files.load_checkpoint(folder)
-    assert len({saved[f"policy_{rung}"]["transformer.wte.weight"].sum().item() for rung in policy_gradient.LADDER}) == 10
+    embeddings = {saved[f"policy_{rung}"]["transformer.wte.weight"].sum().item()
+                  for rung in LADDER}
+    assert len(embeddings) == 10                         # each rung ends at a policy of its own
     assert_same_bits(dict(saved["policy_trpo"]), dict(saved["actor"]))
-    assert set(results) == {"SFT", "noise", *policy_gradient.LADDER}
+
+
+def test_the_ladder_reports_every_rung_and_its_noise(whole_run):
+    results = files.read_json(whole_run[0].parent / "ladder" / "policy_gradient" / "results.json")
+    assert set(results) == {"SFT", "noise", *LADDER}
+    for name in ("SFT", *LADDER):
+        objective = results[name]["score"] - 0.25 * results[name]["kl_ref"]
+        assert results[name]["objective"] == pytest.approx(objective)
     noise = results["noise"]
-    assert len(noise) == 13 and all(x["variance"] > 0 for x in noise.values())
-    for rung in ("importance", "clip", "kl_penalty", "trpo"):                  # where the ratio is 1, they are gae
-        assert noise[rung]["variance"] == pytest.approx(noise["gae"]["variance"], rel=1e-3)
-    for before, rung in zip(policy_gradient.LADDER, policy_gradient.LADDER[1:]):
-        assert noise[rung]["change"] == pytest.approx(noise[rung]["variance"] - noise[before]["variance"], abs=1e-9)
-    assert noise["clip, later"]["change"] == pytest.approx(noise["clip, later"]["variance"] - noise["clip"]["variance"])
-    for rung in ("importance", "clip", "kl_penalty"):                          # an update later they are not
-        assert noise[f"{rung}, later"]["variance"] != pytest.approx(noise["gae"]["variance"], rel=1e-3)
-    assert noise["baseline"]["variance"] != pytest.approx(noise["reward_to_go"]["variance"], rel=1e-6)       # a critic
-    for name in ("SFT", *policy_gradient.LADDER):
-        r = results[name]
-        assert r["objective"] == pytest.approx(r["score"] - 0.25 * r["kl_ref"])
+    variance = {name: x["variance"] for name, x in noise.items()}
+    assert len(noise) == 13 and min(variance.values()) > 0
+    for rung in ("importance", "clip", "kl_penalty", "trpo"):    # with a ratio of 1 they are gae
+        assert variance[rung] == pytest.approx(variance["gae"], rel=1e-3)
+    for rung in ("importance", "clip", "kl_penalty"):            # an update later they are not
+        assert variance[f"{rung}, later"] != pytest.approx(variance["gae"], rel=1e-3)
+    for before, rung in zip(LADDER, LADDER[1:]):
+        change = variance[rung] - variance[before]
+        assert noise[rung]["change"] == pytest.approx(change, abs=1e-9)
+    change = variance["clip, later"] - variance["clip"]
+    assert noise["clip, later"]["change"] == pytest.approx(change)
+    assert variance["baseline"] != pytest.approx(variance["reward_to_go"], rel=1e-6)     # a critic
 
 
-def test_a_rung_alone_is_the_rung_in_the_ladder(beside):
-    """So nothing of the rungs before it is left: weights, critic, optimizers, coefficient, random numbers."""
-    policy_gradient.main(tiny(policy_gradient, out="alone", base="tiny", rung="kl_penalty"))
-    timed = re.compile("_seconds$|_per_second$|^step$")
-    alone, ladder = ([{k: v for k, v in line.items() if not timed.search(k)} for line in log_of(
-        beside / run / "policy_gradient") if line["rung"] == "kl_penalty"] for run in ("alone", "ladder"))
-    assert alone == ladder
+def test_a_rung_alone_is_the_rung_in_the_ladder(finished_run):
+    """
+    So no rung leaves anything behind for the next: weights, critic, optimizers, coefficient,
+    random numbers.
+    """
+    policy_gradient.main(tiny_config(policy_gradient, out="alone", base="tiny", rung="kl_penalty"))
+    differs = re.compile("_seconds$|_per_second$|^step$")
+    lines = {}
+    for run in ("alone", "ladder"):
+        log = stage_log(finished_run, run, policy_gradient)
+        lines[run] = [{name: value for name, value in line.items() if not differs.search(name)}
+                      for line in log if line["rung"] == "kl_penalty"]
+    assert lines["alone"] == lines["ladder"] != []
 
 
-@pytest.mark.parametrize("rung", policy_gradient.LADDER)
-def test_every_rung_climbs_on_the_samples_it_is_given(rung, beside, whole_run):
-    """At a temperature that is not 1: the loss falls by so many gradient steps, or by one within its KL"""
-    reference, tokenizer = sft.load_policy(beside / "tiny" / "sft", "cpu")
-    scorer = reward_model.load_reward_model(beside / "tiny" / "reward_model", reference, tokenizer, "cpu")
-    cfg = tiny(policy_gradient, temperature=0.7, batch_size=32, minibatch_size=8)
-    reward = reward_of(scorer, cfg)
-    critic = ScalarGPT(scorer.config, init_from=scorer).eval()                 # one with something to say
-    actor, _ = sft.load_policy(beside / "tiny" / "sft", "cpu")
-    roll = policy_gradient.roll_out(actor, critic, reference, reward, tokenizer, asked(tokenizer, 32, 1), cfg, seeded())
-    torch.testing.assert_close(policy_gradient.logprobs_of(actor, roll, cfg).detach(), roll["old_logprobs"])
-    loss_of = lambda: policy_gradient.rung_loss(rung, policy_gradient.logprobs_of(actor, roll, cfg), roll, cfg, 0.1).item()
-    before, order, start = loss_of(), torch.arange(32), copy.deepcopy(actor)
+@pytest.mark.parametrize("rung", LADDER)
+def test_every_rung_climbs_on_the_samples_it_is_given(rung, finished_run):
+    """The loss falls by so many gradient steps, or by one within its KL; at temperature 0.7"""
+    reference, tokenizer, scorer = tiny_models(finished_run)
+    cfg = tiny_config(policy_gradient, temperature=0.7, batch_size=32, minibatch_size=8)
+    critic = ScalarGPT(scorer.config, init_from=scorer).eval()       # one whose values are not 0
+    actor, _ = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
+    rollout = policy_gradient.sample_rollout(
+        actor, critic, reference, reward_of(scorer, cfg), tokenizer,
+        held_out_prompts(tokenizer, 32, 1), cfg, seeded())
+    logprobs = policy_gradient.logprobs_of(actor, rollout, cfg).detach()
+    torch.testing.assert_close(logprobs, rollout["old_logprobs"])
+
+    def loss_now():
+        logprobs = policy_gradient.logprobs_of(actor, rollout, cfg)
+        return policy_gradient.rung_loss(rung, logprobs, rollout, cfg, 0.1).item()
+
+    def distributions(policy):
+        return policy_gradient.token_distributions(policy, rollout["inputs"], rollout["mask"], 0.7)
+
+    class Run:                                           # the two methods that a climb calls
+        taken = 0
+
+        def step(self, grad_clip, **optimizers):
+            for optimizer in optimizers.values():
+                optimizer.step()
+                optimizer.zero_grad()
+            self.taken += 1
+            return {}
+
+        def must_be_finite(self, **values):
+            pass
+
+    run = Run()
+    order = torch.arange(32)
+    before = loss_now()
+    start = copy.deepcopy(actor)
     if rung == "trpo":
-        taken = policy_gradient.climb_by_trpo(actor, roll, order, cfg, 1e-3)
-        assert before - loss_of() == pytest.approx(taken["gain"], abs=1e-5)
-        kl = policy_gradient.mean_kl(*(policy_gradient.token_distributions(m, roll["inputs"], roll["mask"], 0.7)
-                                       for m in (start, actor))).item()
+        taken = policy_gradient.climb_by_trpo(actor, rollout, order, cfg, 1e-3, run)
+        assert before - loss_now() == pytest.approx(taken["gain"], abs=1e-5)
+        kl = policy_gradient.mean_kl(distributions(start), distributions(actor)).item()
         assert kl == pytest.approx(taken["kl_step"], rel=1e-3) and 1e-4 < kl <= 1e-3
+        assert run.taken == 1
     else:
-        optimizer, steps = torch.optim.SGD(actor.parameters(), lr=1e-3), []
-        optimizer.register_step_post_hook(lambda *_: steps.append(1))
-        policy_gradient.climb(rung, actor, optimizer, roll, order, cfg, 0.1, types.SimpleNamespace(must_be_finite=lambda *_, **__: None))
-        assert len(steps) == (1 if rung in policy_gradient.PSI else 4)
-    assert loss_of() < before - 1e-4
+        optimizer = torch.optim.SGD(actor.parameters(), lr=1e-3)
+        policy_gradient.climb(rung, actor, optimizer, rollout, order, cfg, 0.1, run)
+        assert run.taken == (1 if rung in policy_gradient.PSI else 4)
+    assert loss_now() < before - 1e-4
 
 
-@pytest.mark.parametrize("changes", [dict(rung="clip", clip_eps=0.01), dict(rung="kl_penalty", kl_old_target=10.0),
-                                     dict(rung="trpo", max_kl=1e-4), dict(rung="gae", lam=0.0, batch_size=1, minibatch_size=1,
-                                                                          fisher_rows=1), dict(rung="gae", beta=0.0)],
-                         ids=lambda c: "-".join(map(str, c.values())))
-def test_one_rung_runs_by_itself_and_its_options_act(changes, beside, whole_run, monkeypatch):
-    bounds, step = [], policy_gradient.trpo_step
-    monkeypatch.setattr(policy_gradient, "trpo_step", lambda *args: bounds.append(args[3]) or step(*args))
-    name, rung = "rung_" + "_".join(f"{k}-{v}" for k, v in changes.items()), changes["rung"]
-    results = policy_gradient.main(tiny(policy_gradient, out=name, base="tiny", **changes))
-    log = log_of(beside / name / "policy_gradient")
-    plain = [line for line in log_of(beside / "ladder" / "policy_gradient") if line["rung"] == rung]
+@pytest.mark.parametrize("changes", [
+    dict(rung="clip", clip_eps=0.01),
+    dict(rung="kl_penalty", kl_old_target=10.0),
+    dict(rung="trpo", max_kl=1e-4),
+    dict(rung="gae", lam=0.0, batch_size=1, minibatch_size=1, fisher_rows=1),
+    dict(rung="gae", beta=0.0)], ids=option_folder)
+def test_one_rung_runs_by_itself_and_its_options_act(changes, finished_run, monkeypatch):
+    bounds = []
+    original = policy_gradient.trpo_step
+
+    def recorded(parameters, measure, fisher_kl, max_kl, *args):
+        bounds.append(max_kl)
+        return original(parameters, measure, fisher_kl, max_kl, *args)
+    monkeypatch.setattr(policy_gradient, "trpo_step", recorded)
+    name = "rung_" + option_folder(changes)
+    rung = changes["rung"]
+    results = policy_gradient.main(tiny_config(policy_gradient, out=name, base="tiny", **changes))
+    log = stage_log(finished_run, name, policy_gradient)
+    default_log = [line for line in stage_log(finished_run, "ladder", policy_gradient)
+                   if line["rung"] == rung]
     assert list(results) == ["SFT", rung] and math.isfinite(results[rung]["score"])
-    assert log[2]["score"] != plain[2]["score"] or log[2]["objective"] != plain[2]["objective"]
+    assert (log[2]["score"] != default_log[2]["score"]
+            or log[2]["objective"] != default_log[2]["objective"])
     if rung == "trpo":
         assert all(line["kl_step"] <= 1e-4 for line in log)
-        assert bounds == [pytest.approx(1e-4 * (line["lr"] / 2e-3) ** 2) for line in log] and min(bounds) < 5e-5
+        expected = [1e-4 * (line["lr"] / 2e-3) ** 2 for line in log]
+        assert bounds == pytest.approx(expected) and min(bounds) < 5e-5
     if rung == "kl_penalty":
         assert [line["kl_penalty_coef"] for line in log] == [1, 0.5, 0.25, 0.125]
 
 
-def test_every_rung_of_a_ladder_is_evaluated(beside):
-    small = dict(out="rungs", base="tiny", n_eval=2, n_reference=8, n_samples=4)
-    assert list(evaluate.main(tiny(evaluate, runs="ladder,tiny/dpo", **small))) == ["SFT", "tiny/dpo"]
-    results = evaluate.main(tiny(evaluate, runs="ladder/policy_gradient", **small))
-    assert list(results) == ["SFT", *(f"ladder/policy_gradient/{rung}" for rung in policy_gradient.LADDER)]
-    weights = files.load_checkpoint(beside / "ladder" / "policy_gradient")["policy_kl_penalty"]
-    policy, _ = sft.load_policy(beside / "ladder" / "policy_gradient", "cpu", "policy_kl_penalty")
+def test_every_rung_of_a_ladder_is_evaluated(finished_run):
+    small = dict(out="rungs", base="tiny", **SMALL_EVALUATION)
+    results = evaluate.main(tiny_config(evaluate, runs="ladder,tiny/dpo", **small))
+    assert list(results) == ["SFT", "tiny/dpo"]
+    results = evaluate.main(tiny_config(evaluate, runs="ladder/policy_gradient", **small))
+    assert list(results) == ["SFT", *(f"ladder/policy_gradient/{rung}" for rung in LADDER)]
+    folder = finished_run / "ladder" / "policy_gradient"
+    weights = files.load_checkpoint(folder)["policy_kl_penalty"]
+    policy, _ = sft.load_policy(folder, "cpu", "policy_kl_penalty")
     assert torch.equal(policy.transformer.wte.weight, weights["transformer.wte.weight"])
-    with pytest.raises(Stopped, match="holds no policy but"):
-        sft.load_policy(beside / "ladder" / "policy_gradient", "cpu")
+    with pytest.raises(Stopped, match="checkpoint.pt has no policy, so a different stage"):
+        sft.load_policy(folder, "cpu")
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(minibatch_size=12), "--minibatch_size 12 does not divide --batch_size 16: .*; 8 does"),
+    (dict(minibatch_size=12), "--minibatch_size 12 does not divide --batch_size 16, .*; try 8"),
     (dict(fisher_rows=17), "--fisher_rows 17 is more than --batch_size 16"),
     (dict(variance_rows=8), "--batch_size 16 is not a multiple of 4 times --variance_rows 8")])
-def test_the_ladder_refuses_what_cannot_be(changes, message, beside):
+def test_the_ladder_refuses_what_cannot_be(changes, message, finished_run):
     with pytest.raises(Stopped, match=message):
-        policy_gradient.main(tiny(policy_gradient, out="refused", base="tiny", **changes))
+        policy_gradient.main(tiny_config(policy_gradient, out="refused", base="tiny", **changes))
 
 
-# ---- Models, data and rewards of one's own, end to end
+# ---- weights, tokenizers and data of the user's
 
-@pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    """
-    A folder with what a user brings: gpt2, a model and its tokenizer as transformers saves them, pairs.jsonl,
-    story.txt; and a run `own` of every stage on them, LoRA at rank 2 in all -> folder, what ppo said of itself
-    """
-    from transformers import GPT2Config, GPT2LMHeadModel
-    home = tmp_path_factory.mktemp("own")
-    rows = [comparison(i) for i in range(160)]
-    tokenizer = data.train_tokenizer([row["chosen"] for row in rows], 400)
-    torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(vocab_size=tokenizer.n_vocab, n_positions=96, n_layer=1, n_head=2, n_embd=32,
-                               bos_token_id=tokenizer.eot_token, eos_token_id=tokenizer.eot_token)).save_pretrained(home / "gpt2")
-    data.export_tokenizer(tokenizer, home / "gpt2")
-    write_rows(home / "pairs.jsonl", rows)
-    (home / "story.txt").write_text("".join(f"Number {i} is good, says the story.\n" for i in range(400)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(home)
-        patch.setattr(experiment, "curves", lambda folder, title, panels: folder / "curves.png")
-        sft.main(mine(sft, init="gpt2", steps=30, n_texts=None, n_eval=10, batch_size=8, lora_rank=0))
-        reward_model.main(mine(reward_model, n_prompts=None, n_held_out=15))
-        results = ppo.main(mine(ppo, ptx_coef=0.5, ptx_data="story.txt", ema=0.8, n_eval=4, n_samples=4, steps=4))
-        dpo.main(mine(dpo, n_pairs=100, n_eval=4, n_samples=4))
-        grpo.main(mine(grpo, n_eval=4, n_samples=4, steps=3))
-    return home, results
-
-
-def mine(script, **changes):
-    return tiny(script, **{**dict(out="own", data="pairs.jsonl", max_prompt_tokens=40, max_new_tokens=12, lora_rank=2), **changes})
-
-
-@pytest.fixture
-def among(own, monkeypatch, no_pictures):
-    """Work in that folder -> out/"""
-    monkeypatch.chdir(own[0])
-    return own[0] / "out"
-
-
-def test_every_stage_runs_on_weights_and_data_of_ones_own_with_lora(own):
-    home, results = own
-    log = log_of(home / "out" / "own" / "ppo")
-    assert log[0]["kl_ref"] == 0 == log[0]["kl_ref_k3"] and log[-1]["kl_ref"] != 0      # the shared reference: exactly 0
-    assert all("gold" not in line for stage in ("ppo", "dpo", "grpo") for line in log_of(home / "out" / "own" / stage))
+def test_every_stage_runs_on_weights_and_data_of_the_users_with_lora(user_run):
+    home, results = user_run
+    out = home / "out"
+    log = stage_log(out, "own", ppo)
+    assert log[0]["kl_ref"] == log[0]["kl_ref_k3"] == 0          # exactly: the weights are shared
+    assert log[-1]["kl_ref"] != 0
+    for script in (ppo, dpo, grpo):
+        assert all("gold" not in line for line in stage_log(out, "own", script))
     assert "gold" not in results and "grammatical" not in results and "PPO, averaged" in results
-    assert log_of(home / "out" / "own" / "dpo")[0]["loss"] == pytest.approx(math.log(2))
-    held = files.read_json(home / "out" / "own" / "reward_model" / "results.json")
-    assert held["accuracy"] > 0.9 and "bayes_accuracy" not in held             # rejected ones say that they do not like it
-    untrained = files.read_json(home / "out" / "own" / "sft" / "results.json")["held_out_per_token"]
-    assert untrained < 0.8 * math.log(400)
+    assert stage_log(out, "own", dpo)[0]["loss"] == pytest.approx(math.log(2))
+    agreed = files.read_json(out / "own" / "reward_model" / "results.json")
+    assert agreed["accuracy"] > 0.9 and "bayes_accuracy" not in agreed
+    learned = files.read_json(out / "own" / "sft" / "results.json")
+    assert learned["held_out_per_token"] < 0.8 * math.log(400)   # 400 tokens, all equally likely
 
 
-def test_lora_trains_the_change_alone_and_the_next_stage_gets_it_merged(own, among):
-    saved, start = (files.load_checkpoint(among / "own" / stage) for stage in ("ppo", "sft"))
-    for name, weight in start["policy"].items():                               # the base has not moved,
-        assert torch.equal(saved["policy"][name], weight), name
-    assert all(w.any() for name, w in saved["policy"].items() if name.endswith("lora_b"))   # the change has
-    assert not any("lora" in name for name in start["policy"]) and saved["critic"]["head.weight"].any()
-    merged, _ = sft.load_policy(among / "own" / "ppo", "cpu")
+def test_lora_trains_the_change_alone_and_the_next_stage_gets_it_merged(user_folder):
+    own = user_folder / "own"
+    saved = files.load_checkpoint(own / "ppo")
+    start = files.load_checkpoint(own / "sft")
+    for name, weight in start["policy"].items():                 # the base weights have not moved
+        assert "lora" not in name and torch.equal(saved["policy"][name], weight), name
+    for name, weight in saved["policy"].items():
+        assert weight.any() or not name.endswith("lora_b"), name
+    assert saved["critic"]["head.weight"].any()
+
+    merged, tokenizer = sft.load_policy(own / "ppo", "cpu")
     unmerged = model.add_lora(GPT(merged.config), 2).eval()
     unmerged.load_state_dict(saved["policy"])
+    sft_policy, _ = sft.load_policy(own / "sft", "cpu")
     ids = torch.randint(300, (4, 50), generator=seeded())
     torch.testing.assert_close(merged(ids), unmerged(ids), atol=1e-5, rtol=1e-5)
-    assert (merged(ids) - sft.load_policy(among / "own" / "sft", "cpu")[0](ids)).abs().max() > 1e-4
-    tokenizer = data.load_tokenizer(among / "own" / "sft")
-    rm_saved = files.load_checkpoint(among / "own" / "reward_model")
-    scorer = reward_model.load_reward_model(among / "own" / "reward_model", sft.load_policy(among / "own" / "sft", "cpu")[0], tokenizer, "cpu")
-    assert any("lora" in name for name in rm_saved["reward_model"]) and not any("lora" in name for name in scorer.state_dict())
-    # a policy that LoRA made is the SFT policy of another run: merged, and the reference of what comes next
-    shutil.copytree(among / "own" / "ppo", among / "again" / "sft", dirs_exist_ok=True)
-    config = files.read_json(among / "own" / "sft" / "config.json") | {"out": "again"}
-    (among / "again" / "sft" / "config.json").write_text(json.dumps(config))
-    ppo.main(mine(ppo, out="again", reward="word.py:exclaims" if (among.parent / "word.py").write_text(
-        "def exclaims(prompts, responses):\n    return [r.count('!') + len(r) / 9 for r in responses]\n") else "", steps=1, n_eval=4, n_samples=4))
-    assert log_of(among / "again" / "ppo")[0]["kl_ref"] == 0
+    assert (merged(ids) - sft_policy(ids)).abs().max() > 1e-4
+    scorer = reward_model.load_reward_model(own / "reward_model", sft_policy, tokenizer, "cpu")
+    stored = files.load_checkpoint(own / "reward_model")["reward_model"]
+    assert any("lora" in name for name in stored)
+    assert not any("lora" in name for name in scorer.state_dict())
 
 
-@pytest.mark.parametrize("script, changes, at", [
-    (sft, dict(init="gpt2", steps=30, n_texts=None, n_eval=10, batch_size=8, lora_rank=0), 23),
-    (reward_model, dict(n_prompts=None, n_held_out=15), 14), (dpo, dict(n_pairs=100, n_eval=4, n_samples=4), 4),
-    (ppo, dict(ptx_coef=0.5, ptx_data="story.txt", ema=0.8, n_eval=4, n_samples=4, steps=4), 2),
-    (ppo, dict(reward="exact.py:exact", accumulation=2, dtype="bfloat16", n_eval=4, n_samples=4, steps=4), 2)],
-    ids=lambda x: getattr(x, "__name__", ""))
-def test_a_stage_on_data_of_ones_own_resumes_to_the_same_bits(script, changes, at, among, monkeypatch):
-    """With LoRA, texts beside, an average, a normalised reward; as a crash between two checkpoints leaves it"""
-    (among.parent / "exact.py").write_text("def exact(prompts, responses):\n    return [len(r) % 7 for r in responses]\n")
-    stage, base = script.__name__, "" if script is sft else "own"
-    whole, name = f"whole_{stage}", f"again_{stage}"
-    for run in (whole, name):
-        shutil.rmtree(among / run, ignore_errors=True)
-    script.main(mine(script, out=whole, base=base, save_every=2, **changes))
-    with crash_at(at, monkeypatch):
-        script.main(mine(script, out=name, base=base, save_every=2, **changes))
-    script.main(mine(script, out=name, base=base, save_every=2, resume=True, **changes))
-    ours, theirs = (files.load_checkpoint(among / run / stage) for run in (name, whole))
-    assert ours.pop("config")["out"] == name and theirs.pop("config")["out"] == whole
-    assert_same_bits(ours, theirs)
-    assert [line.get("loss", line.get("score")) for line in log_of(among / name / stage)] == [
-        line.get("loss", line.get("score")) for line in log_of(among / whole / stage)]
+def test_a_policy_that_lora_made_can_be_the_sft_policy_of_a_run(user_folder):
+    """It is merged then, and also the reference."""
+    shutil.copytree(user_folder / "own" / "ppo", user_folder / "again" / "sft")
+    config = files.read_json(user_folder / "own" / "sft" / "config.json")
+    config["out"] = "again"
+    (user_folder / "again" / "sft" / "config.json").write_text(json.dumps(config))
+    (user_folder.parent / "word.py").write_text(
+        "def exclaims(prompts, responses):\n"
+        "    return [r.count('!') + len(r) / 9 for r in responses]\n")
+    ppo.main(user_config(ppo, out="again", reward="word.py:exclaims", steps=1, **FEW))
+    assert stage_log(user_folder, "again", ppo)[0]["kl_ref"] == 0
 
 
-def test_lora_on_fresh_weights_and_on_the_ladder_is_refused(among):
-    with pytest.raises(Stopped, match="fresh ones need all of themselves. Give --init"):
-        sft.main(tiny(sft, out="fresh", lora_rank=2))
+def test_lora_on_fresh_weights_and_on_the_ladder_is_refused(user_folder):
+    with pytest.raises(Stopped, match="fresh weights must all be trained. Give --init"):
+        sft.main(tiny_config(sft, out="fresh", lora_rank=2))
     with pytest.raises(Stopped, match="the ladder compares gradients of all weights"):
-        policy_gradient.main(mine(policy_gradient))
+        policy_gradient.main(user_config(policy_gradient))
 
 
-@pytest.mark.parametrize("stage, kind", [("sft", "AutoModelForCausalLM"), ("ppo", "AutoModelForCausalLM"), ("dpo", "AutoModelForCausalLM"),
-                                         ("grpo", "AutoModelForCausalLM"), ("reward_model", "AutoModelForSequenceClassification")])
-def test_every_stage_is_exported_for_transformers_with_its_tokenizer(stage, kind, among, tmp_path):
-    import transformers
-    (reward_model if stage == "reward_model" else sft).export(among / "own" / stage, str(tmp_path / "exported"))
-    theirs = getattr(transformers, kind).from_pretrained(tmp_path / "exported").eval()
-    its = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
-    policy, tokenizer = sft.load_policy(among / "own" / ("sft" if stage == "reward_model" else stage), "cpu")
-    prompt, response = corpus.read_record(comparison(7))[0], " Number 7 is good!"
-    ids = its(prompt + response + data.EOS, return_tensors="pt")["input_ids"]
-    assert ids[0].tolist() == tokenizer.encode_ordinary(prompt + response) + [tokenizer.eot_token]
+@pytest.mark.parametrize("stage", ["sft", "ppo", "dpo", "grpo", "reward_model"])
+def test_every_stage_is_exported_for_transformers_with_its_tokenizer(stage, user_folder, tmp_path):
+    from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
+                              AutoTokenizer)
+    own = user_folder / "own"
+    exported = tmp_path / "exported"
+    kind = AutoModelForCausalLM
+    export = sft.export
     if stage == "reward_model":
-        ours = reward_model.load_reward_model(among / "own" / stage, policy, tokenizer, "cpu")
-        batch = data.collate([tokenizer.encode_ordinary(prompt)], [tokenizer.encode_ordinary(response) + [tokenizer.eot_token]])
-        torch.testing.assert_close(theirs(ids).logits[0], sequence_scores(ours, *batch), atol=1e-4, rtol=0)
+        kind = AutoModelForSequenceClassification
+        export = reward_model.export
+    export(own / stage, str(exported))
+    theirs = kind.from_pretrained(exported).eval()
+    prompt = forms.read_record(comparison(7))[0]
+    response = " Number 7 is good!"
+    text = prompt + response + tokenizers.EOS
+    ids = AutoTokenizer.from_pretrained(exported)(text, return_tensors="pt")["input_ids"]
+    tokenizer = tokenizers.load_tokenizer(own / stage)
+    response_ids = tokenizer.encode_ordinary(response) + [tokenizer.eot_token]
+    whole = tokenizer.encode_ordinary(prompt + response) + [tokenizer.eot_token]
+    assert ids[0].tolist() == whole
+    if stage == "reward_model":
+        policy, _ = sft.load_policy(own / "sft", "cpu")
+        ours = reward_model.load_reward_model(own / stage, policy, tokenizer, "cpu")
+        batch = data.collate([tokenizer.encode_ordinary(prompt)], [response_ids])
+        torch.testing.assert_close(theirs(ids).logits[0], sequence_scores(ours, *batch),
+                                   atol=1e-4, rtol=0)
     else:
+        policy, _ = sft.load_policy(own / stage, "cpu")
         torch.testing.assert_close(theirs(ids).logits, policy(ids), atol=1e-4, rtol=1e-4)
-        assert GPT.from_pretrained(tmp_path / "exported").config.vocab_size == tokenizer.n_vocab       # and back again
+        assert GPT.from_pretrained(exported).config.vocab_size == tokenizer.n_vocab
     if stage == "ppo":
-        averaged, _ = sft.load_policy(among / "own" / stage, "cpu", "policy_ema")
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported-ema").eval()
+        averaged, _ = sft.load_policy(own / stage, "cpu", "policy_ema")
+        theirs = kind.from_pretrained(tmp_path / "exported-ema").eval()
         torch.testing.assert_close(theirs(ids).logits, averaged(ids), atol=1e-4, rtol=1e-4)
 
 
-def test_export_is_a_flag_that_works_on_a_finished_stage_and_never_overwrites(own):
-    command = [sys.executable, str(HERE / "sft.py"), "--config", "tiny", "--out", "own", "--data", "pairs.jsonl", "--init", "gpt2",
-               "--steps", "30", "--n_texts", "none", "--n_eval", "10", "--batch_size", "8", "--max_prompt_tokens", "40",
-               "--max_new_tokens", "12", "--export", "there"]
-    first, second = (subprocess.run(command, cwd=own[0], capture_output=True, text=True) for _ in range(2))
-    assert first.returncode == 0 and "exported    there" in first.stdout, first.stderr
-    assert (own[0] / "there" / "model.safetensors").is_file()
-    assert second.returncode != 0 and "--export there already exists and is not empty; give a new folder" in second.stderr
-    done = subprocess.run([sys.executable, str(HERE / "evaluate.py"), "--lora_rank", "2"], cwd=own[0], capture_output=True, text=True)
-    assert "this one trains nothing" in done.stderr
-
-
 @pytest.mark.parametrize("changes, message", [
-    (dict(init="gpt2", block_size=97), "block_size 97 is longer than the 96 positions that gpt2 has weights for; lower it to that"),
-    (dict(init="nowhere"), "no tokenizer in nowhere: nowhere is not a folder here, and could not be"
-                           " fetched from the hub by that name"),
-    (dict(tokenizer="nowhere"), "no tokenizer in nowhere"), (dict(n_texts=None, data="reviews"), "--n_texts none takes all"),
-    (dict(init="gpt2", tokenizer="other"), "the tokenizer has .* token ids, gpt2 has weights for .*; they do not belong together"),
-    (dict(batch_size=500, n_texts=None), "there are .* texts to train on, less than one batch; lower --batch_size 500"),
-    (dict(block_size=45), "prompts of up to 40 tokens and --max_new_tokens 12 exceed the model's block_size 45"),
+    (dict(init="gpt2", block_size=97),
+     "block_size 97 is longer than the 96 positions that gpt2 has weights for; lower it to that"),
+    (dict(init="nowhere"), "no tokenizer in nowhere: nowhere is not a folder here and could not be "
+                           "fetched from the hub .OSError.; check the spelling and the network"),
+    (dict(tokenizer="nowhere"), "no tokenizer in nowhere"),
+    (dict(n_texts=None, data="reviews"), "--n_texts none takes all"),
+    (dict(init="gpt2", tokenizer="other"),
+     "the tokenizer has .* token ids, gpt2 has weights for .*; they do not belong together"),
+    (dict(batch_size=500, n_texts=None),
+     "there are .* texts to train on, less than one batch; lower --batch_size 500"),
+    (dict(block_size=45),
+     "prompts of up to 40 tokens and --max_new_tokens 12 exceed the model's block_size 45"),
     (dict(init="gpt2", max_prompt_tokens=90), "block_size 102 is longer than the 96 positions")])
-def test_weights_and_tokenizers_that_do_not_fit_are_refused(changes, message, among, monkeypatch):
+def test_weights_and_tokenizers_that_do_not_fit_are_refused(changes, message, user_folder,
+                                                            monkeypatch):
     import huggingface_hub
 
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
-    if not (among.parent / "other").exists():
-        data.export_tokenizer(data.train_tokenizer([p + r for p, r in zip(*reviews.sample(200))], 600), among.parent / "other")
+    other = user_folder.parent / "other"
+    if changes.get("tokenizer") == "other":
+        tokenizers.export_tokenizer(tokenizers.train_tokenizer(review_texts(200, 0), 600), other)
     with pytest.raises(Stopped, match=message):
-        sft.main(mine(sft, **{**dict(out="refused", lora_rank=0), **changes}))
-    assert not (among / "refused").exists()
+        sft.main(user_config(sft, **{"out": "refused", "lora_rank": 0, **changes}))
+    assert not (user_folder / "refused").exists()
 
 
-def test_weights_and_tokenizers_come_from_the_hub_by_name(among, monkeypatch):
+def test_weights_and_tokenizers_come_from_the_hub_by_name(user_folder, monkeypatch):
     import huggingface_hub
-    fetched, here = [], ["gpt2", "as_bin"]
+    fetched = []
+    copy_of_hub = "gpt2"
 
     def fetch(name, allow_patterns):
         fetched.append((name, allow_patterns))
-        return here[0]
+        return copy_of_hub
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    theirs = data.gpt2_tokenizer("someone/gpt")
-    assert data.fingerprint(theirs) == data.fingerprint(data.load_tokenizer(among / "own" / "sft"))
+    theirs = tokenizers.gpt2_tokenizer("someone/gpt")
+    ours = tokenizers.load_tokenizer(user_folder / "own" / "sft")
+    assert tokenizers.tokenizer_id(theirs) == tokenizers.tokenizer_id(ours)
     GPT.from_pretrained("someone/gpt")
     assert fetched == [("someone/gpt", ["*.json", "merges.txt"]),
                        ("someone/gpt", ["*.json", "model*.safetensors"])]
     shutil.copytree("gpt2", "as_bin", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(load_file("gpt2/model.safetensors"), "as_bin/pytorch_model.bin")
-    here.pop(0)
-    GPT.from_pretrained("someone/older")                 # which has no safetensors
+    copy_of_hub = "as_bin"                               # older: it has no safetensors
+    GPT.from_pretrained("someone/older")
     assert fetched[-1] == ("someone/older", ["*.json", "pytorch_model*.bin"])
 
 
-def test_stages_start_from_a_checkpoint_of_nanogpt_and_a_tokenizer_of_ones_own(among, monkeypatch):
-    """GPT-2's by default; characters are refused, since nanoGPT lists them in a pickle"""
-    (among.parent / "nano").mkdir(exist_ok=True)
+def test_stages_start_from_a_checkpoint_of_nanogpt(user_folder):
+    nano = user_folder.parent / "nano"
+    nano.mkdir()
     weights = nanogpt_weights(True, V=410, T=96, C=32)
-    ckpt = str(save_nanogpt(among.parent / "nano" / "ckpt.pt", weights, n_embd=32, block_size=96))
+    save_nanogpt(nano / "ckpt.pt", weights, n_embd=32, block_size=96)
     small = dict(out="nano", init="nano/ckpt.pt", lora_rank=0, batch_size=8)
-    sft.main(mine(sft, tokenizer="gpt2", steps=1, lr=1e-9, n_texts=None, n_eval=6, **small))       # that folder
-    policy, tokenizer = sft.load_policy(among / "nano" / "sft", "cpu")
-    assert (policy.config.vocab_size, policy.config.activation) == (400, "gelu") and tokenizer.n_vocab == 400
-    torch.testing.assert_close(policy.transformer.h[1].mlp.c_fc.weight, weights["h.1.mlp.c_fc.weight"])
-    torch.testing.assert_close(policy.transformer.wte.weight, weights["wte.weight"][:400])
-    reward_model.main(mine(reward_model, n_prompts=40, n_held_out=10, **small))
-    assert files.load_checkpoint(among / "nano" / "reward_model")["gpt"]["activation"] == "gelu"
+    sft.main(user_config(sft, tokenizer="gpt2", steps=1, lr=1e-9, n_texts=None, n_eval=6, **small))
+    policy, tokenizer = sft.load_policy(user_folder / "nano" / "sft", "cpu")
+    assert policy.config.activation == "gelu"
+    assert policy.config.vocab_size == tokenizer.n_vocab == 400          # those of the folder gpt2
+    ours = policy.transformer
+    torch.testing.assert_close(ours.h[1].mlp.c_fc.weight, weights["h.1.mlp.c_fc.weight"])
+    torch.testing.assert_close(ours.wte.weight, weights["wte.weight"][:400])
+    reward_model.main(user_config(reward_model, n_prompts=40, n_held_out=10, **small))
+    saved = files.load_checkpoint(user_folder / "nano" / "reward_model")
+    assert saved["gpt"]["activation"] == "gelu"
 
+
+def test_a_checkpoint_of_nanogpt_has_gpt2s_tokenizer_or_the_one_beside_it(user_folder, monkeypatch):
+    nano = user_folder.parent / "nano2"
+    nano.mkdir()
+    weights = nanogpt_weights(True, V=410, T=96, C=32)
+    save_nanogpt(nano / "ckpt.pt", weights, n_embd=32, block_size=96)
     gpt2s = types.SimpleNamespace(n_vocab=50257)
-    monkeypatch.setattr(data.tiktoken, "get_encoding", {"gpt2": gpt2s}.get)
-    with pytest.raises(Stopped, match="nano/ckpt.pt has 410 token ids, fewer than GPT-2's 50257"):
-        sft.tokenizer_of("nano/ckpt.pt")
-    save_nanogpt(ckpt, weights, vocab_size=50304)
-    assert sft.tokenizer_of("nano/ckpt.pt") is gpt2s is sft.tokenizer_of("nano")
-    data.export_tokenizer(tokenizer, among.parent / "nano")                    # files beside it count
-    assert data.fingerprint(sft.tokenizer_of("nano/ckpt.pt")) == data.fingerprint(tokenizer)
-    (among.parent / "characters").mkdir(exist_ok=True)
-    (among.parent / "characters" / "meta.pkl").write_bytes(pickle.dumps(Malicious(among / "owned")))
+    monkeypatch.setattr(tokenizers.tiktoken, "get_encoding", {"gpt2": gpt2s}.get)
+    with pytest.raises(Stopped, match="ckpt.pt has 410 token ids, fewer than GPT-2's 50257"):
+        sft.tokenizer_of("nano2/ckpt.pt")
+    save_nanogpt(nano / "ckpt.pt", weights, n_embd=32, block_size=96, vocab_size=50304)
+    assert sft.tokenizer_of("nano2/ckpt.pt") is gpt2s is sft.tokenizer_of("nano2")
+    tokenizer = tokenizers.load_tokenizer(user_folder / "own" / "sft")
+    tokenizers.export_tokenizer(tokenizer, nano)
+    beside = sft.tokenizer_of("nano2/ckpt.pt")
+    assert tokenizers.tokenizer_id(beside) == tokenizers.tokenizer_id(tokenizer)
+
+
+def test_characters_of_nanogpt_are_refused_since_they_are_in_a_pickle(user_folder):
+    folder = user_folder.parent / "characters"
+    folder.mkdir()
+    (folder / "meta.pkl").write_bytes(pickle.dumps(Malicious(user_folder / "owned")))
     for source in ("characters", "characters/meta.pkl"):
-        with pytest.raises(Stopped, match="meta.pkl lists characters .* is not read, since a pickle can run code"):
-            sft.main(mine(sft, out="refused", init=ckpt, tokenizer=source, lora_rank=0))
-    assert not (among / "owned").exists() and not (among / "refused").exists()
+        with pytest.raises(Stopped, match="meta.pkl, which lists characters for nanoGPT, is not "
+                                          "read, since a pickle can run code"):
+            sft.main(user_config(sft, out="refused", init="gpt2", tokenizer=source, lora_rank=0))
+    assert not (user_folder / "owned").exists() and not (user_folder / "refused").exists()
 
 
-def test_a_reward_model_of_another_size_gives_the_critic_its_size(among):
+def test_a_reward_model_of_a_different_size_gives_the_critic_its_size(user_folder):
     from transformers import GPT2Config, GPT2LMHeadModel
-    tokenizer = data.load_tokenizer(among / "own" / "sft")
-    GPT2LMHeadModel(GPT2Config(vocab_size=tokenizer.n_vocab + 3, n_positions=96, n_layer=2, n_head=2, n_embd=16, bos_token_id=0,
-                               eos_token_id=0)).save_pretrained(among.parent / "wider")
-    if not (among.parent / "wider" / "tokenizer.json").exists():
-        data.export_tokenizer(tokenizer, among.parent / "wider")
-    reward_model.main(mine(reward_model, out="sized", base="own", init="wider", n_prompts=40, n_held_out=10, lora_rank=0))
-    ppo.main(mine(ppo, out="sized", base="own", steps=1, n_eval=4, n_samples=4, lora_rank=0))
-    saved = files.load_checkpoint(among / "sized" / "ppo")
-    assert (saved["critic_gpt"]["n_layer"], saved["critic_gpt"]["n_embd"]) == (2, 16) and saved["gpt"]["n_embd"] == 32
+    wider = user_folder.parent / "wider"
+    tokenizer = tokenizers.load_tokenizer(user_folder / "own" / "sft")
+    GPT2LMHeadModel(GPT2Config(
+        vocab_size=tokenizer.n_vocab + 3, n_positions=96, n_layer=2, n_head=2, n_embd=16,
+        bos_token_id=0, eos_token_id=0)).save_pretrained(wider)
+    tokenizers.export_tokenizer(tokenizer, wider)
+    small = dict(out="sized", base="own", lora_rank=0)
+    reward_model.main(user_config(reward_model, init="wider", n_prompts=40, n_held_out=10, **small))
+    ppo.main(user_config(ppo, steps=1, **FEW, **small))
+    saved = files.load_checkpoint(user_folder / "sized" / "ppo")
+    assert (saved["critic_gpt"]["n_layer"], saved["critic_gpt"]["n_embd"]) == (2, 16)
+    assert saved["gpt"]["n_embd"] == 32
     assert saved["critic"]["transformer.wte.weight"].shape == (tokenizer.n_vocab, 16)
-    foreign = data.train_tokenizer([p + r for p, r in zip(*reviews.sample(300))], tokenizer.n_vocab)
-    data.export_tokenizer(foreign, among.parent / "wider")
-    with pytest.raises(Stopped, match="wider has another tokenizer than the SFT policy"):
-        reward_model.main(mine(reward_model, out="sized-too", base="own", init="wider", n_prompts=40))
+    sample.main(tiny_config(sample, out="sized", stage="sft,ppo", n=1))
+    foreign = tokenizers.train_tokenizer(review_texts(300, 0), tokenizer.n_vocab)
+    tokenizers.export_tokenizer(foreign, wider)
+    with pytest.raises(Stopped, match="wider uses a different tokenizer from the SFT policy"):
+        reward_model.main(user_config(reward_model, out="sized-too", base="own", init="wider",
+                                      n_prompts=40))
 
 
-def test_everything_is_evaluated_that_was_trained_for_the_reward_even_with_tokens_in_out(among, capsys):
-    assert (among / "tokens").is_dir()
-    found = evaluate.main(mine(evaluate, lora_rank=0, n_eval=2, n_reference=4, n_samples=2))
+def test_everything_trained_for_the_reward_is_evaluated(user_folder, capsys):
+    assert (user_folder / "tokens").is_dir()             # a folder in out/ that is not a run
+    small = dict(lora_rank=0, n_eval=2, n_reference=4, n_samples=2)
+    found = evaluate.main(user_config(evaluate, **small))
     assert {"SFT", "own/ppo", "own/ppo/ema", "own/dpo", "own/grpo"} <= set(found)
-    assert "fraction" not in found["own/dpo"] and "gold" not in (among / "own" / "evaluate" / "report.md").read_text()
-    shutil.copytree(among / "own" / "grpo", among / "old" / "grpo", dirs_exist_ok=True)
-    saved = files.load_checkpoint(among / "old" / "grpo") | {"reward": "0123456789abcdef"}       # as it was before
-    torch.save(saved, among / "old" / "grpo" / "checkpoint.pt")
-    evaluate.main(mine(evaluate, lora_rank=0, runs="own,old", n_eval=2, n_reference=4, n_samples=2))
-    assert "leaving out old/grpo: it was trained for a different reward" in capsys.readouterr().out
+    assert "fraction" not in found["own/dpo"]
+    assert "gold" not in (user_folder / "own" / "evaluate" / "report.md").read_text()
+    shutil.copytree(user_folder / "own" / "grpo", user_folder / "old" / "grpo")
+    saved = files.load_checkpoint(user_folder / "old" / "grpo")
+    saved["reward"] = "0123456789abcdef"                         # as earlier versions stored it
+    torch.save(saved, user_folder / "old" / "grpo" / "checkpoint.pt")
+    evaluate.main(user_config(evaluate, runs="own,old", **small))
+    said = capsys.readouterr().out
+    assert "leaving out old/grpo: it was trained for a different reward" in said
 
 
-def test_too_few_rows_for_a_batch_are_said_before_anything_is_written(among):
-    for script, changes, what in ((reward_model, dict(n_prompts=None, batch_size=400), "comparisons"), (dpo, dict(batch_size=300, n_pairs=400), "pairs")):
-        with pytest.raises(Stopped, match=f"there are 1.. {what} to train on, less than one batch; lower --batch_size"):
-            script.main(mine(script, out="few", base="own", **changes))
-    assert not (among / "few").exists()
+@pytest.mark.parametrize("script, changes, what", [
+    (reward_model, dict(n_prompts=None, batch_size=400), "comparisons"),
+    (dpo, dict(batch_size=300, n_pairs=400), "pairs")], ids=option_id)
+def test_too_few_rows_for_a_batch_are_refused_before_any_work(script, changes, what, user_folder):
+    message = f"there are 1.. {what} to train on, less than one batch; lower --batch_size"
+    with pytest.raises(Stopped, match=message):
+        script.main(user_config(script, out="few", base="own", **changes))
+    assert not (user_folder / "few").exists()
 
 
-def test_a_run_may_go_on_in_parts_and_one_of_an_earlier_version_is_still_known(among, monkeypatch, capsys):
-    cfg = mine(ppo, out="parts", base="own", steps=3, n_eval=2, n_samples=2, save_every=2)
-    save, stopped = experiment.Run.save, []
-
-    def out_of_memory(self, done, **state):
-        save(self, done, **state)
-        if not stopped:
-            stopped.append(done)
-            raise MemoryError
-    monkeypatch.setattr(experiment.Run, "save", out_of_memory)
-    with pytest.raises(MemoryError):
-        ppo.main(cfg)
-    ppo.main(dataclasses.replace(cfg, accumulation=4, resume=True))
-    assert "going on from update 2" in capsys.readouterr().out
-    config = files.read_json(among / "parts" / "ppo" / "config.json")
-    (among / "parts" / "ppo" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in ("ema", "text_prompt", "dtype")}))
-    ppo.main(cfg)                                                              # as if these had not been there yet
-    saved = files.load_checkpoint(among / "parts" / "ppo")
-    del saved["gpt"]["activation"], saved["critic_gpt"]["activation"]          # nor these
-    torch.save(saved, among / "parts" / "ppo" / "checkpoint.pt")
-    (among / "parts" / "ppo" / "report.txt").unlink()        # the same rows in a newer file are the same data
-    os.utime(among.parent / "pairs.jsonl")
-    ppo.main(dataclasses.replace(cfg, resume=True))
-    (among / "parts" / "ppo" / "report.txt").unlink()
-    write_rows(among.parent / "pairs.jsonl", [comparison(i) for i in range(150)])
-    try:
-        with pytest.raises(Stopped, match="was begun with another data: the contents of --data have changed"):
-            ppo.main(dataclasses.replace(cfg, resume=True))
-    finally:
-        write_rows(among.parent / "pairs.jsonl", [comparison(i) for i in range(160)])
-
-
-def test_the_next_command_says_all_that_the_next_stage_has_to_know(among):
-    cfg = mine(ppo, reward="word.py:exclaims", missing_eos_score=None, base="other", seed=3)
-    assert options.next_command(cfg, "evaluate") == (
-        "python evaluate.py --config tiny --base other --out own --seed 3 --data pairs.jsonl --max_prompt_tokens 40 "
-        "--max_new_tokens 12 --reward word.py:exclaims --missing_eos_score None")
-    again = options.parse(evaluate.Config, "", options.next_command(cfg, "evaluate").split()[2:])
-    assert (again.reward, again.missing_eos_score, again.data, again.max_new_tokens) == ("word.py:exclaims", None, "pairs.jsonl", 12)
-    assert options.next_command(tiny(ppo), "evaluate") == "python evaluate.py --config tiny"
-    report = (among / "own" / "ppo" / "report.txt").read_text()
-    assert "python ppo.py --config tiny --base own --out own-hacked --data pairs.jsonl --max_prompt_tokens 40" in report
-
-
-def test_stages_that_are_made_first_get_data_lengths_and_dtype_handed_down(among):
-    shared = dict(data="pairs.jsonl", max_prompt_tokens=40, max_new_tokens=12, dtype="bfloat16", checkpointing=True)
-    ppo.main(tiny(ppo, out="handed", steps=1, n_eval=2, n_samples=2, **shared))
-    for stage in ("sft", "reward_model", "ppo"):
-        config = files.read_json(among / "handed" / stage / "config.json")
-        assert {name: config[name] for name in shared} == shared, stage
-
-
-def test_data_of_another_kind_than_that_of_the_earlier_stages_is_noticed(among):
-    with pytest.raises(Stopped, match="was made with --data pairs.jsonl, this is --data reviews; give another --out, and --base own"):
-        policy_gradient.main(tiny(policy_gradient, out="own"))
-    shutil.copytree(among / "own" / "sft", among / "begun" / "sft", dirs_exist_ok=True)
-    (among / "begun" / "sft" / "report.txt").unlink()                          # unfinished, and on other data
-    with pytest.raises(Stopped, match="begun/sft was made with --data pairs.jsonl, this is --data reviews"):
-        ppo.main(tiny(ppo, out="begun"))
-    with pytest.raises(Stopped, match="nobody is there to annotate them"):
-        dpo.main(mine(dpo, out="rounds", base="own", rounds=2))
-
-
-def test_rl_takes_prompts_alone_from_a_base_and_sft_refuses_them_at_once(among):
+def test_rl_takes_prompts_alone_from_a_base_and_sft_refuses_them_at_once(user_folder):
     rows = [{"prompt": f"Is {i} good?", "id": i} for i in range(90)]
-    write_rows(among.parent / "prompts.jsonl", rows)
-    judge = "def score(prompts, responses): return [len(x) for x in responses]"
-    (among.parent / "judge.py").write_text(judge)
-    asked = dict(out="asked", data="prompts.jsonl")
-    with pytest.raises(Stopped, match="nothing for SFT to learn"):
-        sft.main(mine(sft, init="gpt2", lora_rank=0, **asked))
+    write_rows(user_folder.parent / "prompts.jsonl", rows)
+    (user_folder.parent / "judge.py").write_text(
+        "def score(prompts, responses): return [len(x) for x in responses]")
+    given = dict(out="asked", data="prompts.jsonl")
+    with pytest.raises(Stopped, match="SFT has nothing to learn from"):
+        sft.main(user_config(sft, init="gpt2", lora_rank=0, **given))
     for script, changes in ((reward_model, {}), (ppo, {}), (dpo, dict(reward="judge.py:score"))):
-        with pytest.raises(Stopped, match="nothing for a reward model or DPO"):
-            script.main(mine(script, **asked, **changes))    # without making an SFT policy first
-    assert not (among / "asked").exists()
-    judged = dict(base="own", reward="judge.py:score", n_eval=2, n_samples=2, **asked)
-    ppo.main(mine(ppo, steps=1, **judged))
-    assert "asked/ppo" in evaluate.main(mine(evaluate, lora_rank=0, n_reference=4, **judged))
+        with pytest.raises(Stopped, match="no comparisons, only rows with one response or none"):
+            script.main(user_config(script, **given, **changes))
+    assert not (user_folder / "asked").exists()          # so no SFT policy was made first, either
+    given |= dict(base="own", reward="judge.py:score", n_eval=2, n_samples=2)
+    ppo.main(user_config(ppo, steps=1, **given))
+    found = evaluate.main(user_config(evaluate, lora_rank=0, n_reference=4, **given))
+    assert "asked/ppo" in found
 
 
 # ---- parts of a batch
 
 @pytest.mark.parametrize("script, changes", [
-    (sft, dict(steps=2, weight_decay=0.0)), (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4)), (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4, token_wise=True)),
-    (ppo, dict(steps=2, entropy_coef=0.1)), (ppo, dict(steps=2, surrogate="kl_penalty", batch_size=30, minibatch_size=15)), (dpo, dict(n_pairs=32, nll_coef=3.0)),
-    (grpo, dict(steps=2, kl_in="loss", normalise="sequence")), (policy_gradient, dict(steps=2, rung="clip")), (policy_gradient, dict(steps=2, rung="gae"))],
-    ids=lambda x: getattr(x, "__name__", None) or "-".join(x))
-def test_a_batch_in_parts_has_the_gradient_and_the_metrics_of_the_whole(script, changes, beside, monkeypatch, no_pictures):
-    """Rows are ragged, so that a mean of the parts' means would be another. By SGD: AdamW makes much of little."""
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, **kwargs: torch.optim.SGD(parameters, lr=lr))
-    ended, small = [], {} if script in (sft, reward_model) else dict(n_eval=2, n_samples=2)
+    (sft, dict(steps=2, weight_decay=0.0)),
+    (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4)),
+    (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4, token_wise=True)),
+    (ppo, dict(steps=2, entropy_coef=0.1)),
+    (ppo, dict(steps=2, surrogate="kl_penalty", batch_size=30, minibatch_size=15)),
+    (dpo, dict(n_pairs=32, nll_coef=3.0)),
+    (grpo, dict(steps=2, kl_in="loss", normalise="sequence")),
+    (policy_gradient, dict(steps=2, rung="clip")),
+    (policy_gradient, dict(steps=2, rung="gae"))], ids=option_id)
+def test_a_batch_in_parts_has_the_gradient_and_the_metrics_of_the_whole(
+        script, changes, finished_run, monkeypatch, no_pictures):
+    """
+    Rows are ragged, so the mean of the parts' means would be wrong. Trained by SGD, since AdamW
+    makes much of small differences.
+    """
+    def sgd(parameters, lr, **others):
+        return torch.optim.SGD(parameters, lr=lr)
+    monkeypatch.setattr(torch.optim, "AdamW", sgd)
+    small = {} if script is sft else {"base": "tiny"}
+    if script not in (sft, reward_model):
+        small |= dict(n_eval=2, n_samples=2)
+    logs, checkpoints = [], []
     for parts in (1, 4):
         name = f"{script.__name__}_in_{parts}"
-        shutil.rmtree(beside / name, ignore_errors=True)
-        script.main(tiny(script, out=name, base="" if script is sft else "tiny", accumulation=parts, **{**small, **changes}))
-        folder = beside / name / script.__name__
-        ended.append((log_of(folder), files.load_checkpoint(folder)))
-    (log, saved), (log_in_parts, saved_in_parts) = ended
-    for line, other in zip(log, log_in_parts, strict=True):
-        for metric in line:
-            if not metric.endswith(("_seconds", "_per_second", "rung")):
-                at_the_edge = metric == "value_clip_fraction"                  # equal but for rounding, in the first minibatch
-                assert other[metric] == pytest.approx(line[metric], rel=2e-4, abs=1e-2 if at_the_edge else 1e-5), metric
+        shutil.rmtree(finished_run / name, ignore_errors=True)
+        script.main(tiny_config(script, out=name, accumulation=parts, **small, **changes))
+        logs.append(stage_log(finished_run, name, script))
+        checkpoints.append(files.load_checkpoint(finished_run / name / script.__name__))
+    for whole, parts in zip(*logs, strict=True):
+        for metric in whole:
+            if metric.endswith(("_seconds", "_per_second", "rung")):
+                continue
+            # In the first minibatch the values are at the edge of the clip range, up to rounding
+            atol = 1e-2 if metric == "value_clip_fraction" else 1e-5
+            assert parts[metric] == pytest.approx(whole[metric], rel=2e-4, abs=atol), metric
     key = {reward_model: "reward_model", policy_gradient: "actor"}.get(script, "policy")
-    start = files.load_checkpoint(beside / "tiny" / "sft")["policy"]
-    moved = 0.0
-    for weight, weights in saved[key].items():
-        torch.testing.assert_close(saved_in_parts[key][weight], weights, atol=2e-6, rtol=1e-4)
-        moved += (weights - start[weight]).abs().sum().item() if weight in start and script is not sft else 1.0
-    assert moved > 1e-3
+    for name, weights in checkpoints[0][key].items():
+        torch.testing.assert_close(checkpoints[1][key][name], weights, atol=2e-6, rtol=1e-4)
+    if script is not sft:                                # the others started from the SFT policy
+        start = files.load_checkpoint(finished_run / "tiny" / "sft")["policy"]
+        trained = checkpoints[0][key]
+        moved = sum((trained[name] - weight).abs().sum().item() for name, weight in start.items()
+                    if name in trained)
+        assert moved > 1e-3
 
 
-def test_parts_are_of_about_one_size_and_hold_every_row_once():
+def test_parts_have_about_one_size_and_hold_every_row_once():
     for n, parts in ((8, 1), (8, 3), (5, 4), (2, 7)):
-        split = data.parts(list(range(n)), parts)
-        assert sum(split, []) == list(range(n)) and len(split) <= parts and max(map(len, split)) == -(-n // parts)
-        assert torch.equal(torch.cat(data.parts(torch.arange(n), parts)), torch.arange(n))
+        rows = list(range(n))
+        split = [part for part, _ in data.microbatches(rows, parts)]
+        assert sum(split, []) == rows and len(split) <= parts
+        assert max(map(len, split)) == -(-n // parts)
+        tensors = [part for part, _ in data.microbatches(torch.arange(n), parts)]
+        assert torch.equal(torch.cat(tensors), torch.arange(n))
+
+
+def test_shares_of_parts_sum_to_one_and_follow_the_weights():
+    shares = [share.item() for _, share in data.microbatches([0, 1, 2, 3, 4], 3)]
+    assert shares == pytest.approx([0.4, 0.4, 0.2])
+    shares = [share.item() for _, share in data.microbatches([0, 1, 2], 2, [5, 1, 2])]
+    assert shares == pytest.approx([0.75, 0.25])
+
+
+def test_means_weigh_values_by_their_shares():
+    means = data.Means()
+    means.add({"loss": torch.tensor(1.0)}, torch.tensor(0.75))
+    means.add({"loss": 5.0}, 0.25)                       # a minibatch in two parts
+    means.add({"loss": 4.0, "lr": 0.1})                  # a second minibatch in one
+    assert means.result() == pytest.approx({"loss": 3.0, "lr": 0.1})
 
 
 # ---- what PPO can do besides
 
-def test_the_average_follows_its_formula_and_is_evaluated_beside_the_actor(beside, monkeypatch, no_pictures):
+def test_the_average_follows_its_formula_and_is_evaluated_beside_the_actor(
+        finished_run, monkeypatch, no_pictures):
     average, policy = small_gpt(seed=1), small_gpt(seed=2)
     before = copy.deepcopy(average.state_dict())
     ppo.move_average(average, policy, 0.9)
     for name, weight in average.state_dict().items():
         torch.testing.assert_close(weight, 0.9 * before[name] + 0.1 * policy.state_dict()[name])
-    passed, move = [], ppo.move_average
+    actors = []                                          # the actor's weights at each call
+    original = ppo.move_average
 
-    def spied(mean, actor, share):
-        passed.append(copy.deepcopy(actor.state_dict()))
-        move(mean, actor, share)
-    monkeypatch.setattr(ppo, "move_average", spied)
-    results = ppo.main(tiny(ppo, out="averaged", base="tiny", steps=3, n_eval=4, n_samples=4, ema=0.6))
-    saved, start = files.load_checkpoint(beside / "averaged" / "ppo"), files.load_checkpoint(beside / "tiny" / "sft")["policy"]
-    for name in start:                       # once an update, whatever else is switched on
-        expected = start[name]
-        for weights in passed:
+    def recorded(mean, actor, share):
+        actors.append(copy.deepcopy(actor.state_dict()))
+        original(mean, actor, share)
+    monkeypatch.setattr(ppo, "move_average", recorded)
+    results = ppo.main(tiny_config(ppo, out="averaged", base="tiny", steps=3, ema=0.6, **FEW))
+    assert len(actors) == 3                              # once an update
+    saved = files.load_checkpoint(finished_run / "averaged" / "ppo")
+    for name, expected in files.load_checkpoint(finished_run / "tiny" / "sft")["policy"].items():
+        for weights in actors:
             expected = 0.6 * expected + 0.4 * weights[name]
         torch.testing.assert_close(saved["policy_ema"][name], expected)
-    assert len(passed) == 3 and results["PPO, averaged"]["kl_ref"] != results["kl_ref"]
-    found = evaluate.main(tiny(evaluate, out="tiny", runs="averaged", n_eval=2, n_reference=8, n_samples=4))
+    assert results["PPO, averaged"]["kl_ref"] != results["kl_ref"]
+    found = evaluate.main(tiny_config(evaluate, out="tiny", runs="averaged", **SMALL_EVALUATION))
     assert list(found) == ["SFT", "averaged/ppo", "averaged/ppo/ema"]
 
 
-def test_the_gradient_with_ptx_is_the_sum_of_the_two(beside, monkeypatch, no_pictures):
-    """The first gradient of the actor, without clipping, is that of the policy loss plus coef times that of the texts"""
-    gradients, drawn, clip = {}, [], torch.nn.utils.clip_grad_norm_
-    draw = data.draw
+def test_the_gradient_with_ptx_is_the_sum_of_the_two(finished_run, monkeypatch, no_pictures):
+    """The actor's first gradient, unclipped: of the policy loss, plus coef times of the texts"""
+    first_gradients = []
+    texts = []                                           # of each gradient step
+    original_clip = torch.nn.utils.clip_grad_norm_
+    original_draw = data.draw
+    original_texts = data.built_in_texts
 
-    def spied(items, n, generator):
-        rows = draw(items, n, generator)
-        if isinstance(rows[0], tuple):                                         # texts, not prompts
-            drawn.append(rows)
+    def few_texts(n, n_held_out, seed):                  # 20,000 take seconds to write
+        return original_texts(min(n, 500), n_held_out, seed)
+
+    def recorded_draw(items, n, generator):
+        rows = original_draw(items, n, generator)
+        if isinstance(rows[0], tuple):                   # texts, not prompts
+            texts.append(rows)
         return rows
 
-    def record(parameters, limit):
-        parameters = list(parameters)
-        gradients.setdefault(name, torch.cat([p.grad.flatten().clone() for p in parameters]))
-        return clip(parameters, limit)
-    monkeypatch.setattr(data, "draw", spied)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
-    for name, coef in (("plain", 0.0), ("ptx", 0.7)):
-        ppo.main(tiny(ppo, out=f"gradient_{name}", base="tiny", steps=1, n_eval=4, n_samples=4, ptx_coef=coef, minibatch_size=32))
-    policy, _ = sft.load_policy(beside / "tiny" / "sft", "cpu")
-    inputs, targets, mask = data.collate(*zip(*drawn[0]))
+    def recorded_clip(parameters, limit):
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+        return original_clip(parameters, limit)
+    monkeypatch.setattr(data, "built_in_texts", few_texts)
+    monkeypatch.setattr(data, "draw", recorded_draw)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recorded_clip)
+    for coef in (0.0, 0.7):
+        gradients = []
+        ppo.main(tiny_config(ppo, out=f"ptx_{coef}", base="tiny", steps=1, ptx_coef=coef,
+                             minibatch_size=32, **FEW))
+        first_gradients.append(gradients[0])
+    policy, _, _ = tiny_models(finished_run)
+    inputs, targets, mask = data.collate(*zip(*texts[0]))
     loss = -masked_mean(token_logprobs(policy, inputs, targets, mask), mask)
     loss.backward()
-    texts = torch.cat([p.grad.flatten() for p in policy.parameters()])
-    torch.testing.assert_close(gradients["ptx"], gradients["plain"] + 0.7 * texts, atol=1e-6, rtol=1e-4)
-    assert len(drawn[0]) == 32 and log_of(beside / "gradient_ptx" / "ppo")[0]["ptx_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    text_gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    plain, with_ptx = first_gradients
+    torch.testing.assert_close(with_ptx, plain + 0.7 * text_gradient, atol=1e-6, rtol=1e-4)
+    logged = stage_log(finished_run, "ptx_0.7", ppo)[0]["ptx_loss"]
+    assert len(texts[0]) == 32 and logged == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_during_warm_up_the_critic_alone_learns(beside, no_pictures):
-    ppo.main(tiny(ppo, out="warmed", base="tiny", steps=3, n_eval=4, n_samples=4, critic_warmup=3))
-    saved, start = (files.load_checkpoint(beside / run) for run in ("warmed/ppo", "tiny/sft"))
-    assert all(torch.equal(saved["policy"][name], weight) for name, weight in start["policy"].items())
-    assert saved["critic"]["head.weight"].any() and all(line["kl_ref"] == 0 for line in log_of(beside / "warmed" / "ppo"))
-    ppo.main(tiny(ppo, out="warmed-2", base="tiny", steps=3, n_eval=4, n_samples=4, critic_warmup=1))
-    log = log_of(beside / "warmed-2" / "ppo")
-    assert log[1]["kl_ref"] == 0 != log[2]["kl_ref"] and log[0]["kl_old"] == 0 < log[1]["kl_old"]
+def test_during_warm_up_the_critic_alone_learns(finished_run, no_pictures):
+    ppo.main(tiny_config(ppo, out="warmed", base="tiny", steps=3, critic_warmup=3, **FEW))
+    saved = files.load_checkpoint(finished_run / "warmed" / "ppo")
+    for name, weight in files.load_checkpoint(finished_run / "tiny" / "sft")["policy"].items():
+        assert torch.equal(saved["policy"][name], weight)
+    assert saved["critic"]["head.weight"].any()
+    for line in stage_log(finished_run, "warmed", ppo):
+        assert line["kl_ref"] == line["grad_norm"] == 0 < line["critic_grad_norm"]
+    ppo.main(tiny_config(ppo, out="warmed-2", base="tiny", steps=3, critic_warmup=1, **FEW))
+    log = stage_log(finished_run, "warmed-2", ppo)
+    assert log[1]["kl_ref"] == 0 != log[2]["kl_ref"]
+    assert log[0]["kl_old"] == 0 < log[1]["kl_old"]
 
 
-@pytest.mark.parametrize("script", [sft, reward_model, ppo, dpo, grpo], ids=lambda s: s.__name__)
-def test_every_stage_runs_in_bfloat16_with_checkpointing(script, among):
-    changes = {sft: dict(init="gpt2", steps=2, n_texts=None, n_eval=10, batch_size=8, lora_rank=0), reward_model: dict(n_prompts=16, n_held_out=8)}
-    changes = changes.get(script, dict(n_eval=2, n_samples=2) | (dict(n_pairs=32) if script is dpo else dict(steps=2)))
-    script.main(mine(script, out=f"half_{script.__name__}", base="" if script is sft else "own", dtype="bfloat16", checkpointing=True, **changes))
-    folder = among / f"half_{script.__name__}" / script.__name__
-    saved = files.load_checkpoint(folder)
+@pytest.mark.parametrize("script, changes", [
+    (sft, dict(init="gpt2", steps=2, n_texts=None, n_eval=10, batch_size=8, lora_rank=0)),
+    (reward_model, dict(base="own", n_prompts=16, n_held_out=8)),
+    (ppo, dict(base="own", steps=2, n_eval=2, n_samples=2)),
+    (dpo, dict(base="own", n_pairs=32, n_eval=2, n_samples=2)),
+    (grpo, dict(base="own", steps=2, n_eval=2, n_samples=2))],
+    ids=lambda x: getattr(x, "__name__", ""))
+def test_every_stage_runs_in_bfloat16_with_checkpointing(script, changes, user_folder):
+    name = f"half_{script.__name__}"
+    script.main(user_config(script, out=name, dtype="bfloat16", checkpointing=True, **changes))
+    saved = files.load_checkpoint(user_folder / name / script.__name__)
     weights = saved.get("policy") or saved["reward_model"]
-    assert all(w.dtype == torch.float32 for w in weights.values()) and saved["gpt"]["dtype"] == "bfloat16"
-    if script in (ppo, grpo):
-        assert log_of(folder)[0]["kl_ref"] == 0                                # also in bfloat16: the same products
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    assert saved["gpt"]["dtype"] == "bfloat16"
+    if script in (ppo, grpo):                            # also in bfloat16: the same products
+        assert stage_log(user_folder, name, script)[0]["kl_ref"] == 0
 
 
-# ---- rewards of one's own
+# ---- rewards from classifiers and functions
 
-@pytest.fixture(scope="module")
-def classifiers(tmp_path_factory):
-    """Folders with small classifiers of one, two and three labels, with tokenizers of their own"""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
-    home, words = tmp_path_factory.mktemp("classifiers"), ["[PAD]", "[UNK]", *"the a is not good superb plot acting . ! see it".split()]
-    bare = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    bare.pre_tokenizer = pre_tokenizers.Whitespace()
-    for labels in (1, 2, 3):
-        torch.manual_seed(labels)
-        bert = BertForSequenceClassification(BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                                        intermediate_size=32, max_position_embeddings=12, num_labels=labels, pad_token_id=0))
-        for p in bert.parameters():
-            p.data.normal_(std=0.3)
-        bert.save_pretrained(home / str(labels))
-        PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="[PAD]", unk_token="[UNK]", model_max_length=12).save_pretrained(home / str(labels))
-    return home
+def classifier_batch(tokenizer, prompts, responses):
+    """-> inputs, targets, mask, finished: texts as a reward gets them, each with its EOS"""
+    batch = data.collate(*tokenizers.encode_texts(tokenizer, prompts, responses))
+    return *batch, torch.ones(len(prompts), dtype=torch.bool)
 
 
 @pytest.mark.parametrize("labels", [1, 2])
-def test_a_classifier_of_transformers_scores_by_its_logit_or_the_difference_of_two(labels, classifiers, tokenizer):
+def test_a_classifier_scores_by_its_logit_or_the_difference_of_two(labels, classifiers, tokenizer):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    reward = load_own(tokenizer, str(classifiers / str(labels)), missing_eos_score=None)
+    folder = classifiers / str(labels)
+    reward = load_own(tokenizer, str(folder), missing_eos_score=None)
     prompts = ["the plot", "a good acting . the plot is not good", "", "see it . " * 9]
     responses = [" is good .", " is superb !", " superb", " the end is not good and far away ."]
-    batch = data.collate(*data.encode_texts(tokenizer, prompts, responses))
-    scores = reward(*batch, torch.tensor([True] * 4))
-    its = AutoTokenizer.from_pretrained(classifiers / str(labels))
-    theirs = AutoModelForSequenceClassification.from_pretrained(classifiers / str(labels)).eval()
+    scores = reward(*classifier_batch(tokenizer, prompts, responses))
+    its_tokenizer = AutoTokenizer.from_pretrained(folder)
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     for prompt, response, score in zip(prompts, responses, scores):
-        ids = torch.tensor([its(prompt + response)["input_ids"][-12:]])        # too long: the end is what was written
-        logits = theirs(ids).logits[0]
-        assert score.item() == pytest.approx((logits[1] - logits[0] if labels == 2 else logits[0]).item(), abs=1e-5)
-    assert scores.std() > 0.01 and reward.made_for.startswith(str(classifiers / str(labels)))
-    nothing = data.collate([[tokenizer.eot_token]], [[tokenizer.eot_token]])   # an empty text
-    assert torch.isfinite(reward(*nothing, torch.tensor([True]))).all()
+        ids = its_tokenizer(prompt + response)["input_ids"][-12:]    # a long text keeps its end
+        logits = theirs(torch.tensor([ids])).logits[0]
+        expected = logits[1] - logits[0] if labels == 2 else logits[0]
+        assert score.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert scores.std() > 0.01 and reward.made_for.startswith(str(folder))
+    empty = data.collate([[tokenizer.eot_token]], [[tokenizer.eot_token]])
+    assert torch.isfinite(reward(*empty, torch.tensor([True]))).all()
 
 
 @pytest.mark.parametrize("problem", [None, "multi_label_classification"])
 @pytest.mark.parametrize("labels", [1, 2, 3])
 def test_a_classifier_rewards_the_label_that_is_named(labels, problem, classifiers, tokenizer,
                                                       tmp_path, capsys):
-    """log p / (1 - p) of it, with p by softmax, or by sigmoid where labels may hold together"""
-    folder = tmp_path / "c:d"                                                  # a colon of its own
+    """log p / (1 - p) of the label: p by softmax, or by sigmoid if labels may hold together"""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    folder = tmp_path / "c:d"                            # a colon that parts no label
     shutil.copytree(classifiers / str(labels), folder)
-    config = json.loads((folder / "config.json").read_text())
     names = ["mild", "not mild", "5 stars"][:labels]
+    config = json.loads((folder / "config.json").read_text())
     config |= {"id2label": dict(enumerate(names)), "label2id": {}, "problem_type": problem}
     (folder / "config.json").write_text(json.dumps(config))
-    texts = data.encode_texts(tokenizer, ["the plot", "a good"], [" is good .", " acting !"])
-    batch = (*data.collate(*texts), torch.tensor([True] * 2))
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    its = AutoTokenizer.from_pretrained(folder)
+    batch = classifier_batch(tokenizer, ["the plot", "a good"], [" is good .", " acting !"])
+    its_tokenizer = AutoTokenizer.from_pretrained(folder)
     theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    logits = torch.stack([theirs(its(text, return_tensors="pt").input_ids).logits[0] for text in
-                          ("the plot is good .", "a good acting !")]).double().detach()
+    logits = torch.stack([theirs(its_tokenizer(text, return_tensors="pt").input_ids).logits[0]
+                          for text in ("the plot is good .", "a good acting !")])
+    logits = logits.double().detach()
     p = logits.sigmoid() if problem or labels == 1 else logits.softmax(dim=1)
     made_for = set()
     for i, name in enumerate(names):
@@ -6767,7 +5439,7 @@ def test_a_classifier_rewards_the_label_that_is_named(labels, problem, classifie
         made_for.add(reward.made_for)
     assert len(made_for) == labels
     with pytest.raises(Stopped, match="c:d:mold, but that classifier has no label mold .did "
-                       "you mean mild.*; it has mild"):
+                                      "you mean mild.*; it has mild"):
         load_own(tokenizer, f"{folder}:mold")
     if labels == 2 and not problem:
         plain = load_own(tokenizer, str(folder), missing_eos_score=None)
@@ -6775,501 +5447,735 @@ def test_a_classifier_rewards_the_label_that_is_named(labels, problem, classifie
         assert re.fullmatch(re.escape(str(folder)) + " [0-9a-f]{16}", plain.made_for)
 
 
-def test_only_a_colon_before_a_label_or_a_function_parts_a_reward(here):
+def test_only_a_colon_before_a_label_or_a_function_parts_a_reward(empty_folder):
     for whole in (r"C:\models\c2", "owner/c2", "judge.py", r"C:\judge.py"):
-        assert scoring.split(whole) == (whole, "")
-        assert scoring.split(whole + ":a b") == (whole, "a b")
-    (here / "run:2").mkdir()
-    assert scoring.split("run:2") == ("run:2", "") and scoring.split("run:2:x") == ("run:2", "x")
+        assert reward_py.split(whole) == (whole, "")
+        assert reward_py.split(whole + ":a b") == (whole, "a b")
+    (empty_folder / "run:2").mkdir()
+    assert reward_py.split("run:2") == ("run:2", "")
+    assert reward_py.split("run:2:x") == ("run:2", "x")
 
 
 def test_a_roberta_reads_two_positions_less_than_it_has(tokenizer, classifiers, tmp_path):
     from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
     torch.manual_seed(0)
     RobertaForSequenceClassification(RobertaConfig(
-        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=12,
-        num_labels=1, pad_token_id=0)).save_pretrained(tmp_path)
-    its = AutoTokenizer.from_pretrained(classifiers / "1")
-    its.model_max_length = int(1e30)                                           # as when nobody said
-    its.save_pretrained(tmp_path)
-    batch = data.collate(*data.encode_texts(tokenizer, ["see it . " * 9], [" is good ."]))
-    assert torch.isfinite(load_own(tokenizer, str(tmp_path))(*batch, torch.tensor([True]))).all()
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=12, num_labels=1,
+        pad_token_id=0)).save_pretrained(tmp_path)
+    its_tokenizer = AutoTokenizer.from_pretrained(classifiers / "1")
+    its_tokenizer.model_max_length = int(1e30)           # as transformers has it if none was given
+    its_tokenizer.save_pretrained(tmp_path)
+    batch = classifier_batch(tokenizer, ["see it . " * 9], [" is good ."])
+    assert torch.isfinite(load_own(tokenizer, str(tmp_path))(*batch)).all()
 
 
-def test_classifiers_of_more_labels_are_refused_and_other_weights_are_another_reward(classifiers, tokenizer, tmp_path):
-    with pytest.raises(Stopped, match="tells 3 classes apart; a reward is one number, so name "
-                       "the label to reward: .*/3:LABEL, with one of LABEL_0, "):
+def test_a_classifier_without_one_trained_number_to_give_is_refused(classifiers, tokenizer,
+                                                                    tmp_path):
+    with pytest.raises(Stopped, match="has 3 labels and a reward is one number; name the label to "
+                                      "reward: .*/3:LABEL, with one of LABEL_0, "):
         load_own(tokenizer, str(classifiers / "3"))
-    GPT(GPTConfig(20, 16, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path / "no-head", eos_id=0)
-    data.export_tokenizer(tokenizer, tmp_path / "no-head")
-    with pytest.raises(Stopped, match="has no weights for score.weight: it was not trained to classify"):
-        load_own(tokenizer, str(tmp_path / "no-head"))
-    shutil.copytree(classifiers / "1", tmp_path / "copy")
-    one = load_own(tokenizer, str(tmp_path / "copy")).made_for
+    GPT(GPTConfig(20, 16, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path, eos_id=0)
+    tokenizers.export_tokenizer(tokenizer, tmp_path)
+    with pytest.raises(Stopped, match="has no weights for score.weight: it was not trained to "
+                                      "classify"):
+        load_own(tokenizer, str(tmp_path))
+
+
+def test_a_classifier_with_other_weights_is_a_different_reward(classifiers, tokenizer, tmp_path):
     from transformers import BertForSequenceClassification
-    changed = BertForSequenceClassification.from_pretrained(tmp_path / "copy")
+    folder = tmp_path / "copy"
+    shutil.copytree(classifiers / "1", folder)
+    before = load_own(tokenizer, str(folder)).made_for
+    changed = BertForSequenceClassification.from_pretrained(folder)
     changed.classifier.bias.data.add_(1.0)
-    changed.save_pretrained(tmp_path / "copy")
-    assert load_own(tokenizer, str(tmp_path / "copy")).made_for != one
+    changed.save_pretrained(folder)
+    assert load_own(tokenizer, str(folder)).made_for != before
+
+
+def with_weight(name, tensor):
+    return lambda tensors: tensors | {name: tensor}
+
+
+def without_queries(tensors):
+    return {name: tensor for name, tensor in tensors.items() if "query.weight" not in name}
 
 
 @pytest.mark.parametrize("weights, message", [
-    (prefixed("_orig_mod."), ""), (prefixed("module._orig_mod."), ""), (prefixed("base_model.model."), ""),
-    (lambda x: x | {"bert.embeddings.position_ids": torch.arange(12)[None]}, ""),
-    (prefixed("foo."), "has no weights for bert.embeddings"),
-    (lambda x: x | {"cls.predictions.bias": torch.zeros(3)}, "does not use: cls.predictions.bias"),
-    (lambda x: x | {"classifier.weight": torch.zeros(5, 16)},
-     r"has classifier.weight of shape \(5, 16\), and its config.json wants \(1, 16\)"),
-    (lambda x: {name: w for name, w in x.items() if "query.weight" not in name}, "has no weights for .*query"),
-    ("adapter_config.json", "holds an adapter .LoRA.*; merge it into them first")])
-def test_a_classifiers_weights_all_load_or_are_refused_by_name(weights, message, classifiers, tokenizer, tmp_path):
-    batch = data.collate(*data.encode_texts(tokenizer, ["the plot"], [" is good"]))
-    whole = load_own(tokenizer, str(classifiers / "1"))(*batch, torch.tensor([True]))
-    shutil.copytree(classifiers / "1", tmp_path / "x")
+    pytest.param(prefixed("_orig_mod."), "", id="compiled"),
+    pytest.param(prefixed("module._orig_mod."), "", id="compiled, parallel"),
+    pytest.param(prefixed("base_model.model."), "", id="peft"),
+    pytest.param(with_weight("bert.embeddings.position_ids", torch.arange(12)[None]), "",
+                 id="positions"),
+    pytest.param(prefixed("foo."), "has no weights for bert.embeddings", id="foreign"),
+    pytest.param(with_weight("cls.predictions.bias", torch.zeros(3)),
+                 "does not use: cls.predictions.bias", id="unknown"),
+    pytest.param(with_weight("classifier.weight", torch.zeros(5, 16)),
+                 r"has classifier.weight of shape \(5, 16\), and its config.json wants \(1, 16\)",
+                 id="shape"),
+    pytest.param(without_queries, "has no weights for .*query", id="missing"),
+    pytest.param("adapter_config.json", "holds an adapter .LoRA.*; merge it into them first",
+                 id="adapter")])
+def test_a_classifiers_weights_all_load_or_are_refused_by_name(weights, message, classifiers,
+                                                               tokenizer, tmp_path):
+    batch = classifier_batch(tokenizer, ["the plot"], [" is good"])
+    expected = load_own(tokenizer, str(classifiers / "1"))(*batch)
+    folder = tmp_path / "x"
+    shutil.copytree(classifiers / "1", folder)
     if isinstance(weights, str):
-        (tmp_path / "x" / weights).write_text("{}")
+        (folder / weights).write_text("{}")
     else:
-        tensors = weights(load_file(classifiers / "1" / "model.safetensors"))
-        save_file(tensors, tmp_path / "x" / "model.safetensors", metadata={"format": "pt"})
+        tensors = load_file(folder / "model.safetensors")
+        save_file(weights(tensors), folder / "model.safetensors", metadata={"format": "pt"})
     if message:
         with pytest.raises(Stopped, match=f"^error: --reward .*{message}"):
-            load_own(tokenizer, str(tmp_path / "x"))
+            load_own(tokenizer, str(folder))
     else:
-        assert torch.equal(load_own(tokenizer, str(tmp_path / "x"))(*batch, torch.tensor([True])), whole)
+        assert torch.equal(load_own(tokenizer, str(folder))(*batch), expected)
 
 
-def test_an_exported_reward_model_is_the_same_reward_as_before(beside, tmp_path):
-    policy, tokenizer = sft.load_policy(beside / "tiny" / "sft", "cpu")
-    reward_model.export(beside / "tiny" / "reward_model", str(tmp_path / "exported"))
-    scorer = reward_model.load_reward_model(beside / "tiny" / "reward_model", policy, tokenizer, "cpu")
-    tokens, mask = generate(policy, asked(tokenizer, 20), 24, tokenizer.eot_token, generator=seeded())
+def test_an_exported_reward_model_is_the_same_reward_as_before(finished_run, tmp_path):
+    policy, tokenizer, scorer = tiny_models(finished_run)
+    exported = str(tmp_path / "exported")
+    reward_model.export(finished_run / "tiny" / "reward_model", exported)
+    tokens, mask = generate(policy, held_out_prompts(tokenizer, 20), 24, tokenizer.eot_token,
+                            generator=seeded())
     inputs, targets = data.shift(tokens)
     finished = data.met_eos(targets, mask, tokenizer.eot_token)
-    theirs = load_own(tokenizer, str(tmp_path / "exported"), missing_eos_score=-3.0)(inputs, targets, mask, finished)
-    ours = reward_of(scorer, tiny(ppo))(inputs, targets, mask, finished)
-    again = [tokenizer.encode_ordinary(tokenizer.decode(ids)) == ids for ids in (row[m > 0][:-1].tolist() for row, m in zip(targets, mask))]
-    same = torch.tensor(again) & finished                                      # text that gives its ids again
+    batch = (inputs, targets, mask, finished)
+    theirs = load_own(tokenizer, exported, missing_eos_score=-3.0)(*batch)
+    ours = reward_of(scorer, tiny_config(ppo))(*batch)
+    responses = [ids[:-1] for ids in data.responses_of(tokens, mask)]
+    same = torch.tensor([tokenizer.encode_ordinary(tokenizer.decode(ids)) == ids
+                         for ids in responses]) & finished       # the text gives the ids again
     assert same.sum() > 4
     torch.testing.assert_close(theirs[same], ours[same], atol=1e-4, rtol=0)
 
 
-def test_any_reward_is_normalised_on_samples_of_the_sft_policy(beside, capsys, no_pictures):
-    (beside.parent / "length.py").write_text("def length(prompts, responses):\n    return [1000 + 7 * len(r) for r in responses]\n")
-    policy, tokenizer = sft.load_policy(beside / "tiny" / "sft", "cpu")
-    cfg = tiny(ppo, out="length", base="tiny", reward="length.py:length", steps=2, n_eval=8, n_samples=8)
-    train, _ = corpus.prompts(cfg, tokenizer, 72)
-    reward = scoring.load_reward(dataclasses.replace(cfg, missing_eos_score=None), policy, tokenizer, train, "cpu")
-    tokens, mask = generate(policy, data.draw(train, 2000, seeded(5)), 24, tokenizer.eot_token, generator=seeded(6))
+LENGTH = "def length(prompts, responses):\n    return [1000 + 7 * len(r) for r in responses]\n"
+
+
+def test_any_reward_is_normalised_on_samples_of_the_sft_policy(finished_run, capsys, no_pictures):
+    (finished_run.parent / "length.py").write_text(LENGTH)
+    policy, tokenizer, _ = tiny_models(finished_run)
+    cfg = tiny_config(ppo, out="length", base="tiny", reward="length.py:length", steps=2,
+                      n_eval=8, n_samples=8)
+    train, _ = data.prompts(cfg, tokenizer, 72)
+
+    def load(**changes):
+        changed = dataclasses.replace(cfg, **changes)
+        return reward_py.load_reward(changed, policy, tokenizer, train, "cpu")
+
+    reward = load(missing_eos_score=None)
+    tokens, mask = generate(policy, data.draw(train, 2000, seeded(5)), 24, tokenizer.eot_token,
+                            generator=seeded(6))
     inputs, targets = data.shift(tokens)
-    scores = reward(inputs, targets, mask, data.met_eos(targets, mask, tokenizer.eot_token))
-    assert abs(scores.mean()) < 4 * (1 / 512 + 1 / 2000) ** 0.5 and scores.std().item() == pytest.approx(1, abs=0.1)
-    lengths = torch.tensor([len(r) for r in data.texts_of(tokenizer, inputs, targets, mask)[1]])
-    torch.testing.assert_close(scores, reward.gain * (1000 + 7 * lengths) + reward.bias, atol=1e-3, rtol=1e-4)
+    finished = data.met_eos(targets, mask, tokenizer.eot_token)
+    scores = reward(inputs, targets, mask, finished)
+    assert abs(scores.mean()) < 4 * (1 / 512 + 1 / 2000) ** 0.5
+    assert scores.std().item() == pytest.approx(1, abs=0.1)
+    _, responses = data.texts_of(tokenizer, inputs, targets, mask)
+    raw = torch.tensor([1000.0 + 7 * len(response) for response in responses])
+    torch.testing.assert_close(scores, reward.gain * raw + reward.bias, atol=1e-3, rtol=1e-4)
+
     ppo.main(cfg)
     said = capsys.readouterr().out
-    assert "length.py:length has mean 1" in said and "the critic starts from the SFT policy" in said      # --critic_init rm
-    saved = files.load_checkpoint(beside / "length" / "ppo")["reward"]
-    assert (saved["gain"], saved["bias"]) == (reward.gain, reward.bias)        # whatever the seed: see evaluate
-    assert dataclasses.replace(cfg, seed=3).seed == 3 and scoring.load_reward(
-        dataclasses.replace(cfg, seed=3), policy, tokenizer, train, "cpu").state_dict() == saved
-    found = evaluate.main(tiny(evaluate, out="tiny", runs="length", reward="length.py:length", n_eval=2, n_reference=8, n_samples=4))
+    assert "length.py:length has mean 1" in said
+    assert "the critic starts from the SFT policy" in said       # although --critic_init is rm
+    saved = files.load_checkpoint(finished_run / "length" / "ppo")["reward"]
+    assert (saved["gain"], saved["bias"]) == (reward.gain, reward.bias)
+    assert load(seed=3).state_dict() == saved            # the same for each seed, as evaluate needs
+    found = evaluate.main(tiny_config(evaluate, out="tiny", runs="length",
+                                      reward="length.py:length", **SMALL_EVALUATION))
     assert list(found) == ["SFT", "length/ppo"]
-    plain = scoring.load_reward(dataclasses.replace(cfg, normalise_reward=False), policy, tokenizer, train, "cpu")
+    plain = load(normalise_reward=False)
     assert (plain.gain, plain.bias) == (1.0, 0.0)
-    assert reward.is_that_of(saved) and reward.is_that_of(saved | {"gain": 1.05 * saved["gain"]}) and not plain.is_that_of(saved)
+    assert reward.matches(saved) and not plain.matches(saved)
+    assert reward.matches(saved | {"gain": 1.05 * saved["gain"]})
 
 
-@pytest.mark.parametrize("script, changes", [(ppo, dict(steps=2)), (grpo, dict(steps=2)), (policy_gradient, dict(steps=2, rung="clip")),
-                                             (dpo, dict(n_pairs=32, labels="soft"))], ids=lambda x: getattr(x, "__name__", ""))
-def test_every_stage_follows_a_reward_of_ones_own(script, changes, beside, no_pictures):
-    (beside.parent / "length.py").write_text("def length(prompts, responses):\n    return [1000 + 7 * len(r) for r in responses]\n")
-    script.main(tiny(script, out="by_length", base="tiny", reward="length.py:length", n_eval=4, n_samples=4, **changes))
-    assert files.load_checkpoint(beside / "by_length" / script.__name__)["reward"]["made_for"].startswith("length.py:length ")
-    assert abs(log_of(beside / "by_length" / script.__name__)[0]["score"]) < 3  # raw ones are above 1000
-    (beside.parent / "length.py").write_text("def length(prompts, responses):\n    return [-len(r) for r in responses]\n")
-    cfg = tiny(script, out="by_length", base="tiny", reward="length.py:length", n_eval=4, n_samples=4, **changes)
-    (beside / "by_length" / script.__name__ / "report.txt").unlink()           # as if it had been interrupted
-    with pytest.raises(Stopped, match="begun with a different reward .length.py:length"):
+@pytest.mark.parametrize("script, changes", [
+    (ppo, dict(steps=2)),
+    (grpo, dict(steps=2)),
+    (policy_gradient, dict(steps=2, rung="clip")),
+    (dpo, dict(n_pairs=32, labels="soft"))], ids=lambda x: getattr(x, "__name__", ""))
+def test_every_stage_follows_a_reward_of_the_users(script, changes, finished_run, no_pictures):
+    (finished_run.parent / "length.py").write_text(LENGTH)
+    cfg = tiny_config(script, out="by_length", base="tiny", reward="length.py:length", **FEW,
+                      **changes)
+    script.main(cfg)
+    folder = finished_run / "by_length" / script.__name__
+    made_for = files.load_checkpoint(folder)["reward"]["made_for"]
+    assert made_for.startswith("length.py:length ")
+    assert abs(log_of(folder)[0]["score"]) < 3           # normalised: raw ones are above 1000
+    (finished_run.parent / "length.py").write_text(LENGTH.replace("1000 + 7 *", "-"))
+    (folder / "report.txt").unlink()                     # as if it had been interrupted
+    with pytest.raises(Stopped, match="started with a different reward .length.py:length"):
         script.main(dataclasses.replace(cfg, resume=True))
-
-
-def test_an_edit_of_a_file_that_the_reward_imports_is_noticed(here, tokenizer, monkeypatch):
-    """Modules, a package, a folder without __init__, one in sys.path; what is installed is not"""
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(here / "python"))
-    for path in ("bonus", "pack/__init__", "pack/inner", "folder/leaf", "lib/deep", "unused",
-                 "env/site-packages/theirs", "python/of_python"):
-        (here / path).parent.mkdir(parents=True, exist_ok=True)
-        (here / f"{path}.py").write_text("BONUS = 1\n")
-    (here / "judge.py").write_text(
-        "import os, sys\n"
-        "sys.path += map(os.path.abspath, ['lib', 'env/site-packages', 'python'])\n"
-        "import bonus, deep, of_python, pack.inner, reviews, sample, theirs\n"
-        "from folder import leaf\n"
-        "def f(prompts, responses):\n    return [leaf.BONUS] * len(responses)\n")
-    (here / "alone.py").write_text("def f(prompts, responses):\n    return [1.0]\n")
-    digest = files.digest(here / "alone.py")[:16]
-    assert load_own(tokenizer, "alone.py:f").made_for == f"alone.py:f {digest}"
-    first = load_own(tokenizer, "judge.py:f").made_for
-    assert first.startswith(f"judge.py:f {files.digest(here / 'judge.py')[:16]} bonus.py ")
-    assert first.split()[2::2] == ["bonus.py", "folder/leaf.py", "lib/deep.py", "pack/__init__.py",
-                                   "pack/inner.py"]
-    for path in ("bonus", "pack/inner", "folder/leaf", "lib/deep"):
-        before = load_own(tokenizer, "judge.py:f").made_for
-        (here / f"{path}.py").write_text("BONUS = 12345\n")
-        assert load_own(tokenizer, "judge.py:f").made_for != before
-    last = load_own(tokenizer, "judge.py:f")
-    assert last.raw.args[0]([], [1]) == [12345]                                # it runs the new one
-    state = {"made_for": first, "gain": 1.0, "bias": 0.0}
-    with pytest.raises(Stopped, match="begun with a different reward .judge.py:f .* bonus.py"):
-        last.load_state_dict(state)
-
-
-def test_a_reward_beside_our_scripts_may_import_them(here, tokenizer, monkeypatch):
-    """They are not its files, or it would be a different reward for each script that uses it"""
-    monkeypatch.setattr(guest, "HERE", here)
-    (here / "train.py").write_text("PRESETS = {}\n")
-    (here / "bonus.py").write_text("BONUS = 1\n")
-    (here / "judge.py").write_text("import bonus, train\ndef f(p, r):\n    return [1.0]\n")
-    assert load_own(tokenizer, "judge.py:f").made_for.split()[2::2] == ["bonus.py"]
-
-
-ROUNDS = dict(n_pairs=32, rounds=2, labels="soft", eval_every=1)
-
-
-@pytest.mark.parametrize("script, call, changes", [
-    (ppo, 2, dict(steps=2)), (grpo, 2, dict(steps=2)),
-    (policy_gradient, 2, dict(steps=2, rung="clip")), (dpo, 2, ROUNDS), (dpo, 3, ROUNDS)],
-    ids=lambda x: getattr(x, "__name__", str(x) if isinstance(x, int) else ""))
-def test_ctrl_c_in_a_reward_drops_the_update_which_resume_repeats(script, call, changes, beside,
-                                                                  no_pictures):
-    """Also where the function answers it with scores; dpo's calls are pairs, samples, pairs, .."""
-    (beside.parent / "stopped.py").write_text(
-        "import os, pathlib, random, signal\ncalls = []\n"
-        "def f(prompts, responses):\n    calls.append(1)\n"
-        "    scores = [random.random() + len(r) for r in responses]\n    try:\n"
-        f"        if len(calls) == {call} and pathlib.Path('stop').exists():\n"
-        "            os.kill(os.getpid(), signal.SIGINT)\n    except KeyboardInterrupt:\n"
-        "        return [0.0] * len(responses)\n    return scores\n")
-    cfg = tiny(script, base="tiny", reward="stopped.py:f", normalise_reward=False, n_eval=2,
-               n_samples=2, **changes)
-    for out in ("unstopped", "stopped"):
-        shutil.rmtree(beside / out / script.__name__, ignore_errors=True)
-    script.main(dataclasses.replace(cfg, out="unstopped"))
-    stop = beside.parent / "stop"
-    stop.touch()
-    try:
-        with pytest.raises(Stopped, match="saved after [01] of 2 updates in out/stopped/.*; the "
-                           "same command with --resume"):
-            script.main(dataclasses.replace(cfg, out="stopped"))
-    finally:
-        stop.unlink()
-    assert not any(run.looping for run in experiment.OPENED.runs)
-    script.main(dataclasses.replace(cfg, out="stopped", resume=True))
-    assert_same_run(beside / "stopped" / script.__name__, beside / "unstopped" / script.__name__)
-
-
-def test_after_ctrl_c_a_reward_is_not_called_any_more(beside, monkeypatch, no_pictures):
-    """It may have workers, and they have got Ctrl-C as well"""
-    (beside.parent / "counted.py").write_text(
-        "calls = open('calls', 'w', buffering=1)\n"
-        "def f(prompts, responses):\n    print(len(responses), file=calls)\n"
-        "    return [len(r) for r in responses]\n")
-    roll_out = ppo.roll_out
-    updates = []
-
-    def interrupted(*args):
-        updates.append(1)
-        for _ in range(presses if len(updates) == 2 else 0):
-            os.kill(os.getpid(), signal.SIGINT)
-        return roll_out(*args)
-    monkeypatch.setattr(ppo, "roll_out", interrupted)
-    cfg = tiny(ppo, base="tiny", steps=2, reward="counted.py:f", n_eval=2, n_samples=2)
-    presses = 1
-    with pytest.raises(Stopped, match="saved after 1 of 2 updates in out/counted/ppo; the same"):
-        ppo.main(dataclasses.replace(cfg, out="counted", normalise_reward=False))
-    assert (beside.parent / "calls").read_text() == "32\n"
-    presses = 2
-    updates.clear()
-    with pytest.raises(KeyboardInterrupt):                                     # leaves at once
-        ppo.main(dataclasses.replace(cfg, out="twice_pressed", normalise_reward=False))
-    assert ppo.main(dataclasses.replace(cfg, out="counted_again"))             # has its own rewards
-
-
-def test_ctrl_c_that_reaches_a_rewards_child_processes_spoils_nothing(beside, no_pictures):
-    """From a terminal all get it: workers, forked while the run catches it, and their children"""
-    (beside.parent / "tested.py").write_text("""
-import multiprocessing, pathlib, subprocess
-calls = []
-
-def returncode(seconds):
-    return subprocess.run(["sleep", seconds]).returncode
-
-def f(prompts, responses):
-    calls.append(1)
-    seconds = "0"
-    if len(calls) == 2 and pathlib.Path("slow").exists():
-        seconds = "30"
-        pathlib.Path("slow").unlink()
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        failed = any(pool.map(returncode, [seconds] * 2))
-    return [0.0 if failed else len(response) for response in responses]
-""")
-    changes = dict(steps=2, reward="tested.py:f", normalise_reward=False, n_eval=2, n_samples=2)
-    ppo.main(tiny(ppo, out="untouched", base="tiny", **changes))
-    slow = beside.parent / "slow"
-    slow.touch()
-    command = stage_command(ppo, "--out", "touched", "--base", "tiny")
-    for name, value in changes.items():
-        command += [f"--{name}", str(value)]
-    with started(command, beside.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                 start_new_session=True) as process:
-        deadline = time.time() + 60
-        while slow.exists() and process.poll() is None and time.time() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.2)                                                        # they begin
-        os.killpg(process.pid, signal.SIGINT)
-        try:
-            out, err = process.communicate(timeout=20)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 1 and "saved after 1 of 2 updates in out/touched/ppo; the " in err
-    assert out.count("this update, then saving") == 1                          # not by workers, too
-    ppo.main(tiny(ppo, out="touched", base="tiny", resume=True, **changes))
-    assert_same_run(beside / "touched" / "ppo", beside / "untouched" / "ppo")
-
-
-def test_a_reward_that_cannot_be_used_stops_the_run_with_what_was_saved_in_place(beside, tmp_path, no_pictures):
-    good = "    return [float(len(r)) for r in responses]\n"
-    for name, body, message in (
-            ("flat", "    return [2.0] * len(responses)\n", "the reward gave 2 to each of 512 responses of the SFT policy"),
-            ("nan", "    return [float('nan')] * len(responses)\n", "the reward of a response of the SFT policy is nan; it has to be finite"),
-            ("few", "    return [1.0]\n", "gave back 1 numbers; it should give one for each"),
-            ("broken", "    raise ValueError('no judge today')\n", "the reward function broken ended in the ValueError above")):
-        (tmp_path / f"{name}.py").write_text(f"def {name}(prompts, responses):\n{body}")
-        with pytest.raises(Stopped, match=message):
-            ppo.main(tiny(ppo, out=f"reward_{name}", base="tiny", reward=f"{tmp_path}/{name}.py:{name}"))
-        assert not (beside / f"reward_{name}").exists()                        # before anything was written
-    (tmp_path / "late.py").write_text(
-        "calls = []\ndef late(prompts, responses):\n    calls.append(1)\n"
-        "    if len(calls) > 11:\n        return [float('inf')] * len(responses)\n" + good)
-    with pytest.raises(Stopped, match=r"scores in update 3: inf in \d+ of 32 places, first at .\d+.; the reward returned it"):
-        ppo.main(tiny(ppo, out="late", base="tiny", reward=f"{tmp_path}/late.py:late", save_every=1))
-    assert files.load_checkpoint(beside / "late" / "ppo")["step"] == 3
-    (tmp_path / "slow.py").write_text(f"import time\ndef slow(prompts, responses):\n    time.sleep(0.2)\n{good}")
-    ppo.main(tiny(ppo, out="slow", base="tiny", reward=f"{tmp_path}/slow.py:slow", steps=1, n_eval=2, n_samples=2, normalise_reward=False))
-    assert log_of(beside / "slow" / "ppo")[0]["score_seconds"] > 0.2
 
 
 # ---- sample.py
 
-def test_samples_are_shown_side_by_side_with_scores(beside, capsys):
-    sample.main(tiny(sample, stage="sft,ppo,ladder/policy_gradient/clip", score=True, n=3))
+def sampled_responses(policy, tokenizer, prompts, **options):
+    """What sample.py samples by default -> tokens, mask, response token lists"""
+    tokens, mask = generate(policy, prompts, 24, tokenizer.eot_token, **options)
+    return tokens, mask, data.responses_of(tokens, mask)
+
+
+def test_samples_are_shown_side_by_side_with_scores(finished_run, capsys):
+    sample.main(tiny_config(sample, stage="sft,ppo,ladder/policy_gradient/clip", score=True, n=3))
     said = capsys.readouterr().out
-    policy, tokenizer = sft.load_policy(beside / "tiny" / "ppo", "cpu")
-    prompts = asked(tokenizer, 3, 1337)
-    tokens, mask = generate(policy, prompts, 24, tokenizer.eot_token, generator=seeded(1337))
-    scorer = reward_model.load_reward_model(beside / "tiny" / "reward_model", sft.load_policy(beside / "tiny" / "sft", "cpu")[0], tokenizer, "cpu")
+    _, tokenizer, scorer = tiny_models(finished_run)
+    policy, _ = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
+    prompts = held_out_prompts(tokenizer, 3, 1337)
+    tokens, mask, responses = sampled_responses(policy, tokenizer, prompts, generator=seeded(1337))
     inputs, targets = data.shift(tokens)
-    scores = reward_of(scorer, tiny(ppo))(inputs, targets, mask, data.met_eos(targets, mask, tokenizer.eot_token))
-    for prompt, ids, score in zip(prompts, data.responses_of(tokens, mask), scores):
-        text, finished = data.decode_response(tokenizer, ids)
-        assert f"    ppo  score {score:.2f} {text}{'' if finished else ' ..'}\n" in said and tokenizer.decode(prompt) in said
+    finished = data.met_eos(targets, mask, tokenizer.eot_token)
+    scores = reward_of(scorer, tiny_config(ppo))(inputs, targets, mask, finished)
+    for prompt, ids, score in zip(prompts, responses, scores):
+        text, ended = tokenizers.decode_response(tokenizer, ids)
+        shown = text if ended else f"{text} .."
+        assert f"    ppo  score {score:.2f} {shown}\n" in said
+        assert tokenizer.decode(prompt) in said
     assert said.count("\n    sft  score") == said.count("ladder/policy_gradient/clip  score") == 3
 
 
-def test_a_prompt_of_ones_own_is_answered_greedily_the_same_way_each_time(beside, capsys):
-    sample.main(tiny(sample, stage="ppo", prompt=TINY_PROMPT, temperature=0.0, n=2))
+def test_a_prompt_of_the_users_is_answered_greedily_the_same_way_each_time(finished_run, capsys):
+    sample.main(tiny_config(sample, stage="ppo", prompt=TINY_PROMPT, temperature=0.0, n=2))
     prompt, *answers = capsys.readouterr().out.strip("\n").split("\n")
-    assert prompt == TINY_PROMPT and len(answers) == 2 and answers[0] == answers[1] and answers[0].startswith("    ppo ")
-    policy, tokenizer = sft.load_policy(beside / "tiny" / "ppo", "cpu")
-    tokens, mask = generate(policy, [data.encode_prompt(tokenizer, TINY_PROMPT)], 24, tokenizer.eot_token, temperature=0)
-    assert data.decode_response(tokenizer, data.responses_of(tokens, mask)[0])[0] in answers[0]
-    cfg = options.parse(sample.Config, "", ["--temperature", "0"])
-    assert cfg.temperature == 0
+    assert prompt == TINY_PROMPT and len(answers) == 2 and answers[0] == answers[1]
+    policy, tokenizer = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
+    ids = tokenizers.encode_prompt(tokenizer, TINY_PROMPT)
+    _, _, responses = sampled_responses(policy, tokenizer, [ids], temperature=0)
+    text, _ = tokenizers.decode_response(tokenizer, responses[0])
+    assert answers[0].startswith("    ppo ") and text in answers[0]
+
+
+def test_only_sampling_takes_a_temperature_of_zero():
+    assert settings.parse(sample.Config, "", ["--temperature", "0"]).temperature == 0
     with pytest.raises(Stopped, match="--temperature got 0.0; it takes a number above 0"):
-        options.parse(ppo.Config, "", ["--temperature", "0"])
+        settings.parse(ppo.Config, "", ["--temperature", "0"])
 
 
-@pytest.mark.parametrize("what", ["kl", "value", "advantage"])
-def test_tokens_are_shown_with_what_ppo_computed_of_them(what, beside, capsys):
-    sample.main(tiny(sample, stage="sft,ppo", tokens=what, n=2))
+@pytest.mark.parametrize("quantity", ["kl", "value", "advantage"])
+def test_tokens_are_shown_with_what_ppo_computes_of_them(quantity, finished_run, capsys):
+    sample.main(tiny_config(sample, stage="sft,ppo", tokens=quantity, n=2))
     said = capsys.readouterr().out
-    reference, tokenizer = sft.load_policy(beside / "tiny" / "sft", "cpu")
-    policy, _ = sft.load_policy(beside / "tiny" / "ppo", "cpu")
-    saved = files.load_checkpoint(beside / "tiny" / "ppo")
-    tokens, mask = generate(policy, asked(tokenizer, 2, 1337), 24, tokenizer.eot_token, generator=seeded(1337))
-    inputs, targets = data.shift(tokens)
-    logprobs, ref_logprobs = (token_logprobs(p, inputs, targets, mask).detach() for p in (policy, reference))
+    reference, tokenizer, scorer = tiny_models(finished_run)
+    policy, _ = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
+    saved = files.load_checkpoint(finished_run / "tiny" / "ppo")
     critic = ScalarGPT(GPTConfig(**saved["critic_gpt"])).eval()
     critic.load_state_dict(saved["critic"])
+    prompts = held_out_prompts(tokenizer, 2, 1337)
+    tokens, mask, responses = sampled_responses(policy, tokenizer, prompts, generator=seeded(1337))
+    inputs, targets = data.shift(tokens)
+    logprobs, ref_logprobs = (token_logprobs(p, inputs, targets, mask).detach()
+                              for p in (policy, reference))
     values = critic(inputs).detach() * mask
-    scorer = reward_model.load_reward_model(beside / "tiny" / "reward_model", reference, tokenizer, "cpu")
-    scores = reward_of(scorer, tiny(ppo))(inputs, targets, mask, data.met_eos(targets, mask, tokenizer.eot_token))
-    rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, mask, saved["control"]["beta"])
-    shown = {"kl": logprobs - ref_logprobs, "value": values, "advantage": ppo.gae(rewards, values, mask, 1.0, 1.0)[0]}[what]
-    for row, m, ids in zip(shown, mask, data.responses_of(tokens, mask)):
-        expected = "".join(f"{tokenizer.decode_single_token_bytes(i).decode(errors='replace')}[{x:+.2f}]" for i, x in zip(ids, row[m > 0]))
+    finished = data.met_eos(targets, mask, tokenizer.eot_token)
+    scores = reward_of(scorer, tiny_config(ppo))(inputs, targets, mask, finished)
+    beta = saved["control"]["beta"]
+    rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, mask, beta)
+    shown = {"kl": logprobs - ref_logprobs, "value": values,
+             "advantage": ppo.gae(rewards, values, mask, 1.0, 1.0)[0]}[quantity]
+    for row, m, ids in zip(shown, mask, responses):
+        words = [tokenizer.decode_single_token_bytes(i).decode(errors="replace") for i in ids]
+        expected = "".join(f"{word}[{x:+.2f}]" for word, x in zip(words, row[m > 0], strict=True))
         assert f"    ppo {expected}\n" in said
-    assert ("(it has no critic)" in said) == (what != "kl") and "\033" not in said
+    assert ("(it has no critic)" in said) == (quantity != "kl") and "\033" not in said
 
 
-def test_colours_grow_with_the_number_and_tell_its_sign_and_are_left_out_where_there_are_none(monkeypatch):
+def test_colours_tell_size_and_sign_and_are_for_terminals_that_have_them(monkeypatch):
     text = sample.paint(["a", "b", "c", "d"], [2.0, 0.1, -2.0, -0.9], 2.0, colour=True)
     shades = [int(x) for x in re.findall(r"48;5;(\d+)m", text)]
     assert shades == [sample.BLUES[4], sample.BLUES[0], sample.ORANGES[4], sample.ORANGES[2]]
     assert re.sub(r"\033\[[\d;]*m", "", text) == "abcd"
     assert sample.paint(["a", " b"], [2.0, -0.125], 2.0, colour=False) == "a[+2.00] b[-0.12]"
     terminal = types.SimpleNamespace(isatty=lambda: True)
+    file = types.SimpleNamespace(isatty=lambda: False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert sample.in_colour(terminal) and not sample.in_colour(types.SimpleNamespace(isatty=lambda: False))
+    assert sample.in_colour(terminal) and not sample.in_colour(file)
     monkeypatch.setenv("NO_COLOR", "")
     assert not sample.in_colour(terminal)
 
 
-def test_stages_that_are_not_there_are_named_with_those_that_are(beside, capsys):
-    with pytest.raises(Stopped, match="--stage names pppo, but neither out/tiny/pppo nor out/pppo has a checkpoint; there are: .*tiny/ppo"):
-        sample.main(tiny(sample, stage="sft,pppo"))
-    with pytest.raises(Stopped, match="has no such policy to sample from; its policies: ppo"):
-        sample.main(tiny(sample, stage="ppo/emma"))
-    with pytest.raises(Stopped, match="shorten the prompts, or train a model that reads more"):
-        sample.main(tiny(sample, stage="ppo", prompt="a long prompt " * 30))
+@pytest.mark.parametrize("changes, message", [
+    (dict(stage="sft,pppo"), "--stage names pppo, but neither out/tiny/pppo nor out/pppo has a "
+                             "checkpoint; there are: .*tiny/ppo"),
+    (dict(stage="ppo/emma"), "has no such policy; its policies: ppo"),
+    (dict(stage="ppo", prompt="a long prompt " * 30),
+     "shorten the prompts, or train a model that reads more")])
+def test_sample_refuses_what_it_cannot_sample(changes, message, finished_run):
+    with pytest.raises(Stopped, match=message):
+        sample.main(tiny_config(sample, **changes))
 
 
-def test_a_stage_is_sampled_with_the_data_and_the_reward_it_was_made_with(among, capsys):
+def test_a_stage_is_sampled_with_the_data_and_the_reward_it_was_made_with(user_folder, capsys):
     for names, run in (("sft,ppo,ppo/ema", "own"), ("own/sft,own/ppo,own/ppo/ema", "")):
-        sample.main(tiny(sample, out=run, stage=names, score=True, tokens="value", n=2))
+        sample.main(tiny_config(sample, out=run, stage=names, score=True, tokens="value", n=2))
         said = capsys.readouterr().out
-        assert said.count("Tell me about number") == 2 and said.count("ppo/ema  score") == 2 and "using out/own/sft" in said
-    sample.main(tiny(sample, out="sized", stage="sft,ppo", n=1)) if (among / "sized" / "ppo" / "checkpoint.pt").exists() else None
-    sft.main(mine(sft, out="alone", init="gpt2", steps=2, n_texts=None, n_eval=10, batch_size=8, lora_rank=0))
-    with pytest.raises(Stopped, match="own/ppo started from a different SFT policy than this run's"):
-        sample.main(tiny(sample, stage="alone/sft,own/ppo", tokens="kl"))
+        assert said.count("Tell me about number") == said.count("ppo/ema  score") == 2
+        assert "using out/own/sft" in said
+    sft.main(user_config(sft, out="alone", init="gpt2", steps=2, n_texts=None, n_eval=10,
+                         batch_size=8, lora_rank=0))
+    with pytest.raises(Stopped, match="own/ppo started from a different SFT policy than this"):
+        sample.main(tiny_config(sample, stage="alone/sft,own/ppo", tokens="kl"))
 
 
 # ---- presets
 
-@pytest.mark.parametrize("script, name", [(script, name) for script in (*SCRIPTS, sample) for name in script.PRESETS if name not in ("small", "tiny")],
-                         ids=lambda x: getattr(x, "__name__", x))
-def test_every_preset_runs_on_a_small_model_and_a_small_file(script, name, among, classifiers, monkeypatch):
-    """Only sizes and sources are changed; what is left is the preset"""
+SMALL_STAGES = {
+    sft: dict(init="gpt2", block_size=60, steps=2, batch_size=4, n_eval=6),
+    reward_model: dict(batch_size=8, n_held_out=8),
+    ppo: dict(steps=1, batch_size=8, minibatch_size=4, n_eval=2, n_samples=2),
+    dpo: dict(n_pairs=24, batch_size=8, n_eval=2, n_samples=2),
+    grpo: dict(steps=1, batch_size=16, minibatch_size=8, n_eval=2, n_samples=2),
+    evaluate: dict(n_eval=2, n_reference=4, n_samples=2),
+    sample: dict(stage="sft,ppo", n=1)}
+
+
+@pytest.mark.parametrize("script, name", [
+    (script, name) for script in (*SCRIPTS, sample) for name in script.Config.presets
+    if name not in ("small", "tiny")], ids=lambda x: getattr(x, "__name__", x))
+def test_every_preset_runs_on_a_small_model_and_a_small_file(script, name, user_folder,
+                                                             classifiers, monkeypatch):
+    """Only sizes and sources are changed; the rest is the preset's."""
+    source = "pairs.jsonl"
     if name == "imdb":
-        source = write_rows(among.parent / "imdb.jsonl", [{"text": f"{i} is a good film of many" + "!" * (i % 5), "label": 1} for i in range(160)])
-    else:
-        source = "pairs.jsonl"
-    given = preset_of(name, script)
-    small = dict(out=f"preset_{name}", data=source, device="cpu", max_prompt_tokens=min(given.max_prompt_tokens, 40), max_new_tokens=12)
-    shape = {sft: dict(init="gpt2", block_size=60, steps=2, batch_size=4, n_eval=6), reward_model: dict(batch_size=8, n_held_out=8),
-             ppo: dict(steps=1, batch_size=8, minibatch_size=4, n_eval=2, n_samples=2), dpo: dict(n_pairs=24, batch_size=8, n_eval=2, n_samples=2),
-             grpo: dict(steps=1, batch_size=16, minibatch_size=8, n_eval=2, n_samples=2), evaluate: dict(n_eval=2, n_reference=4, n_samples=2, runs=f"preset_{name}"),
-             sample: dict(stage="sft,ppo", n=1)}
-    monkeypatch.setitem(sft.PRESETS, name, sft.PRESETS[name] | shape[sft])     # also of the stages that it makes first
-    if name in reward_model.PRESETS:
-        monkeypatch.setitem(reward_model.PRESETS, name, reward_model.PRESETS[name] | shape[reward_model])
-    if getattr(given, "reward", "reward_model") != "reward_model":
+        rows = [{"text": f"{i} is a good film of many" + "!" * (i % 5), "label": 1}
+                for i in range(160)]
+        source = write_rows(user_folder.parent / "imdb.jsonl", rows)
+    preset = script.Config(config=name)
+    small = dict(config=name, out=f"preset_{name}", data=source, device="cpu", max_new_tokens=12,
+                 max_prompt_tokens=min(preset.max_prompt_tokens, 40))
+    for stage in (sft, reward_model):                    # these are made on the way
+        presets_of_stage = stage.Config.presets
+        if name in presets_of_stage:
+            changed = presets_of_stage[name] | SMALL_STAGES[stage]
+            monkeypatch.setitem(presets_of_stage, name, changed)
+    if getattr(preset, "reward", "reward_model") != "reward_model":
         small["reward"] = str(classifiers / "2")
-    if script is sample and not (among / f"preset_{name}" / "ppo").exists():
-        ppo.main(preset_of(name, ppo, **small, **shape[ppo]))
-    script.main(preset_of(name, script, **small, **shape[script]))
-
-
-def preset_of(name, script, **changes):
-    return script.Config(config=name, **changes)
+    if script is evaluate:
+        small["runs"] = f"preset_{name}"
+    if script is sample and not (user_folder / f"preset_{name}" / "ppo").exists():
+        ppo.main(ppo.Config(**small, **SMALL_STAGES[ppo]))
+    script.main(script.Config(**small, **SMALL_STAGES[script]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1337, 1, 2])
 def test_the_small_run_reaches_its_figures(seed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    threads, begun = torch.get_num_threads(), time.time()
-    torch.set_num_threads(os.cpu_count())                                      # as the command has, not one as the other tests
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())                # as the command has; other tests take one
+    started = time.time()
     try:
         results = ppo.main(ppo.Config(config="small", seed=seed))
     finally:
         torch.set_num_threads(threads)
-    taken = time.time() - begun
-    sft_results = files.read_json(tmp_path / "out/small/sft/results.json")
-    assert sft_results["above_entropy"] < 0.8 and sft_results["grammatical"] > 0.95
+    taken = time.time() - started
+    learned = files.read_json(tmp_path / "out/small/sft/results.json")
+    assert learned["above_entropy"] < 0.8 and learned["grammatical"] > 0.95
     assert files.read_json(tmp_path / "out/small/reward_model/results.json")["ratio"] > 0.90
     assert results["gold_gain"] > 1.3 and results["kl_ref"] < 5
     assert taken < 240
 
 
 # --------------------------------------------------------------------------------------------------
-# README.md
+# The house: what holds for every file
 
-README = (HERE / "README.md").read_text(encoding="utf-8")
-ROW = re.compile(r"\| `(\w+)\.(\w+)` \| \[\w+\.py:(\d+)\]\(\w+\.py#L\d+\) \| `(\w+)` \|")
+ORDER = ("presets", "model", "reviews", "data", "sft", "reward_model", "reward", "frontier",
+         "compare", "ppo", "dpo", "grpo", "policy_gradient", "evaluate", "sample")
+ROOT = [HERE / f"{name}.py" for name in ORDER]
+LAB = sorted(path for path in (HERE / "lab").glob("*.py") if path.name != "test_lab.py")
+TESTS = [HERE / "test_all.py", HERE / "conftest.py", HERE / "lab" / "test_lab.py"]
+PAGES = {path: path.read_text(encoding="utf-8")
+         for path in (HERE / "README.md", *sorted((HERE / "docs").glob("*.md")))}
+README = "\n".join(PAGES.values())                       # and docs/
+
+
+def nodes_of(path):
+    return ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def imports_of(path):
+    """The packages and modules that a file imports, also within functions -> set of names"""
+    names = set()
+    for node in nodes_of(path):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", LAB, ids=lambda path: path.name)
+def test_the_workshop_imports_nothing_of_the_project_but_itself(path):
+    assert not imports_of(path) & {*ORDER, "conftest", "test_all"}
+
+
+def test_imports_point_one_way():
+    """Each file imports only from those before it; the workshop, lab, is before all."""
+    assert sorted(ORDER) == sorted(module.__name__ for module in MODULES)
+    for i, path in enumerate(ROOT):
+        later = imports_of(path) & {*ORDER[i:], "conftest", "test_all"}
+        assert not later, f"{path.name} imports {later}"
+
+
+def long_lines(path, limit=100):
+    """
+    Lines longer than 100 columns -> list of FILE:LINE
+
+    In Markdown not those that cannot be broken: tables, lines with a URL, pictures, formulas, and
+    what a program printed, in ```text blocks.
+    """
+    found = []
+    block = ""
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        allowed = False
+        if path.suffix == ".md":
+            if line.startswith("```"):
+                block = "" if block else line
+            unbroken = line.lstrip().startswith(("|", "![", "$$")) or "://" in line
+            allowed = unbroken or block == "```text"
+        if len(line) > limit and not allowed:
+            found.append(f"{path.relative_to(HERE)}:{number}")
+    return found
+
+
+def test_no_line_is_longer_than_100_columns():
+    found = [line for path in (*ROOT, *LAB, *TESTS, *PAGES) for line in long_lines(path)]
+    assert not found, f"{len(found)} lines: {' '.join(found)}"
+
+
+def test_presets_name_stages_and_fields_that_exist_with_values_they_take():
+    stages = {script.__name__: script for script in (*SCRIPTS, sample)}
+    for name, preset in presets.PRESETS.items():
+        assert set(preset) <= {"all", *stages}
+        for stage in set(preset) - {"all"}:
+            cfg = stages[stage].Config(config=name)      # TypeError, if a field does not exist
+            settings.check_fields(cfg)
+            for field, value in (preset["all"] | preset[stage]).items():
+                assert getattr(cfg, field) == value, (name, stage, field)
+
+
+@pytest.mark.parametrize("path", [*ROOT, *LAB], ids=lambda path: path.name)
+def test_no_file_of_the_project_can_run_what_it_reads(path):
+    """
+    No exec, eval or pickle; torch.load with weights_only, numpy.load without pickles; the user's
+    own code in guest alone
+    """
+    for node in nodes_of(path):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            assert not {"pickle", "marshal", "shelve", "dill", "joblib", "runpy"} & set(names)
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "__import__", "compile")
+            assert called.split(".")[-1] != "exec_module" or path.name == "guest.py"
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert called != "torch.load" or keywords["weights_only"] == "True"
+            assert called != "np.load" or "allow_pickle" not in keywords
+
+
+def fields_read(sources):
+    """The names of the attributes of anything called cfg in some source -> set"""
+    found = set()
+    for node in ast.walk(ast.parse(sources)):
+        if isinstance(node, ast.Attribute):
+            owner = node.value                           # cfg, or self.cfg, or run.cfg
+            if "cfg" in (getattr(owner, "id", ""), getattr(owner, "attr", "")):
+                found.add(node.attr)
+    return found
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+def test_every_config_field_is_read_and_has_a_comment_that_help_prints(script, capsys):
+    sources = "".join(map(inspect.getsource, (script, runs, process, settings)))
+    for part in (reward_py.load_reward, reward_py.Reward, compare.compare, ppo.roll_out,
+                 ppo.score_rollout, ppo.check_kl_ref, ppo.check_first_ratio):
+        if part.__name__ in sources:                     # these are given the whole cfg
+            sources += inspect.getsource(part)
+    read = fields_read(sources + inspect.getsource(data) + inspect.getsource(corpus))
+    if "cfg.compute_options()" in sources:
+        read |= {"dtype", "checkpointing"}
+    fields = {field.name for field in dataclasses.fields(script.Config)}
+    assert fields <= read, f"never read: {fields - read}"
+    with pytest.raises(SystemExit):
+        settings.parse(script.Config, script.__doc__, ["--help"])
+    printed = capsys.readouterr().out
+    for name in fields:
+        assert re.search(rf"^  --{name} .*\S.*", printed, re.M), name
+    assert len(script.Config.__annotations__) <= 36
+
+
+def test_the_sampler_uses_no_attention_that_plans_for_each_length(monkeypatch):
+    enabled = []                                         # whether cuDNN may be used, at each call
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(*args, **kwargs):
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return original(*args, **kwargs)
+    monkeypatch.setattr(model.F, "scaled_dot_product_attention", recorded)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    for _ in range(2):
+        generate(small_gpt(), [[1, 2]], 3, 10)
+    assert len(enabled) > 4 and not any(enabled)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+def test_importing_any_file_does_nothing(tmp_path):
+    names = [*ORDER, *(f"lab.{path.stem}" for path in LAB if path.stem != "__init__")]
+    code = ("import socket; socket.socket.connect = None\n"
+            f"import {', '.join(names)}, sys\n"
+            "print('transformers' in sys.modules)")
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "False", "")
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------
+# README.md and docs/
+
+# A row of the table of formulas: `ppo.gae` | [ppo.py:147](ppo.py#L147) | `test_gae_..`
+ROW = re.compile(
+    r"\| `(\w+)\.(\w+)` \| \[\w+\.py:(\d+)\]\((?:\.\./)?\w+\.py#L\d+\) \| `(\w+)` \|")
+# A row of the reading table: [`ppo.py`](ppo.py) | 572
+READING = re.compile(r"^\| (\[`\w+\.py`\][^|]*) \| (\d+) \|", re.M)
+# The sections and their lines in the docstring of this file, and a section's banner
+CONTENTS = re.compile(r"(?<=\n    line   section\n)(    *\d+  .*\n)+")
+BANNER = re.compile(r"# -{98}\n# (.*)")
 
 
 def line_of(module_name, name):
     return inspect.getsourcelines(getattr(sys.modules[module_name], name))[1]
 
 
-def test_the_maths_table_points_at_the_right_lines_and_at_tests_that_exist():
-    rows = ROW.findall(README)
-    assert len(rows) > 15
-    for module_name, name, line, test in rows:
-        assert int(line) == line_of(module_name, name), "python test_all.py rewrites the line numbers"
+def formula_row(match):
+    module, name, _, test = match.groups()
+    up = "../" if "](../" in match[0] else ""
+    line = line_of(module, name)
+    return f"| `{module}.{name}` | [{module}.py:{line}]({up}{module}.py#L{line}) | `{test}` |"
+
+
+def reading_row(match):
+    files_of_row = re.findall(r"`(\w+\.py)`", match[1])
+    n_lines = sum((HERE / name).read_text(encoding="utf-8").count("\n") for name in files_of_row)
+    return f"| {match[1]} | {n_lines} |"
+
+
+def with_contents(source):
+    """A test file's source with the lines of its sections as they are now in its docstring"""
+    lines = []
+    for match in BANNER.finditer(source):
+        number = source.count("\n", 0, match.start(1)) + 1
+        lines.append(f"    {number:4}   {match[1]}\n")
+    return CONTENTS.sub(lambda match: "".join(lines), source)
+
+
+def up_to_date(path):
+    """A file's text with its generated numbers as they are now"""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        return with_contents(with_contents(text))        # a new section moves all others
+    return READING.sub(reading_row, ROW.sub(formula_row, text))
+
+
+GENERATED = (HERE / "test_all.py", HERE / "README.md", HERE / "docs" / "maths.md")
+
+
+@pytest.mark.parametrize("path", GENERATED, ids=lambda path: path.name)
+def test_line_numbers_are_up_to_date(path):
+    current = up_to_date(path).split("\n")
+    written = path.read_text(encoding="utf-8").split("\n")
+    assert written == current, "run python test_all.py, which rewrites the line numbers"
+
+
+def test_the_tables_name_every_formula_file_and_section():
+    rows = ROW.findall(PAGES[HERE / "docs" / "maths.md"])
+    assert len(rows) > 40 and len(ROW.findall(PAGES[HERE / "README.md"])) == 5
+    for module_name, name, line, test in ROW.findall(README):
+        assert int(line) == line_of(module_name, name)
         assert test in globals(), test
-    pasted = {name for _, name, _, _ in rows}
-    assert set(COPIED) <= pasted, "every function people copy stands in the table"
+    assert set(COPIED) <= {name for _, name, _, _ in rows}
+    in_table = re.findall(r"`(\w+)\.py`", " ".join(cell for cell, _ in READING.findall(README)))
+    assert {*in_table, "presets"} == {*ORDER, "test_all"}
+    assert CONTENTS.search(__doc__)[0].count("\n") == len(BANNER.findall(inspect.getsource(
+        sys.modules[__name__]))) > 10
 
 
-def test_every_command_in_the_readme_parses():
-    commands = re.findall(
-        r"python (sft|reward_model|ppo|dpo|grpo|policy_gradient|evaluate|sample)\.py((?: --[\w-]+(?: (?!--)(?:\"[^\"]*\"|[\w.,:+/-]+))?)+)", README)
-    assert len(commands) >= 5
-    for name, arguments in commands:
-        script = sys.modules[name]
-        words = [word.replace("N", "1") if word == "N" else word for word in shlex.split(arguments)]
-        if "--help" not in words:
-            options.parse(script.Config, "", words)
-    for flag, value in re.findall(r"`--(\w+)(?: ([\w.]+))?", README):
-        assert any(flag in {f.name for f in dataclasses.fields(s.Config)} for s in (*SCRIPTS, sample)), flag
+# ---- what the pages say about the code
+
+SCRIPT_FILES = {f"{script.__name__}.py": script for script in (*SCRIPTS, sample)}
 
 
-def test_the_readmes_way_to_the_first_nan_finds_it_and_nothing_where_there_is_none(beside):
-    code = re.search(r"```python\n(# first_nan.py\n.*?)```", README, re.S)[1]
-    (beside.parent / "first_nan.py").write_text(code)
-    (beside.parent / "score.py").write_text("import torch\ndef f(prompts, responses):\n    x = torch.tensor([float(len(r)) for r in responses])\n"
-                                            "    return (x - 20).log().tolist() if len(x) == 32 else x.tolist()\n")
-    command = [sys.executable, "first_nan.py", str(HERE / "ppo.py"), "--config", "tiny", "--base", "tiny", "--steps", "1", "--n_eval", "2", "--n_samples", "2"]
-    both = [subprocess.Popen(command + options, cwd=beside.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                             env={**os.environ, "PYTHONPATH": str(HERE)})
-            for options in (["--out", "no_nan"], ["--out", "first_nan", "--reward", "score.py:f"])]
-    fine, bad = (process.communicate()[1] for process in both)
-    assert both[0].returncode == 0, fine
-    assert "(x - 20).log().tolist()" in bad and "ArithmeticError: aten.log.default made a nan of [torch.Size([32])]" in bad
+def script_of(command):
+    """-> the script that a command runs or None, its arguments"""
+    for i, word in enumerate(command[:3]):               # python first_nan.py ppo.py
+        if word in SCRIPT_FILES:
+            return SCRIPT_FILES[word], command[i + 1:]
+    return None, []
 
 
-def test_the_readmes_notebook_runs(beside, capsys):
-    code = re.search(r"```python\n(# notebook.py\n.*?)```", README, re.S)[1]
+def commands_in_blocks(text):
+    """The commands of a page's bash blocks -> list of lists of words"""
+    commands = []
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            command = []
+            for word in shlex.split(line, comments=True):
+                if word in ("&&", "|", ";"):
+                    commands.append(command)
+                    command = []
+                else:
+                    command.append(word)
+            commands.append(command)
+    return [command for command in commands if command]
+
+
+def code_in_lines(text):
+    """The `code` within a page's paragraphs and tables -> list of texts"""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    return re.findall(r"`([^`]+)`", text)
+
+
+def commands_in_lines(text):
+    """
+    The scripts with options in a page's `code` -> list of lists of words
+
+    A single capital letter, as in  sft.py D --out hh,  stands for other options. An option at the
+    end, as in  sft.py --init,  is only named.
+    """
+    commands = []
+    for code in code_in_lines(text):
+        words = [word for word in code.split() if not re.fullmatch("[A-Z]", word)]
+        if "--" in code and script_of(words)[0]:
+            if words[-1].startswith("--"):
+                words.pop()
+            commands.append(words)
+    return commands
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_parses(page):
+    text = PAGES[page]
+    for command in commands_in_blocks(text) + commands_in_lines(text):
+        script, arguments = script_of(command)
+        if script and "--help" not in arguments:
+            settings.parse(script.Config, "", arguments)
+    options = {"help"}
+    for script in SCRIPT_FILES.values():
+        options |= {field.name for field in dataclasses.fields(script.Config)}
+    for code in code_in_lines(text):
+        if code.startswith("--") or script_of(code.split())[0]:
+            assert set(re.findall(r"--([\w-]+)", code)) <= options, code
+
+
+def test_commands_are_found_on_the_pages():
+    """So the test above has something to check."""
+    commands = [command for text in PAGES.values() for command in commands_in_blocks(text)]
+    assert sum(script_of(command)[0] is not None for command in commands) >= 30
+    inline = [command for text in PAGES.values() for command in commands_in_lines(text)]
+    assert len(inline) >= 10
+    assert commands_in_blocks("```bash\na && python ppo.py \\\n    --lr 1  # fast\n\nb | c\n```") \
+        == [["a"], ["python", "ppo.py", "--lr", "1"], ["b"], ["c"]]
+
+
+def snippet(name):
+    """The Python block of the pages that begins with  # NAME"""
+    return re.search(rf"```python\n(# {name}\n.*?)```", README, re.S)[1]
+
+
+def test_the_first_reward_of_the_pages_can_be_used(finished_run, tokenizer):
+    (finished_run.parent / "short.py").write_text(snippet("short.py"))
+    reward = load_own(tokenizer, f"{finished_run.parent}/short.py:short", missing_eos_score=None)
+    batch = data.collate(*tokenizers.encode_texts(tokenizer, ["a", "b"], [" c d e.", " f."]))
+    scores = reward(*batch, torch.tensor([True, True]))
+    assert scores.tolist() == pytest.approx([-0.6, -0.2])
+
+
+def test_the_way_to_the_first_nan_finds_it_and_else_nothing(finished_run):
+    folder = finished_run.parent
+    (folder / "first_nan.py").write_text(snippet("first_nan.py"))
+    (folder / "score.py").write_text(
+        "import torch\n"
+        "def f(prompts, responses):\n"
+        "    x = torch.tensor([float(len(r)) for r in responses])\n"
+        "    return (x - 20).log().tolist() if len(x) == 32 else x.tolist()\n")
+    command = [sys.executable, "first_nan.py", str(HERE / "ppo.py"), "--config", "tiny",
+               "--base", "tiny", "--steps", "1", "--n_eval", "2", "--n_samples", "2"]
+    processes = []
+    reward = ["--reward", "score.py:f", "--normalise_reward", "0"]
+    for options in (["--out", "no_nan"], ["--out", "first_nan", *reward]):
+        processes.append(subprocess.Popen(
+            command + options, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            text=True, env=os.environ | {"PYTHONPATH": str(HERE)}))
+    without, with_nan = (process.communicate()[1] for process in processes)
+    assert processes[0].returncode == 0, without
+    assert "(x - 20).log().tolist()" in with_nan
+    message = "ArithmeticError: aten.log.default made a nan of [torch.Size([32])]"
+    assert message in with_nan
+
+
+def test_the_notebook_of_the_pages_runs(finished_run, capsys):
+    code = snippet("notebook.py")
+    assert 'out="notebook"' in code
     exec(code.replace('out="notebook"', 'out="notebook", base="tiny"'), {})
-    results = files.read_json(beside / "notebook" / "ppo" / "results.json")
+    results = files.read_json(finished_run / "notebook" / "ppo" / "results.json")
     assert capsys.readouterr().out.endswith(f"{results['score']} {results['kl_ref']}\n")
     exec(code.replace('out="notebook"', 'out="notebook", base="tiny", beta=0.7'), {})
     assert "holds a run with" in capsys.readouterr().out
 
 
-def test_every_metric_that_is_logged_is_in_the_readme(whole_run):
+def test_every_metric_that_is_logged_is_on_a_page(whole_run):
     for stage in ("sft", "reward_model", "ppo", "dpo", "grpo", "../ladder/policy_gradient"):
-        for name in set().union(*log_of(whole_run[0] / stage)) - {"step"}:
-            assert f"`{name}`" in README, name
+        for line in log_of(whole_run[0] / stage):
+            for name in set(line) - {"step"}:
+                assert f"`{name}`" in README, name
 
 
-def test_files_pictures_and_links_in_the_readme_exist():
-    for path in re.findall(r"\]\((?!http|#)([^)#]+)", README):
-        assert (HERE / path).exists(), path
+# ---- links
+
+def without_code(text):
+    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    return re.sub(r"`[^`]*`", "`code`", text)
+
+
+def anchors_of(text):
+    """The anchors that GitHub gives to the headings of a page"""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_anchors_and_pictures_of_a_page_exist(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(PAGES[page])):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = Path(os.path.normpath(page.parent / path)) if path else page
+        assert file.exists(), target
+        if re.fullmatch(r"L\d+", anchor):
+            assert int(anchor[1:]) <= file.read_text(encoding="utf-8").count("\n"), target
+        elif anchor:
+            assert anchor in anchors_of(PAGES[file]), target
+
+
+def test_every_page_is_linked_from_the_front_page_and_every_picture_is_shown():
+    front = PAGES[HERE / "README.md"]
+    for path in (HERE / "docs").iterdir():
+        if path.suffix == ".md":
+            assert f"](docs/{path.name})" in front, path.name
+        else:
+            assert f"{path.name})" in README, path.name
 
 
 if __name__ == "__main__":
     if "flips" in sys.argv:
         print(draw_flips(HERE / "docs" / "flips.png"))
-
-    def row(match):
-        module_name, name, _, test = match.groups()
-        line = line_of(module_name, name)
-        return f"| `{module_name}.{name}` | [{module_name}.py:{line}]({module_name}.py#L{line}) | `{test}` |"
-    (HERE / "README.md").write_text(ROW.sub(row, README), encoding="utf-8")
+    for path in GENERATED:
+        path.write_text(up_to_date(path), encoding="utf-8")

@@ -1,14 +1,14 @@
 """
-Weights and settings of other projects, as plain names and tensors. model.py and data.py map them.
+Weights and settings of other projects, as plain names and tensors. model.py maps them to its own.
 
-    check          whether there is anything to read, before anything long is done
-    read           a folder that transformers saved, its name on the hub, or nanoGPT's ckpt.pt
+    check          whether there is anything to read, before any long work
+    read           a folder saved by transformers, its name on the hub, or nanoGPT's ckpt.pt
                    -> its config, {name: tensor} without the prefixes that wrappers add
-    read_json      a JSON object, refused by name where it is damaged
+    read_json      a JSON object
     from_hub       the files of a model on the hub
 
-No file can run code here: safetensors hold numbers only, and torch.load reads weights only.
-Whatever cannot be read is a ValueError that says what was found and what was wanted.
+No file can run code here: safetensors hold only numbers, and torch.load reads only weights.
+Anything that cannot be read is a ValueError that says what was found and what was wanted.
 """
 
 import json
@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-import files
+from lab.files import first_line
 
-# What torch.compile, DataParallel, FSDP and peft put before a name, or in it where they wrap a part
+# Added to names by torch.compile, DataParallel, FSDP and peft; in the middle if they wrap a part
 WRAPPERS = re.compile(r"\b(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module"
                       r"|base_model\.model)\.")
-# In this order, which is also that of transformers
+# The first of these that exists is read, as by transformers
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -51,9 +51,9 @@ def read(source):
 
 
 def check(source):
-    """Raises what is wrong with a file or folder, as far as it shows without reading weights."""
+    """Raise what is wrong with a file or folder, as far as it shows without reading weights."""
     if nanogpt(source):
-        read(source)                                     # only names, as it is mapped into memory
+        read(source)                                     # only names: weights stay on the disk
     elif Path(source).is_dir():
         read_config(Path(source))
         weight_files(Path(source))
@@ -73,9 +73,8 @@ def from_hub(name, patterns):
     try:
         return Path(snapshot_download(str(name), allow_patterns=patterns))
     except Exception as error:
-        raise ValueError(f"{name} is not a folder here, and could not be fetched from the hub by "
-                         f"that name ({type(error).__name__}); check the spelling and the network"
-                         ) from error
+        raise ValueError(f"{name} is not a folder here and could not be fetched from the hub "
+                         f"({type(error).__name__}); check the spelling and the network") from error
 
 
 def read_json(path):
@@ -83,34 +82,34 @@ def read_json(path):
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: "
-                         f"{files.first_line(error)[:100]})") from error
+                         f"{first_line(error)[:100]})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; wanted an object")
     return content
 
 
 def read_config(folder):
-    """config.json, if the weights beside it are what it describes: all of them, as plain numbers"""
+    """config.json, if the weights beside it are complete and plain numbers"""
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds an adapter (LoRA), a change of other weights; merge it "
                          "into them first, with peft's merge_and_unload, and save the result")
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json, which says what its weights are; copy it "
-                         "there from where the weights came from")
+        raise ValueError(f"{folder} has no config.json, which describes the weights; copy it from "
+                         "where the weights came from")
     config = read_json(folder / "config.json")
     quantized = config.get("quantization_config") or config.get("compression_config")
     if quantized:
         raise ValueError(f"{folder} holds quantized weights ({str(quantized)[:80]}); give the "
-                         "folder of the weights before they were quantized")
+                         "folder with the original weights")
     return config
 
 
 def weight_files(folder):
     found = [name for name in WEIGHTS if (folder / name).is_file()]
     if not found:
-        there = ", ".join(sorted(path.name for path in folder.iterdir()))
+        names = ", ".join(sorted(path.name for path in folder.iterdir()))
         raise ValueError(f"{folder} has no weights: wanted model.safetensors or pytorch_model.bin, "
-                         f"or parts of them with their index.json; found {there[:200]}. A stage of "
+                         f"or parts of them with their index.json; found {names[:200]}. A stage of "
                          "this project writes them with --export")
     return found
 
@@ -137,17 +136,17 @@ def read_tensors(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # mmap reads only what is used: not nanoGPT's optimizer. torch's old format does not know it
+        # Mapped, only the tensors in use are read: not nanoGPT's optimizer. Old files cannot be
         mmap = zipfile.is_zipfile(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
     except MemoryError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {files.first_line(error)[:100]}"
+        reason = f"{type(error).__name__}: {first_line(error)[:100]}"
         if "Weights only" in reason:
             reason = "it holds more than tensors and plain values, which may run code"
-        raise ValueError(f"{path} cannot be read as weights ({reason}); wanted a whole file that "
-                         "save_pretrained or torch.save wrote, with tensors alone") from error
+        raise ValueError(f"{path} cannot be read as weights ({reason}); wanted a whole file "
+                         "written by save_pretrained or torch.save, with only tensors") from error
 
 
 def unwrapped(weights, source):
@@ -156,7 +155,7 @@ def unwrapped(weights, source):
     for name, weight in weights.items():
         if not isinstance(weight, torch.Tensor):
             raise ValueError(f"{source} holds a {type(weight).__name__} by the name {name}; wanted "
-                             "tensors alone, by their names, as model.state_dict() gives them")
+                             "only tensors, by their names, as model.state_dict() gives them")
         short = WRAPPERS.sub("", str(name))
         if short in plain:
             raise ValueError(f"{source} holds {short} twice, once as {name}; wanted one of them")

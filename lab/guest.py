@@ -1,19 +1,18 @@
 """
-A Python file of the user's, imported and called as if it were a program of its own.
+A user's Python file, imported and called as if it were a program of its own.
 
     guest = Guest("judge.py")
     with guest.running():
         judge = guest.load().judge
     call(judge, "judge", guest, prompts, responses) -> a number for each response
 
-While it runs, its folder comes first in sys.path, what it imports from there does not meet a
-module of ours of the same name, and what it sets for the whole program (SETTINGS) holds. After it,
-all that is as if it had never run. Random generators are not set back: checkpoints hold their
-states. Worker processes import it by its module's name; those that start between two calls find
-modules of ours first.
+While it runs, its folder comes first in sys.path, its imports never meet our modules of the same
+names, and its program-wide settings (SETTINGS) hold. Afterwards everything is as if it had never
+run, except for the random generators: checkpoints hold their states. Worker processes import it by
+its module's name; those that start between two calls find our modules first.
 
-During the updates of a run, Ctrl-C ends a call at once, and its update is dropped: the child
-processes of the call get Ctrl-C, too, and what it makes of that must not be trained on.
+During the updates of a run, Ctrl-C ends a call at once and the update is dropped. The call's child
+processes get Ctrl-C too, so its result must not be trained on.
 """
 
 import contextlib
@@ -31,11 +30,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import files
-from experiment import Run
+from lab.config import Presets
+from lab.files import first_line, stop
+from lab.run import Run
 
-HERE = Path(__file__).resolve().parent
-OURS = [path.stem for path in HERE.glob("*.py")]
+HERE = Path(__file__).resolve().parent.parent
+OURS = [path.stem for path in HERE.glob("*.py")] + ["lab"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def set_device(device):
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
-SETTINGS = {                                             # how each is set: how it is read
+SETTINGS = {                                             # {function that sets it: that reads it}
     set_path: lambda: sys.path,
     set_device: torch.get_default_device,
     os.chdir: os.getcwd,
@@ -62,7 +62,7 @@ SETTINGS = {                                             # how each is set: how 
 
 
 def read_settings():
-    """All but a folder that was removed and a precision that was set by torch.backends"""
+    """All but the path of a deleted folder and a precision that was set through torch.backends"""
     found = {}
     for put, get in SETTINGS.items():
         with contextlib.suppress(FileNotFoundError, RuntimeError):
@@ -76,15 +76,25 @@ class Guest:
         self.folder = self.path.parent
         self.name = self.path.stem
         if self.name in sys.modules or "." in self.name:
-            self.name = "__mp_main__"                    # as workers call the main program
-        sys.path.append(str(self.folder))                # for workers that begin between two calls
+            self.name = "__mp_main__"                    # workers call the main program so
+        sys.path.append(str(self.folder))                # for workers that start between two calls
         self.settings = {set_path: [str(self.folder), *sys.path]}
-        self.modules = {}                                # those from its folder
-        self.hides = []                                  # those of ours that have a namesake there
-        for name in OURS if self.folder != HERE else []:
+        self.modules = {}                                # the modules from its folder
+        self.hidden = set()                              # our modules that have a namesake there
+        if self.folder != HERE:
+            self.hide_ours()
+
+    def hide_ours(self):
+        """If its folder has a module named like one of ours, that is the one it imports."""
+        for name in OURS:
             spec = PathFinder.find_spec(name, [str(self.folder)])
             if spec and spec.origin:
-                self.hides.append(name)
+                self.hidden.add(name)
+        if "lab" not in self.hidden and any((self.folder / "lab").glob("*.py")):
+            # A package without __init__.py. Python prefers ours, wherever it comes in sys.path
+            self.hidden.add("lab")
+            path = self.settings[set_path]
+            self.settings[set_path] = [entry for entry in path if Path(entry).resolve() != HERE]
 
     def load(self):
         spec = importlib.util.spec_from_file_location(self.name, self.path)
@@ -97,10 +107,11 @@ class Guest:
         Run.drop_interrupted_update()
         settings = read_settings()
         modules = dict(sys.modules)
-        for name in self.hides:
-            sys.modules.pop(name, None)
+        for name in modules:
+            if name.partition(".")[0] in self.hidden:    # lab, and lab.files etc. with it
+                del sys.modules[name]
         sys.modules.update(self.modules)
-        main = sys.modules["__main__"] = types.ModuleType("__main__")    # workers begin with this
+        main = sys.modules["__main__"] = types.ModuleType("__main__")    # workers start with this
         if self.name == "__mp_main__":
             main.__file__ = str(self.path)
         for put, value in self.settings.items():
@@ -122,19 +133,21 @@ class Guest:
             Run.drop_interrupted_update()
 
     def owns(self, module):
-        """Whether a module is from its folder, where installed ones and ours may lie as well"""
+        """Whether a module is one of the user's: from its folder, not installed and not ours"""
         path = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", [])), "")
         path = Path(path)
-        if not path.is_relative_to(self.folder):
+        if not path.is_relative_to(self.folder) or path.is_relative_to(HERE / "lab"):
             return False
         if path.is_relative_to(sysconfig.get_path("stdlib")):
             return False
         if {"site-packages", "dist-packages"} & set(path.relative_to(self.folder).parts):
             return False
-        return path.parent != HERE or self.folder == HERE and not hasattr(module, "PRESETS")
+        if path.parent == HERE:                          # beside our scripts, which are not its own
+            return self.folder == HERE and not isinstance(getattr(module, "Config", None), Presets)
+        return True
 
     def imported(self):
-        """The files from its folder that it has imported, besides itself"""
+        """The files from its folder that it has imported, without the file itself"""
         found = {Path(getattr(x, "__file__", None) or self.path) for x in self.modules.values()}
         return sorted(found - {self.path})
 
@@ -143,31 +156,31 @@ class Guest:
 # Calling a function
 
 def call(function, name, guest, prompts, responses):
-    """The numbers that a function gives to responses -> list of floats; stops where it cannot"""
+    """The numbers that a function gives to responses -> list of floats; exits with the reason"""
     args, kwargs = arguments(function, name, prompts, responses)
-    n = len(responses)                                   # which the function may change
+    n = len(responses)                                   # the function may change the list
     with guest.running():
         try:
             given = function(*args, **kwargs)
             if isinstance(given, Iterator):
-                given = list(given)                      # a generator runs here, too
+                given = list(given)                      # a generator runs here
         except (Exception, SystemExit) as error:
             traceback.print_exc()
-            files.stop(f"the reward function {name} ended in the {type(error).__name__} above; "
-                       "what was saved before is as it was")
+            stop(f"the reward function {name} ended in the {type(error).__name__} above; what was "
+                 "saved before is intact")
     scores = numbers(given, name)
     if len(scores) != n:
-        files.stop(f"the reward function {name} was given {n} prompts and responses and gave back "
-                   f"{len(scores)} numbers; it should give one for each")
+        stop(f"the reward function {name} was given {n} prompts and responses and returned "
+             f"{len(scores)} numbers; it should return one for each")
     return scores
 
 
 def arguments(function, name, prompts, responses):
     """
-    What a function is called with -> args, kwargs
+    What to call a function with -> args, kwargs. Exit if it asks for more than there is.
 
-    Parameters that are named prompts, completions or responses get these; where none is, the first
-    two get prompts and responses. **kwargs gets what has no parameter. Stops if it asks for more.
+    Parameters named prompts, completions or responses get these. If there are none, the first two
+    get prompts and responses. **kwargs gets whatever has no parameter.
     """
     texts = {"prompts": prompts, "completions": responses, "responses": responses}
     try:
@@ -176,7 +189,7 @@ def arguments(function, name, prompts, responses):
         return [prompts, responses], {}
     stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     if all(p.kind in stars for p in own.parameters.values()):
-        told = inspect.signature(function)               # that of what a decorator wraps
+        told = inspect.signature(function)               # of the function that a decorator wraps
     fixed = [p for p in told.parameters.values() if p.kind not in stars]
     by_name = {p.name: texts[p.name] for p in fixed if p.name in texts}
     in_order = list(by_name.values()) or [prompts, responses]
@@ -184,7 +197,7 @@ def arguments(function, name, prompts, responses):
     if not by_name:
         ways.reverse()
     elif list(by_name) != [p.name for p in fixed[:len(by_name)]]:
-        ways.pop()                                       # something else comes before them
+        ways.pop()                                       # a different parameter comes before them
     if any(p.kind is p.VAR_KEYWORD for p in told.parameters.values()):
         by_name.setdefault("prompts", prompts)
         if "responses" not in by_name:
@@ -196,13 +209,13 @@ def arguments(function, name, prompts, responses):
             if args or kwargs:
                 return args, kwargs
     wanted = [p.name for p in fixed if p.default is p.empty and p.name not in texts]
-    files.stop(f"the reward function {name}({', '.join(told.parameters)}) asks for "
-               f"{', '.join(wanted) or 'nothing'}; a reward is given prompts and completions (or "
-               "responses): name its parameters so, and give every other one a default")
+    stop(f"the reward function {name}({', '.join(told.parameters)}) asks for "
+         f"{', '.join(wanted) or 'nothing'}; a reward is given prompts and completions (or "
+         "responses): use these names, and give every other parameter a default")
 
 
 def numbers(given, name):
-    """What a function gave back -> list of floats; text is not a number, though float() takes it"""
+    """What a function returned -> list of floats. Text is refused, though float() would take it."""
     why = "a list, tuple, array, tensor or generator is wanted"
     at = None
     try:
@@ -216,15 +229,14 @@ def numbers(given, name):
             items = given.flatten().tolist()
         scores = []
         for at, item in enumerate(items):
-            number = item.item() if hasattr(item, "item") else item      # of numpy and torch
+            number = item.item() if hasattr(item, "item") else item      # numpy's and torch's
             scores.append(number.__float__())
         return scores
     except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError):
         if at is not None:
-            shown = files.first_line(repr(item))[:50]
-            why = f"item [{at}] is {shown}, of type {type(item).__name__}"
+            why = f"item [{at}] is {first_line(repr(item))[:50]}, of type {type(item).__name__}"
         if inspect.iscoroutine(given):
-            given.close()                                # or Python warns of it as well
+            given.close()                                # or Python warns about it as well
             why = "call it by asyncio.run in a function that is not async"
-        files.stop(f"the reward function {name} gave back a {type(given).__name__} that is not a "
-                   f"list of numbers ({why}); it should give one number for each response")
+        stop(f"the reward function {name} returned a {type(given).__name__} that is not a list of "
+             f"numbers ({why}); it should return one number for each response")
