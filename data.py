@@ -44,9 +44,10 @@ def collate(prompts, responses):
         raise ValueError(f"got {len(prompts)} prompts and {len(responses)} responses; they come in "
                          "pairs, at least one")
     for i, (prompt, response) in enumerate(zip(prompts, responses)):
-        if not prompt or not response:
-            raise ValueError(f"row {i} has an empty {'response' if prompt else 'prompt'}; an empty "
-                             "prompt becomes [eos_id], a response has at least its EOS")
+        if not prompt:
+            raise ValueError(f"row {i} has an empty prompt; an empty prompt becomes [eos_id]")
+        if not response:
+            raise ValueError(f"row {i} has an empty response; a response has at least its EOS")
     rows = [prompt + response for prompt, response in zip(prompts, responses)]
     width = max(map(len, rows))
     tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])  # (B, T+1)
@@ -187,8 +188,8 @@ def demonstrations(cfg, tokenizer, block_size, n, n_held_out):
     rows = corpus.rows_of(cfg, tokenizer, block_size)
     if not rows.answered.any():
         stop(f"--data {cfg.data} has prompts but no responses, so SFT has nothing to learn from. "
-             "Run sft.py on data with responses, --out NAME; then RL or evaluation on these "
-             "prompts, --base NAME")
+             "Run sft.py with --out NAME on data with responses. Then use --base NAME for RL or "
+             "evaluation on these prompts")
     train, held_out = rows.split(rows.answered)
     read = lambda prompt, response, worse: (prompt, response)
     return corpus.Part(rows, train[:n], read), corpus.Part(rows, held_out[:n_held_out], read)

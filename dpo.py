@@ -264,14 +264,14 @@ def check(cfg):
     if cfg.beta == 0:
         stop("--beta got 0; DPO divides by it: it takes a number above 0")
     if cfg.label_smoothing >= 0.5:
-        stop(f"--label_smoothing got {cfg.label_smoothing}; from one half on, labels mean the "
-             "opposite: it takes a number below 0.5")
+        stop(f"--label_smoothing got {cfg.label_smoothing}; at 0.5 labels say nothing, above it "
+             "the opposite: it takes a number below 0.5")
     if cfg.label_smoothing and cfg.loss not in ("sigmoid", "robust"):
-        stop(f"--label_smoothing {cfg.label_smoothing} belongs to --loss sigmoid (cDPO) and "
-             f"robust, this is --loss {cfg.loss}")
+        stop(f"--label_smoothing {cfg.label_smoothing} works only with --loss sigmoid or robust, "
+             f"this is --loss {cfg.loss}; change the loss or leave the smoothing out")
     if cfg.labels == "annotators" and cfg.rounds > 1 and cfg.data != "reviews":
         stop(f"--rounds {cfg.rounds} compares samples of the policy, and --data has no annotators "
-             "for them: --labels reward_model or soft")
+             "for them; use --labels reward_model or soft")
     if cfg.n_pairs < cfg.rounds * cfg.batch_size:
         stop(f"--n_pairs {cfg.n_pairs} in {cfg.rounds} rounds is less than one batch of "
              f"{cfg.batch_size} pairs a round; raise --n_pairs or lower --batch_size")
@@ -346,8 +346,8 @@ def main(cfg):
             print(f"round {round_number}: {len(pairs)} pairs; {total - len(pairs)} with identical "
                   "responses are left out")
             if len(pairs) < cfg.batch_size:
-                stop(f"only {len(pairs)} pairs differ, a batch takes {cfg.batch_size}: the policy "
-                     "writes the same response again and again")
+                stop(f"only {len(pairs)} pairs have two different responses, but a batch takes "
+                     f"{cfg.batch_size}: the policy repeats itself; try a higher --n_pairs")
 
             # ---- 2. reference
             add_reference(pairs, reference, cfg)

@@ -88,7 +88,9 @@ def elo_fit(wins, anchor=1000.0, rounds=100_000):
     wins = wins - torch.diag(wins.diag())
     games = wins + wins.T
     strength = torch.ones(K, dtype=torch.float64, device=wins.device)
-    for _ in range(rounds if K > 1 else 0):
+    for _ in range(rounds):
+        if K == 1:                                       # there are no games
+            break
         before = strength
         strength = wins.sum(1) / (games / (before[:, None] + before[None])).sum(1)
         strength = strength / strength[0]
@@ -98,7 +100,7 @@ def elo_fit(wins, anchor=1000.0, rounds=100_000):
 
 
 def distinct(texts, n=2):
-    """Share of different ones among the n-grams of words of some texts"""
+    """Share of distinct n-grams among all word n-grams of the texts"""
     grams = []
     for text in texts:
         words = text.split()
@@ -172,7 +174,7 @@ def policies_of(folder, sft_id, reward, whole_ladder, device, cfg):
         return {}, "it was trained for a different reward"
     name = f"{folder.parent.name}/{folder.name}"
     if folder.name == "policy_gradient" and len(keys) > 1 and not whole_ladder:
-        return {}, f"it has {len(keys)} policies; --runs {name} takes them in"
+        return {}, f"it has {len(keys)} policies; to include them, name it: --runs {name}"
     config = asdict(Rewarded()) | stored_config(folder)  # an older version may have lacked a field
     policies = {}
     for key in keys:
@@ -484,10 +486,9 @@ r - beta log pi / pi_ref, which is 0 at the optimum, on SFT's samples and on the
 
 {limits}
 
-J* is an upper bound on E[r] - beta KL for every policy. Its estimate is biased low: a lower bound
-on average, by about a third of what it loses with a quarter of the samples. !: a quarter of the
-samples moves it by more than 1 %; take more --n_samples, or evaluate a policy nearer to that
-optimum with it.
+J* is an upper bound on E[r] - beta KL for every policy. Its estimate is too low on average, by
+about a third of what it drops if only a quarter of the samples is used. !: with a quarter it
+changes by more than 1 %. Then raise --n_samples, or evaluate a policy nearer to that optimum too.
 
 ## Best of n
 
@@ -516,7 +517,7 @@ of {fall:.2f}, while the score goes from {peak_score:.2f} to {end_score:.2f}."""
 
 
 def check(cfg):
-    """Exit, before any work, on settings that cannot be met."""
+    """Exit, before any work, on settings that cannot work."""
     check_reward(cfg)
     if cfg.n_reference < 2:
         stop(f"--n_reference got {cfg.n_reference}; best of n takes at least 2 responses")

@@ -26,8 +26,8 @@ import math
 import torch
 
 BETAS = [0.02 * 1.03 ** i for i in range(201)]                   # 0.02 to 7.6
-MEDIAN_ESS = 50                 # an estimate is trusted if the median prompt has as many effective
-LEAST_ESS = 10                  # samples, and every prompt has as many as this
+MEDIAN_ESS = 50                 # effective samples that the median prompt needs,
+LEAST_ESS = 10                  # and that every prompt needs, before an estimate is trusted
 
 
 # --------------------------------------------------------------------------------------------------

@@ -22,12 +22,12 @@ does this:
                     which is k3 (Shao et al. 2024, equations 3 and 4)
     7. log          one line
 
-Where each ends. With the KL in the reward, at the pi* of PPO and DPO: there R_i = beta log Z(x) for
-every response, so no response is better than its group and nothing is left to follow, whatever the
-advantages are divided or weighted by. Only reinforce, which has no baseline, needs --normalise
-fixed for that. With the KL in the loss, somewhere else. On policy the gradient of k3 is that of
-KL(pi_ref, pi_theta) in the states visited, the other direction. And dividing r by the standard
-deviation s of a prompt's rewards multiplies that prompt's beta by s.
+Where training ends. With the KL in the reward it ends at the pi* of PPO and DPO. There every
+response has R_i = beta log Z(x), so none is better than its group and there is nothing left to
+learn, whatever the advantages are divided or weighted by. Only reinforce, which has no baseline,
+needs --normalise fixed for that. With the KL in the loss it ends elsewhere: on policy, the gradient
+of k3 is that of KL(pi_ref, pi_theta), the other direction, in the states visited. Dividing r by the
+standard deviation s of a prompt's rewards multiplies that prompt's beta by s.
 
 Departures from Shao et al. (DeepSeekMath), whose form is --kl_in loss --normalise sequence: the KL
 is in the reward, as Ahmadian et al. 2024 have it for RLOO; the loss is a mean over the tokens of a
@@ -174,7 +174,7 @@ TRY = "try a lower --lr, --beta or --score_clip, with a different --out"     # i
 
 
 def check(cfg):
-    """Exit, before any work, on settings that cannot be met."""
+    """Exit, before any work, on settings that cannot work."""
     data.check_minibatch(cfg)
     check_reward(cfg)
     if cfg.batch_size % cfg.group_size:

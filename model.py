@@ -136,8 +136,10 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():          # GPT-2's initialisation
             if p.dim() == 2:
-                residual = name.endswith("c_proj.weight")
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+                std = 0.02
+                if name.endswith("c_proj.weight"):     # adds to the residual stream
+                    std = 0.02 / math.sqrt(2 * config.n_layer)
+                nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -265,7 +267,7 @@ def nanogpt_config(theirs):
 
 def trunk_of(weights):
     """
-    The weights of a language model, by the trunk's names, which saved alone have no prefix
+    The weights of a language model under the trunk's names; a trunk saved alone has no prefix
 
     Without the causal masks of old files, and without a head that repeats the token embedding.
     """
@@ -298,7 +300,7 @@ def gpt2_config(c, eos_id, **more):
 
 
 def copy_weights(weights, trunk):
-    """Into a trunk, ours or transformers'; every name and shape must be the same"""
+    """Copy weights into a trunk, ours or transformers'; all names and shapes must match."""
     target = trunk.state_dict()
     missing = sorted(target.keys() - weights.keys())
     unknown = sorted(weights.keys() - target.keys())
@@ -445,7 +447,7 @@ def token_logprobs(policy, inputs, targets, mask, temperature=1.0, return_entrop
     return_entropy also the entropy of pi in nats -> (B, T). Both carry gradients.
     """
     if temperature <= 0:
-        raise ValueError(f"got temperature {temperature}; log-probabilities want one above 0")
+        raise ValueError(f"got temperature {temperature}; log-probabilities take one above 0")
     in_response = mask > 0                                                   # (B, T)
     hidden = policy.transformer(inputs)[in_response]                         # (N, C)
     chosen = targets[in_response]                                            # (N,)

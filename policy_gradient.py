@@ -470,15 +470,15 @@ TRY = "try a lower --critic_lr, --beta or --score_clip, with a different --out" 
 
 
 def check(cfg):
-    """Exit, before any work, on settings that cannot be met."""
+    """Exit, before any work, on settings that cannot work."""
     data.check_minibatch(cfg)
     check_reward(cfg)
     if cfg.fisher_rows > cfg.batch_size:
         stop(f"--fisher_rows {cfg.fisher_rows} is more than --batch_size {cfg.batch_size}; lower "
              "it to that or less")
     if cfg.lora_rank:
-        stop("--lora_rank: the ladder compares gradients of all weights; ppo.py, grpo.py and "
-             "dpo.py take LoRA")
+        stop(f"--lora_rank {cfg.lora_rank} has no use here: the ladder compares gradients of all "
+             "weights; leave it out, or use LoRA with ppo.py, grpo.py or dpo.py")
     if cfg.rung == "all" and cfg.batch_size % (4 * cfg.variance_rows):
         stop(f"--batch_size {cfg.batch_size} is not a multiple of 4 times --variance_rows "
              f"{cfg.variance_rows}: the variance is taken over pairs of such batches")

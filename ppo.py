@@ -353,18 +353,19 @@ def check_first_ratio(logprobs, old_logprobs, mask, cfg, clip_eps_high=None):
         drift = masked_mean(log_ratio.abs(), mask).item()
         limit = 0.02
     if drift > limit:
-        stop(f"at the first minibatch the log ratio should be 0, but it reaches {drift:.1e}: "
+        stop(f"at the first minibatch the log ratio should be 0, but it is off by {drift:.1e}: "
              "old_logprobs and logprobs were computed differently. Look for dropout, a different "
              "temperature or mask, or a gradient step in between")
     if outside > 0.01:
         print(f"warning: before any step, {outside:.1%} of the tokens have a ratio outside the "
-              "clip range, from the rounding of bfloat16; --dtype float32 has none")
+              "clip range, because bfloat16 rounds coarsely; try --dtype float32")
     return outside
 
 
 def check_kl_ref(kl_ref, cfg, first):
     """Exit or warn if kl_ref (B,) cannot be right. At the first update it is 0, up to rounding."""
-    if first and kl_ref.abs().max() > (1e-4 if cfg.dtype == "float32" else 1.0):
+    limit = 1e-4 if cfg.dtype == "float32" else 1.0
+    if first and kl_ref.abs().max() > limit:
         stop(f"at the first update kl_ref should be 0, but reaches {kl_ref.abs().max():.1e} nats: "
              "actor and reference do not start from the same weights")
     mean = kl_ref.mean()
@@ -395,12 +396,12 @@ TRY = "try a lower --lr, --critic_lr or --beta, with a different --out"
 
 
 def check(cfg):
-    """Exit, before any work, on settings that cannot be met."""
+    """Exit, before any work, on settings that cannot work."""
     data.check_minibatch(cfg)
     check_reward(cfg)
     if cfg.kl_control == "proportional" and cfg.kl_horizon <= 0.2 * cfg.batch_size:
         stop(f"--kl_horizon {cfg.kl_horizon} is so short that one update could take beta below 0; "
-             f"it takes more than a fifth of --batch_size {cfg.batch_size}")
+             f"raise it above a fifth of --batch_size {cfg.batch_size}")
     if cfg.ptx_coef and cfg.ptx_data:
         data.check_source(cfg.ptx_data, "--ptx_data")
 
@@ -502,7 +503,10 @@ def main(cfg):
                 bonus = cfg.entropy_coef > 0
                 scored = token_logprobs(actor, inputs[rows], targets[rows], mask[rows],
                                         cfg.temperature, return_entropy=bonus)
-                logprobs, new_entropy = scored if bonus else (scored, None)                 # (b, T)
+                if bonus:
+                    logprobs, new_entropy = scored                           # (b, T) each
+                else:
+                    logprobs = scored                                        # (b, T)
                 if step == 0 and run.taken == 0:
                     outside = check_first_ratio(logprobs, old_logprobs[rows], mask[rows], cfg)
                 if cfg.surrogate == "clip":

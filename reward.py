@@ -160,8 +160,10 @@ def check_function(path, name):
     except (OSError, ValueError, SyntaxError) as error:
         stop(f"--reward got {path}:{name}, but {path} cannot be read ({type(error).__name__}: "
              f"{error})")
-    if not name or name.encode() not in source:
-        stop(f"--reward got {path}:{name}, but {path} has no function {name or 'after a colon'}")
+    if not name:
+        stop(f"--reward got {path}: with nothing after the colon; give {path}:FUNCTION")
+    if name.encode() not in source:
+        stop(f"--reward got {path}:{name}, but {path} has no function {name}")
 
 
 def load_function(path, name, tokenizer):

@@ -260,7 +260,7 @@ def load_trunk(cfg, sft_policy, tokenizer):
 
 
 def check(cfg):
-    """Exit, before any work, on settings that cannot be met."""
+    """Exit, before any work, on settings that cannot work."""
     data.check_source(cfg.data)
     if cfg.init:
         sft.check_init(cfg.init)
@@ -331,7 +331,9 @@ def main(cfg):
                 chosen, rejected, weights = token_wise_scores(*pairs)
             else:
                 scores = sequence_scores(reward_model, inputs, targets, mask).view(-1, K)   # (B, K)
-                chosen, rejected, weights = scores[:, better], scores[:, worse], None
+                chosen = scores[:, better]                                   # (B, pairs)
+                rejected = scores[:, worse]
+                weights = None
             loss, metrics = preference_loss(chosen, rejected, cfg.loss, cfg.margin, weights)
             (share * loss).backward()
             means.add(metrics, share)

@@ -5,7 +5,7 @@ Look at what a policy writes.
     python sample.py --config small --stage ppo --prompt "A fable about a lighthouse. On the plot:"
     python sample.py --config small --stage ppo --temperature 0     the likeliest token each time
     python sample.py --config small --stage ppo,dpo --score         with each response's reward
-    python sample.py --config small --stage ppo --tokens advantage  and each token's, in colour
+    python sample.py --config small --stage ppo --tokens advantage  each token's advantage
     python sample.py --config gpt2 --stage ppo --prompt $'\\n\\nHuman: Hi\\n\\nAssistant:'
 
 The last one writes newlines the way bash does. All policies get the same prompts and the same

@@ -41,7 +41,7 @@ class Config(Common):
     n_embd: int = 128               # width of the hidden states, if the weights are fresh
     block_size: int | None = None   # longest row; none: 72, or max_prompt_tokens + max_new_tokens
     dropout: float = 0.0            # in this stage only; later stages run without
-    tokenizer: str = "trained"      # on the texts; or gpt2, or a folder's; --init brings its own
+    tokenizer: str = "trained"      # trained on the texts, gpt2, or a folder; --init brings its own
     vocab_size: int = 1024          # largest vocabulary of a trained tokenizer
     n_texts: int | None = 20000     # texts to train on; none: all of --data
     steps: int = 2500               # updates
@@ -181,7 +181,7 @@ def check_init(init):
 
 
 def check(cfg):
-    """Exit, before any work, on settings that cannot be met."""
+    """Exit, before any work, on settings that cannot work."""
     data.check_source(cfg.data)
     if cfg.init:
         check_init(cfg.init)

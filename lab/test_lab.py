@@ -383,7 +383,7 @@ def id_of_case(part):
      "--reward got nowhere.py:f, but nowhere.py does not exist"),
     (ppo, dict(reward="broken.py:f"), "but broken.py cannot be read .SyntaxError"),
     (ppo, dict(reward="fine.py:g"), "but fine.py has no function g"),
-    (ppo, dict(reward="fine.py:"), "has no function after a colon"),
+    (ppo, dict(reward="fine.py:"), "nothing after the colon; give"),
     (ppo, dict(reward="nowhere/c2:toxic"),
      "--reward got nowhere/c2; it takes reward_model, path"),
     (ppo, dict(data="review"), r"--data got review .did you mean reviews\?.; it takes reviews, hh"),
