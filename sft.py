@@ -27,7 +27,7 @@ from lab import files, pretrained
 from lab.config import Common
 from lab.run import (Run, check_finite, launch, learning_rate, self_contained, set_learning_rate,
                      stop)
-from lab.tokenizer import (check_vocabulary, decode_response, export_tokenizer, gpt2_tokenizer,
+from lab.tokenizer import (check_vocabulary, decode_response, export_tokenizer, pretrained_tokenizer,
                            load_tokenizer, train_tokenizer)
 from model import GPT, GPTConfig, add_lora, generate, masked_mean, merged, token_logprobs, trained
 from presets import presets_of
@@ -157,7 +157,7 @@ def tokenizer_of(source):
     """GPT-2's tokenizer, or the one of a folder or of a name on the hub"""
     try:
         built_in = source == "gpt2" and not Path(source).is_dir()
-        return gpt2_tokenizer(None if built_in else source)
+        return pretrained_tokenizer(None if built_in else source)
     except (*MISFITS, OSError) as error:
         stop(f"no tokenizer in {source}: {error}")
 

@@ -744,7 +744,7 @@ def test_an_exported_tokenizer_is_the_same_in_transformers_and_comes_back(tmp_pa
         ids = tokenizer.encode_ordinary(text)
         assert theirs(text, split_special_tokens=True)["input_ids"] == ids, text
         assert theirs.decode(ids) == text
-    read = tokenizers.gpt2_tokenizer(tmp_path)
+    read = tokenizers.pretrained_tokenizer(tmp_path)
     assert tokenizers.tokenizer_id(read) == tokenizers.tokenizer_id(tokenizer)
 
 
@@ -5080,7 +5080,7 @@ def test_weights_and_tokenizers_come_from_the_hub_by_name(user_folder, monkeypat
         fetched.append((name, allow_patterns))
         return copy_of_hub
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    theirs = tokenizers.gpt2_tokenizer("someone/gpt")
+    theirs = tokenizers.pretrained_tokenizer("someone/gpt")
     ours = tokenizers.load_tokenizer(user_folder / "own" / "sft")
     assert tokenizers.tokenizer_id(theirs) == tokenizers.tokenizer_id(ours)
     GPT.from_pretrained("someone/gpt")

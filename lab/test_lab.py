@@ -667,7 +667,7 @@ def test_a_tokenizer_is_stored_whole_and_its_id_differs_from_others(tokenizer, t
         tokenizers.load_tokenizer(tmp_path)
 
 
-def test_gpt2_tokenizer_from_local_files_equals_transformers(tmp_path):
+def test_pretrained_tokenizer_from_local_files_equals_transformers(tmp_path):
     from tokenizers import ByteLevelBPETokenizer
     from transformers import GPT2TokenizerFast
     bpe = ByteLevelBPETokenizer()
@@ -677,17 +677,17 @@ def test_gpt2_tokenizer_from_local_files_equals_transformers(tmp_path):
     vocab = json.loads((tmp_path / "vocab.json").read_text())
     (tmp_path / "vocab.json").write_text(json.dumps(vocab | {tokenizers.EOS: len(vocab)}))
     theirs = GPT2TokenizerFast.from_pretrained(tmp_path)
-    ours = tokenizers.gpt2_tokenizer(tmp_path)
+    ours = tokenizers.pretrained_tokenizer(tmp_path)
     assert ours.eot_token == theirs.eos_token_id
     for text in AWKWARD:
         wanted = theirs(text, split_special_tokens=True)["input_ids"]
         assert ours.encode_ordinary(text) == wanted, text
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
     with pytest.raises(ValueError, match="does not number the merges"):
-        tokenizers.gpt2_tokenizer(tmp_path)
+        tokenizers.pretrained_tokenizer(tmp_path)
     (tmp_path / "merges.txt").unlink()
     with pytest.raises(ValueError, match="merges.txt does not exist"):
-        tokenizers.gpt2_tokenizer(tmp_path)
+        tokenizers.pretrained_tokenizer(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -746,7 +746,7 @@ def test_ids_are_as_in_the_files_and_text_never_becomes_a_special_token(bpe, tmp
     late = dict(bpe["added_tokens"][0], id=620, content="<|pad|>")
     content = changed(bpe, "added_tokens", -1, to=late)
     content["model"]["vocab"]["<|pad|>"] = 620
-    ours = tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "x", content))
+    ours = tokenizers.pretrained_tokenizer(bpe_folder(tmp_path / "x", content))
     theirs = Tokenizer.from_file(str(tmp_path / "x" / "tokenizer.json"))
     theirs.encode_special_tokens = True                  # as text
     rng = random.Random(0)
@@ -784,7 +784,7 @@ END_AS_DICT = {"eos_token": {"content": "<|end|>"}}
 def test_the_eos_is_the_one_that_the_files_name(eos, said, extra_files, bpe, tmp_path, capsys):
     """The tokenizer's files win over the model's, and a note says where they differ."""
     from transformers import AutoTokenizer
-    ours = tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe, **extra_files))
+    ours = tokenizers.pretrained_tokenizer(bpe_folder(tmp_path / "x", bpe, **extra_files))
     assert ours.eot_token == eos and tokenizers.encode_prompt(ours, "") == [eos]
     note = capsys.readouterr().out
     if said:
@@ -796,12 +796,12 @@ def test_the_eos_is_the_one_that_the_files_name(eos, said, extra_files, bpe, tmp
     tokenizers.export_tokenizer(ours, tmp_path / "exported")
     ours_id = tokenizers.tokenizer_id(ours)
     for again in (tokenizers.load_tokenizer(tmp_path),
-                  tokenizers.gpt2_tokenizer(tmp_path / "exported")):
+                  tokenizers.pretrained_tokenizer(tmp_path / "exported")):
         assert again.eot_token == eos and tokenizers.tokenizer_id(again) == ours_id
         assert again.decode(list(range(607))) == ours.decode(list(range(607)))
     assert AutoTokenizer.from_pretrained(tmp_path / "exported").eos_token_id == eos
     renamed_token = json.loads(json.dumps(bpe).replace("<|start|>", "<|begin|>"))
-    other = tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "y", renamed_token))
+    other = tokenizers.pretrained_tokenizer(bpe_folder(tmp_path / "y", renamed_token))
     assert tokenizers.tokenizer_id(other) != ours_id
 
 
@@ -871,11 +871,11 @@ def test_merges_that_tiktoken_would_make_in_a_different_way_are_refused(merges, 
         content["model"]["vocab"][left + right] = 700 + i
         content["model"]["merges"].append([left, right])
     with pytest.raises(ValueError, match="number the merges in their order"):
-        tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "x", content))
+        tokenizers.pretrained_tokenizer(bpe_folder(tmp_path / "x", content))
 
 
 def test_harmless_settings_in_a_tokenizer_json_change_nothing(bpe, tmp_path):
-    wanted = tokenizers.tokenizer_id(tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe)))
+    wanted = tokenizers.tokenizer_id(tokenizers.pretrained_tokenizer(bpe_folder(tmp_path / "x", bpe)))
     plain = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
     merges = [" ".join(pair) for pair in bpe["model"]["merges"]]
     untyped = {key: x for key, x in bpe["model"].items() if key != "type"}
@@ -889,26 +889,26 @@ def test_harmless_settings_in_a_tokenizer_json_change_nothing(bpe, tmp_path):
             (["model", "dropout"], 0.0),
             (["model"], untyped)):
         folder = bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))
-        ours = tokenizers.gpt2_tokenizer(folder / "tokenizer.json")
+        ours = tokenizers.pretrained_tokenizer(folder / "tokenizer.json")
         assert tokenizers.tokenizer_id(ours) == wanted, path
 
 
 def test_vocab_and_merges_files_know_their_special_tokens_too(bpe, tmp_path):
     """They come first in the vocabulary, or slow tokenizers of transformers list them."""
     folder = bpe_folder(tmp_path / "x", bpe)
-    wanted = tokenizers.tokenizer_id(tokenizers.gpt2_tokenizer(folder))
+    wanted = tokenizers.tokenizer_id(tokenizers.pretrained_tokenizer(folder))
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text(json.dumps(bpe["model"]["vocab"]))
     merges = "\n".join(" ".join(pair) for pair in bpe["model"]["merges"])
     (folder / "merges.txt").write_text("#version: 0.2\n" + merges + "\n")
-    assert tokenizers.tokenizer_id(tokenizers.gpt2_tokenizer(folder)) == wanted
+    assert tokenizers.tokenizer_id(tokenizers.pretrained_tokenizer(folder)) == wanted
     (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 607}))
-    assert tokenizers.gpt2_tokenizer(folder).decode([607, 2]) == "<pad><|end|>"
+    assert tokenizers.pretrained_tokenizer(folder).decode([607, 2]) == "<pad><|end|>"
 
     def with_added_token(**flags):
         decoder = {"added_tokens_decoder": {"608": ADDED | flags}, "eos_token": "<x>"}
         (folder / "tokenizer_config.json").write_text(json.dumps(decoder))
-        return tokenizers.gpt2_tokenizer(folder)
+        return tokenizers.pretrained_tokenizer(folder)
 
     assert with_added_token(special=True).eot_token == 608
     with pytest.raises(ValueError, match="'<x>' .not special"):
@@ -918,7 +918,7 @@ def test_vocab_and_merges_files_know_their_special_tokens_too(bpe, tmp_path):
     nameless = {token.replace(tokenizers.EOS, "<s>"): i for token, i in vocab.items()}
     (folder / "vocab.json").write_text(json.dumps(nameless))
     with pytest.raises(ValueError, match=r"wanted one of .*<s>, .*<\|end\|> as eos_token"):
-        tokenizers.gpt2_tokenizer(folder)
+        tokenizers.pretrained_tokenizer(folder)
 
 
 def test_a_tokenizer_that_an_earlier_version_wrote_is_the_same_tokenizer(tokenizer, tmp_path):
