@@ -86,11 +86,8 @@ class GPTConfig:
 
 
 # Fresh models of these dialects: sft.py --architecture
-ARCHITECTURES = {
-    "gpt2": dict(),
-    "llama": dict(norm="rmsnorm", activation="swiglu", positions="rope", bias=False),
-    "qwen3": dict(norm="rmsnorm", activation="swiglu", positions="rope", bias=False, qk_norm=True,
-                  norm_eps=1e-6)}
+LLAMA = dict(norm="rmsnorm", activation="swiglu", positions="rope", bias=False)
+ARCHITECTURES = {"gpt2": {}, "llama": LLAMA, "qwen3": LLAMA | dict(qk_norm=True, norm_eps=1e-6)}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,0 +1,134 @@
+"""
+Dialogues as the text that a model was trained on: ChatML (Qwen, SmolLM2) and Llama 3's headers.
+
+    written         [(role, text), ..] -> text, with the cue for the assistant's turn
+    set_chat        a tokenizer that writes dialogues by a template and ends a turn as it does
+    template_of     the template in a folder's files, for --chat auto
+
+A special token that a template writes has a MARK before it. Text from users has none, so it never
+becomes a special token.
+"""
+
+from pathlib import Path
+
+from lab import pretrained
+from lab.tokenizer import MARK
+
+ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}          # what ends a turn
+SIGNS = {"chatml": "<|im_start|>", "llama3": "<|start_header_id|>"}     # what only it writes
+
+
+def chatml(turns):
+    """<|im_start|>user\\nHi<|im_end|>\\n, turn after turn -> text, the cue for an answer"""
+    head = MARK + "<|im_start|>{}\n"
+    end = MARK + "<|im_end|>\n"
+    return "".join(head.format(role) + text + end for role, text in turns), head.format("assistant")
+
+
+def llama3(turns):
+    """<|start_header_id|>user<|end_header_id|>\\n\\nHi<|eot_id|> -> text, the cue for an answer"""
+    head = f"{MARK}<|start_header_id|>{{}}{MARK}<|end_header_id|>\n\n"
+    end = MARK + "<|eot_id|>"
+    text = "".join(head.format(role) + text.strip() + end for role, text in turns)
+    return f"{MARK}<|begin_of_text|>{text}", head.format("assistant")
+
+
+def written(turns, chat, system="", unfinished=False):
+    """
+    A dialogue as the prompt of an answer -> text; system: the first turn of those that have none
+
+    unfinished: its last turn is the assistant's, which the answer continues.
+    """
+    turns = [(role, clean(text)) for role, text in turns]
+    if system and turns[0][0] != "system":
+        turns = [("system", system), *turns]
+    write = {"chatml": chatml, "llama3": llama3}[chat]
+    text, cue = write(turns)
+    if unfinished:
+        return text.rpartition(MARK + ENDS[chat])[0]
+    return text + cue
+
+
+def clean(text):
+    """Text without MARK, which Unicode reserves for uses such as ours"""
+    return text.replace(MARK, "\ufffd")
+
+
+def set_chat(tokenizer, chat, system, source):
+    """
+    The tokenizer with the template that --chat names; auto: the one in the source's files, if any
+
+    The EOS becomes the token that ends a turn. Raises a ValueError if it lacks a token.
+    """
+    template = template_of(source) if source else None
+    if chat == "auto":
+        chat = "plain"
+        if template:
+            known = [name for name, sign in SIGNS.items() if sign in template]
+            if not known:
+                raise ValueError(f"{source} has a chat template that is neither chatml nor llama3; "
+                                 "give --chat plain, or the one of them that you want")
+            chat = known[0]
+    if chat == "plain":
+        return tokenizer
+    special = tokenizer._special_tokens
+    start = ["<|begin_of_text|>", "<|end_header_id|>"] if chat == "llama3" else []
+    missing = [token for token in [*start, SIGNS[chat], ENDS[chat]] if token not in special]
+    if missing:
+        raise ValueError(f"--chat {chat} writes {', '.join(missing)}, which this tokenizer lacks; "
+                         "give --chat plain")
+    options = tokenizer.options() | {"chat": chat, "system": system}
+    options["ends"] = tuple(dict.fromkeys((special[ENDS[chat]], *tokenizer.end_tokens)))
+    tokenizer.set_up(**options)
+    if template:
+        note_differences(template, tokenizer)
+    return tokenizer
+
+
+def template_of(source):
+    """The chat template in the files of a folder, or None"""
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = folder.parent if folder.is_file() else pretrained.from_hub(
+            source, ["*.json", "*.jinja", "merges.txt"])
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    template = pretrained.read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):                       # several, by name
+        template = {one.get("name"): one.get("template") for one in template}.get("default")
+    return template
+
+
+# One to four turns, with a system turn and without, as transformers writes messages
+DIALOGUES = [[("user", "Hi")], [("system", "Be brief."), ("user", "Hi")],
+             [("user", "Hi"), ("assistant", "Hello."), ("user", "2 + 2?")],
+             [("system", "S"), ("user", " a\n"), ("assistant", "b"), ("user", "c")]]
+
+
+def rendered(template, turns, tokenizer):
+    """A dialogue by a Jinja template, as transformers renders it"""
+    from transformers.utils.chat_template_utils import render_jinja_template
+    names = {i: token for token, i in tokenizer._special_tokens.items()}
+    eos = names[tokenizer.eot_token]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    texts, _ = render_jinja_template(
+        [messages], chat_template=template, add_generation_prompt=True, eos_token=eos,
+        bos_token=names.get(tokenizer.bos, "<|begin_of_text|>"))
+    return texts[0]
+
+
+def note_differences(template, tokenizer):
+    """Say where the model's own template writes a dialogue differently."""
+    try:
+        for turns in DIALOGUES:
+            theirs = rendered(template, turns, tokenizer)
+            ours = written(turns, tokenizer.chat, tokenizer.system).replace(MARK, "")
+            if theirs != ours:
+                print(f"note: the model's own chat template writes {theirs!r} where --chat "
+                      f"{tokenizer.chat} writes {ours!r}; --system TEXT adds a system turn")
+                return
+    except Exception as error:                           # jinja2 is missing, or a strange template
+        print(f"note: the model's chat template could not be compared with --chat "
+              f"{tokenizer.chat} ({type(error).__name__})")
