@@ -66,7 +66,7 @@ class GPTConfig:
     rope_scaling: list | None = None    # Llama 3's factor, low, high, original context; none: off
     n_kv_head: int | None = None        # heads of keys and values; none: n_head
     head_dim: int | None = None         # width of a head; none: n_embd / n_head
-    n_inner: int | None = None          # width inside the MLP; none: 4 n_embd
+    n_inner: int | None = None          # width inside the MLP; none: 4 n_embd, with swiglu 8/3
     bias: bool = True                   # whether matrices have biases
     qkv_bias: bool = False              # whether those of q, k and v do anyway
     qk_norm: bool = False               # RMSNorm of every head's queries and keys
@@ -77,7 +77,8 @@ class GPTConfig:
     def __post_init__(self):
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_kv_head = self.n_kv_head or self.n_head
-        self.n_inner = self.n_inner or 4 * self.n_embd
+        usual = -(-self.n_embd // 3) * 8 if self.activation == "swiglu" else 4 * self.n_embd
+        self.n_inner = self.n_inner or usual             # either way 8 n_embd^2 weights in the MLP
         self.vocab_rows = self.vocab_rows or self.vocab_size
         self.n_positions = self.n_positions or self.block_size
         if self.n_head % self.n_kv_head:

@@ -156,7 +156,7 @@ def make_comparisons(policy, tokenizer, prompts, cfg, generator):
     for chunk in progress(chunks, f"sampling {K} responses to {len(prompts)} prompts"):
         texts = [tokenizer.decode(ids) for ids in chunk]
         tokens, mask = generate(policy, [ids for ids in chunk for _ in range(K)],
-                                cfg.max_new_tokens, tokenizer.eot_token, generator=generator)
+                                cfg.max_new_tokens, tokenizer.end_tokens, generator=generator)
         response_ids = data.responses_of(tokens, mask)
         responses = [decode_response(tokenizer, ids) for ids in response_ids]    # text, finished
         gold = torch.tensor([reviews.gold(texts[i // K], *response)
@@ -206,7 +206,7 @@ def normalisation(raw, policy, tokenizer, prompts, cfg, n=512):
     drawn = data.draw(prompts, n, generator)
     scores = []
     for i in range(0, n, 64):
-        tokens, mask = generate(policy, drawn[i:i + 64], cfg.max_new_tokens, tokenizer.eot_token,
+        tokens, mask = generate(policy, drawn[i:i + 64], cfg.max_new_tokens, tokenizer.end_tokens,
                                 temperature, generator)
         scores.append(raw(*data.shift(tokens), mask))
     scores = torch.cat(scores)                                               # (n,)
@@ -243,7 +243,7 @@ def export(folder, to):
     tokenizer = load_tokenizer(folder)
     reward_model = sft.rebuild(ScalarGPT, saved, folder, "reward_model")
     with files.new_folder(to) as temporary:
-        reward_model.save_pretrained(temporary, tokenizer.eot_token)
+        reward_model.save_pretrained(temporary, tokenizer.end_tokens)
         export_tokenizer(tokenizer, temporary, pad=True)
 
 

@@ -1,7 +1,8 @@
 """
-Dialogues as the text that a model was trained on: ChatML (Qwen, SmolLM2) and Llama 3's headers.
+Dialogues as text: HH-RLHF's, and the templates of instruct models.
 
     written         [(role, text), ..] -> text, with the cue for the assistant's turn
+    answer          the text of the assistant's turn after it
     set_chat        a tokenizer that writes dialogues by a template and ends a turn as it does
     template_of     the template in a folder's files, for --chat auto
 
@@ -14,8 +15,20 @@ from pathlib import Path
 from lab import pretrained
 from lab.tokenizer import MARK
 
+TURN = "\n\nAssistant:"
+SPEAKER = {"user": "\n\nHuman:", "assistant": TURN, "system": "\n\nSystem:"}
 ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}          # what ends a turn
 SIGNS = {"chatml": "<|im_start|>", "llama3": "<|start_header_id|>"}     # what only it writes
+
+
+def plain(turns):
+    """HH-RLHF's: Human, Assistant and System, no special tokens -> text, the cue for an answer"""
+    return "".join(SPEAKER[role] + spoken(text) for role, text in turns), TURN
+
+
+def spoken(text):
+    """A turn's text, with a space between it and the speaker's name unless it starts with one"""
+    return f" {text}" if text[:1].strip() else text
 
 
 def chatml(turns):
@@ -33,7 +46,7 @@ def llama3(turns):
     return f"{MARK}<|begin_of_text|>{text}", head.format("assistant")
 
 
-def written(turns, chat, system="", unfinished=False):
+def written(turns, chat="plain", system="", unfinished=False):
     """
     A dialogue as the prompt of an answer -> text; system: the first turn of those that have none
 
@@ -42,11 +55,17 @@ def written(turns, chat, system="", unfinished=False):
     turns = [(role, clean(text)) for role, text in turns]
     if system and turns[0][0] != "system":
         turns = [("system", system), *turns]
-    write = {"chatml": chatml, "llama3": llama3}[chat]
-    text, cue = write(turns)
-    if unfinished:
-        return text.rpartition(MARK + ENDS[chat])[0]
-    return text + cue
+    text, cue = {"plain": plain, "chatml": chatml, "llama3": llama3}[chat](turns)
+    if not unfinished:
+        return text + cue
+    return text if chat == "plain" else text.rpartition(MARK + ENDS[chat])[0]
+
+
+def answer(text, chat="plain"):
+    """The text of the assistant's turn after what `written` returns"""
+    if chat == "plain":
+        return spoken(text)
+    return text.strip() if chat == "llama3" else text
 
 
 def clean(text):
