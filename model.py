@@ -333,12 +333,12 @@ class GPT(nn.Module):
                                for name, x in weights.items()}, assign=True)
         return model
 
-    def save_pretrained(self, folder, end_ids=()):
+    def save_pretrained(self, folder, eos_id=None):
         """Write config.json and model.safetensors for transformers' AutoModelForCausalLM."""
         weights = families.to_theirs(merged(self.transformer.state_dict()), asdict(self.config))
         if not self.config.tied_head:
             weights["lm_head.weight"] = self.output.weight
-        pretrained.write(folder, families.config_of(asdict(self.config)), weights, end_ids)
+        pretrained.write(folder, families.config_of(asdict(self.config)), weights, eos_id)
 
 
 class ScalarGPT(nn.Module):
@@ -370,7 +370,7 @@ class ScalarGPT(nn.Module):
     def forward(self, ids):
         return self.gain * self.head(self.transformer(ids)).squeeze(-1).float() + self.bias
 
-    def save_pretrained(self, folder, end_ids=()):
+    def save_pretrained(self, folder, eos_id=None):
         """
         Write config.json and model.safetensors for AutoModelForSequenceClassification, one label.
 
@@ -396,7 +396,7 @@ class ScalarGPT(nn.Module):
         more_rows = fields["vocab_rows"] - len(weights["wte.weight"])
         weights["wte.weight"] = F.pad(weights["wte.weight"], (0, 0, 0, more_rows))
         weights = families.to_theirs(weights, fields) | {"score.weight": w}
-        pretrained.write(folder, config, weights, end_ids)
+        pretrained.write(folder, config, weights, eos_id)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -164,11 +164,9 @@ def unwrapped(weights, source):
     return plain
 
 
-def write(folder, config, weights, end_ids=()):
-    """config.json, generation_config.json and model.safetensors; the first of end_ids is the EOS"""
-    ids = {}
-    if end_ids:
-        ids["eos_token_id"] = end_ids[0] if len(end_ids) == 1 else list(end_ids)
+def write(folder, config, weights, eos_id=None):
+    """config.json, generation_config.json and model.safetensors; eos_id: one or several"""
+    ids = {} if eos_id is None else {"eos_token_id": eos_id}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("config.json", config | ids), ("generation_config.json", ids)):
