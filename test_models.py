@@ -1,5 +1,6 @@
 """Llama, Qwen2, Qwen3: to become a section of test_all.py"""
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -8,7 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model
+import sft
 from conftest import seeded
+from lab import chat
+from lab.tokenizer import encode_prompt
 from model import GPT, GPTConfig, ScalarGPT, add_lora, generate, merged, token_logprobs
 
 # --------------------------------------------------------------------------------------------------
@@ -352,3 +356,34 @@ def test_half_precision_rounds_and_the_cache_keeps_its_type(dtype, limit, famili
     off = difference(gpt, ids[:, :64], wanted[:, :64])
     assert 1e-5 < off < 20 * limit
     generate(gpt, [ids[0, :5].tolist()], 4, 96, generator=seeded())
+
+
+# ---- a real pretrained model: SMOLLM2=FOLDER python -m pytest -q -k smollm2
+
+SMOLLM2 = os.environ.get("SMOLLM2", "")
+needs_smollm2 = pytest.mark.skipif(not SMOLLM2, reason="needs SmolLM2-135M-Instruct's folder in the "
+                                                       "environment variable SMOLLM2")
+QUESTIONS = ["What is 17 + 25?", "Name three colours.", "Who wrote Hamlet?", "Say hello in French.",
+             "What is the capital of Italy?", "Write a haiku about rain.", "Is the sky green?",
+             "List two fruits.", "What do bees make?", "Count from one to five."]
+
+
+@needs_smollm2
+def test_smollm2_answers_greedily_as_in_transformers_and_comes_back(tmp_path):
+    from transformers import AutoModelForCausalLM
+    theirs = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32).eval()
+    tokenizer = sft.tokenizer_of(SMOLLM2, "auto")
+    ours = GPT.from_pretrained(SMOLLM2, vocab_size=tokenizer.n_vocab, block_size=128).eval()
+    prompts = [encode_prompt(tokenizer, chat.written([("user", question)], tokenizer.chat))
+               for question in QUESTIONS]
+    tokens, mask = generate(ours, prompts, 40, tokenizer.end_tokens, temperature=0)
+    for i, prompt in enumerate(prompts):
+        answer = tokens[i, 1:][mask[i] > 0].tolist()
+        wanted = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False,
+                                 eos_token_id=list(tokenizer.end_tokens), pad_token_id=0)[0]
+        assert prompt + answer == wanted.tolist(), tokenizer.decode(answer)
+    ours.save_pretrained(tmp_path, tokenizer.end_tokens)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(back(tokens).logits.log_softmax(-1),
+                                   ours(tokens).log_softmax(-1), atol=1e-5, rtol=0)
