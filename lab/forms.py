@@ -102,16 +102,12 @@ def take_form(fields):
     if has("chosen", "rejected"):
         move_dialogue_to_prompt(fields)
         return *take("system", "prompt"), take("chosen", "rejected"), False
-    if has("completion"):
-        return *take("system", "prompt"), take("completion"), True
-    if has("messages"):
-        return *take("system", "prompt"), take("messages"), True
-    if has("conversations"):
-        return *take("system", "prompt"), take("conversations"), True
-    if has("prompt", "output"):
-        return *take("system", "prompt"), take("output"), True
-    if has("prompt", "text"):
-        return *take("system", "prompt"), take("text"), True
+    for name in ("completion", "messages", "conversations"):
+        if has(name):
+            return *take("system", "prompt"), take(name), True
+    for name in ("output", "text"):
+        if has("prompt", name):
+            return *take("system", "prompt"), take(name), True
     if has("text"):
         return None, "", take("text"), False
     if has("summaries", "choice"):
@@ -168,9 +164,7 @@ def texts_of(system, prompt, responses):
         if system:
             before = join(turns_of(system, "system"), before)
         return dialogue_of(before, [turns_of(response, "assistant") for response in responses])
-    texts = [system or "", *responses]
-    if prompt is not None:
-        texts.append(prompt)
+    texts = [system or "", prompt if prompt is not None else "", *responses]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a text is not a string")
     if prompt is None:
@@ -241,9 +235,7 @@ def dialogue_of(before, answers):
         raise ValueError("the dialogues differ before their last turn")
     if len(answers) > 1 and None in responses:
         raise ValueError("a comparison that does not end in an assistant turn")
-    if None in responses:
-        return prompts[0], []
-    return prompts[0], list(responses)
+    return prompts[0], [] if None in responses else list(responses)
 
 
 def split_turns(before, turns):

@@ -69,8 +69,8 @@ def self_contained(main):
     """
     Decorator: main(cfg) leaves the process as it found it, so a notebook or a program can call it.
 
-    It puts back the states of the random generators, the deterministic flag, the signal handlers
-    and standard output, and releases the lock on the stage's folder, however main ends.
+    However main ends, process.process_state and standard output are put back, and the lock on the
+    stage's folder is released.
     """
     @functools.wraps(main)
     def wrapped(cfg):
@@ -134,12 +134,11 @@ def ensure(cfg, script):
     if started:                                          # perhaps with settings of its own
         made_by = stored_config(here)
         check_data(cfg, here, made_by)
-        fields = {field.name for field in dataclasses.fields(script.Config)}
-        unknown = sorted(made_by.keys() - fields)
+        unknown = made_by.keys() - {field.name for field in dataclasses.fields(script.Config)}
         if unknown:
-            stop(f"{here}/config.json has the settings {', '.join(unknown)}, which {stage}.py "
-                 f"does not have: a different version started it. {stage}.py --overwrite starts it "
-                 "again")
+            stop(f"{here}/config.json has the settings {', '.join(sorted(unknown))}, which "
+                 f"{stage}.py does not have: a different version started it. {stage}.py "
+                 "--overwrite starts it again")
         theirs = script.Config(**made_by)
         print(f"{here} is unfinished; running {stage}.py first\n")
     else:
@@ -207,17 +206,14 @@ class Run:
         self.script = script_name(stage)                 # for the commands in its messages
         self.folder = config.folder_of(config.run_name(cfg)) / stage
         self.old = self.folder.with_name(f"{stage}.old")
-        self.lock = None
         self.looping = False
         self.interrupted = False
-        self.taken = 0                                   # gradient steps so far in this update
         self.lines = 0                                   # printed by log
         self.found = self.existing_files()
-        self.finished = self.found["report.txt"]
-        self.resuming = self.found["checkpoint.pt"] and not self.finished
-        if cfg.overwrite and not (self.resuming and cfg.resume):
-            self.finished = False
-            self.resuming = False
+        unfinished = self.found["checkpoint.pt"] and not self.found["report.txt"]
+        keep = not cfg.overwrite or (cfg.resume and unfinished)
+        self.finished = keep and self.found["report.txt"]
+        self.resuming = keep and unfinished
         if self.finished or self.resuming:
             self.require_same_settings(stored_config(self.folder))
         if self.resuming and not cfg.resume:
@@ -242,14 +238,14 @@ class Run:
             stop(f"{self.folder} holds a run with {theirs}, this one has {wanted}; --out NAME "
                  "keeps both, --overwrite replaces that one")
 
-    def acquire_lock(self):
-        def holder():
-            start = (self.starts() or [{}])[-1]
-            return (f"process {start.get('process', '?')} on {start.get('host', '?')} "
-                    f"({start.get('command', '?')}), started {start.get('time', 'just now')}, is "
-                    f"writing to {self.folder}; wait until it has ended, or give a different --out")
-        self.lock = files.one_process(self.folder.with_name(f".{self.stage}.lock"), holder)
-        OPENED.runs.append(self)
+    def holder(self):
+        """Who has the lock on this folder, for the message"""
+        start = {"process": "?", "host": "?", "command": "?", "time": "just now"}
+        for later in self.starts():
+            start |= later
+        return (f"process {start['process']} on {start['host']} ({start['command']}), started "
+                f"{start['time']}, is writing to {self.folder}; wait until it has ended, or give "
+                "a different --out")
 
     def starts(self):
         """The objects in started.jsonl, one for each time this run was started or resumed"""
@@ -262,7 +258,8 @@ class Run:
         now = process.environment(self.device)
         with files.writing(self.folder):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self.acquire_lock()
+        self.lock = files.one_process(self.folder.with_name(f".{self.stage}.lock"), self.holder)
+        OPENED.runs.append(self)
         if self.existing_files() != self.found:
             stop(f"{self.folder} has changed while this run was starting; look at it and run the "
                  "command again")
@@ -356,16 +353,12 @@ class Run:
         """
         self.first = first
         self.last = last
-        self.looping = True
         with self.signals_caught():
-            try:
-                for self.step_number in range(first, last):
-                    self.taken = 0
-                    self.random_at_start = self.random_states()
-                    self.clock = report.Clock(self.device)
-                    yield self.step_number
-            finally:
-                self.looping = False
+            for self.step_number in range(first, last):
+                self.taken = 0                           # gradient steps in this update
+                self.random_at_start = self.random_states()
+                self.clock = report.Clock(self.device)
+                yield self.step_number
 
     @contextlib.contextmanager
     def signals_caught(self):
@@ -392,9 +385,11 @@ class Run:
                 nohup = kind.name == "SIGHUP" and signal.getsignal(kind) == signal.SIG_IGN
                 if not nohup:
                     before[kind] = signal.signal(kind, interrupt)
+        self.looping = True
         try:
             yield
         finally:
+            self.looping = False
             for kind, handler in before.items():
                 signal.signal(kind, handler)
 
@@ -405,8 +400,6 @@ class Run:
     def step(self, grad_clip, hint=LOWER_LR, **optimizers):
         """
         Clip the gradients, take a step with each optimizer, zero -> {name: gradient norm}
-
-            run.step(cfg.grad_clip, grad_norm=optimizer)
 
         No optimizer takes its step unless every norm is finite. hint says what to try then.
         """
