@@ -53,7 +53,7 @@ def written(turns, chat="plain", system="", unfinished=False):
     unfinished: its last turn is the assistant's, which the answer continues.
     """
     turns = [(role, clean(text)) for role, text in turns]
-    if system and turns[0][0] != "system":
+    if system and (not turns or turns[0][0] != "system"):
         turns = [("system", system), *turns]
     text, cue = {"plain": plain, "chatml": chatml, "llama3": llama3}[chat](turns)
     if not unfinished:

@@ -484,12 +484,23 @@ def start_of(tokenizer):
     return tokenizer.eot_token if tokenizer.bos is None else tokenizer.bos
 
 
-def encode_prompt(tokenizer, text):
-    """Ids of a prompt, with the BOS if the model uses one; [start_of(tokenizer)] for an empty one"""
-    ids = tokenizer.encode_ordinary(text)
+def with_start(tokenizer, ids):
+    """The ids of a prompt after the BOS if the model uses one; an empty one becomes one token"""
     if tokenizer.bos is not None and ids[:1] != [tokenizer.bos]:
-        ids = [tokenizer.bos] + ids
+        return [tokenizer.bos, *ids]
     return ids or [start_of(tokenizer)]
+
+
+def cut_start(tokenizer, ids, n):
+    """The last n ids of a prompt; a BOS stays the first"""
+    if tokenizer.bos is None:
+        return ids[-n:]
+    return [tokenizer.bos, *ids[-(n - 1):]] if n > 1 else ids[-1:]
+
+
+def encode_prompt(tokenizer, text):
+    """Ids of a prompt"""
+    return with_start(tokenizer, tokenizer.encode_ordinary(text))
 
 
 def encode_texts(tokenizer, prompts, responses):
