@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from lab import families, pretrained
+from lab import families
 
 LORA_SCALE = 2.0                # alpha / r, which multiplies the low-rank change
 # The sampler's keys grow by a token each step. cuDNN's attention, which torch may prefer on new
@@ -75,6 +75,8 @@ class GPTConfig:
     n_positions: int | None = None      # positions that a file's weights can read
 
     def __post_init__(self):
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_kv_head = self.n_kv_head or self.n_head
         usual = -(-self.n_embd // 3) * 8 if self.activation == "swiglu" else 4 * self.n_embd
@@ -82,7 +84,7 @@ class GPTConfig:
         self.vocab_rows = self.vocab_rows or self.vocab_size
         self.n_positions = self.n_positions or self.block_size
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head "
+            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head "
                              f"{self.n_kv_head}")
 
 
@@ -275,8 +277,8 @@ class Transformer(nn.Module):
 
 def autocast(config, device):
     """Matrix products in config.dtype; the residual stream and the norms stay in float32"""
-    return torch.autocast(device.type, getattr(torch, config.dtype),
-                          enabled=config.dtype != "float32")
+    half = config.dtype != "float32"
+    return torch.autocast(device.type, getattr(torch, config.dtype) if half else None, enabled=half)
 
 
 class GPT(nn.Module):
@@ -301,44 +303,19 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, source, **changes):
         """
-        Weights of GPT-2, Llama, Qwen2 or Qwen3: a folder that transformers saved, its name on the
-        hub, or nanoGPT's ckpt.pt
-
-        changes are fields of GPTConfig. block_size and vocab_size take the first positions or token
-        ids; more than the weights have is an error. So is a weight that is missing, unknown, or of
-        a different shape.
+        GPT-2, Llama, Qwen2 or Qwen3: a folder of transformers, a name on the hub, or nanoGPT's
+        ckpt.pt. changes are fields of GPTConfig; block_size and vocab_size take the first positions
+        or ids. A weight that is missing, unknown or of a different shape is an error.
         """
-        theirs, weights = pretrained.read(source)
-        stored = GPTConfig(**families.fields_of(theirs))
-        c = replace(stored, **changes)
-        if c.block_size > stored.block_size:
-            raise ValueError(f"block_size {c.block_size} is longer than the {stored.block_size} "
-                             f"positions that {source} has weights for; lower it to that or less")
-        if c.vocab_size > stored.vocab_size:
-            raise ValueError(f"the tokenizer has {c.vocab_size} token ids, {source} has weights "
-                             f"for {stored.vocab_size}; they do not belong together")
-        weights = families.to_ours(weights, asdict(stored), theirs.get("model_type") == "nanogpt")
+        fields, weights = families.load(source, changes)
         with torch.device("meta"):                       # no memory, no random numbers
-            whole = cls(stored)
-            model = cls(c)
-        for name, wanted in whole.state_dict().items():
-            found = weights[name.removeprefix("transformer.")]
-            if found.shape != wanted.shape or not found.is_floating_point():
-                raise ValueError(f"{name}: got {tuple(found.shape)} of {found.dtype}, wanted "
-                                 f"{tuple(wanted.shape)} of floats")
-        weights = {name: weights[name.removeprefix("transformer.")] for name in whole.state_dict()}
-        if c.positions == "learned":
-            weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:c.block_size]
-        model.load_state_dict({name: x.to(torch.float32, copy=True).contiguous()
-                               for name, x in weights.items()}, assign=True)
+            model = cls(GPTConfig(**fields))
+        families.assign(model, weights)
         return model
 
     def save_pretrained(self, folder, eos_id=None):
         """Write config.json and model.safetensors for transformers' AutoModelForCausalLM."""
-        weights = families.to_theirs(merged(self.transformer.state_dict()), asdict(self.config))
-        if not self.config.tied_head:
-            weights["lm_head.weight"] = self.output.weight
-        pretrained.write(folder, families.config_of(asdict(self.config)), weights, eos_id)
+        families.save(folder, asdict(self.config), merged(self.state_dict()), eos_id)
 
 
 class ScalarGPT(nn.Module):
@@ -377,26 +354,15 @@ class ScalarGPT(nn.Module):
         Its head is w.h, without gain or bias; h = g n + d is the output of the last layer norm.
         With w = gain head.weight and d moved by (gain head.bias + bias) w / |w|^2 it gives the same
         number. An RMSNorm has no d: there the scores lack the constant, and config.json says so.
-        Scores are read before the first pad token, which is the first id beyond the vocabulary.
         """
-        fields = asdict(self.config)
-        pad = fields["vocab_size"]
-        fields["vocab_rows"] = max(fields["vocab_rows"], pad + 1)
-        config = families.config_of(fields, "SequenceClassification")
-        config |= {"pad_token_id": pad, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0},
-                   "reads_eos": True}
         w = self.gain * self.head.weight                                     # (1, C)
         constant = self.gain * self.head.bias + self.bias                    # (1,)
-        weights = merged(self.transformer.state_dict())
-        if "ln_f.bias" in weights:
+        weights = merged(self.state_dict())
+        if self.config.norm == "layernorm":
             shift = constant * w[0] / w.square().sum().clamp_min(1e-30)      # (C,)
-            weights["ln_f.bias"] = weights["ln_f.bias"] + shift
-        else:
-            config["scores_lack_constant"] = constant.item()
-        more_rows = fields["vocab_rows"] - len(weights["wte.weight"])
-        weights["wte.weight"] = F.pad(weights["wte.weight"], (0, 0, 0, more_rows))
-        weights = families.to_theirs(weights, fields) | {"score.weight": w}
-        pretrained.write(folder, config, weights, eos_id)
+            weights["transformer.ln_f.bias"] = weights["transformer.ln_f.bias"] + shift
+            constant = torch.zeros(1)
+        families.save(folder, asdict(self.config), weights, eos_id, w, constant.item())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -565,13 +531,12 @@ def generate(policy, prompts, max_new_tokens, eos_id, temperature=1.0, generator
     caches = [torch.zeros(2, B, c.n_kv_head, width, c.head_dim, device=device, dtype=dtype)
               for _ in range(c.n_layer)]
     rows = torch.arange(B, device=device)                                    # those not dropped yet
-    hidden = []
-    for group in range(0, B, -(-B // 4)):
-        part = slice(group, group + -(-B // 4))
-        ends_at = lengths[part] - 1
-        x = policy.transformer(tokens[part, :int(lengths[part].max())],
+    hidden = []                                                              # of the last tokens
+    for group in rows.split(max(8, -(-B // 4))):
+        part = slice(int(group[0]), int(group[-1]) + 1)  # a view of the caches, not a copy
+        x = policy.transformer(tokens[part, :int(lengths[group[-1]])],
                                [cache[:, part] for cache in caches])         # (b, t, C)
-        hidden.append(x[rows[:len(x)], ends_at])
+        hidden.append(x[rows[:len(x)], lengths[part] - 1])
     hidden = torch.cat(hidden)                                               # (B, C)
 
     done = torch.zeros(B, dtype=torch.bool, device=device)

@@ -1,10 +1,12 @@
 """
-How transformers describes the models that model.py computes: settings and names of weights.
+The models of transformers that model.py computes: their settings, and the names of their weights.
 
-    fields_of       a config.json -> the fields of model.py's GPTConfig
-    config_of       and back
-    to_ours         weights by their names in the file -> by model.py's names
-    to_theirs       and back
+    load            a folder, a name on the hub or nanoGPT's ckpt.pt -> fields of model.py's
+                    GPTConfig, weights by model.py's names
+    assign          give a model that was made on "meta" its weights
+    save            fields, weights -> a folder that transformers reads
+    fields_of, config_of        a config.json -> the fields, and back
+    to_ours, to_theirs          the names of weights
 
 The families: GPT-2 (and nanoGPT, which has its names), Llama (and SmolLM2), Qwen2 (and Qwen2.5),
 Qwen3. model.py stacks the matrices of queries, keys and values into one, and those of gate and up.
@@ -14,9 +16,14 @@ Whatever model.py would compute differently is a ValueError that names the setti
 import re
 
 import torch
+import torch.nn.functional as F
+
+from lab import pretrained
 
 GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
          "gelu": "gelu", "gelu_python": "gelu"}          # transformers' names, and ours
+GPT2 = {"vocab_size": 50257, "block_size": 1024, "n_layer": 12, "norm": "layernorm",
+        "tied_head": True}                               # what a config.json may leave out
 GPT2_SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer",
               "n_head": "n_head", "n_embd": "n_embd", "max_position_embeddings": "block_size",
               "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
@@ -32,6 +39,63 @@ WHY_NOT = {"smollm3": "every fourth layer has no positions", "mistral": "sliding
            "qwen2_moe": "a mixture of experts", "qwen3_moe": "a mixture of experts",
            "mixtral": "a mixture of experts", "gpt_oss": "a mixture of experts",
            "qwen3_next": "linear attention"}
+
+
+def load(source, changes):
+    """-> fields of GPTConfig with the changes, {our name: tensor} of the whole model"""
+    config, weights = pretrained.read(source)
+    stored = fields_of(config)
+    fields = stored | changes
+    if fields["block_size"] > stored["block_size"]:
+        raise ValueError(f"block_size {fields['block_size']} is longer than the "
+                         f"{stored['block_size']} positions that {source} has weights for; lower it "
+                         "to that or less")
+    if fields["vocab_size"] > stored["vocab_size"]:
+        raise ValueError(f"the tokenizer has {fields['vocab_size']} token ids, {source} has weights "
+                         f"for {stored['vocab_size']}; they do not belong together")
+    weights = to_ours(weights, stored, config.get("model_type") == "nanogpt")
+    if "wpe.weight" in weights:
+        weights["wpe.weight"] = weights["wpe.weight"][:fields["block_size"]]
+    names = {name: name if name == "output.weight" else f"transformer.{name}" for name in weights}
+    fields |= {"vocab_rows": stored["vocab_size"], "n_positions": stored["block_size"]}
+    return fields, {names[name]: x for name, x in weights.items()}
+
+
+def assign(model, weights):
+    """Give a model these weights, in float32. Every shape must match."""
+    for name, wanted in model.state_dict().items():
+        found = weights[name]
+        if found.shape != wanted.shape or not found.is_floating_point():
+            raise ValueError(f"{name}: got {tuple(found.shape)} of {found.dtype}, wanted "
+                             f"{tuple(wanted.shape)} of floats")
+    weights = {name: x.to(torch.float32, copy=True).contiguous() for name, x in weights.items()}
+    model.load_state_dict(weights, assign=True)
+
+
+def save(folder, fields, weights, eos_id=None, score=None, constant=0.0):
+    """
+    Write config.json and model.safetensors of a language model, or with `score` of a classifier.
+
+    score is the (1, C) head of one label. The classifier reads it before the first pad token, which
+    is the first id beyond the vocabulary. constant is what its scores lack, for config.json.
+    """
+    trunk = {name.removeprefix("transformer."): x for name, x in weights.items()
+             if name.startswith("transformer.")}
+    config = config_of(fields, "CausalLM" if score is None else "SequenceClassification")
+    if score is not None:
+        pad = fields["vocab_size"]
+        more_rows = max(0, pad + 1 - len(trunk["wte.weight"]))
+        trunk["wte.weight"] = F.pad(trunk["wte.weight"], (0, 0, 0, more_rows))
+        config |= {"vocab_size": len(trunk["wte.weight"]), "pad_token_id": pad, "reads_eos": True,
+                   "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        if constant:
+            config["scores_lack_constant"] = constant
+    theirs = to_theirs(trunk, fields)
+    if score is not None:
+        theirs["score.weight"] = score
+    elif not fields["tied_head"]:
+        theirs["lm_head.weight"] = weights["output.weight"]
+    pretrained.write(folder, config, theirs, eos_id)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -67,7 +131,8 @@ def gpt2_fields(config):
         "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
         "add_cross_attention": [False], "tie_word_embeddings": [True],
         "layer_norm_epsilon": [1e-5]})
-    return sizes | {"activation": GELUS[config.get("activation_function") or "gelu_new"]}
+    activation = GELUS[config.get("activation_function") or "gelu_new"]
+    return GPT2 | sizes | {"activation": activation}
 
 
 def nanogpt_fields(config):
@@ -76,7 +141,7 @@ def nanogpt_fields(config):
     if unknown:
         raise ValueError("this is a variant of nanoGPT that model.py does not compute: it has "
                          f"{', '.join(sorted(map(str, unknown)))} in its model_args")
-    return sizes | {"activation": "gelu"}
+    return GPT2 | sizes | {"activation": "gelu"}
 
 
 def llama_fields(config, kind):
@@ -212,13 +277,13 @@ def to_ours(weights, fields, nanogpt=False):
                 rows = found[name.replace("bias", "weight")].shape[0]
                 found.setdefault(name, torch.zeros(rows))
     embedding = names["wte.weight"][0][0]
-    if head is not None and fields.get("tied_head", True):
+    if head is not None and fields["tied_head"]:
         if not torch.equal(found.setdefault(embedding, head), head):
             raise ValueError(f"lm_head.weight differs from {embedding}, though its config says that "
                              "both are one table (tie_word_embeddings)")
     missing = sorted(set(known) - found.keys())
     unknown = sorted(found.keys() - set(known))
-    if head is None and not fields.get("tied_head", True):
+    if head is None and not fields["tied_head"]:
         missing.append("lm_head.weight")
     if missing or unknown:
         family = CLASSES[family_of(fields)].replace("GPT2", "GPT-2")
@@ -234,7 +299,7 @@ def to_ours(weights, fields, nanogpt=False):
         ours[name] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
     if fields["norm"] == "layernorm" and not nanogpt:
         ours = transposed(ours)
-    if not fields.get("tied_head", True):
+    if not fields["tied_head"]:
         ours["output.weight"] = head
     return ours
 
