@@ -47,7 +47,7 @@ def trained_kind(kind):
     content = json.loads(made.to_str())
     vocab = content["model"]["vocab"]
     if kind == "llama3":                                 # each way to make a token, by its id
-        vocab["Ġzqxj"] = len(vocab) + 2                  # reached by no merge: whole words only
+        vocab["Ġzqxj"] = len(vocab)                      # reached by no merge: whole words only
         content["model"]["merges"] = [
             pair for token, _ in sorted(vocab.items(), key=lambda item: item[1])
             for pair in sorted(([token[:i], token[i:]] for i in range(1, len(token))
