@@ -420,8 +420,7 @@ STYLES = ("-", "--", "-.", ":", (0, (1, 3)))
 @report.optional
 def draw_ladder(log, cfg, best, path):
     """What every rung earned, rewards summed over a response, against the responses sampled"""
-    rungs = dict.fromkeys(line["rung"] for line in log)
-    panels = PANELS if len(rungs) > 1 else [(cfg.rung, (cfg.rung,))]
+    panels = PANELS if cfg.rung == "all" else [(cfg.rung, (cfg.rung,))]
     colours = dict(zip(LADDER, report.COLOURS + report.COLOURS))         # a rung's, in every panel
     figure, axes = report.subplots(1, len(panels), figsize=(4.4 * len(panels), 4.0), sharey=True,
                                    squeeze=False)
@@ -574,11 +573,10 @@ def main(cfg):
         set_learning_rate(optimizer, lr_factor * cfg.lr)
         set_learning_rate(critic_optimizer, lr_factor * cfg.critic_lr)
         order = torch.randperm(cfg.batch_size, generator=run.generator)
-        coef = penalty.coef                                      # the value that this update uses
         if rung == "trpo":                   # a step's KL grows with the square of its length
             metrics = climb_by_trpo(actor, rollout, order, cfg, lr_factor ** 2 * cfg.max_kl, run)
         else:
-            metrics = climb(rung, actor, optimizer, rollout, order, cfg, coef, run)
+            metrics = climb(rung, actor, optimizer, rollout, order, cfg, penalty.coef, run)
         train_critic(critic, critic_optimizer, rollout, order, cfg, run)
         rows = select(rollout, order[:cfg.minibatch_size])
         with torch.no_grad():
@@ -586,7 +584,7 @@ def main(cfg):
             kl_old = masked_mean(k3, rows["mask"])                           # 0-d
         run.must_be_finite(kl_old=kl_old)
         if rung == "kl_penalty":
-            metrics["kl_penalty_coef"] = coef
+            metrics["kl_penalty_coef"] = penalty.coef            # the value that this update used
             penalty.update(kl_old.item())
         run.lap("update")
 

@@ -223,7 +223,7 @@ def value_loss(values, old_values, returns, mask, clip_eps=0.2):
 
 
 def actor_loss(logprobs, entropy, old_logprobs, advantages, mask, coef, cfg):
-    """The surrogate, less entropy_coef times the entropy if there is one -> loss, metrics"""
+    """The surrogate, minus entropy_coef times the mean entropy unless it is None -> loss, metrics"""
     if cfg.surrogate == "clip":
         loss, metrics = policy_loss(logprobs, old_logprobs, advantages, mask, cfg.clip_eps)
     else:
@@ -303,21 +303,22 @@ def move_average(average, model, decay):
             mean.lerp_(weight, 1 - decay)
 
 
-def add_ptx_gradient(actor, texts, coef, accumulation):
+def add_ptx_gradient(actor, texts, cfg, generator):
     """
-    Add the gradient of  - coef mean over response tokens of log pi  on (prompt, response) rows
+    Add the gradient of  - ptx_coef mean over response tokens of log pi  on a draw of the texts
 
-    The last term of Ouyang et al. 2022, equation 2. -> the mean, 0-d
+    The last term of Ouyang et al. 2022, equation 2. -> {ptx_loss: - the mean}
     """
     device = next(actor.parameters()).device
-    n_tokens = sum(len(response) for _, response in texts)
+    drawn = data.draw(texts, cfg.minibatch_size, generator)
+    n_tokens = sum(len(response) for _, response in drawn)
     total = 0.0
-    for part, _ in data.microbatches(texts, accumulation):
+    for part, _ in data.microbatches(drawn, cfg.accumulation):
         inputs, targets, mask = (t.to(device) for t in data.collate(*zip(*part)))           # (b, T)
         loss = -token_logprobs(actor, inputs, targets, mask).sum() / n_tokens
-        (coef * loss).backward()
+        (cfg.ptx_coef * loss).backward()
         total = total + loss.detach()
-    return total
+    return {"ptx_loss": total}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -458,9 +459,7 @@ def main(cfg):
                 (share * loss).backward()
                 means.add(metrics, share)
             if cfg.ptx_coef:
-                drawn = data.draw(texts["ptx_data"], cfg.minibatch_size, run.generator)
-                ptx_loss = add_ptx_gradient(actor, drawn, cfg.ptx_coef, cfg.accumulation)
-                means.add({"ptx_loss": ptx_loss})
+                means.add(add_ptx_gradient(actor, texts["ptx_data"], cfg, run.generator))
             if step < cfg.critic_warmup:                         # the critic learns alone at first:
                 actor_optimizer.zero_grad()                      # no gradient, so no step
             means.add(run.step(cfg.grad_clip, TRY, grad_norm=actor_optimizer,

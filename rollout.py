@@ -1,9 +1,10 @@
 """
-A fresh batch of responses: what PPO, GRPO and the ladder do before they learn from it.
+A fresh batch of responses, for every method that samples from the policy it trains.
 
-    roll_out                responses of the current policy to prompts
-    score_rollout           its log pi and entropy at every token, by the training forward pass
-    check_first_ratio, check_kl_ref     what must hold if the batch is what it should be
+    roll_out            responses to prompts, by the current policy
+    score_rollout       log pi and entropy of every token, by the training forward pass
+    check_first_ratio   exits if the policy is not the one that sampled before any step
+    check_kl_ref        exits or warns if the KL to the reference cannot be right, or is large
 """
 
 import torch
