@@ -223,7 +223,7 @@ def value_loss(values, old_values, returns, mask, clip_eps=0.2):
 
 
 def actor_loss(logprobs, entropy, old_logprobs, advantages, mask, coef, cfg):
-    """The surrogate, minus entropy_coef times the mean entropy unless it is None -> loss, metrics"""
+    """The surrogate, minus entropy_coef times the mean entropy if there is one -> loss, metrics"""
     if cfg.surrogate == "clip":
         loss, metrics = policy_loss(logprobs, old_logprobs, advantages, mask, cfg.clip_eps)
     else:
