@@ -11,21 +11,21 @@ Every formula against an independent oracle, every script end to end. Offline, o
 A test's name is the claim it checks.
 
     line   section
-     113   reviews.py
-     303   data.py
-     358   model.py
-    1138   sft.py
-    1160   reward_model.py
-    1238   ppo.py
-    1584   dpo.py
-    1785   grpo.py
-    2303   policy_gradient.py
-    2380   frontier.py, compare.py
-    2641   evaluate.py
-    2671   What people copy
-    2806   Any shapes, any values: what hypothesis finds by trying
-    2983   The proof: a problem so small that every response can be listed
-    4041   The scripts, end to end at --config tiny
+     114   reviews.py
+     304   data.py
+     359   model.py
+    1139   sft.py
+    1161   reward_model.py
+    1239   ppo.py
+    1585   dpo.py
+    1786   grpo.py
+    2304   policy_gradient.py
+    2381   frontier.py, compare.py
+    2642   evaluate.py
+    2672   What people copy
+    2807   Any shapes, any values: what hypothesis finds by trying
+    2984   The proof: a problem so small that every response can be listed
+    4042   The scripts, end to end at --config tiny
     5786   The house: what holds for every file
     5941   README.md and docs/
 """
@@ -71,6 +71,7 @@ import presets
 import reviews
 import reward as reward_py
 import reward_model
+import rollout
 import sample
 import sft
 from conftest import (AWKWARD, assert_same_bits, comparison, held_out_prompts, load_own, log_of,
@@ -86,7 +87,7 @@ from model import GPT, GPTConfig, ScalarGPT, generate, masked_mean, sequence_sco
 
 HERE = Path(__file__).parent
 SCRIPTS = (sft, reward_model, ppo, dpo, grpo, policy_gradient, evaluate)
-MODULES = (reviews, presets, data, model, reward_py, frontier, compare, *SCRIPTS, sample)
+MODULES = (reviews, presets, data, model, reward_py, frontier, compare, rollout, *SCRIPTS, sample)
 
 
 def reward_of(scalar, cfg, **changes):
@@ -1510,7 +1511,7 @@ def test_old_logprobs_in_bfloat16_come_from_batches_of_the_updates_shape(monkeyp
         batch_sizes.append(len(inputs))
         return token_logprobs(policy, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(ppo, "token_logprobs", counted)
+    monkeypatch.setattr(rollout, "token_logprobs", counted)
     cfg = tiny_config(ppo, minibatch_size=8, accumulation=2)
     whole = ppo.score_rollout(gpt, inputs, targets, mask, cfg)
     cfg = dataclasses.replace(cfg, dtype="bfloat16")
@@ -4642,9 +4643,8 @@ def test_a_grpo_update_wires_groups_rewards_and_weights_together(kl_in, finished
         backward.append(loss.detach())
         original_backward(loss)
     monkeypatch.setattr(torch.Tensor, "backward", recorded_backward)
-    for name in ("roll_out", "score_rollout", "kl_estimate"):
-        record(ppo, name)
-    for name in ("token_logprobs", "group_advantages", "token_weights", "grpo_loss"):
+    for name in ("roll_out", "score_rollout", "kl_estimate", "token_logprobs", "group_advantages",
+                 "token_weights", "grpo_loss"):
         record(grpo, name)
     record(reward_py.Reward, "__call__")
     out = f"wired_{kl_in}"
@@ -5786,7 +5786,7 @@ def test_the_small_run_reaches_its_figures(seed, tmp_path, monkeypatch):
 # The house: what holds for every file
 
 ORDER = ("presets", "model", "reviews", "data", "sft", "reward_model", "reward", "frontier",
-         "compare", "ppo", "dpo", "grpo", "policy_gradient", "evaluate", "sample")
+         "compare", "rollout", "ppo", "dpo", "grpo", "policy_gradient", "evaluate", "sample")
 ROOT = [HERE / f"{name}.py" for name in ORDER]
 LAB = sorted(path for path in (HERE / "lab").glob("*.py") if path.name != "test_lab.py")
 TESTS = [HERE / "test_all.py", HERE / "conftest.py", HERE / "lab" / "test_lab.py"]
