@@ -2430,7 +2430,7 @@ def drawn_samples(listing, policies, counts, seed=0):
     one = torch.ones(drawn.shape)
     texts = [[" Skip it."] * drawn.shape[1]] * 2
     return compare.Samples(
-        [[1]] * 2, ["SFT", "A", "B"][:len(counts)], counts, [TINY_PROMPT] * 2, texts, scores,
+        ["SFT", "A", "B"][:len(counts)], counts, [TINY_PROMPT] * 2, texts, scores,
         logprobs=torch.stack([p.log().double().gather(1, drawn) for p in policies]),
         entropy=one, lengths=one, finished=one, gold=scores, grammatical=one)
 
@@ -2548,7 +2548,7 @@ def random_samples(n=(4, 3), P=5, T=6):
 
     lengths = torch.randint(1, T, (P, N), generator=generator).double()
     return compare.Samples(
-        prompts=[[1]] * P, names=["SFT", "PPO"], counts=list(n), asked=["x"] * P,
+        names=["SFT", "PPO"], counts=list(n), asked=["x"] * P,
         texts=[["y"] * N] * P, scores=numbers(P, N), logprobs=numbers(2, P, N) - 3,
         entropy=numbers(P, N).abs() * lengths, lengths=lengths,
         finished=(numbers(P, N) > 0).double(), gold=numbers(P, N),
