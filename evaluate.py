@@ -224,8 +224,9 @@ def doubt(trusted):
 
 
 def rows_of(records):
-    """Dicts {heading: cell}, all with the same headings -> rows for report.table"""
-    return [list(records[0]), *(list(record.values()) for record in records)]
+    """Dicts {heading: cell} -> rows for report.table; a cell that a dict lacks stays empty"""
+    headings = list(dict.fromkeys(heading for record in records for heading in record))
+    return [headings] + [[record.get(heading, "") for heading in headings] for record in records]
 
 
 def limit_table(samples, rewards, what, betas):
@@ -285,13 +286,12 @@ def landed_table(samples, aims):
 
 def optimum_cells(samples, name, aim):
     """How near a policy is to the optimum of what it maximised -> {heading: cell}, results"""
-    cells = {"beta": "", "fraction of optimum": "", "misfit on SFT's": "", "on its own": ""}
     if aim is None:
-        return cells, {}
+        return {}, {}
     rewards, beta, aims_at_optimum = aim
     reached = fraction_of_optimum(samples, name, beta, rewards)
     if reached["fraction"] is None:
-        return cells, {}
+        return {}, {}
     of_gold = "" if rewards is samples.scores else " (gold)"
     marks = doubt(reached["optimum_trusted"]) + ("" if aims_at_optimum else "~")
     fraction = plus_minus(reached["fraction"], reached["standard_error"])
