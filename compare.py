@@ -141,16 +141,13 @@ def collect(policies, reward, tokenizer, prompts, counts, cfg):
         for key, x in measured.items():
             flat.setdefault(key, torch.zeros(len(rows), dtype=torch.float64))[at] = x.cpu().double()
 
-    def by_prompt(x):
-        """(.., rows) -> (.., P, N)"""
-        blocks = x.split([n * P for n in counts], dim=-1)
-        return torch.cat([block.unflatten(-1, (P, -1)) for block in blocks], dim=-1)
-
-    place = by_prompt(torch.arange(len(rows))).tolist()
+    blocks = torch.arange(len(rows)).split([n * P for n in counts])
+    place = torch.cat([block.view(P, -1) for block in blocks], dim=1)        # (P, N), row numbers
     asked = [tokenizer.decode([] if prompt == [eos_id] else prompt) for prompt in prompts]
-    texts = [[decode_response(tokenizer, rows[i])[0] for i in of_prompt] for of_prompt in place]
-    return Samples(names, list(counts), asked, texts, logprobs=by_prompt(logprobs),
-                   **{key: by_prompt(x) for key, x in flat.items()})
+    texts = [[decode_response(tokenizer, rows[i])[0] for i in of_prompt]
+             for of_prompt in place.tolist()]
+    return Samples(names, list(counts), asked, texts, logprobs=logprobs[:, place],
+                   **{key: x[place] for key, x in flat.items()})
 
 
 # --------------------------------------------------------------------------------------------------

@@ -76,6 +76,10 @@ class Config(Rewarded):              # Rewarded adds --reward and the options fo
     n_eval: int = 64                # held-out prompts for these samples and the final comparison
     n_samples: int = 32             # responses to each in the final comparison, per policy
     presets = presets_of("dpo")
+    ranges = {
+        "beta": ("a number above 0, because DPO divides by it", lambda x: x > 0),
+        "label_smoothing": ("a number from 0 up to, but not, 0.5, at which labels say nothing",
+                            lambda x: 0 <= x < 0.5)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -260,11 +264,6 @@ def check(cfg):
     check_reward(cfg)
     if cfg.labels == "annotators":
         data.check_comparisons(cfg)
-    if cfg.beta == 0:
-        stop("--beta got 0; DPO divides by it: it takes a number above 0")
-    if cfg.label_smoothing >= 0.5:
-        stop(f"--label_smoothing got {cfg.label_smoothing}; at 0.5 labels say nothing, above it "
-             "the opposite: it takes a number below 0.5")
     if cfg.label_smoothing and cfg.loss not in ("sigmoid", "robust"):
         stop(f"--label_smoothing {cfg.label_smoothing} works only with --loss sigmoid or robust, "
              f"this is --loss {cfg.loss}; change the loss or leave the smoothing out")
