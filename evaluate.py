@@ -72,9 +72,9 @@ def win_rate(ours, theirs):
     return by_prompt.mean().item(), error
 
 
-def elo_fit(wins, anchor=1000.0, rounds=100_000):
+def elo_fit(wins):
     """
-    Elo ratings of maximum likelihood: P(i beats j) = 1 / (1 + 10^((R_j - R_i) / 400)), R_0 = anchor
+    Elo ratings of maximum likelihood: P(i beats j) = 1 / (1 + 10^((R_j - R_i) / 400)), R_0 = 1000
 
     wins (K, K) counts i's wins over j, a draw as half to both. Bradley-Terry by minorisation
     (Hunter 2004): s_i <- sum_j w_ij / sum_j n_ij / (s_i + s_j), R = 400 log10 s. Each pair also
@@ -88,7 +88,7 @@ def elo_fit(wins, anchor=1000.0, rounds=100_000):
     wins = (wins.double() + 0.5) * others                # no games against oneself
     games = wins + wins.T
     strength = torch.ones_like(wins[0])
-    for _ in range(rounds):
+    for _ in range(100_000):
         if K == 1:                                       # there are no games
             break
         before = strength
@@ -96,16 +96,16 @@ def elo_fit(wins, anchor=1000.0, rounds=100_000):
         strength = strength / strength[0]
         if (strength / before).log().abs().max() < 1e-12:
             break
-    return anchor + 400 * torch.log10(strength)
+    return 1000 + 400 * torch.log10(strength)
 
 
-def distinct(texts, n=2):
-    """Share of distinct n-grams among all word n-grams of the texts"""
-    grams = []
+def distinct(texts):
+    """Distinct-2: the share of different word pairs among all word pairs of the texts"""
+    pairs = []
     for text in texts:
         words = text.split()
-        grams += [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / max(1, len(grams))
+        pairs += zip(words, words[1:])
+    return len(set(pairs)) / max(1, len(pairs))
 
 
 # --------------------------------------------------------------------------------------------------

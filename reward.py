@@ -120,7 +120,7 @@ def load_reward(cfg, sft_policy, tokenizer, prompts, device):
 def check_reward(cfg):
     """Exit, before any work, if the data, the held-out prompts or the reward cannot be used."""
     data.check_source(cfg.data)
-    if cfg.data == "reviews" and hasattr(cfg, "n_eval"):
+    if cfg.data == "reviews":
         data.check_n_eval(cfg.n_eval, len(data.built_in_prompts()[1]))
     if cfg.reward == "reward_model":
         if cfg.config not in rm.Config.presets:

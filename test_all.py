@@ -19,15 +19,15 @@ A test's name is the claim it checks.
     1238   ppo.py
     1584   dpo.py
     1785   grpo.py
-    2303   policy_gradient.py
-    2380   frontier.py, compare.py
-    2641   evaluate.py
-    2671   What people copy
-    2806   Any shapes, any values: what hypothesis finds by trying
-    2983   The proof: a problem so small that every response can be listed
-    4041   The scripts, end to end at --config tiny
-    5786   The house: what holds for every file
-    5941   README.md and docs/
+    2308   policy_gradient.py
+    2385   frontier.py, compare.py
+    2646   evaluate.py
+    2676   What people copy
+    2811   Any shapes, any values: what hypothesis finds by trying
+    2988   The proof: a problem so small that every response can be listed
+    4046   The scripts, end to end at --config tiny
+    5792   The house: what holds for every file
+    5947   README.md and docs/
 """
 
 import ast
@@ -1976,6 +1976,9 @@ def generator(prompts, responses):
     yield 1.0
     1 / 0
 
+def single(prompt, response):
+    return -len(response.split())
+
 number = 3
 """
 
@@ -2005,7 +2008,9 @@ def test_a_spec_that_names_no_reward_is_refused(spec, message, tokenizer, empty_
     pytest.param("one", "was given 3 prompts and responses and returned 1 numbers", "", id="one"),
     pytest.param("broken", "the reward function broken ended in the ZeroDivisionError above",
                  "return [1 / 0 for r in responses]", id="broken"),
-    pytest.param("generator", "ended in the ZeroDivisionError above", "1 / 0", id="generator")])
+    pytest.param("generator", "ended in the ZeroDivisionError above", "1 / 0", id="generator"),
+    pytest.param("single", "AttributeError above.*gets a list of prompts and a list of responses, "
+                 "and returns one number for each", "return -len(response.split())", id="single")])
 def test_a_failing_reward_is_named_and_its_line_shown(
         name, message, shown, tokenizer, tmp_path, capsys):
     path = tmp_path / "mine.py"
@@ -4587,6 +4592,7 @@ def test_evaluate_leaves_out_runs_from_a_different_sft_policy(finished_run, caps
     results = evaluate.main(cfg)
     said = capsys.readouterr().out
     assert "leaving out elsewhere/ppo: it started from a different SFT policy" in said
+    assert said.count("using out/tiny/reward_model (seed") == 2      # by elsewhere's PPO, then once
     assert list(results) == ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
     for stage in ("ppo", "sft"):                         # as an interrupted --overwrite leaves them
         shutil.copytree(finished_run / "tiny" / stage, finished_run / "tiny" / f"{stage}.old")
