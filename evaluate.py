@@ -341,9 +341,10 @@ UNITS = {"score": "score (standard deviations of SFT's)", "gold": "true utility,
 def draw_frontier(samples, results, best_of, path):
     """Reward against KL: the frontier, best of n, and where each policy landed -> path"""
     rewards = samples.rewards()
+    log_weights = samples.log_weights()
     curves = {}                                          # {reward: trusted points of its frontier}
     for what, values in rewards.items():
-        points = [frontier.optimum(values, samples.log_weights(), beta, samples.gold)
+        points = [frontier.optimum(values, log_weights, beta, samples.gold)
                   for beta in reversed(frontier.BETAS[::4])]
         curves[what] = [point for point in points if frontier.trusted(point)]
     best_kl = [record["KL at most"] for record in best_of]
@@ -357,9 +358,9 @@ def draw_frontier(samples, results, best_of, path):
         if what == "gold":
             lines.append(("gold on the score's frontier", "--", "0.5", curves["score"], "value"))
         for label, style, colour, curve, key in lines:
-            axis.plot([0.0] + [point["kl"].item() for point in curve],
-                      [start] + [point[key].item() for point in curve],
-                      style, color=colour, linewidth=2.0, label=label)
+            x = [0.0] + [point["kl"].item() for point in curve]
+            y = [start] + [point[key].item() for point in curve]
+            axis.plot(x, y, style, color=colour, linewidth=2.0, label=label)
         axis.plot(best_kl, [record[what] for record in best_of], ":", color="0.5", marker=".",
                   linewidth=1.5, label=f"best of n, 2 to {best_of[-1]['best of n']}")
         draw_policies(axis, results, what, widest)
@@ -404,11 +405,10 @@ def draw_policies(axis, results, what, widest):
 def draw_overoptimisation(root, score, gold, path):
     """Score and gold, in standard deviations of SFT's, against the root of KL -> path"""
     figure, axis = report.subplots(figsize=(6.4, 4.2))
-    for values, style, marker, label, colour in (
-            (score, "--", "o", "score of the weak reward model", report.COLOURS[0]),
-            (gold, "-", "s", "gold, the true utility", report.COLOURS[1])):
-        axis.plot(root, values, style, color=colour, marker=marker, markersize=3, linewidth=1.2,
-                  label=label)
+    style = dict(markersize=3, linewidth=1.2)
+    axis.plot(root, score, "o--", color=report.COLOURS[0], label="score of the weak reward model",
+              **style)
+    axis.plot(root, gold, "s-", color=report.COLOURS[1], label="gold, the true utility", **style)
     peak = gold.index(max(gold))
     axis.annotate("peak", (root[peak], gold[peak]), xytext=(0, 9), textcoords="offset points",
                   ha="center", fontsize=9)
@@ -532,9 +532,8 @@ def main(cfg):
 
     # ---- 1. policies
     found = find_policies(cfg, reference, reward, device)
-    policies, configs = {"SFT": reference}, {}
-    for name, (policy, config) in found.items():
-        policies[name], configs[name] = policy, config
+    policies = {"SFT": reference} | {name: policy for name, (policy, _) in found.items()}
+    configs = {name: config for name, (_, config) in found.items()}
     if found:
         print(f"evaluating {', '.join(policies)}")
     else:
