@@ -31,7 +31,9 @@ half a million weights, and pairs without a difference are left out.
         -> out/small/dpo: checkpoint.pt, log.jsonl, curves.png, report.txt
 """
 
+import itertools
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -74,6 +76,10 @@ class Config(Rewarded):              # Rewarded adds --reward and the options fo
     n_eval: int = 64                # held-out prompts for these samples and the final comparison
     n_samples: int = 32             # responses to each in the final comparison, per policy
     presets = presets_of("dpo")
+    ranges = {
+        "beta": ("a number above 0, because DPO divides by it", lambda x: x > 0),
+        "label_smoothing": ("a number from 0 up to, but not, 0.5, at which labels say nothing",
+                            lambda x: 0 <= x < 0.5)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -158,13 +164,10 @@ def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_reject
 
 def pairs_of_rankings(comparisons, generator):
     """All pairs of the annotators' rankings, which are best first, in a random order"""
-    pairs = []
-    for c in comparisons:
-        responses = c["response_ids"]
-        for i, chosen in enumerate(responses):
-            for rejected in responses[i + 1:]:
-                pairs.append({"prompt_ids": c["prompt_ids"], "chosen_ids": chosen,
-                              "rejected_ids": rejected, "target": 1.0})
+    pairs = [{"prompt_ids": c["prompt_ids"], "chosen_ids": chosen, "rejected_ids": rejected,
+              "target": 1.0}
+             for c in comparisons
+             for chosen, rejected in itertools.combinations(c["response_ids"], 2)]
     return [pairs[i] for i in torch.randperm(len(pairs), generator=generator).tolist()]
 
 
@@ -200,12 +203,12 @@ def sample_pairs(policy, reward, tokenizer, prompts, cfg, annotator_temperature,
     return pairs
 
 
+@torch.no_grad()
 def add_reference(pairs, reference, cfg):
     """Store log pi_ref of both responses in every pair: ref_logprobs"""
     for i in range(0, len(pairs), 256):
         chunk = pairs[i:i + 256]
-        with torch.no_grad():
-            logprobs, _, _ = pair_logprobs(reference, chunk, cfg)            # (2, b)
+        logprobs, _, _ = pair_logprobs(reference, chunk, cfg)                # (2, b)
         for pair, both in zip(chunk, logprobs.T.tolist()):
             pair["ref_logprobs"] = both
 
@@ -261,11 +264,6 @@ def check(cfg):
     check_reward(cfg)
     if cfg.labels == "annotators":
         data.check_comparisons(cfg)
-    if cfg.beta == 0:
-        stop("--beta got 0; DPO divides by it: it takes a number above 0")
-    if cfg.label_smoothing >= 0.5:
-        stop(f"--label_smoothing got {cfg.label_smoothing}; at 0.5 labels say nothing, above it "
-             "the opposite: it takes a number below 0.5")
     if cfg.label_smoothing and cfg.loss not in ("sigmoid", "robust"):
         stop(f"--label_smoothing {cfg.label_smoothing} works only with --loss sigmoid or robust, "
              f"this is --loss {cfg.loss}; change the loss or leave the smoothing out")
@@ -280,20 +278,17 @@ def check(cfg):
               "difference of sums the shared tokens cancel")
 
 
-def load_comparisons(cfg, tokenizer, block_size, n):
-    """-> the labelled comparisons to train on, or None; the built-in annotators' temperature"""
+def load_comparisons(cfg, reward, tokenizer, block_size, n):
+    """-> the annotators' comparisons, or None; the built-in annotators' temperature, or None"""
+    if cfg.labels != "annotators":
+        return None, None
     if cfg.data != "reviews":
-        if cfg.labels != "annotators":
-            return None, None
         comparisons, _ = data.comparisons(cfg, tokenizer, block_size, n, 1)
         return comparisons, None
-    if cfg.labels != "annotators" and cfg.reward != "reward_model":
-        return None, None
-    folder = ensure(cfg, rm)
+    folder = reward.folder or ensure(cfg, rm)
     comparisons, _ = rm.read_comparisons(folder)
-    sizes = [len(c["response_ids"]) for c in comparisons]
-    available = sum(size * (size - 1) // 2 for size in sizes)
-    if cfg.labels == "annotators" and n > available:
+    available = sum(math.comb(len(c["response_ids"]), 2) for c in comparisons)
+    if n > available:
         stop(f"--n_pairs asks for {n} of the annotators' comparisons, {folder} has {available}; "
              "lower it, or let reward_model.py collect more (--n_prompts)")
     return comparisons, stored_config(folder)["annotator_temperature"]
@@ -311,7 +306,7 @@ def main(cfg):
     train_prompts, eval_prompts = data.prompts(cfg, tokenizer, block_size, cfg.n_eval)
     reward = load_reward(cfg, policy, tokenizer, train_prompts, device)
     n = cfg.n_pairs // cfg.rounds                                            # pairs in a round
-    comparisons, annotator_temperature = load_comparisons(cfg, tokenizer, block_size, n)
+    comparisons, temperature = load_comparisons(cfg, reward, tokenizer, block_size, n)
     if cfg.labels == "annotators" and cfg.data != "reviews":
         n = len(comparisons)
     data.check_enough(n, cfg.batch_size, "pairs")
@@ -339,7 +334,7 @@ def main(cfg):
                 pairs = pairs_of_rankings(comparisons, run.generator)[:n]
             else:
                 prompts = data.draw(train_prompts, n, run.generator)
-                pairs = sample_pairs(policy, reward, tokenizer, prompts, cfg, annotator_temperature,
+                pairs = sample_pairs(policy, reward, tokenizer, prompts, cfg, temperature,
                                      run.generator)
             total = len(pairs)
             pairs = [pair for pair in pairs if pair["chosen_ids"] != pair["rejected_ids"]]
@@ -374,11 +369,10 @@ def main(cfg):
                                           cfg.loss, cfg.label_smoothing, cfg.margin, target)
             token_share = lengths[0].sum() / n_tokens            # nll is a mean over tokens
             (share * loss + token_share * cfg.nll_coef * nll).backward()
-            means.add(loss_metrics, share)
-            means.add({"chosen_logprobs": chosen.detach().mean(),
-                       "rejected_logprobs": rejected.detach().mean(),
-                       "chosen_length": lengths[0].mean(),
-                       "rejected_length": lengths[1].mean()}, share)
+            means.add(loss_metrics | {"chosen_logprobs": chosen.detach().mean(),
+                                      "rejected_logprobs": rejected.detach().mean(),
+                                      "chosen_length": lengths[0].mean(),
+                                      "rejected_length": lengths[1].mean()}, share)
             means.add({"nll": nll.detach()}, token_share)
         lr = learning_rate(step, steps, cfg.lr, cfg.warmup, cfg.lr_floor)
         set_learning_rate(optimizer, lr)

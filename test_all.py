@@ -19,15 +19,15 @@ A test's name is the claim it checks.
     1239   ppo.py
     1585   dpo.py
     1786   grpo.py
-    2304   policy_gradient.py
-    2381   frontier.py, compare.py
-    2642   evaluate.py
-    2672   What people copy
-    2807   Any shapes, any values: what hypothesis finds by trying
-    2984   The proof: a problem so small that every response can be listed
-    4042   The scripts, end to end at --config tiny
-    5786   The house: what holds for every file
-    5941   README.md and docs/
+    2309   policy_gradient.py
+    2386   frontier.py, compare.py
+    2647   evaluate.py
+    2677   What people copy
+    2812   Any shapes, any values: what hypothesis finds by trying
+    2989   The proof: a problem so small that every response can be listed
+    4047   The scripts, end to end at --config tiny
+    5792   The house: what holds for every file
+    5947   README.md and docs/
 """
 
 import ast
@@ -1977,6 +1977,9 @@ def generator(prompts, responses):
     yield 1.0
     1 / 0
 
+def single(prompt, response):
+    return -len(response.split())
+
 number = 3
 """
 
@@ -2006,7 +2009,9 @@ def test_a_spec_that_names_no_reward_is_refused(spec, message, tokenizer, empty_
     pytest.param("one", "was given 3 prompts and responses and returned 1 numbers", "", id="one"),
     pytest.param("broken", "the reward function broken ended in the ZeroDivisionError above",
                  "return [1 / 0 for r in responses]", id="broken"),
-    pytest.param("generator", "ended in the ZeroDivisionError above", "1 / 0", id="generator")])
+    pytest.param("generator", "ended in the ZeroDivisionError above", "1 / 0", id="generator"),
+    pytest.param("single", "AttributeError above.*gets a list of prompts and a list of responses, "
+                 "and returns one number for each", "return -len(response.split())", id="single")])
 def test_a_failing_reward_is_named_and_its_line_shown(
         name, message, shown, tokenizer, tmp_path, capsys):
     path = tmp_path / "mine.py"
@@ -2431,7 +2436,7 @@ def drawn_samples(listing, policies, counts, seed=0):
     one = torch.ones(drawn.shape)
     texts = [[" Skip it."] * drawn.shape[1]] * 2
     return compare.Samples(
-        [[1]] * 2, ["SFT", "A", "B"][:len(counts)], counts, [TINY_PROMPT] * 2, texts, scores,
+        ["SFT", "A", "B"][:len(counts)], counts, [TINY_PROMPT] * 2, texts, scores,
         logprobs=torch.stack([p.log().double().gather(1, drawn) for p in policies]),
         entropy=one, lengths=one, finished=one, gold=scores, grammatical=one)
 
@@ -2549,7 +2554,7 @@ def random_samples(n=(4, 3), P=5, T=6):
 
     lengths = torch.randint(1, T, (P, N), generator=generator).double()
     return compare.Samples(
-        prompts=[[1]] * P, names=["SFT", "PPO"], counts=list(n), asked=["x"] * P,
+        names=["SFT", "PPO"], counts=list(n), asked=["x"] * P,
         texts=[["y"] * N] * P, scores=numbers(P, N), logprobs=numbers(2, P, N) - 3,
         entropy=numbers(P, N).abs() * lengths, lengths=lengths,
         finished=(numbers(P, N) > 0).double(), gold=numbers(P, N),
@@ -4588,6 +4593,7 @@ def test_evaluate_leaves_out_runs_from_a_different_sft_policy(finished_run, caps
     results = evaluate.main(cfg)
     said = capsys.readouterr().out
     assert "leaving out elsewhere/ppo: it started from a different SFT policy" in said
+    assert said.count("using out/tiny/reward_model (seed") == 2      # by elsewhere's PPO, then once
     assert list(results) == ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
     for stage in ("ppo", "sft"):                         # as an interrupted --overwrite leaves them
         shutil.copytree(finished_run / "tiny" / stage, finished_run / "tiny" / f"{stage}.old")
