@@ -19,7 +19,7 @@ import frontier
 import reviews
 from lab.report import progress, table
 from lab.run import check_finite
-from lab.tokenizer import decode_response
+from lab.tokenizer import decode_response, start_of
 from model import generate, token_logprobs
 
 # --------------------------------------------------------------------------------------------------
@@ -27,7 +27,7 @@ from model import generate, token_logprobs
 
 def read_gold(tokenizer, inputs, targets, mask):
     """The true utility of reviews, and whether each is grammatical -> (B,), (B,)"""
-    finished = data.met_eos(targets, mask, tokenizer.eot_token).tolist()
+    finished = data.met_eos(targets, mask, tokenizer.end_tokens).tolist()
     rows = list(zip(*data.texts_of(tokenizer, inputs, targets, mask), finished))
     return (torch.tensor([reviews.gold(*row) for row in rows]),
             torch.tensor([reviews.grammatical(*row) for row in rows]))
@@ -94,7 +94,7 @@ def collect(policies, reward, tokenizer, prompts, counts, cfg):
     prompts are token lists. The samples are on the CPU.
     """
     names = list(policies)
-    eos_id = tokenizer.eot_token
+    eos_id = tokenizer.end_tokens
     temperature = getattr(cfg, "temperature", 1.0)
     device = next(policies[names[0]].parameters()).device
     P = len(prompts)
@@ -143,7 +143,7 @@ def collect(policies, reward, tokenizer, prompts, counts, cfg):
 
     blocks = torch.arange(len(rows)).split([n * P for n in counts])
     place = torch.cat([block.view(P, -1) for block in blocks], dim=1)        # (P, N), row numbers
-    asked = [tokenizer.decode([] if prompt == [eos_id] else prompt) for prompt in prompts]
+    asked = [tokenizer.decode([] if prompt == [start_of(tokenizer)] else prompt) for prompt in prompts]
     texts = [[decode_response(tokenizer, rows[i])[0] for i in of_prompt]
              for of_prompt in place.tolist()]
     return Samples(names, list(counts), asked, texts, logprobs=logprobs[:, place],

@@ -233,10 +233,10 @@ def pair_logprobs(policy, pairs, cfg):
 @torch.no_grad()
 def sample_policy(policy, reference, reward, tokenizer, prompts, cfg):
     """Metrics that only samples show: {metric: mean} over one response to each prompt"""
-    tokens, mask = generate(policy, prompts, cfg.max_new_tokens, tokenizer.eot_token,
+    tokens, mask = generate(policy, prompts, cfg.max_new_tokens, tokenizer.end_tokens,
                             generator=torch.Generator().manual_seed(cfg.seed))
     inputs, targets = data.shift(tokens)
-    finished = data.met_eos(targets, mask, tokenizer.eot_token)
+    finished = data.met_eos(targets, mask, tokenizer.end_tokens)
     logprobs, entropy = token_logprobs(policy, inputs, targets, mask, return_entropy=True)
     ref_logprobs = token_logprobs(reference, inputs, targets, mask)
     metrics = {"kl_ref": (logprobs - ref_logprobs).sum(dim=1).mean(),
@@ -301,7 +301,8 @@ def main(cfg):
         return run.show()
     check(cfg)
     device = run.device
-    policy, tokenizer = sft.load_policy(ensure(cfg, sft), device, **cfg.compute_options())
+    sft_folder = ensure(cfg, sft, init=cfg.init)
+    policy, tokenizer = sft.load_policy(sft_folder, device, **cfg.compute_options())
     block_size = policy.config.block_size
     train_prompts, eval_prompts = data.prompts(cfg, tokenizer, block_size, cfg.n_eval)
     reward = load_reward(cfg, policy, tokenizer, train_prompts, device)

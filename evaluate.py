@@ -521,7 +521,7 @@ def main(cfg):
     run = Run(replace(cfg, overwrite=True), "evaluate")          # always anew
     device = run.device
     check(cfg)
-    sft_folder = ensure(cfg, sft)
+    sft_folder = ensure(cfg, sft, init=cfg.init)
     reference, tokenizer = sft.load_policy(sft_folder, device, **cfg.compute_options())
     block_size = reference.config.block_size
     train_prompts, prompts = data.prompts(cfg, tokenizer, block_size, cfg.n_eval)

@@ -271,7 +271,7 @@ def rung_loss(rung, logprobs, rows, cfg, coef):
 def sample_rollout(actor, critic, reference, reward, tokenizer, prompts, cfg, generator):
     """Steps 1 to 5 of ppo.py: responses, scores, logprobs, rewards, returns -> dict of tensors"""
     inputs, targets, mask, finished = roll_out(
-        actor, prompts, cfg, tokenizer.eot_token, generator)                 # (B, T) x 3, (B,)
+        actor, prompts, cfg, tokenizer.end_tokens, generator)                 # (B, T) x 3, (B,)
     scores = reward(inputs, targets, mask, finished)                         # (B,)
     old_logprobs, entropy = score_rollout(actor, inputs, targets, mask, cfg)            # (B, T) x 2
     ref_logprobs = token_logprobs(reference, inputs, targets, mask, cfg.temperature)
@@ -516,7 +516,8 @@ def main(cfg):
     if run.finished:
         return run.show()
     check(cfg)
-    actor, tokenizer = sft.load_policy(ensure(cfg, sft), run.device, **cfg.compute_options())
+    sft_folder = ensure(cfg, sft, init=cfg.init)
+    actor, tokenizer = sft.load_policy(sft_folder, run.device, **cfg.compute_options())
     train_prompts, eval_prompts = data.prompts(cfg, tokenizer, actor.config.block_size, cfg.n_eval)
     reward = load_reward(cfg, actor, tokenizer, train_prompts, run.device)
     run.begin()

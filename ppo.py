@@ -375,7 +375,8 @@ def main(cfg):
     check(cfg)
 
     # ---- the four models, always in eval mode: with dropout the first ratio would not be 1
-    actor, tokenizer = sft.load_policy(ensure(cfg, sft), run.device, **cfg.compute_options())
+    sft_folder = ensure(cfg, sft, init=cfg.init)
+    actor, tokenizer = sft.load_policy(sft_folder, run.device, **cfg.compute_options())
     train_prompts, eval_prompts = data.prompts(cfg, tokenizer, actor.config.block_size, cfg.n_eval)
     reward = load_reward(cfg, actor, tokenizer, train_prompts, run.device)
     texts = {"data": train_prompts}
@@ -402,7 +403,7 @@ def main(cfg):
         # ---- 1. roll out
         prompts = data.draw(train_prompts, cfg.batch_size, run.generator)    # token lists
         inputs, targets, mask, finished = roll_out(
-            actor, prompts, cfg, tokenizer.eot_token, run.generator)         # (B, T) x 3, (B,)
+            actor, prompts, cfg, tokenizer.end_tokens, run.generator)         # (B, T) x 3, (B,)
         run.lap("rollout")
 
         # ---- 2. score

@@ -36,6 +36,7 @@ from model import sequence_scores
 @dataclass
 class Rewarded(Common):
     """Options of every stage that is driven by a reward"""
+    init: str = ""                  # weights for the SFT stage, if this run has none yet
     reward: str = "reward_model"    # or FILE.py:NAME, or a classifier: FOLDER, NAME or FOLDER:LABEL
     normalise_reward: bool = True   # bring other rewards to mean 0, deviation 1 on SFT's samples
     missing_eos_score: float | None = -3.0      # score of a response without EOS; none: its own
@@ -295,7 +296,7 @@ def load_classifier(name, label, tokenizer, device):
         rows = its_tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
         rows = [row or [its_tokenizer.unk_token_id or 0] for row in rows]    # an empty text
         if getattr(config, "reads_eos", False):
-            finished = data.met_eos(targets, mask, tokenizer.eot_token).tolist()
+            finished = data.met_eos(targets, mask, tokenizer.end_tokens).tolist()
             ends = [[its_tokenizer.eos_token_id] if end else [] for end in finished]
             rows = [(row + end)[-longest:] for row, end in zip(rows, ends)]
         scores = []

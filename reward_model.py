@@ -253,7 +253,8 @@ def load_trunk(cfg, sft_policy, tokenizer):
         return sft_policy
     if pretrained.nanogpt(cfg.init):
         print(f"note: {cfg.init} does not name its tokenizer; it is taken to be the SFT policy's")
-    elif tokenizer_id(sft.tokenizer_of(cfg.init)) != tokenizer_id(tokenizer):
+    elif tokenizer_id(sft.tokenizer_of(cfg.init, tokenizer.chat, tokenizer.system)) \
+            != tokenizer_id(tokenizer):
         stop(f"--init {cfg.init} uses a different tokenizer from the SFT policy, whose ids it must "
              "read; give weights with the same one. GPT-2's of all sizes share theirs")
     return sft.pretrained_gpt(cfg.init, tokenizer, block_size=sft_policy.config.block_size)

@@ -240,7 +240,8 @@ def main(cfg):
     # ---- what they are measured by
     reference = reward = None
     if cfg.score or cfg.tokens:
-        reference, _ = sft.load_policy(ensure(cfg, sft), device, **cfg.compute_options())
+        sft_folder = ensure(cfg, sft, init=cfg.init)
+        reference, _ = sft.load_policy(sft_folder, device, **cfg.compute_options())
         sft_id = files.fingerprint(reference)
         for name, saved in zip(names, checkpoints):
             if saved.get("sft", sft_id) != sft_id:

@@ -104,12 +104,14 @@ def set_learning_rate(optimizer, lr):
 # --------------------------------------------------------------------------------------------------
 # An earlier stage
 
-def ensure(cfg, script):
+def ensure(cfg, script, **given):
     """
     The folder of a finished earlier stage, in this run or in --base
 
-    If it is missing or unfinished in this run, its script's main makes it first.
+    If it is missing or unfinished in this run, its script's main makes it first. given are settings
+    that it must have; empty ones do not matter.
     """
+    given = {name: value for name, value in given.items() if value}
     stage = script.__name__
     run = config.run_name(cfg)
     here = config.folder_of(run) / stage
@@ -121,7 +123,7 @@ def ensure(cfg, script):
             stop(f"{folder} was made with --config {made_by['config']}, this is --config "
                  f"{cfg.config}; give a different --out, or a --base of the same config")
         if folder == here:
-            check_data(cfg, here, made_by)
+            check_data(cfg, here, made_by, given)
         source = made_by.get("data", "reviews")
         told = "" if source == "reviews" else f", data {source}"
         print(f"using {folder} (seed {made_by['seed']}{told})")
@@ -133,7 +135,7 @@ def ensure(cfg, script):
              f"python {stage}.py --config {cfg.config} --out {cfg.base} --resume")
     if started:                                          # perhaps with settings of its own
         made_by = stored_config(here)
-        check_data(cfg, here, made_by)
+        check_data(cfg, here, made_by, given)
         unknown = made_by.keys() - {field.name for field in dataclasses.fields(script.Config)}
         if unknown:
             stop(f"{here}/config.json has the settings {', '.join(sorted(unknown))}, which "
@@ -143,7 +145,7 @@ def ensure(cfg, script):
         print(f"{here} is unfinished; running {stage}.py first\n")
     else:
         shared = {name: getattr(cfg, name) for name in config.Common.inherited}
-        theirs = script.Config(config=cfg.config, seed=cfg.seed, **shared)
+        theirs = script.Config(config=cfg.config, seed=cfg.seed, **shared, **given)
         print(f"{here} does not exist; running {stage}.py first\n")
     script.main(dataclasses.replace(theirs, out=cfg.out, device=cfg.device, export="", resume=True,
                                     overwrite=False))
@@ -151,11 +153,13 @@ def ensure(cfg, script):
     return here
 
 
-def check_data(cfg, folder, made_by):
-    """Exit if an earlier stage of the same run has different data."""
-    for name in ("data", "text_prompt"):
-        theirs = made_by.get(name, getattr(config.Common, name))
-        ours = getattr(cfg, name)
+def check_data(cfg, folder, made_by, given):
+    """Exit if an earlier stage of the same run has different data or different given settings."""
+    wanted = dict(given)
+    if made_by.get("steps") != 0:                        # otherwise it has trained on no data
+        wanted |= {"data": cfg.data, "text_prompt": cfg.text_prompt}
+    for name, ours in wanted.items():
+        theirs = made_by.get(name, getattr(config.Common, name, None))
         if theirs != ours:
             stop(f"{folder} was made with --{name} {theirs}, this is --{name} {ours}; give a "
                  f"different --out, and --base {folder.parent.name} to use that stage anyway")
