@@ -77,7 +77,7 @@ from conftest import (AWKWARD, assert_same_bits, comparison, held_out_prompts, l
                       Malicious, review_texts, seeded, small_gpt,
                       small_scalar, tiny_config, user_config, write_rows)
 from lab import config as settings
-from lab import corpus, files, forms, guest, pretrained, process
+from lab import corpus, files, forms, guest, process
 from lab import report as reports
 from lab import run as runs
 from lab import tokenizer as tokenizers
@@ -98,11 +98,11 @@ def reward_of(scalar, cfg, **changes):
     return reward_py.Reward(functools.partial(sequence_scores, scalar), "", cfg)
 
 
-def ragged(seed=0):
+def ragged():
     """Random (B, T) tensors and a mask of contiguous responses of different places and lengths."""
     spans = [(0, 9), (2, 3), (4, 9), (8, 9), (1, 5)]     # lengths 9, 1, 5, 1, 4
     mask = torch.tensor([[float(start <= t < end) for t in range(9)] for start, end in spans])
-    values = torch.randn(4, 5, 9, generator=seeded(seed), dtype=torch.float64) * mask
+    values = torch.randn(4, 5, 9, generator=seeded(), dtype=torch.float64) * mask
     return (*values, mask.double())
 
 
@@ -126,13 +126,11 @@ any_size = strategies.sampled_from([0.0, 1e-12, 1e-3, 1.0, 30.0, 1e6])      # ho
 tried = hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
-def random_rows(lengths, seed, vocab_size=11):
+def random_rows(lengths, seed):
     """Prompts and responses of these lengths, as token lists"""
     chance = random.Random(seed)
-    prompts, responses = [], []
-    for n_prompt, n_response in lengths:
-        prompts.append([chance.randrange(vocab_size) for _ in range(n_prompt)])
-        responses.append([chance.randrange(vocab_size) for _ in range(n_response)])
+    prompts = [chance.choices(range(11), k=n) for n, _ in lengths]
+    responses = [chance.choices(range(11), k=n) for _, n in lengths]
     return prompts, responses
 
 
@@ -284,11 +282,6 @@ def test_gold_is_finite_and_low_for_any_text(text):
     assert -1000 < reviews.gold(TINY_PROMPT, text) < -1
 
 
-def test_prompts_of_a_different_task_are_refused_by_name():
-    with pytest.raises(ValueError, match="Tell me a joke"):
-        reviews.gold("Tell me a joke", " no")
-
-
 def test_annotators_rank_pairs_by_bradley_terry():
     gold = torch.tensor([[0.3, -0.5, 1.1]], dtype=torch.float64)
     rankings = reviews.rank(gold.expand(40000, 3), seeded(), temperature=0.6)
@@ -332,16 +325,6 @@ def test_any_rows_are_collated_and_come_back(lengths, seed):
     assert data.responses_of(tokens, mask) == responses
 
 
-@pytest.mark.parametrize("prompts, responses, message", [
-    ([[]], [[1]], "row 0 has an empty prompt"),
-    ([[1], [1]], [[2], []], "row 1 has an empty response"),
-    ([[1]], [[1], [2]], "1 prompts and 2 responses"),
-    ([], [], "at least one")])
-def test_collate_refuses_rows_without_prompt_or_response(prompts, responses, message):
-    with pytest.raises(ValueError, match=message):
-        data.collate(prompts, responses)
-
-
 def test_batches_are_a_fresh_permutation_each_epoch_and_a_function_of_the_step():
     steps = [data.batch_rows(10, 3, step, seed=1) for step in range(9)]
     epochs = [steps[0:3], steps[3:6], steps[6:9]]
@@ -349,8 +332,6 @@ def test_batches_are_a_fresh_permutation_each_epoch_and_a_function_of_the_step()
         assert len(set(sum(epoch, []))) == 9
     assert epochs[0] != epochs[1] != epochs[2]
     assert data.batch_rows(10, 3, 4, seed=1) == steps[4] != data.batch_rows(10, 3, 4, seed=2)
-    with pytest.raises(ValueError, match="batch size 11 for 10 rows"):
-        data.batch_rows(10, 11, 0, seed=1)
 
 
 def test_no_prompt_is_both_trained_on_and_held_out():
@@ -413,12 +394,7 @@ def gpt2_folder(tmp_path_factory):
 
 def gpt2_variant(gpt2_folder, weights=dict, save=save_file, name="model.safetensors",
                  edit=lambda folder: None, **config):
-    """
-    A copy of that GPT-2 with changes -> its folder
-
-    weights changes {name: tensor}, save writes it to a file of that name, config are settings, and
-    edit changes the folder at last.
-    """
+    """A copy of that GPT-2 with changes to its {name: tensor}, its settings, and last its folder"""
     whole, folder = gpt2_folder[0] / "whole", gpt2_folder[0] / "changed"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -439,6 +415,10 @@ def renamed(old, new):
 
 def written(name, text):
     return lambda folder: (folder / name).write_text(text)
+
+
+def deleted(name):
+    return lambda folder: (folder / name).unlink()
 
 
 def in_parts(save, stem, suffix):
@@ -491,9 +471,7 @@ def test_a_gpt2_loads_in_every_form_that_wrappers_and_old_versions_wrote(change,
 
 
 def test_where_two_files_of_weights_exist_safetensors_come_first(gpt2_folder, capsys):
-    folder = gpt2_variant(gpt2_folder, **BIN)
-    save_file({}, folder / "model.safetensors")
-    assert_refused(folder, "missing are h.0")
+    GPT.from_pretrained(gpt2_variant(gpt2_folder, edit=written("pytorch_model.bin", "")))
     assert "model.safetensors is used, as transformers does" in capsys.readouterr().out
 
 
@@ -503,10 +481,6 @@ def cut_to(share):
         path = folder / "model.safetensors"
         os.truncate(path, int(share * path.stat().st_size))
     return cut
-
-
-def part_deleted(folder):
-    (folder / "model-00002-of-00002.safetensors").unlink()
 
 
 INDEX = "model.safetensors.index.json"
@@ -550,8 +524,7 @@ SAFETENSORS_CUT = "changed/model.safetensors cannot be read as weights"
     (dict(edit=written("config.json", "{}")), "GPT-2 of 12 layers"),     # the sizes of GPT-2 itself
     (dict(edit=written("config.json", "{")), "config.json cannot be read"),
     (dict(edit=written("config.json", "[]")), "config.json holds a list"),
-    (dict(edit=lambda folder: (folder / "config.json").unlink()),
-     "has no config.json, which describes the weights"),
+    (dict(edit=deleted("config.json")), "has no config.json, which describes the weights"),
     (dict(edit=written("adapter_config.json", "{}")),
      "holds an adapter .LoRA.*; merge it into them first"),
     (dict(name="tf_model.h5"),
@@ -560,7 +533,7 @@ SAFETENSORS_CUT = "changed/model.safetensors cannot be read as weights"
     (dict(edit=cut_to(0.01)), SAFETENSORS_CUT),
     (dict(edit=cut_to(0.5)), SAFETENSORS_CUT),
     (dict(edit=cut_to(0.999)), SAFETENSORS_CUT),
-    (SAFETENSORS_IN_PARTS | dict(edit=part_deleted),
+    (SAFETENSORS_IN_PARTS | dict(edit=deleted("model-00002-of-00002.safetensors")),
      "model-00002-of-00002.safetensors cannot be read as weights .FileNotFoundError"),
     (SAFETENSORS_IN_PARTS | dict(edit=written(INDEX, "{}")), "has no weight_map"),
     (BIN | dict(weights=lambda x: {"state_dict": {}}), "holds a dict by the name state_dict"),
@@ -574,38 +547,47 @@ def test_a_folder_that_is_not_one_whole_gpt2_is_refused_by_what_it_holds(
     assert not (empty_folder / "owned").exists()
 
 
-def nanogpt_checkpoint(gpt2, bias=True, prefix="_orig_mod.", left_out=None, **model_args):
-    """What nanoGPT's train.py saves of a GPT-2, without biases or with them; its optimizer too"""
-    named = {}
-    for name, weight in gpt2.state_dict().items():
+def gelu_gpt2(bias, V=40, T=12, C=8):
+    """A GPT-2 by transformers with the exact GELU, as nanoGPT has it, and maybe without biases"""
+    gpt = random_gpt2(0.4, vocab_size=V, n_positions=T, n_layer=2, n_head=2, n_embd=C,
+                      activation_function="gelu")
+    for name, p in gpt.named_parameters():
+        if name.endswith("bias") and not bias:
+            p.data.zero_()
+    return gpt
+
+
+def nanogpt_weights(bias, **sizes):
+    """Its weights by nanoGPT's names, without the leading transformer."""
+    weights = {}
+    for name, weight in gelu_gpt2(bias, **sizes).transformer.state_dict().items():
         if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             weight = weight.T.contiguous()               # transformers has a Conv1D there
-        if name != left_out and (bias or not name.endswith("bias")):
-            named[prefix + name] = weight
-    args = dict(n_layer=2, n_head=2, n_embd=8, block_size=12, vocab_size=40, dropout=0.1, bias=bias)
-    return {"model": named, "model_args": args | model_args, "iter_num": 7,
-            "optimizer": {"state": {0: torch.zeros(9)}}, "best_val_loss": torch.tensor(1.0),
-            "config": {"dataset": "openwebtext"}}
+        if bias or not name.endswith("bias"):
+            weights[name] = weight
+    return weights
 
 
-@pytest.fixture
-def gelu_gpt2():
-    """A GPT-2 with the exact GELU, as nanoGPT has it, by transformers"""
-    return random_gpt2(0.4, vocab_size=40, n_positions=12, n_layer=2, n_head=2, n_embd=8,
-                       activation_function="gelu")
+def save_nanogpt(path, weights, prefix="_orig_mod.", **changes):
+    """A checkpoint as nanoGPT's train.py writes it, with its optimizer"""
+    named = {f"{prefix}transformer.{name}": weight for name, weight in weights.items()}
+    named[f"{prefix}lm_head.weight"] = weights["wte.weight"]
+    args = dict(n_layer=2, n_head=2, n_embd=8, block_size=12, vocab_size=len(weights["wte.weight"]),
+                dropout=0.1, bias="ln_f.bias" in weights)
+    torch.save({"model": named, "model_args": args | changes,
+                "optimizer": {"state": {0: torch.zeros(9)}}, "iter_num": 7,
+                "best_val_loss": torch.tensor(1.0), "config": {"dataset": "openwebtext"}}, path)
+    return path
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_checkpoint_of_nanogpt_has_nanogpts_log_probabilities(bias, gelu_gpt2, tmp_path):
+def test_a_checkpoint_of_nanogpt_has_nanogpts_log_probabilities(bias, tmp_path):
     """Compiled or not, without biases, with rows that pad the vocabulary; exported as well"""
-    for name, p in gelu_gpt2.named_parameters():
-        if name.endswith("bias") and not bias:
-            p.data.zero_()
+    weights = nanogpt_weights(bias)
     ids = torch.randint(30, (3, 12), generator=seeded())
-    wanted = gelu_gpt2(ids).logits
-    path, uncompiled = tmp_path / "ckpt.pt", tmp_path / "other.pt"
-    torch.save(nanogpt_checkpoint(gelu_gpt2, bias), path)
-    torch.save(nanogpt_checkpoint(gelu_gpt2, bias, prefix=""), uncompiled)
+    wanted = gelu_gpt2(bias)(ids).logits
+    path = save_nanogpt(tmp_path / "ckpt.pt", weights)
+    uncompiled = save_nanogpt(tmp_path / "other.pt", weights, prefix="")
     for source in (path, tmp_path, uncompiled):
         ours = GPT.from_pretrained(source).eval()
         torch.testing.assert_close(ours(ids), wanted, atol=1e-5, rtol=1e-5)
@@ -617,22 +599,23 @@ def test_a_checkpoint_of_nanogpt_has_nanogpts_log_probabilities(bias, gelu_gpt2,
     torch.testing.assert_close(back(ids).logits, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_checkpoints_that_are_not_nanogpts_are_refused(gelu_gpt2, tmp_path):
-    path, owned = tmp_path / "x.pt", tmp_path / "owned"
-    ln_2 = "transformer.h.1.ln_2.bias"
+def test_checkpoints_that_are_not_nanogpts_are_refused(tmp_path):
+    path = tmp_path / "x.pt"
+    weights = nanogpt_weights(True)
+    incomplete = {name: w for name, w in weights.items() if name != "h.1.ln_2.bias"}
+    assert_refused(save_nanogpt(path, incomplete), "missing are h.1.ln_2.bias")
+    assert_refused(save_nanogpt(path, weights, n_kv_head=1), "variant of nanoGPT .*n_kv_head")
+    assert_refused(save_nanogpt(path, weights, vocab_size=65),
+                   r"wte.weight: got \(40, 8\) .*, wanted \(65, 8\)")
+    os.truncate(path, 999)
+    assert_refused(path, "x.pt cannot be read as weights")
     for saved, message in (
-            (nanogpt_checkpoint(gelu_gpt2, left_out=ln_2), "missing are h.1.ln_2.bias"),
-            (nanogpt_checkpoint(gelu_gpt2, n_kv_head=1), "variant of nanoGPT .* has n_kv_head in"),
-            (nanogpt_checkpoint(gelu_gpt2, vocab_size=65), r"wte.weight: got \(40.*, wanted \(65"),
             ({"policy": {}, "step": 3}, "is not a checkpoint of nanoGPT, .* holds policy, step"),
-            ({"model": Malicious(owned)}, "holds more than tensors"),
+            ({"model": Malicious(tmp_path / "owned")}, "holds more than tensors"),
             (3, "cannot be read")):
         torch.save(saved, path)
         assert_refused(path, message)
-    assert not owned.exists()
-    torch.save(nanogpt_checkpoint(gelu_gpt2), path)
-    os.truncate(path, 999)
-    assert_refused(path, "x.pt cannot be read as weights")
+    assert not (tmp_path / "owned").exists()
 
 
 def test_weights_may_be_cut_to_fewer_positions_and_ids_but_not_stretched(tmp_path):
@@ -698,8 +681,6 @@ def test_token_logprobs_and_entropy_equal_a_loop_in_float64(temperature):
             wanted = -sum(x * math.log(x) for x in p)
             assert entropy[b, t].item() == pytest.approx(wanted, abs=1e-5)
     assert not logprobs[batch[2] == 0].any() and not entropy[batch[2] == 0].any()
-    with pytest.raises(ValueError, match="temperature 0"):
-        token_logprobs(gpt, *batch, temperature=0)
 
 
 def test_token_logprobs_has_the_gradient_of_the_plain_formula():
@@ -716,16 +697,11 @@ def test_token_logprobs_has_the_gradient_of_the_plain_formula():
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
 
 
-def drawn_responses(gpt, prompts, temperature=1.0):
-    """-> tokens, mask, and the uniforms that chose the tokens"""
-    tokens, mask = generate(gpt, prompts, 8, 10, temperature, seeded())
-    return tokens, mask, torch.rand(len(prompts), 8, generator=seeded())
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_every_sampled_token_is_the_inverse_cdf_of_the_scored_distribution(temperature):
     gpt = small_gpt()
-    tokens, mask, uniforms = drawn_responses(gpt, PROMPTS * 6, temperature)
+    tokens, mask = generate(gpt, PROMPTS * 6, 8, 10, temperature, seeded())
+    uniforms = torch.rand(len(tokens), 8, generator=seeded())
     inputs, targets = data.shift(tokens)
     cumulative = (gpt(inputs).double() / temperature).softmax(-1).cumsum(-1)   # without a cache
     for b, columns in columns_of(mask):
@@ -734,15 +710,6 @@ def test_every_sampled_token_is_the_inverse_cdf_of_the_scored_distribution(tempe
             below = cumulative[b, t, token - 1].item() if token else 0.0
             above = cumulative[b, t, token].item()
             assert below - 1e-5 <= uniforms[b, k].item() <= above + 1e-5
-
-
-def test_a_row_sampled_alone_equals_the_row_sampled_in_a_batch(monkeypatch):
-    gpt = small_gpt()
-    tokens, mask, uniforms = drawn_responses(gpt, PROMPTS * 3)
-    together = data.responses_of(tokens, mask)
-    for i, prompt in enumerate(PROMPTS * 3):
-        monkeypatch.setattr(torch, "rand", lambda *shape, generator=None: uniforms[i:i + 1])
-        assert data.responses_of(*generate(gpt, [prompt], 8, 10)) == [together[i]]
 
 
 @tried
@@ -784,15 +751,10 @@ def test_sampling_stops_when_all_rows_have_met_eos():
     assert len(calls) == longest < 8 and tokens.shape[1] <= 2 + longest
 
 
-def test_empty_prompts_become_eos_and_prompts_without_room_are_refused():
-    gpt = small_gpt()
-    tokens, mask = generate(gpt, [[]], 3, 10)
+def test_empty_prompts_become_eos_and_a_prompt_may_fill_the_room_there_is():
+    tokens, mask = generate(small_gpt(), [[]], 3, 10)
     assert tokens[0, 0] == 10 and mask[0, 0] == 1
-    assert generate(gpt, [[1] * 12], 4, 10)[0].shape[1] <= 16                  # just fits
-    with pytest.raises(ValueError, match="prompt of 13 tokens and 4 new ones exceed block_size 16"):
-        generate(gpt, [[1] * 13], 4, 10)
-    with pytest.raises(ValueError, match="rows of 17 tokens"):
-        gpt(torch.zeros(1, 17, dtype=torch.long))
+    assert generate(small_gpt(), [[1] * 12], 4, 10)[0].shape[1] <= 16
 
 
 def test_pick_never_takes_a_token_without_probability():
@@ -807,9 +769,6 @@ def test_the_score_is_read_after_the_last_token_of_every_row_the_longest_too():
     for prompt, response, score in zip(PROMPTS, RESPONSES, scores):
         whole_row = torch.tensor([prompt + response])
         torch.testing.assert_close(scalar(whole_row)[0, -1], score, atol=1e-5, rtol=1e-5)
-    inputs, targets, mask = data.collate([[1]], [[2]])
-    with pytest.raises(ValueError, match="row 0 has no response token"):
-        sequence_scores(scalar, inputs, targets, mask * 0)
 
 
 def test_scalar_models_take_over_a_trunk_and_start_with_the_right_head():
@@ -843,11 +802,11 @@ def test_dropout_acts_in_train_mode_only():
 
 # ---- LoRA
 
-def lora_gpt(rank=3):
+def lora_gpt():
     """small_gpt with a low-rank change that is not zero"""
     gpt = small_gpt()
     torch.manual_seed(1)
-    model.add_lora(gpt, rank)
+    model.add_lora(gpt, 3)
     for name, p in gpt.named_parameters():
         if name.endswith("lora_b"):
             p.data.normal_(std=0.2)
@@ -1020,8 +979,6 @@ def test_preference_losses_equal_their_formulas_and_metrics_count_ties_half():
 
     fidelity, _ = reward_model.preference_loss(chosen, rejected, "fidelity")
     assert fidelity.item() == pytest.approx(sum(1 - math.sqrt(x) for x in p) / 4)
-    with pytest.raises(ValueError, match="got kind 'ipo'"):
-        reward_model.preference_loss(chosen, rejected, "ipo")
 
 
 def test_preference_loss_takes_a_margin_off_and_weighs_columns():
@@ -1090,8 +1047,6 @@ def test_kl_estimates_against_exact_enumeration(vocab_size):
     torch.testing.assert_close((pi * k3).sum(), exact)
     assert (k3 >= 0).all() and (k2 >= 0).all() and (k1 < 0).any()
     torch.testing.assert_close((pi * k2).sum(), (pi * (log_pi - log_ref) ** 2).sum() / 2)
-    with pytest.raises(ValueError, match="got kind 'k4'"):
-        ppo.kl_estimate(log_pi, log_ref, "k4")
 
 
 def test_shaped_rewards_sum_to_score_minus_beta_kl_and_carry_the_score_at_the_last_token_only():
@@ -1142,8 +1097,6 @@ def test_critic_targets_of_every_kind():
             assert targets["mc"][b, t].item() == pytest.approx(to_go)
             assert targets["score"][b, t].item() == b
     assert not any(target[mask == 0].any() for target in targets.values())
-    with pytest.raises(ValueError, match="got kind 'x'"):
-        ppo.critic_targets(rewards, values, scores, mask, "x")
 
 
 @pytest.mark.parametrize("ratio, advantage, loss, gradient, clipped", [
@@ -1187,22 +1140,20 @@ def test_the_kl_penalty_does_not_cancel_near_zero():
     assert loss.item() == pytest.approx(exact, rel=1e-3)
 
 
-@pytest.mark.parametrize("loss", ["policy_loss", "grpo_loss"])
 @pytest.mark.parametrize("log_ratio", [21.0, 89.0, 1000.0, -1000.0])
-def test_where_the_ratio_overflows_the_clipped_side_has_no_gradient(loss, log_ratio):
+def test_where_the_ratio_overflows_the_clipped_side_has_no_gradient(log_ratio):
     """In float32 exp overflows above 88, and inf * 0 is nan."""
     mask = torch.ones(2, 2)
     advantages = torch.tensor([1.0, 0.0])
     old = torch.tensor([[-1.0, -1 - log_ratio], [-1.0, -1 - log_ratio]])
-    logprobs = torch.full((2, 2), -1.0, requires_grad=True)
-    if loss == "policy_loss":
-        value, _ = ppo.policy_loss(logprobs, old, advantages[:, None].expand(2, 2), mask)
-    else:
-        value, _ = grpo.grpo_loss(logprobs, old, advantages, grpo.token_weights(mask))
-    value.backward()
     far = 1.2 if log_ratio > 0 else 0.0
-    assert value.item() == pytest.approx(-(1 + far) / 4, abs=1e-6)
-    torch.testing.assert_close(logprobs.grad, torch.tensor([[-0.25, 0.0], [0.0, 0.0]]))
+    for loss in (lambda x: ppo.policy_loss(x, old, advantages[:, None].expand(2, 2), mask)[0],
+                 lambda x: grpo.grpo_loss(x, old, advantages, grpo.token_weights(mask))[0]):
+        logprobs = torch.full((2, 2), -1.0, requires_grad=True)
+        value = loss(logprobs)
+        value.backward()
+        assert value.item() == pytest.approx(-(1 + far) / 4, abs=1e-6)
+        torch.testing.assert_close(logprobs.grad, torch.tensor([[-0.25, 0.0], [0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("value, old, target, loss, gradient, clipped", [
@@ -1456,10 +1407,6 @@ def test_dpo_starts_at_ln_2_without_margin_half_right():
     assert metrics["margin"] == 0 and metrics["accuracy"] == 0.5
     _, metrics = dpo.dpo_loss(c + 1e-6, r, c, r, beta=0.3)
     assert metrics["accuracy"] == 0.5                          # a difference by rounding is a tie
-    with pytest.raises(ValueError, match="it is sigmoid, robust"):
-        dpo.dpo_loss(c, r, c, r, 0.1, kind="kto")
-    with pytest.raises(ValueError, match="belongs to sigmoid and robust"):
-        dpo.dpo_loss(c, r, c, r, 0.1, kind="ipo", label_smoothing=0.1)
 
 
 def loss_of_margin(z, **options):
@@ -1622,26 +1569,11 @@ def test_group_advantages_equal_a_loop_over_groups(kind):
 
 
 @pytest.mark.parametrize("G", [2, 3, 4, 7, 64])
-def test_groups_of_equal_rewards_have_exactly_zero_advantage_and_gradient(G):
+def test_groups_of_equal_rewards_have_exactly_zero_advantage(G):
     for level in (0.1, -3.0, 1e-3, 1234.567):                  # a mean of equal floats may be off
         for kind in ("grpo", "dr_grpo", "rloo"):
             advantages = grpo.group_advantages(torch.full((G,), level), G, kind)
             assert torch.equal(advantages, torch.zeros(G))
-    logprobs = torch.randn(G, 3, generator=seeded(), requires_grad=True)
-    weights = grpo.token_weights(torch.ones(G, 3))
-    loss, _ = grpo.grpo_loss(logprobs, logprobs.detach(), advantages, weights)
-    loss.backward()
-    assert torch.equal(logprobs.grad, torch.zeros(G, 3))
-
-
-@pytest.mark.parametrize("n, G, kind, wrong", [
-    (7, 3, "grpo", "got 7 scores, which is not a multiple of group_size 3"),
-    (6, 3, "mean", "got kind 'mean'; it is grpo, dr_grpo, rloo or reinforce"),
-    (6, 1, "grpo", "got group_size 1 with kind grpo; a group takes 2 responses or more"),
-    (6, 1, "rloo", "got group_size 1 with kind rloo; a group takes 2 responses or more")])
-def test_group_advantages_refuse_what_makes_no_groups(n, G, kind, wrong):
-    with pytest.raises(ValueError, match=wrong):
-        grpo.group_advantages(torch.zeros(n), G, kind)
 
 
 def test_token_weights_say_what_a_token_of_a_short_and_of_a_long_response_counts():
@@ -1655,8 +1587,6 @@ def test_token_weights_say_what_a_token_of_a_short_and_of_a_long_response_counts
     torch.testing.assert_close(fixed[mask > 0], torch.full((4,), 1 / 15))
     for weights in (token, sequence, fixed):
         assert torch.equal(weights == 0, mask == 0)
-    with pytest.raises(ValueError, match="got normalise 'row'; it is token, sequence or fixed"):
-        grpo.token_weights(mask, "row")
 
 
 @pytest.mark.parametrize("ratio, advantage, loss, gradient, clipped", [
@@ -2039,7 +1969,7 @@ def test_a_keyboard_interrupt_passes_through_a_reward(three_rewards):
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
 def test_every_rungs_psi_equals_its_sum_over_a_response(gamma):
-    rewards, values, _, _, mask = ragged(3)
+    rewards, values, _, _, mask = ragged()
     psi = {rung: f(rewards, values, mask, gamma, 0.7) for rung, f in policy_gradient.PSI.items()}
     for b, columns in columns_of(mask):
         n = len(columns)
@@ -2149,9 +2079,9 @@ def test_the_frontier_is_reached_by_pi_star_and_by_nobody_passed(listing):
         assert (p * scores).sum(1).mean() <= best + 1e-6
 
 
-def drawn_samples(listing, policies, counts, seed=0):
+def drawn_samples(listing, policies, counts):
     """Samples of SFT, A, B, .., given as tables of probabilities, as collect would make them"""
-    draws = [torch.multinomial(p, n, replacement=True, generator=seeded(seed + k))
+    draws = [torch.multinomial(p, n, replacement=True, generator=seeded(k))
              for k, (p, n) in enumerate(zip(policies, counts))]
     drawn = torch.cat(draws, dim=1)                            # (P, N)
     scores = listing.scores.double().gather(1, drawn)
@@ -2339,9 +2269,7 @@ def test_best_of_n_is_the_mean_over_all_subsets(n):
     assert frontier.best_of_n(rewards, n, values).item() == pytest.approx(np.mean(their_values))
 
 
-def test_best_of_n_wants_n_samples_and_its_kl_is_an_upper_bound(listing):
-    with pytest.raises(ValueError, match="n = 8 with 7 samples"):
-        frontier.best_of_n(torch.zeros(2, 7), 8)
+def test_the_kl_of_best_of_n_is_below_its_bound(listing):
     order = listing.scores[0].argsort()
     p = listing.ref.exp()[0, order]
     for n in (2, 4, 16):
@@ -2466,6 +2394,40 @@ TAKES_ALONG = {                      # names that a function needs besides maske
     "agreement": ["preference", "ANNOTATOR_TEMPERATURE"]}
 PARTS_OF_SCRIPTS = ("token_logprobs", "generate", "add_lora", "merged", "normalisation", "main",
                     "log_prob", "share_of_frontier")
+
+
+ZERO = torch.zeros(1, 3)
+REFUSED = [                          # a call, and what its error says
+    (lambda: reviews.gold("Tell me a joke", " no"), "Tell me a joke"),
+    (lambda: data.collate([[]], [[1]]), "row 0 has an empty prompt"),
+    (lambda: data.collate([[1], [1]], [[2], []]), "row 1 has an empty response"),
+    (lambda: data.collate([[1]], [[1], [2]]), "1 prompts and 2 responses"),
+    (lambda: data.collate([], []), "at least one"),
+    (lambda: data.batch_rows(10, 11, 0, seed=1), "batch size 11 for 10 rows"),
+    (lambda: small_gpt()(torch.zeros(1, 17, dtype=torch.long)), "rows of 17 tokens"),
+    (lambda: generate(small_gpt(), [[1] * 13], 4, 10),
+     "prompt of 13 tokens and 4 new ones exceed block_size 16"),
+    (lambda: token_logprobs(small_gpt(), ZERO, ZERO, ZERO, temperature=0), "temperature 0"),
+    (lambda: sequence_scores(None, ZERO, ZERO, ZERO), "row 0 has no response token"),
+    (lambda: reward_model.preference_loss(ZERO, ZERO, "ipo"), "got kind 'ipo'"),
+    (lambda: ppo.kl_estimate(ZERO, ZERO, "k4"), "got kind 'k4'"),
+    (lambda: ppo.critic_targets(ZERO, ZERO, ZERO, ZERO, "x"), "got kind 'x'"),
+    (lambda: dpo.dpo_loss(ZERO, ZERO, ZERO, ZERO, 0.1, kind="kto"), "it is sigmoid, robust"),
+    (lambda: dpo.dpo_loss(ZERO, ZERO, ZERO, ZERO, 0.1, "ipo", 0.1), "belongs to sigmoid and rob"),
+    (lambda: grpo.group_advantages(torch.zeros(7), 3),
+     "got 7 scores, which is not a multiple of group_size 3"),
+    (lambda: grpo.group_advantages(torch.zeros(6), 3, "mean"),
+     "got kind 'mean'; it is grpo, dr_grpo, rloo or reinforce"),
+    (lambda: grpo.group_advantages(torch.zeros(6), 1, "rloo"),
+     "got group_size 1 with kind rloo; a group takes 2 responses or more"),
+    (lambda: grpo.token_weights(ZERO, "row"), "got normalise 'row'; it is token, sequence or f"),
+    (lambda: frontier.best_of_n(torch.zeros(2, 7), 8), "n = 8 with 7 samples")]
+
+
+@pytest.mark.parametrize("call, message", REFUSED)
+def test_arguments_that_make_no_sense_are_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def find_original(name):
