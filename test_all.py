@@ -230,19 +230,6 @@ def test_every_review_of_the_grammar_has_no_fault_and_parses_back():
         assert reviews.grammatical(prompt, response)
 
 
-@pytest.mark.parametrize("text", [
-    "",
-    " The acting is good.",
-    " The acting is good. Skip it. Skip it.",
-    "The acting is good. Skip it.",
-    " The acting is good. The acting is good. Skip it.",
-    " It is a good comedy. Skip it.",
-    " The acting is purple. Skip it."])
-def test_log_prob_is_minus_infinity_for_texts_outside_the_grammar(text):
-    assert reviews.log_prob(TINY_PROMPT, text) == -math.inf
-    assert reviews.log_prob(TINY_PROMPT, " The acting is good. Skip it.") > -30
-
-
 @pytest.mark.parametrize("text, sentiment", [
     (" The acting is good. Skip it.", 1 - 2),
     (" The plot is good. Skip it.", 0.5 - 2),
@@ -255,6 +242,7 @@ def test_gold_of_hand_worked_reviews(text, sentiment):
     no_faults = dict.fromkeys(reviews.PENALTIES, 0)
     assert reviews.read(TINY_PROMPT, text) == (pytest.approx(sentiment), no_faults)
     assert reviews.gold(TINY_PROMPT, text) == pytest.approx(sentiment / 3)
+    assert reviews.log_prob(TINY_PROMPT, text) > -30
 
 
 @pytest.mark.parametrize("text, finished, fault, times", [
@@ -270,16 +258,23 @@ def test_gold_of_hand_worked_reviews(text, sentiment):
     (" The acting is good. The acting is good. Skip it.", True, "repeated", 2),
     (" The acting is superb and stunning. I loved the acting. Skip it.", True, "gushing", 1)])
 def test_gold_takes_off_for_each_fault_and_only_for_that(text, finished, fault, times):
+    """No such text is in the grammar, unless its one fault is that it was cut short."""
     sentiment, faults = reviews.read(TINY_PROMPT, text, finished)
     assert faults == {**dict.fromkeys(reviews.PENALTIES, 0), fault: times}
     expected = sentiment / 3 - times * reviews.PENALTIES[fault]
     assert reviews.gold(TINY_PROMPT, text, finished) == pytest.approx(expected)
+    assert (reviews.log_prob(TINY_PROMPT, text) == -math.inf) == finished
 
 
 @pytest.mark.parametrize("text", [
-    "", ".", "...", "Skip it", "\n\n", "the acting", "é漢 \x00", " " * 500])
-def test_gold_is_finite_and_low_for_any_text(text):
+    "", ".", "...", "Skip it", "\n\n", "the acting", "é漢 \x00", " " * 500,
+    " The acting is good.",
+    " The acting is good. Skip it. Skip it.",
+    "The acting is good. Skip it.",
+    " The acting is purple. Skip it."])
+def test_gold_is_finite_and_low_for_any_text_outside_the_grammar(text):
     assert -1000 < reviews.gold(TINY_PROMPT, text) < -1
+    assert reviews.log_prob(TINY_PROMPT, text) == -math.inf
 
 
 def test_annotators_rank_pairs_by_bradley_terry():
@@ -981,7 +976,7 @@ def test_preference_losses_equal_their_formulas_and_metrics_count_ties_half():
     assert fidelity.item() == pytest.approx(sum(1 - math.sqrt(x) for x in p) / 4)
 
 
-def test_preference_loss_takes_a_margin_off_and_weighs_columns():
+def test_preference_loss_subtracts_a_margin_and_takes_a_weighted_mean():
     zero = torch.zeros(3)
     loss, _ = reward_model.preference_loss(zero + 1.0, zero, margin=1.0)
     assert loss.item() == pytest.approx(math.log(2))           # ahead by exactly the margin
@@ -1425,7 +1420,7 @@ def loss_of_margin(z, **options):
     ("hinge", 0.0, 0.99, -1.0),
     ("fidelity", 0.0, -math.log(2), -0.19245),       # steepest where p = 1/3: 1 / (3 sqrt(3))
     ("fidelity", 0.0, -40.0, 0.0)])
-def test_slopes_of_the_dpo_losses_at_margins_of_note(kind, smoothing, z, gradient):
+def test_each_dpo_loss_has_its_known_slope_and_is_flat_at_its_best_margin(kind, smoothing, z, gradient):
     x = torch.tensor([z], requires_grad=True)
     loss_of_margin(x, kind=kind, label_smoothing=smoothing).backward()
     assert x.grad.item() == pytest.approx(gradient, abs=1e-4)
@@ -1681,7 +1676,7 @@ def three_rewards(tokenizer, tmp_path):
     return rewards
 
 
-def test_a_users_reward_is_loaded_by_its_file_and_loaded_anew_when_edited(tokenizer, tmp_path):
+def test_a_users_reward_is_loaded_from_its_file_and_anew_once_edited(tokenizer, tmp_path):
     path = tmp_path / "mine.py"
 
     def load(code, **changes):
@@ -2173,7 +2168,7 @@ OWN = None                           # an objective of its own, which evaluate d
     (grpo, dict(beta=0.0), OWN),
     (policy_gradient, dict(rung="gae"), ("score", 0.25, True)),
     (policy_gradient, dict(gamma=0.9), OWN)])
-def test_which_runs_aim_at_the_measured_optimum(script, changes, expected, listing):
+def test_only_runs_without_an_objective_of_their_own_get_a_fraction(script, changes, expected, listing):
     samples = drawn_samples(listing, [listing.ref.exp(), listing.best], [20, 20])
     config = dataclasses.asdict(script.Config(**changes))
     found = evaluate.own_objective(config, samples, 0.6, evaluate.Config())
@@ -2413,14 +2408,14 @@ REFUSED = [                          # a call, and what its error says
     (lambda: ppo.kl_estimate(ZERO, ZERO, "k4"), "got kind 'k4'"),
     (lambda: ppo.critic_targets(ZERO, ZERO, ZERO, ZERO, "x"), "got kind 'x'"),
     (lambda: dpo.dpo_loss(ZERO, ZERO, ZERO, ZERO, 0.1, kind="kto"), "it is sigmoid, robust"),
-    (lambda: dpo.dpo_loss(ZERO, ZERO, ZERO, ZERO, 0.1, "ipo", 0.1), "belongs to sigmoid and rob"),
+    (lambda: dpo.dpo_loss(ZERO, ZERO, ZERO, ZERO, 0.1, "ipo", 0.1), "it belongs to sigmoid"),
     (lambda: grpo.group_advantages(torch.zeros(7), 3),
      "got 7 scores, which is not a multiple of group_size 3"),
     (lambda: grpo.group_advantages(torch.zeros(6), 3, "mean"),
      "got kind 'mean'; it is grpo, dr_grpo, rloo or reinforce"),
     (lambda: grpo.group_advantages(torch.zeros(6), 1, "rloo"),
      "got group_size 1 with kind rloo; a group takes 2 responses or more"),
-    (lambda: grpo.token_weights(ZERO, "row"), "got normalise 'row'; it is token, sequence or f"),
+    (lambda: grpo.token_weights(ZERO, "row"), "got normalise 'row'; it is token,"),
     (lambda: frontier.best_of_n(torch.zeros(2, 7), 8), "n = 8 with 7 samples")]
 
 
