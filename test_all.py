@@ -1207,7 +1207,7 @@ def test_numbers_outside_the_mask_change_nothing_in_any_function_of_ppo():
         for loss, metrics in (
                 ppo.policy_loss(logprobs + x, old - x, advantages + x, mask),
                 ppo.kl_penalty_loss(logprobs + x, old - x, advantages + x, mask, 0.5),
-                ppo.value_loss(values + x, old, old - x, mask)):
+                ppo.value_loss(values + x, old, old + x, mask)):
             tensors += [loss, *metrics.values()]
         return tensors
 
@@ -1420,7 +1420,8 @@ def loss_of_margin(z, **options):
     ("hinge", 0.0, 0.99, -1.0),
     ("fidelity", 0.0, -math.log(2), -0.19245),       # steepest where p = 1/3: 1 / (3 sqrt(3))
     ("fidelity", 0.0, -40.0, 0.0)])
-def test_each_dpo_loss_has_its_known_slope_and_is_flat_at_its_best_margin(kind, smoothing, z, gradient):
+def test_each_dpo_loss_has_its_known_slope_and_is_flat_at_its_best_margin(
+        kind, smoothing, z, gradient):
     x = torch.tensor([z], requires_grad=True)
     loss_of_margin(x, kind=kind, label_smoothing=smoothing).backward()
     assert x.grad.item() == pytest.approx(gradient, abs=1e-4)
@@ -1467,11 +1468,12 @@ def test_sequence_logprobs_are_sums_or_means_over_response_tokens():
 
 def test_masking_the_shared_prefix_changes_means_and_not_differences_of_sums():
     gpt = small_gpt()
-    prompts, chosen, rejected = [[1, 2], [3]], [[4, 5, 6, 10], [7, 10]], [[4, 5, 10], [8, 9, 10]]
+    prompts = [[1, 2], [3]]
+    chosen, rejected = [[4, 5, 6, 10], [7, 9, 10]], [[4, 5, 10], [8, 9, 10]]
     inputs, targets, mask = data.collate(prompts * 2, chosen + rejected)
     full_masks = mask.chunk(2)
     cut_masks = dpo.after_shared_prefix(*targets.chunk(2), *full_masks)
-    assert [m.sum(1).tolist() for m in cut_masks] == [[2, 2], [1, 3]]
+    assert [m.sum(1).tolist() for m in cut_masks] == [[2, 3], [1, 3]]
     logprobs = token_logprobs(gpt, inputs, targets, mask).chunk(2)
 
     def difference(masks, length_normalise):
@@ -1676,35 +1678,22 @@ def three_rewards(tokenizer, tmp_path):
     return rewards
 
 
-def test_a_users_reward_is_loaded_from_its_file_and_anew_once_edited(tokenizer, tmp_path):
+def test_a_users_reward_is_loaded_from_its_file_and_anew_once_it_is_repaired(tokenizer, tmp_path):
     path = tmp_path / "mine.py"
-
-    def load(code, **changes):
-        path.write_text(code)
-        return load_own(tokenizer, f"{path}:f", **changes)
-
-    def scores(reward):
-        return reward(*three_rows(tokenizer), torch.tensor([True, True, False])).tolist()
-
-    reward = load("def f(prompts, responses): return [-len(r) for r in responses]", score_clip=6.0)
-    assert scores(reward) == [-4, -6, -3]                      # the second clipped, the last no EOS
-    assert reward.made_for.startswith("mine.py:f ") and reward.model is None
-    assert load_own(tokenizer, os.path.relpath(path) + ":f").made_for == reward.made_for
-
-    (tmp_path / "neighbor.py").write_text("number = 7.0\n")
-    importing = "import neighbor\ndef f(p, r): return [neighbor.number] * len(r)"
-    imports = load(importing, missing_eos_score=None)
-    assert scores(imports) == [7.0] * 3
     for broken, message in (
             ("import neighbor\nthis is no python",
              "mine.py cannot be read .SyntaxError: invalid syntax .*line 2"),
             ("import sys\nsys.exit(0)\ndef f(): pass",
              "importing .*mine.py ended in the SystemExit above")):
+        path.write_text(broken)
         with pytest.raises(Stopped, match=message):
-            load(broken)
-    repaired = load("import torch\ndef f(p, r): return torch.ones(3, requires_grad=True)")
-    assert scores(repaired) == [1, 1, -3]
-    assert repaired.made_for.split()[1] != imports.made_for.split()[1]
+            load_own(tokenizer, f"{path}:f")
+    path.write_text("def f(prompts, responses): return [-len(r) for r in responses]")
+    reward = load_own(tokenizer, f"{path}:f", score_clip=6.0)
+    scores = reward(*three_rows(tokenizer), torch.tensor([True, True, False]))
+    assert scores.tolist() == [-4, -6, -3]                     # the second clipped, the last no EOS
+    assert reward.made_for.startswith("mine.py:f ") and reward.model is None
+    assert load_own(tokenizer, os.path.relpath(path) + ":f").made_for == reward.made_for
 
 
 CALLABLES = """
@@ -2168,7 +2157,8 @@ OWN = None                           # an objective of its own, which evaluate d
     (grpo, dict(beta=0.0), OWN),
     (policy_gradient, dict(rung="gae"), ("score", 0.25, True)),
     (policy_gradient, dict(gamma=0.9), OWN)])
-def test_only_runs_without_an_objective_of_their_own_get_a_fraction(script, changes, expected, listing):
+def test_only_runs_without_an_objective_of_their_own_get_a_fraction(
+        script, changes, expected, listing):
     samples = drawn_samples(listing, [listing.ref.exp(), listing.best], [20, 20])
     config = dataclasses.asdict(script.Config(**changes))
     found = evaluate.own_objective(config, samples, 0.6, evaluate.Config())
