@@ -284,6 +284,8 @@ def test_annotators_rank_pairs_by_bradley_terry():
     for i, j in itertools.combinations(range(3), 2):
         share = (places[:, i] < places[:, j]).double().mean().item()
         assert share == pytest.approx(sigmoid((gold[0, i] - gold[0, j]).item() / 0.6), abs=0.011)
+    best = torch.bincount(rankings[:, 0]) / 40000              # as in Plackett-Luce
+    assert best.tolist() == pytest.approx((gold[0] / 0.6).softmax(0).tolist(), abs=0.011)
 
 
 def test_agreement_is_the_expected_accuracy_and_gold_reaches_the_bayes_accuracy():
@@ -2141,7 +2143,7 @@ OWN = None                           # an objective of its own, which evaluate d
     (ppo, dict(kl_control="fixed", beta=0.0), OWN),
     (ppo, dict(kl_control="fixed", entropy_coef=0.1), OWN),
     (ppo, dict(kl_control="fixed", score_clip=1.0), OWN),
-    (dpo, dict(labels="annotators", beta=0.2), ("gold", 0.2, True)),
+    (dpo, dict(labels="annotators", beta=0.2, score_clip=1.0), ("gold", 0.2, True)),
     (dpo, dict(labels="soft", rounds=3), ("score", 0.25, True)),
     (dpo, dict(loss="ipo"), OWN),
     (dpo, dict(labels="soft", missing_eos_score=None), OWN),
