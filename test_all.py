@@ -11,23 +11,22 @@ Every formula against an independent oracle, every script end to end. Offline, o
 A test's name is the claim it checks.
 
     line   section
-     114   reviews.py
-     304   data.py
-     359   model.py
-    1139   sft.py
-    1161   reward_model.py
-    1239   ppo.py
-    1585   dpo.py
-    1786   grpo.py
-    2309   policy_gradient.py
-    2386   frontier.py, compare.py
-    2647   evaluate.py
-    2677   What people copy
-    2812   Any shapes, any values: what hypothesis finds by trying
-    2989   The proof: a problem so small that every response can be listed
-    4047   The scripts, end to end at --config tiny
-    5792   The house: what holds for every file
-    5947   README.md and docs/
+     146   reviews.py
+     305   data.py
+     341   model.py
+     946   sft.py
+     964   reward_model.py
+    1022   ppo.py
+    1351   dpo.py
+    1545   grpo.py
+    1960   policy_gradient.py
+    2032   frontier.py, compare.py
+    2275   evaluate.py
+    2305   What people copy
+    2474   The proof: a problem so small that every response can be listed
+    3532   The scripts, end to end at --config tiny
+    5277   The house: what holds for every file
+    5432   README.md and docs/
 """
 
 import ast
@@ -78,7 +77,7 @@ from conftest import (AWKWARD, assert_same_bits, comparison, held_out_prompts, l
                       Malicious, review_texts, seeded, small_gpt,
                       small_scalar, tiny_config, user_config, write_rows)
 from lab import config as settings
-from lab import corpus, files, forms, guest, pretrained, process
+from lab import corpus, files, forms, guest, process
 from lab import report as reports
 from lab import run as runs
 from lab import tokenizer as tokenizers
@@ -89,6 +88,9 @@ HERE = Path(__file__).parent
 SCRIPTS = (sft, reward_model, ppo, dpo, grpo, policy_gradient, evaluate)
 MODULES = (reviews, presets, data, model, reward_py, frontier, compare, rollout, *SCRIPTS, sample)
 
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 1]]
+RESPONSES = [[4, 5, 10], [2, 3, 4, 5, 10], [10], [7, 7, 7, 7, 7, 7]]   # EOS is 10; the last: none
+
 
 def reward_of(scalar, cfg, **changes):
     """The reward that a reward model of ours gives"""
@@ -96,18 +98,48 @@ def reward_of(scalar, cfg, **changes):
     return reward_py.Reward(functools.partial(sequence_scores, scalar), "", cfg)
 
 
-PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 1]]
-RESPONSES = [[4, 5, 10], [2, 3, 4, 5, 10], [10], [7, 7, 7, 7, 7, 7]]   # EOS is 10; the last: none
-
-
-def ragged(seed=0, dtype=torch.float64, B=5, T=9):
+def ragged():
     """Random (B, T) tensors and a mask of contiguous responses of different places and lengths."""
-    generator = seeded(seed)
-    starts = [0, 2, 4, 8, 1][:B]
-    ends = [9, 3, 9, 9, 5][:B]                           # lengths 9, 1, 5, 1, 4
-    mask = torch.tensor([[float(s <= t < e) for t in range(T)] for s, e in zip(starts, ends)])
-    values = torch.randn(4, B, T, generator=generator, dtype=dtype) * mask
-    return (*values, mask.to(dtype))
+    spans = [(0, 9), (2, 3), (4, 9), (8, 9), (1, 5)]     # lengths 9, 1, 5, 1, 4
+    mask = torch.tensor([[float(start <= t < end) for t in range(9)] for start, end in spans])
+    values = torch.randn(4, 5, 9, generator=seeded(), dtype=torch.float64) * mask
+    return (*values, mask.double())
+
+
+def columns_of(mask):
+    """-> [(row, the columns of its response)]"""
+    return [(b, row.nonzero()[:, 0].tolist()) for b, row in enumerate(mask)]
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+# Any shapes, any values: what hypothesis finds by trying
+strategies = hypothesis.strategies
+any_lengths = strategies.lists(                          # (prompt, response) of each row
+    strategies.tuples(strategies.integers(1, 6), strategies.integers(1, 7)),
+    min_size=1, max_size=6)
+any_seed = strategies.integers(0, 2 ** 32 - 1)
+any_share = strategies.floats(0, 1)
+any_size = strategies.sampled_from([0.0, 1e-12, 1e-3, 1.0, 30.0, 1e6])      # how large numbers are
+tried = hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+def random_rows(lengths, seed):
+    """Prompts and responses of these lengths, as token lists"""
+    chance = random.Random(seed)
+    prompts = [chance.choices(range(11), k=n) for n, _ in lengths]
+    responses = [chance.choices(range(11), k=n) for _, n in lengths]
+    return prompts, responses
+
+
+def random_tensors(lengths, seed, size):
+    """Three tensors (B, T) in float64 of numbers of a size, also off the mask, and the mask"""
+    _, _, mask = data.collate(*random_rows(lengths, seed))
+    tensors = [size * torch.randn(mask.shape, dtype=torch.float64, generator=seeded(seed + i))
+               for i in range(3)]
+    return (*tensors, mask.double())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -115,21 +147,14 @@ def ragged(seed=0, dtype=torch.float64, B=5, T=9):
 
 CUT_DOWN = {                             # together they use every rule of the grammar
     "one sentence": reviews.Lexicon(
-        aspects=("acting", "plot"),
-        adjectives=("superb", "good", "ordinary", "dull", "unbearable"),
-        verbs=("loved", "hated"),
+        aspects=("acting", "plot"), verbs=("loved", "hated"), intensifiers=("truly", "quite"),
+        adjectives=("superb", "good", "ordinary", "dull", "unbearable"), endings=(0.0, 1.0),
         verdicts=("See it twice.", "Worth a look.", "Skip it."),
-        intensifiers=("truly", "quite"),
-        occasions=("on a train", "at a festival"),
-        endings=(0.0, 1.0)),
+        occasions=("on a train", "at a festival")),
     "two sentences": reviews.Lexicon(
-        aspects=("acting", "plot"),
-        adjectives=("superb", "good", "ordinary", "awful"),
-        verbs=("loved", "liked"),
-        verdicts=("See it twice.", "Skip it."),
-        intensifiers=(),
-        occasions=("on a train",),
-        endings=(0.0, 0.5, 1.0))}
+        aspects=("acting", "plot"), verbs=("loved", "liked"), intensifiers=(),
+        adjectives=("superb", "good", "ordinary", "awful"), endings=(0.0, 0.5, 1.0),
+        verdicts=("See it twice.", "Skip it."), occasions=("on a train",))}
 TINY_PROMPT = "A western about a lighthouse. On the acting:"
 
 
@@ -164,17 +189,12 @@ def cut_down_grammar(request):
 
 
 def test_grammar_log_probs_sum_to_one_over_every_text_of_a_cut_down_grammar(cut_down_grammar):
+    """And each of them is the sum over the derivations of its text"""
     lexicon, texts = cut_down_grammar
     assert len(texts) > 1000
-    total = sum(math.exp(reviews.log_prob(TINY_PROMPT, text, lexicon)) for text in texts)
-    assert math.isclose(total, 1.0, rel_tol=1e-9)
-
-
-def test_grammar_log_prob_of_each_text_is_the_sum_over_its_derivations(cut_down_grammar):
-    lexicon, texts = cut_down_grammar
-    for text, p in itertools.islice(texts.items(), 0, None, 7):
-        log_prob = reviews.log_prob(TINY_PROMPT, text, lexicon)
-        assert math.isclose(math.exp(log_prob), p, rel_tol=1e-9)
+    scored = {text: math.exp(reviews.log_prob(TINY_PROMPT, text, lexicon)) for text in texts}
+    assert math.isclose(sum(scored.values()), 1.0, rel_tol=1e-9)
+    assert all(math.isclose(scored[text], p, rel_tol=1e-9) for text, p in texts.items())
 
 
 def test_grammar_samples_texts_with_the_probabilities_it_scores(cut_down_grammar):
@@ -193,9 +213,8 @@ def test_the_mood_shows_most_in_the_aspect_that_was_asked_for():
     def mean_grade(mood, aspect):
         grammar = reviews.choices("western", "acting", mood)
         next(grammar)
-        for phrase in (" The", aspect, " is", ""):
+        for phrase in (" The", aspect, " is", "", ""):   # neither "not" nor an intensifier
             options = grammar.send(phrase)
-        options = grammar.send("")                       # no intensifier
         return sum(p * reviews.GRADES[word[1:]] for word, p in options.items())
 
     for mood in (-2, -1, 1, 2):
@@ -211,22 +230,6 @@ def test_every_review_of_the_grammar_has_no_fault_and_parses_back():
         assert reviews.grammatical(prompt, response)
 
 
-GOOD_REVIEW = " The acting is good. Skip it."
-
-
-@pytest.mark.parametrize("text", [
-    "",
-    " The acting is good.",
-    GOOD_REVIEW + " Skip it.",
-    GOOD_REVIEW[1:],
-    " The acting is good. The acting is good. Skip it.",
-    " It is a good comedy. Skip it.",
-    GOOD_REVIEW.replace("good", "purple")])
-def test_log_prob_is_minus_infinity_for_texts_outside_the_grammar(text):
-    assert reviews.log_prob(TINY_PROMPT, GOOD_REVIEW) > -30
-    assert reviews.log_prob(TINY_PROMPT, text) == -math.inf
-
-
 @pytest.mark.parametrize("text, sentiment", [
     (" The acting is good. Skip it.", 1 - 2),
     (" The plot is good. Skip it.", 0.5 - 2),
@@ -239,6 +242,7 @@ def test_gold_of_hand_worked_reviews(text, sentiment):
     no_faults = dict.fromkeys(reviews.PENALTIES, 0)
     assert reviews.read(TINY_PROMPT, text) == (pytest.approx(sentiment), no_faults)
     assert reviews.gold(TINY_PROMPT, text) == pytest.approx(sentiment / 3)
+    assert reviews.log_prob(TINY_PROMPT, text) > -30
 
 
 @pytest.mark.parametrize("text, finished, fault, times", [
@@ -254,21 +258,23 @@ def test_gold_of_hand_worked_reviews(text, sentiment):
     (" The acting is good. The acting is good. Skip it.", True, "repeated", 2),
     (" The acting is superb and stunning. I loved the acting. Skip it.", True, "gushing", 1)])
 def test_gold_takes_off_for_each_fault_and_only_for_that(text, finished, fault, times):
+    """No such text is in the grammar, unless its one fault is that it was cut short."""
     sentiment, faults = reviews.read(TINY_PROMPT, text, finished)
     assert faults == {**dict.fromkeys(reviews.PENALTIES, 0), fault: times}
     expected = sentiment / 3 - times * reviews.PENALTIES[fault]
     assert reviews.gold(TINY_PROMPT, text, finished) == pytest.approx(expected)
+    assert (reviews.log_prob(TINY_PROMPT, text) == -math.inf) == finished
 
 
 @pytest.mark.parametrize("text", [
-    "", ".", "...", "Skip it", "\n\n", "the acting", "é漢 \x00", " " * 500])
-def test_gold_is_finite_and_low_for_any_text(text):
+    "", ".", "...", "Skip it", "\n\n", "the acting", "é漢 \x00", " " * 500,
+    " The acting is good.",
+    " The acting is good. Skip it. Skip it.",
+    "The acting is good. Skip it.",
+    " The acting is purple. Skip it."])
+def test_gold_is_finite_and_low_for_any_text_outside_the_grammar(text):
     assert -1000 < reviews.gold(TINY_PROMPT, text) < -1
-
-
-def test_prompts_of_a_different_task_are_refused_by_name():
-    with pytest.raises(ValueError, match="Tell me a joke"):
-        reviews.gold("Tell me a joke", " no")
+    assert reviews.log_prob(TINY_PROMPT, text) == -math.inf
 
 
 def test_annotators_rank_pairs_by_bradley_terry():
@@ -276,77 +282,53 @@ def test_annotators_rank_pairs_by_bradley_terry():
     rankings = reviews.rank(gold.expand(40000, 3), seeded(), temperature=0.6)
     places = rankings.argsort(dim=1)
     for i, j in itertools.combinations(range(3), 2):
-        wanted = 1 / (1 + math.exp(-(gold[0, i] - gold[0, j]).item() / 0.6))
         share = (places[:, i] < places[:, j]).double().mean().item()
-        assert share == pytest.approx(wanted, abs=0.011)
+        assert share == pytest.approx(sigmoid((gold[0, i] - gold[0, j]).item() / 0.6), abs=0.011)
+    best = torch.bincount(rankings[:, 0]) / 40000              # as in Plackett-Luce
+    assert best.tolist() == pytest.approx((gold[0] / 0.6).softmax(0).tolist(), abs=0.011)
 
 
 def test_agreement_is_the_expected_accuracy_and_gold_reaches_the_bayes_accuracy():
-    gold = torch.randn(40, 4, generator=seeded(), dtype=torch.float64)
-    scores = torch.randn(40, 4, generator=seeded(1), dtype=torch.float64)
+    gold, scores = torch.randn(2, 40, 4, generator=seeded(), dtype=torch.float64)
     scores[0] = 0.0                                      # ties
     accuracies, best = [], []
-    for row in range(40):
-        for i, j in itertools.combinations(range(4), 2):
-            p = 1 / (1 + math.exp(-(gold[row, i] - gold[row, j]).item() / 0.6))
-            best.append(max(p, 1 - p))
-            if scores[row, i] == scores[row, j]:
-                accuracies.append(0.5)
-            else:
-                accuracies.append(p if scores[row, i] > scores[row, j] else 1 - p)
-    accuracy, best = np.mean(accuracies), np.mean(best)
-    assert reviews.agreement(scores, gold).item() == pytest.approx(accuracy)
-    assert reviews.agreement(gold, gold).item() == pytest.approx(best)
-    assert best > accuracy
+    for row, i, j in ((row, i, j) for row in range(40) for i in range(4) for j in range(i)):
+        p = sigmoid((gold[row, i] - gold[row, j]).item() / 0.6)
+        best.append(max(p, 1 - p))
+        ahead = torch.sign(scores[row, i] - scores[row, j]).item()         # 1, -1 or a tie: 0
+        accuracies.append(0.5 + ahead * (p - 0.5))
+    assert reviews.agreement(scores, gold).item() == pytest.approx(np.mean(accuracies))
+    assert reviews.agreement(gold, gold).item() == pytest.approx(np.mean(best))
 
 
 # --------------------------------------------------------------------------------------------------
 # data.py
 
-def test_supervised_targets_of_the_drawn_example():
-    inputs, targets, mask = data.collate([[1, 2, 3]], [[4, 5, 10]])
-    assert inputs.tolist() == [[1, 2, 3, 4, 5]] and targets.tolist() == [[2, 3, 4, 5, 10]]
-    assert targets[mask > 0].tolist() == [4, 5, 10]      # with EOS, without the prompt
-
-
-def test_collate_supervises_exactly_the_response_tokens_of_rows_of_any_length():
-    inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
-    assert inputs.shape == targets.shape == mask.shape == (4, 7)
-    for i in range(4):
-        row = PROMPTS[i] + RESPONSES[i]
-        end = len(row) - 1
-        assert targets[i][mask[i] > 0].tolist() == RESPONSES[i]
-        assert inputs[i, :end].tolist() == row[:-1] and targets[i, :end].tolist() == row[1:]
-        assert not inputs[i, end + 1:].any()
-        assert not targets[i, end:].any() and not mask[i, end:].any()
-
-
-def test_responses_of_gives_back_what_collate_was_given():
-    inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
-    tokens = torch.cat([inputs, targets[:, -1:]], dim=1)
-    assert data.responses_of(tokens, mask) == RESPONSES
-
-
-@pytest.mark.parametrize("prompts, responses, message", [
-    ([[]], [[1]], "row 0 has an empty prompt"),
-    ([[1], [1]], [[2], []], "row 1 has an empty response"),
-    ([[1]], [[1], [2]], "1 prompts and 2 responses"),
-    ([], [], "at least one")])
-def test_collate_refuses_rows_without_prompt_or_response(prompts, responses, message):
-    with pytest.raises(ValueError, match=message):
-        data.collate(prompts, responses)
+@tried
+@hypothesis.given(any_lengths, any_seed)
+def test_any_rows_are_collated_and_come_back(lengths, seed):
+    prompts, responses = random_rows(lengths, seed)
+    inputs, targets, mask = data.collate(prompts, responses)
+    T = max(map(sum, lengths)) - 1
+    assert inputs.shape == targets.shape == mask.shape == (len(lengths), T)
+    for row, (prompt, response) in enumerate(zip(prompts, responses)):
+        padding = [0] * (T + 1 - len(prompt + response))
+        tokens = prompt + response + padding
+        assert inputs[row].tolist() == tokens[:-1] and targets[row].tolist() == tokens[1:]
+        supervised = [0.0] * (len(prompt) - 1) + [1.0] * len(response) + [0.0] * len(padding)
+        assert mask[row].tolist() == supervised
+        assert targets[row][mask[row] > 0].tolist() == response
+    tokens = torch.cat([inputs[:, :1], targets], dim=1)
+    assert data.responses_of(tokens, mask) == responses
 
 
 def test_batches_are_a_fresh_permutation_each_epoch_and_a_function_of_the_step():
-    epochs = []
-    for first in (0, 3, 6):
-        epochs.append([data.batch_rows(10, 3, step, seed=1) for step in range(first, first + 3)])
+    steps = [data.batch_rows(10, 3, step, seed=1) for step in range(9)]
+    epochs = [steps[0:3], steps[3:6], steps[6:9]]
     for epoch in epochs:
         assert len(set(sum(epoch, []))) == 9
     assert epochs[0] != epochs[1] != epochs[2]
-    assert data.batch_rows(10, 3, 4, seed=1) == epochs[1][1] != data.batch_rows(10, 3, 4, seed=2)
-    with pytest.raises(ValueError, match="batch size 11 for 10 rows"):
-        data.batch_rows(10, 11, 0, seed=1)
+    assert data.batch_rows(10, 3, 4, seed=1) == steps[4] != data.batch_rows(10, 3, 4, seed=2)
 
 
 def test_no_prompt_is_both_trained_on_and_held_out():
@@ -379,8 +361,10 @@ def assert_refused(source, message, **changes):
         GPT.from_pretrained(source, **changes)
 
 
-def test_logits_equal_transformers_gpt2_in_both_directions(tmp_path):
-    theirs = random_gpt2(0.2, vocab_size=97, n_positions=24, n_layer=3, n_head=4, n_embd=32)
+@pytest.mark.parametrize("gelu", ["gelu_new", "gelu"])
+def test_logits_equal_transformers_gpt2_in_both_directions(gelu, tmp_path):
+    theirs = random_gpt2(0.2, vocab_size=97, n_positions=24, n_layer=3, n_head=4, n_embd=32,
+                         activation_function=gelu)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = GPT.from_pretrained(tmp_path / "theirs").eval()
     ids = torch.randint(97, (3, 24), generator=seeded())
@@ -391,6 +375,8 @@ def test_logits_equal_transformers_gpt2_in_both_directions(tmp_path):
     ours.save_pretrained(tmp_path / "ours", eos_id=96)
     back = load_in_transformers(tmp_path / "ours", dtype=torch.float64)
     torch.testing.assert_close(ours.double()(ids), back(ids).logits, atol=1e-9, rtol=1e-9)
+    assert back.config.activation_function == gelu
+    assert GPTConfig(vocab_size=5).activation == "gelu_tanh"         # in checkpoints without it
 
 
 @pytest.fixture(scope="module")
@@ -403,15 +389,16 @@ def gpt2_folder(tmp_path_factory):
     return home, ids, theirs(ids).logits.detach()
 
 
-def gpt2_variant(gpt2_folder, weights=None, config=None, save=save_file, name="model.safetensors"):
-    """A copy of that GPT-2 with changed weights (a function of {name: tensor}) and settings"""
+def gpt2_variant(gpt2_folder, weights=dict, save=save_file, name="model.safetensors",
+                 edit=lambda folder: None, **config):
+    """A copy of that GPT-2 with changes to its {name: tensor}, its settings, and last its folder"""
     whole, folder = gpt2_folder[0] / "whole", gpt2_folder[0] / "changed"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    tensors = load_file(whole / "model.safetensors")
-    save(weights(tensors) if weights else tensors, folder / name)
-    settings = json.loads((whole / "config.json").read_text()) | (config or {})
+    save(weights(load_file(whole / "model.safetensors")), folder / name)
+    settings = json.loads((whole / "config.json").read_text()) | config
     (folder / "config.json").write_text(json.dumps(settings))
+    edit(folder)
     return folder
 
 
@@ -423,125 +410,98 @@ def renamed(old, new):
     return lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()}
 
 
-WTE = "transformer.wte.weight"
-MLP = "transformer.h.1.mlp.c_fc.weight"
+def written(name, text):
+    return lambda folder: (folder / name).write_text(text)
 
 
-@pytest.mark.parametrize("weights", [
-    pytest.param(prefixed("_orig_mod."), id="compiled"),
-    pytest.param(prefixed("module."), id="parallel"),
-    pytest.param(prefixed("module._orig_mod."), id="compiled, parallel"),
-    pytest.param(prefixed("_orig_mod.module."), id="parallel, compiled"),
-    pytest.param(prefixed("base_model.model."), id="peft"),
-    pytest.param(renamed("h.0.", "h.0._checkpoint_wrapped_module."), id="checkpointed"),
-    pytest.param(renamed("transformer.", ""), id="a trunk by itself"),
-    pytest.param(renamed(WTE, "lm_head.weight"), id="a head alone"),
-    pytest.param(lambda x: x | {"lm_head.weight": x[WTE].clone()}, id="a tied head"),
-    pytest.param(lambda x: x | {
-        "transformer.h.0.attn.bias": torch.ones(1, 1, 12, 12, dtype=torch.bool),
-        "transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}, id="causal masks")])
-def test_weights_load_by_the_names_that_wrappers_and_old_files_give_them(weights, gpt2_folder):
-    _, ids, logits = gpt2_folder
-    ours = GPT.from_pretrained(gpt2_variant(gpt2_folder, weights)).eval()
-    torch.testing.assert_close(ours(ids), logits)
+def deleted(name):
+    return lambda folder: (folder / name).unlink()
 
 
-@pytest.mark.parametrize("weights, message", [
-    (prefixed("foo."), "missing are h.0.attn.c_attn.bias, .* unknown are foo.transformer.h.0"),
-    (lambda x: {name: w for name, w in x.items() if "c_fc.b" not in name},
-     "missing are h.0.mlp.c_fc.bias, h.1"),
-    (lambda x: x | {"v_head.weight": torch.zeros(2)},
-     "missing are none; unknown are v_head.weight"),
-    (lambda x: x | {MLP: torch.zeros(8, 31)},
-     r"h.1.mlp.c_fc.weight: got \(31, 8\) .*, wanted \(32, 8\)"),
-    (lambda x: x | {WTE: torch.zeros(31, 8)}, r"wte.weight: got \(31, 8\) .*, wanted \(30, 8\)"),
-    (lambda x: x | {MLP: torch.zeros(8, 32, dtype=torch.int8)},
-     "h.1.mlp.c_fc.weight: got .* of torch.int8"),
-    (lambda x: x | {"lm_head.weight": x[WTE] + 1e-3}, "lm_head.weight differs from wte.weight"),
-    (lambda x: x | {"module." + WTE: x[WTE].clone()}, "transformer.wte.weight twice")],
-    ids=["prefix", "missing", "unknown", "shape", "vocabulary", "int8", "head", "twice"])
-def test_no_weight_is_missing_unknown_or_of_a_different_shape_in_silence(
-        weights, message, gpt2_folder):
-    folder = gpt2_variant(gpt2_folder, weights)
-    with pytest.raises(Stopped, match=f"^error: --init .*: .*{message}"):
-        sft.pretrained_gpt(str(folder), types.SimpleNamespace(n_vocab=20), block_size=5)
-
-
-def in_parts(save, pattern, index):
+def in_parts(save, stem, suffix):
     """A way to save weights in two files and an index"""
     def save_parts(tensors, path):
-        names = list(tensors)
-        where = {}
-        for i, part in enumerate((names[:9], names[9:])):
-            file_name = pattern.format(i + 1)
-            save({name: tensors[name] for name in part}, path.parent / file_name)
-            where |= dict.fromkeys(part, file_name)
-        (path.parent / index).write_text(json.dumps({"weight_map": where}))
+        where = {name: f"{stem}-0000{1 + i % 2}-of-00002{suffix}" for i, name in enumerate(tensors)}
+        for part in set(where.values()):
+            save({name: tensors[name] for name in where if where[name] == part}, path.parent / part)
+        index = json.dumps({"weight_map": where})
+        (path.parent / f"{stem}{suffix}.index.json").write_text(index)
     return save_parts
 
 
-SAFETENSORS_IN_PARTS = in_parts(save_file, "model-0000{}-of-00002.safetensors",
-                                "model.safetensors.index.json")
-BIN_IN_PARTS = in_parts(torch.save, "pytorch_model-0000{}-of-00002.bin",
-                        "pytorch_model.bin.index.json")
-OLD_BIN = functools.partial(torch.save, _use_new_zipfile_serialization=False)
+WTE = "transformer.wte.weight"
+MLP = "transformer.h.1.mlp.c_fc.weight"
+BIN = dict(save=torch.save, name="pytorch_model.bin")
+OLD_BIN = BIN | dict(save=functools.partial(torch.save, _use_new_zipfile_serialization=False))
+SAFETENSORS_IN_PARTS = dict(save=in_parts(save_file, "model", ".safetensors"))
+OLD_CONFIG = dict(vocab_size=30, n_positions=12, n_ctx=12, n_layer=2, n_head=2, n_embd=8)
+OTHER_NAMES = dict(model_type="gpt2", vocab_size=30, max_position_embeddings=12, hidden_size=8,
+                   num_hidden_layers=2, num_attention_heads=2)
+MASKS = {"transformer.h.0.attn.bias": torch.ones(1, 1, 12, 12, dtype=torch.bool),
+         "transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}
+LOADED = {
+    "compiled": dict(weights=prefixed("_orig_mod.")),
+    "parallel": dict(weights=prefixed("module.")),
+    "compiled, parallel": dict(weights=prefixed("module._orig_mod.")),
+    "parallel, compiled": dict(weights=prefixed("_orig_mod.module.")),
+    "peft": dict(weights=prefixed("base_model.model.")),
+    "checkpointed": dict(weights=renamed("h.0.", "h.0._checkpoint_wrapped_module.")),
+    "a trunk by itself": dict(weights=renamed("transformer.", "")),
+    "a head alone": dict(weights=renamed(WTE, "lm_head.weight")),
+    "a tied head": dict(weights=lambda x: x | {"lm_head.weight": x[WTE].clone()}),
+    "causal masks": dict(weights=lambda x: x | MASKS),
+    "bin": BIN,
+    "old bin": OLD_BIN,
+    "bin in parts": dict(save=in_parts(torch.save, "pytorch_model", ".bin")),
+    "safetensors in parts": SAFETENSORS_IN_PARTS,
+    "a gelu by a different name": dict(activation_function="gelu_pytorch_tanh"),
+    "a gelu by a third name": dict(activation_function="gelu_fast"),
+    "an old config": dict(edit=written("config.json", json.dumps(OLD_CONFIG))),
+    "a config with other names": dict(edit=written("config.json", json.dumps(OTHER_NAMES)))}
 
 
-@pytest.mark.parametrize("save, name", [
-    pytest.param(torch.save, "pytorch_model.bin", id="bin"),
-    pytest.param(OLD_BIN, "pytorch_model.bin", id="old bin"),
-    pytest.param(BIN_IN_PARTS, "x", id="bin in parts"),
-    pytest.param(SAFETENSORS_IN_PARTS, "x", id="safetensors in parts")])
-def test_weights_are_read_from_every_kind_of_file_that_transformers_wrote(
-        save, name, gpt2_folder, capsys):
+@pytest.mark.parametrize("change", LOADED.values(), ids=LOADED)
+def test_a_gpt2_loads_in_every_form_that_wrappers_and_old_versions_wrote(change, gpt2_folder):
     _, ids, logits = gpt2_folder
-    folder = gpt2_variant(gpt2_folder, prefixed("_orig_mod."), save=save, name=name)
-    torch.testing.assert_close(GPT.from_pretrained(folder).eval()(ids), logits)
-    save_file({}, folder / "model.safetensors")          # where both exist, it comes first
-    assert_refused(folder, "missing are h.0")
+    ours = GPT.from_pretrained(gpt2_variant(gpt2_folder, **change)).eval()
+    torch.testing.assert_close(ours(ids), logits)
+
+
+def test_where_two_files_of_weights_exist_safetensors_come_first(gpt2_folder, capsys):
+    GPT.from_pretrained(gpt2_variant(gpt2_folder, edit=written("pytorch_model.bin", "")))
     assert "model.safetensors is used, as transformers does" in capsys.readouterr().out
 
 
-def test_folders_without_one_whole_gpt2_are_refused_by_what_they_hold(gpt2_folder):
-    owned = gpt2_folder[0] / "owned"
-    folder = gpt2_variant(gpt2_folder)
-    content = (folder / "model.safetensors").read_bytes()
-    for n in (0, 20, len(content) // 2, len(content) - 1):
-        (folder / "model.safetensors").write_bytes(content[:n])
-        assert_refused(folder, "changed/model.safetensors cannot be read as weights")
-    (folder / "model.safetensors").rename(folder / "tf_model.h5")
-    assert_refused(folder, "has no weights: wanted model.safetensors or .*; "
-                           "found config.json, tf_model.h5")
-    (folder / "adapter_config.json").write_text("{}")
-    assert_refused(folder, "holds an adapter .LoRA.*; merge it into them first")
-
-    for content, message in (("{", "config.json cannot be read"),
-                             ("[]", "config.json holds a list")):
-        folder = gpt2_variant(gpt2_folder)
-        (folder / "config.json").write_text(content)
-        assert_refused(folder, message)
-    (folder / "config.json").unlink()
-    assert_refused(folder, "has no config.json, which describes the weights")
-    quantized = {"quantization_config": {"quant_method": "gptq"}}
-    assert_refused(gpt2_variant(gpt2_folder, config=quantized), "quantized weights .*gptq")
-
-    folder = gpt2_variant(gpt2_folder, save=SAFETENSORS_IN_PARTS)
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    assert_refused(folder, "model-00002-of-00002.safetensors cannot be read as weights "
-                           ".FileNotFoundError")
-    (folder / "model.safetensors.index.json").write_text("{}")
-    assert_refused(folder, "has no weight_map")
-
-    for saved, message in (({"state_dict": {}}, "holds a dict by the name state_dict"),
-                           ([3], "cannot be read"),
-                           ({"x": Malicious(owned)}, "holds more than tensors")):
-        folder = gpt2_variant(gpt2_folder, weights=lambda x: saved, save=torch.save,
-                              name="pytorch_model.bin")
-        assert_refused(folder, message)
-    assert not owned.exists()
+def cut_to(share):
+    """The first part of the weights is on the disk, the rest is not."""
+    def cut(folder):
+        path = folder / "model.safetensors"
+        os.truncate(path, int(share * path.stat().st_size))
+    return cut
 
 
-@pytest.mark.parametrize("config, message", [
+INDEX = "model.safetensors.index.json"
+QUANTIZED = {"quant_method": "gptq"}
+SAFETENSORS_CUT = "changed/model.safetensors cannot be read as weights"
+
+
+@pytest.mark.parametrize("change, message", [
+    # its weights: one is missing, unknown or of a different shape
+    (dict(weights=prefixed("foo.")),
+     "missing are h.0.attn.c_attn.bias, .* unknown are foo.transformer.h.0"),
+    (dict(weights=renamed("c_fc.b", "c_fc.x")), "missing are h.0.mlp.c_fc.bias, h.1"),
+    (dict(weights=lambda x: x | {"v_head.weight": torch.zeros(2)}),
+     "missing are none; unknown are v_head.weight"),
+    (dict(weights=lambda x: x | {MLP: torch.zeros(8, 31)}),
+     r"h.1.mlp.c_fc.weight: got \(31, 8\) .*, wanted \(32, 8\)"),
+    (dict(weights=lambda x: x | {WTE: torch.zeros(31, 8)}),
+     r"wte.weight: got \(31, 8\) .*, wanted \(30, 8\)"),
+    (dict(weights=lambda x: x | {MLP: torch.zeros(8, 32, dtype=torch.int8)}),
+     "h.1.mlp.c_fc.weight: got .* of torch.int8"),
+    (dict(weights=lambda x: x | {"lm_head.weight": x[WTE] + 1e-3}),
+     "lm_head.weight differs from wte.weight"),
+    (dict(weights=lambda x: x | {"module." + WTE: x[WTE].clone()}), "transformer.wte.weight twice"),
+    # its settings: a variant that is not computed
     (dict(activation_function="relu"), "activation_function 'relu', wanted 'gelu_new' or"),
     (dict(n_inner=20), "n_inner 20, wanted None or 32"),
     (dict(scale_attn_weights=False), "scale_attn_weights False"),
@@ -550,88 +510,59 @@ def test_folders_without_one_whole_gpt2_are_refused_by_what_they_hold(gpt2_folde
     (dict(tie_word_embeddings=False), "tie_word_embeddings"),
     (dict(layer_norm_epsilon=1e-6), "epsilon 1e-06"),
     (dict(add_cross_attention=True), "add_cross_attention"),
+    (dict(quantization_config=QUANTIZED), "quantized weights .*gptq"),
     (dict(n_layer=1), "unknown are h.1.attn"),
     (dict(n_layer=3), "missing are h.2.attn"),
     (dict(n_head=3), "n_embd must be a multiple of n_head"),
     (dict(n_head=0), "zero"),
     (dict(n_embd="8"), ""),
-    (dict(n_embd=-8), "negative")])
-def test_a_gpt2_variant_that_is_not_computed_is_refused(config, message, gpt2_folder):
-    folder = gpt2_variant(gpt2_folder, config=config)
+    (dict(n_embd=-8), "negative"),
+    # its files
+    (dict(edit=written("config.json", "{}")), "GPT-2 of 12 layers"),     # the sizes of GPT-2 itself
+    (dict(edit=written("config.json", "{")), "config.json cannot be read"),
+    (dict(edit=written("config.json", "[]")), "config.json holds a list"),
+    (dict(edit=deleted("config.json")), "has no config.json, which describes the weights"),
+    (dict(edit=written("adapter_config.json", "{}")),
+     "holds an adapter .LoRA.*; merge it into them first"),
+    (dict(name="tf_model.h5"),
+     "has no weights: wanted model.safetensors or .*; found config.json, tf_model.h5"),
+    (dict(edit=cut_to(0)), SAFETENSORS_CUT),
+    (dict(edit=cut_to(0.01)), SAFETENSORS_CUT),
+    (dict(edit=cut_to(0.5)), SAFETENSORS_CUT),
+    (dict(edit=cut_to(0.999)), SAFETENSORS_CUT),
+    (SAFETENSORS_IN_PARTS | dict(edit=deleted("model-00002-of-00002.safetensors")),
+     "model-00002-of-00002.safetensors cannot be read as weights .FileNotFoundError"),
+    (SAFETENSORS_IN_PARTS | dict(edit=written(INDEX, "{}")), "has no weight_map"),
+    (BIN | dict(weights=lambda x: {"state_dict": {}}), "holds a dict by the name state_dict"),
+    (BIN | dict(weights=lambda x: [3]), "cannot be read"),
+    (BIN | dict(weights=lambda x: {"x": Malicious("owned")}), "holds more than tensors")])
+def test_a_folder_that_is_not_one_whole_gpt2_is_refused_by_what_it_holds(
+        change, message, gpt2_folder, empty_folder):
+    folder = gpt2_variant(gpt2_folder, **change)
     with pytest.raises(Stopped, match=f"^error: --init .*: .*{message}"):
-        sft.pretrained_gpt(str(folder), types.SimpleNamespace(n_vocab=30))
+        sft.pretrained_gpt(str(folder), types.SimpleNamespace(n_vocab=20), block_size=5)
+    assert not (empty_folder / "owned").exists()
 
 
-def test_settings_that_an_old_config_lacks_are_as_in_gpt2(gpt2_folder):
-    home, ids, logits = gpt2_folder
-    old = dict(vocab_size=30, n_positions=12, n_ctx=12, n_layer=2, n_head=2, n_embd=8)
-    by_other_names = dict(model_type="gpt2", vocab_size=30, max_position_embeddings=12,
-                          hidden_size=8, num_hidden_layers=2, num_attention_heads=2)
-    for config in (old, by_other_names):
-        folder = gpt2_variant(gpt2_folder)
-        (folder / "config.json").write_text(json.dumps(config))
-        ours = GPT.from_pretrained(folder).eval()
-        torch.testing.assert_close(ours(ids), logits)
-    settings = pretrained.read_config(home / "whole")
-    assert settings["n_positions"] == ours.config.block_size
-    (folder / "config.json").write_text("{}")            # the sizes of GPT-2 itself
-    assert_refused(folder, "GPT-2 of 12 layers")
+def gelu_gpt2(bias, V=40, T=12, C=8):
+    """A GPT-2 by transformers with the exact GELU, as nanoGPT has it, and maybe without biases"""
+    gpt = random_gpt2(0.4, vocab_size=V, n_positions=T, n_layer=2, n_head=2, n_embd=C,
+                      activation_function="gelu")
+    for name, p in gpt.named_parameters():
+        if name.endswith("bias") and not bias:
+            p.data.zero_()
+    return gpt
 
 
-def test_both_gelus_are_computed_as_in_transformers_and_exported(gpt2_folder, tmp_path):
-    _, ids, logits = gpt2_folder
-    folder = gpt2_variant(gpt2_folder, config=dict(activation_function="gelu"))
-    exact = GPT.from_pretrained(folder).eval()
-    wanted = load_in_transformers(folder, dtype=torch.float64)(ids).logits
-    torch.testing.assert_close(exact.double()(ids), wanted, atol=1e-9, rtol=1e-9)
-    assert (exact.float()(ids) - logits).abs().max() > 1e-5
-    exact.save_pretrained(tmp_path / "exact", eos_id=0)
-    back = load_in_transformers(tmp_path / "exact", dtype=torch.float64)
-    assert back.config.activation_function == "gelu"
-    torch.testing.assert_close(back(ids).logits, wanted, atol=1e-9, rtol=1e-9)
-    for name in ("gelu_pytorch_tanh", "gelu_fast"):      # the same approximation by other names
-        folder = gpt2_variant(gpt2_folder, config=dict(activation_function=name))
-        torch.testing.assert_close(GPT.from_pretrained(folder).eval()(ids), logits)
-    assert GPTConfig(**{"vocab_size": 5}).activation == "gelu_tanh"    # in checkpoints without it
-
-
-def nanogpt(weights, n_layer, n_head, ids):
-    """nanoGPT's forward, from its published model: LayerNorm with or without bias, exact GELU"""
-    F = torch.nn.functional
-
-    def norm(x, name):
-        weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
-        return F.layer_norm(x, (x.shape[-1],), weight, bias, 1e-5)
-
-    def linear(x, name):
-        return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-
-    x = weights["wte.weight"][ids] + weights["wpe.weight"][torch.arange(ids.shape[1])]
-    B, T, C = x.shape
-    for i in range(n_layer):
-        q, k, v = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(C, dim=2)
-        q, k, v = (y.view(B, T, n_head, C // n_head).transpose(1, 2) for y in (q, k, v))
-        scores = (q @ k.transpose(-2, -1)) / math.sqrt(C // n_head)
-        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), float("-inf"))
-        y = (scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(B, T, C)
-        x = x + linear(y, f"h.{i}.attn.c_proj")
-        h = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
-        x = x + linear(h * 0.5 * (1 + torch.erf(h / math.sqrt(2))), f"h.{i}.mlp.c_proj")
-    return (norm(x, "ln_f") @ weights["wte.weight"].T).log_softmax(dim=-1)     # the head is tied
-
-
-def nanogpt_weights(bias, V=40, T=12, C=8, n_layer=2):
-    """Random weights by nanoGPT's names, without the leading transformer."""
-    shapes = {"wte.weight": (V, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
-    layer = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C),
-             "ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
-    for i in range(n_layer):
-        for name, shape in layer.items():
-            shapes[f"h.{i}.{name}.weight"] = shape
-            shapes[f"h.{i}.{name}.bias"] = shape[:1]
-    generator = seeded(3)
-    return {name: torch.randn(shape, generator=generator) * 0.4 for name, shape in shapes.items()
-            if bias or not name.endswith("bias")}
+def nanogpt_weights(bias, **sizes):
+    """Its weights by nanoGPT's names, without the leading transformer."""
+    weights = {}
+    for name, weight in gelu_gpt2(bias, **sizes).transformer.state_dict().items():
+        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            weight = weight.T.contiguous()               # transformers has a Conv1D there
+        if bias or not name.endswith("bias"):
+            weights[name] = weight
+    return weights
 
 
 def save_nanogpt(path, weights, prefix="_orig_mod.", **changes):
@@ -651,47 +582,37 @@ def test_a_checkpoint_of_nanogpt_has_nanogpts_log_probabilities(bias, tmp_path):
     """Compiled or not, without biases, with rows that pad the vocabulary; exported as well"""
     weights = nanogpt_weights(bias)
     ids = torch.randint(30, (3, 12), generator=seeded())
-    wanted = nanogpt(weights, 2, 2, ids)
-
-    def check(logits, wanted):
-        torch.testing.assert_close(logits.log_softmax(dim=-1), wanted, atol=1e-5, rtol=0)
-
+    wanted = gelu_gpt2(bias)(ids).logits
     path = save_nanogpt(tmp_path / "ckpt.pt", weights)
     uncompiled = save_nanogpt(tmp_path / "other.pt", weights, prefix="")
     for source in (path, tmp_path, uncompiled):
         ours = GPT.from_pretrained(source).eval()
-        check(ours(ids), wanted)
+        torch.testing.assert_close(ours(ids), wanted, atol=1e-5, rtol=1e-5)
     assert ours.config == GPTConfig(40, 12, n_layer=2, n_head=2, n_embd=8, activation="gelu")
     cut = GPT.from_pretrained(path, vocab_size=33, block_size=12).eval()
-    check(cut(ids), wanted[..., :33].log_softmax(dim=-1))
+    torch.testing.assert_close(cut(ids), wanted[..., :33], atol=1e-5, rtol=1e-5)
     ours.save_pretrained(tmp_path / "exported", eos_id=0)
-    check(load_in_transformers(tmp_path / "exported")(ids).logits, wanted)
+    back = load_in_transformers(tmp_path / "exported")
+    torch.testing.assert_close(back(ids).logits, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_checkpoints_that_are_not_nanogpts_are_refused(tmp_path):
+    path = tmp_path / "x.pt"
     weights = nanogpt_weights(True)
     incomplete = {name: w for name, w in weights.items() if name != "h.1.ln_2.bias"}
-    a, b, c, x = (tmp_path / name for name in ("a.pt", "b.pt", "c.pt", "x.pt"))
-    assert_refused(save_nanogpt(a, incomplete), "missing are h.1.ln_2.bias")
-    assert_refused(save_nanogpt(b, weights, n_kv_head=1),
-                   "variant of nanoGPT .*n_kv_head in its model_args")
-    assert_refused(save_nanogpt(c, weights, vocab_size=65),
+    assert_refused(save_nanogpt(path, incomplete), "missing are h.1.ln_2.bias")
+    assert_refused(save_nanogpt(path, weights, n_kv_head=1), "variant of nanoGPT .*n_kv_head")
+    assert_refused(save_nanogpt(path, weights, vocab_size=65),
                    r"wte.weight: got \(40, 8\) .*, wanted \(65, 8\)")
-    assert_refused(tmp_path / "d.pt", "d.pt is not a folder here")
+    os.truncate(path, 999)
+    assert_refused(path, "x.pt cannot be read as weights")
     for saved, message in (
             ({"policy": {}, "step": 3}, "is not a checkpoint of nanoGPT, .* holds policy, step"),
             ({"model": Malicious(tmp_path / "owned")}, "holds more than tensors"),
             (3, "cannot be read")):
-        torch.save(saved, x)
-        assert_refused(x, message)
+        torch.save(saved, path)
+        assert_refused(path, message)
     assert not (tmp_path / "owned").exists()
-    x.write_bytes(a.read_bytes()[:999])
-    assert_refused(x, "x.pt cannot be read as weights")
-
-
-def test_weights_that_do_not_fit_are_refused_by_name():
-    with pytest.raises(ValueError, match="wte.weight.*got.*wanted"):
-        model.copy_weights(small_gpt(11).transformer.state_dict(), small_gpt(12).transformer)
 
 
 def test_weights_may_be_cut_to_fewer_positions_and_ids_but_not_stretched(tmp_path):
@@ -710,30 +631,24 @@ def test_weights_may_be_cut_to_fewer_positions_and_ids_but_not_stretched(tmp_pat
 def test_an_exported_reward_model_gives_the_same_scores_in_transformers(tmp_path, tokenizer):
     """Also in a batch with padding, by the exported tokenizer, from text"""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    torch.manual_seed(0)
-    config = GPTConfig(tokenizer.n_vocab, 40, n_layer=2, n_head=2, n_embd=16)
-    ours = ScalarGPT(config).eval()
-    for p in ours.parameters():
-        p.data.normal_(std=0.3)
+    gpt = small_gpt(tokenizer.n_vocab, block_size=40)
+    ours = ScalarGPT(gpt.config, init_from=gpt).eval()
+    ours.head.bias.data.fill_(0.4)
     ours.normalise(gain=0.7, bias=-1.9)
     ours.save_pretrained(tmp_path, tokenizer.eot_token)
     tokenizers.export_tokenizer(tokenizer, tmp_path, pad=True)
-    prompts = ["A fable about an old map. On the plot:", "x", ""]
-    responses = [" Skip it.", " The plot is wonderful. See it twice.", " The"]
-    batch = data.collate(*tokenizers.encode_texts(tokenizer, prompts, responses))
-    scores = sequence_scores(ours, *batch)
+    prompts = ["A fable about an old map. On the plot:", "x"]
+    responses = [" Skip it.", " The plot is wonderful. See it twice."]
+    rows = data.collate(*tokenizers.encode_texts(tokenizer, prompts, responses))
 
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     their_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     texts = [p + r + tokenizers.EOS for p, r in zip(prompts, responses)]
     batch = their_tokenizer(texts, padding=True, return_tensors="pt")
-    ids, attention_mask = batch["input_ids"], batch["attention_mask"]
-    assert theirs.config.num_labels == 1
-    assert their_tokenizer.pad_token_id == tokenizer.n_vocab and (attention_mask == 0).any()
-    ids[2, 1:] = ids[2, :-1].clone()                     # the empty prompt is an EOS before it
-    ids[2, 0] = tokenizer.eot_token
-    attention_mask[2, 2] = 1
-    torch.testing.assert_close(theirs(**batch).logits[:, 0].float(), scores, atol=1e-4, rtol=0)
+    assert (batch["attention_mask"] == 0).any()
+    assert theirs.config.num_labels == 1 and their_tokenizer.pad_token_id == tokenizer.n_vocab
+    scores = theirs(**batch).logits[:, 0].float()
+    torch.testing.assert_close(scores, sequence_scores(ours, *rows), atol=1e-4, rtol=0)
 
 
 def test_an_exported_tokenizer_is_the_same_in_transformers_and_comes_back(tmp_path, tokenizer):
@@ -751,103 +666,76 @@ def test_an_exported_tokenizer_is_the_same_in_transformers_and_comes_back(tmp_pa
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_token_logprobs_and_entropy_equal_a_loop_in_float64(temperature):
+    """Over rows alone, which the padding of the batch leaves as they are"""
     gpt = small_gpt()
-    inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
-    with torch.no_grad():
-        logprobs, entropy = token_logprobs(gpt, inputs, targets, mask, temperature,
-                                           return_entropy=True)
-        logits = gpt(inputs).double() / temperature
-    for b, t in itertools.product(range(4), range(7)):
-        if mask[b, t]:
-            p = torch.exp(logits[b, t]) / torch.exp(logits[b, t]).sum()
-            wanted = -sum(x * math.log(x) for x in p.tolist())
-            assert logprobs[b, t].item() == pytest.approx(math.log(p[targets[b, t]]), abs=1e-5)
+    batch = data.collate(PROMPTS, RESPONSES)
+    logprobs, entropy = token_logprobs(gpt, *batch, temperature, return_entropy=True)
+    for b, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
+        logits = gpt(torch.tensor([prompt + response]))[0].double() / temperature
+        for t, token in enumerate(response, len(prompt) - 1):
+            p = (logits[t].exp() / logits[t].exp().sum()).tolist()
+            assert logprobs[b, t].item() == pytest.approx(math.log(p[token]), abs=1e-5)
+            wanted = -sum(x * math.log(x) for x in p)
             assert entropy[b, t].item() == pytest.approx(wanted, abs=1e-5)
-        else:
-            assert logprobs[b, t] == 0 and entropy[b, t] == 0
-    with pytest.raises(ValueError, match="temperature 0"):
-        token_logprobs(gpt, inputs, targets, mask, temperature=0)
+    assert not logprobs[batch[2] == 0].any() and not entropy[batch[2] == 0].any()
 
 
 def test_token_logprobs_has_the_gradient_of_the_plain_formula():
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
-    weights = torch.randn(mask.shape, generator=seeded())
+    weights = torch.randn(mask.shape, generator=seeded()) * mask
     ours, plain = small_gpt(), small_gpt()
     logprobs, entropy = token_logprobs(ours, inputs, targets, mask, 0.7, return_entropy=True)
-    ((logprobs + entropy) * weights * mask).sum().backward()
+    ((logprobs + entropy) * weights).sum().backward()
     log_pi = (plain(inputs) / 0.7).log_softmax(-1)
     logprobs = log_pi.gather(2, targets[:, :, None])[:, :, 0]
     entropy = -(log_pi.exp() * log_pi).sum(-1)
-    ((logprobs + entropy) * weights * mask).sum().backward()
+    ((logprobs + entropy) * weights).sum().backward()
     for a, b in zip(ours.parameters(), plain.parameters()):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
-
-
-def drawn_responses(gpt, prompts, n=8, temperature=1.0, seed=0):
-    """-> tokens, mask, and the uniforms that chose the tokens"""
-    tokens, mask = generate(gpt, prompts, n, 10, temperature, seeded(seed))
-    return tokens, mask, torch.rand(len(prompts), n, generator=seeded(seed))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_every_sampled_token_is_the_inverse_cdf_of_the_scored_distribution(temperature):
     gpt = small_gpt()
-    tokens, mask, uniforms = drawn_responses(gpt, PROMPTS * 6, temperature=temperature)
+    tokens, mask = generate(gpt, PROMPTS * 6, 8, 10, temperature, seeded())
+    uniforms = torch.rand(len(tokens), 8, generator=seeded())
     inputs, targets = data.shift(tokens)
     cumulative = (gpt(inputs).double() / temperature).softmax(-1).cumsum(-1)   # without a cache
-    for b in range(len(tokens)):
-        for k, t in enumerate(mask[b].nonzero()[:, 0].tolist()):
+    for b, columns in columns_of(mask):
+        for k, t in enumerate(columns):
             token = targets[b, t].item()
             below = cumulative[b, t, token - 1].item() if token else 0.0
             above = cumulative[b, t, token].item()
             assert below - 1e-5 <= uniforms[b, k].item() <= above + 1e-5
 
 
-def test_sampled_frequencies_are_the_probabilities_of_every_possible_response():
-    gpt = small_gpt(vocab_size=4, std=0.5)
-    prompt, eos, n = [1, 2], 3, 40000
-    responses = [[3]]
-    responses += [[a, 3] for a in range(3)]
-    responses += [[a, b] for a in range(3) for b in range(3)]
-    batch = data.collate([prompt] * len(responses), responses)
-    p = token_logprobs(gpt, *batch).sum(1).exp()
-    assert p.sum().item() == pytest.approx(1.0, abs=1e-5)
-    tokens, mask = generate(gpt, [prompt] * n, 2, eos, generator=seeded())
-    found = [tuple(r) for r in data.responses_of(tokens, mask)]
-    frequencies = torch.tensor([found.count(tuple(r)) / n for r in responses])
-    assert 0.5 * (frequencies - p).abs().sum() < 0.012
-
-
-def test_a_row_sampled_alone_equals_the_row_sampled_in_a_batch(monkeypatch):
-    gpt = small_gpt()
-    tokens, mask, uniforms = drawn_responses(gpt, PROMPTS * 3)
-    together = data.responses_of(tokens, mask)
-    for i, prompt in enumerate(PROMPTS * 3):
-        monkeypatch.setattr(torch, "rand", lambda *shape, generator=None: uniforms[i:i + 1])
-        assert data.responses_of(*generate(gpt, [prompt], 8, 10)) == [together[i]]
+@tried
+@hypothesis.given(any_lengths, any_seed, strategies.integers(1, 6),
+                  strategies.sampled_from([0.0, 0.3, 1.0, 5.0]),
+                  strategies.sampled_from([0.01, 0.3, 3.0]))
+def test_any_prompts_are_answered_up_to_eos_with_tokens_that_the_policy_scores(
+        lengths, seed, n_new, temperature, std):
+    gpt = small_gpt(seed=seed % 7, std=std)
+    prompts, _ = random_rows(lengths, seed)
+    tokens, mask = generate(gpt, prompts, n_new, 10, temperature, seeded(seed))
+    assert tokens.shape[1] == mask.shape[1] + 1
+    for row, (prompt, response) in enumerate(zip(prompts, data.responses_of(tokens, mask))):
+        assert 1 <= len(response) <= n_new and 10 not in response[:-1]
+        assert response[-1] == 10 or len(response) == n_new
+        end = len(prompt) + len(response)
+        assert tokens[row, :end].tolist() == prompt + response and not tokens[row, end:].any()
+        wanted = [float(len(prompt) <= t + 1 < end) for t in range(mask.shape[1])]
+        assert mask[row].tolist() == wanted
+    if temperature:
+        logprobs = token_logprobs(gpt, *data.shift(tokens), mask, temperature)
+        assert torch.isfinite(logprobs).all() and (logprobs <= 1e-5).all()
 
 
 def test_greedy_sampling_takes_the_likeliest_token_of_an_uncached_forward():
     gpt = small_gpt()
-    responses = data.responses_of(*generate(gpt, PROMPTS, 6, 10, temperature=0))
-    for prompt, response in zip(PROMPTS, responses):
-        row = list(prompt)
-        for token in response:
-            assert token == gpt(torch.tensor([row]))[0, -1].argmax().item()
-            row.append(token)
-
-
-def test_responses_end_with_their_first_eos_or_at_full_length_and_zeros_follow():
-    tokens, mask, _ = drawn_responses(small_gpt(std=0.4), PROMPTS * 25)
-    assert tokens.shape[1] == mask.shape[1] + 1
-    responses = data.responses_of(tokens, mask)
-    assert any(r == [10] for r in responses)
-    assert any(len(r) == 8 and r[-1] != 10 for r in responses)
-    for prompt, row, m, response in zip(PROMPTS * 25, tokens.tolist(), mask.tolist(), responses):
-        assert 10 not in response[:-1] and (response[-1] == 10 or len(response) == 8)
-        end = len(prompt) + len(response)
-        assert row[:len(prompt)] == prompt and not any(row[end:])
-        assert m == [float(len(prompt) <= t + 1 < end) for t in range(len(m))]
+    tokens, mask = generate(gpt, PROMPTS, 6, 10, temperature=0)
+    inputs, targets = data.shift(tokens)
+    assert torch.equal(gpt(inputs).argmax(-1)[mask > 0], targets[mask > 0])
 
 
 def test_sampling_stops_when_all_rows_have_met_eos():
@@ -860,22 +748,10 @@ def test_sampling_stops_when_all_rows_have_met_eos():
     assert len(calls) == longest < 8 and tokens.shape[1] <= 2 + longest
 
 
-def test_the_same_seed_samples_the_same_and_a_different_seed_does_not():
-    gpt = small_gpt()
-    first, again, other = (drawn_responses(gpt, PROMPTS * 4, seed=s)[0] for s in (0, 0, 1))
-    assert torch.equal(first, again) and first.tolist() != other.tolist()
-
-
-def test_empty_prompts_become_eos_and_prompts_without_room_are_refused():
-    gpt = small_gpt()
-    tokens, mask = generate(gpt, [[]], 3, 10, generator=seeded())
+def test_empty_prompts_become_eos_and_a_prompt_may_fill_the_room_there_is():
+    tokens, mask = generate(small_gpt(), [[]], 3, 10)
     assert tokens[0, 0] == 10 and mask[0, 0] == 1
-    tokens, _ = generate(gpt, [[1] * 12], 4, 10, generator=seeded())           # just fits
-    assert tokens.shape[1] <= 16
-    with pytest.raises(ValueError, match="prompt of 13 tokens and 4 new ones exceed block_size 16"):
-        generate(gpt, [[1] * 13], 4, 10)
-    with pytest.raises(ValueError, match="rows of 17 tokens"):
-        gpt(torch.zeros(1, 17, dtype=torch.long))
+    assert generate(small_gpt(), [[1] * 12], 4, 10)[0].shape[1] <= 16
 
 
 def test_pick_never_takes_a_token_without_probability():
@@ -884,86 +760,26 @@ def test_pick_never_takes_a_token_without_probability():
     assert model.pick(logits, 1.0, uniforms).tolist() == [1, 1, 3, 3]
 
 
-def test_ids_after_a_rows_end_change_no_log_probability_and_no_score():
-    gpt, scalar = small_gpt(), small_scalar()
-    inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
-    junk_inputs, junk_targets = inputs.clone(), targets.clone()
-    for b in range(4):
-        end = len(PROMPTS[b] + RESPONSES[b])
-        junk_inputs[b, end:] = 9
-        junk_targets[b, end - 1:] = 9
-    for f in (lambda i, t: token_logprobs(gpt, i, t, mask),
-              lambda i, t: sequence_scores(scalar, i, t, mask),
-              lambda i, t: scalar(i) * mask):
-        assert torch.equal(f(inputs, targets), f(junk_inputs, junk_targets))
-
-
-def test_numbers_outside_the_mask_change_nothing_in_any_function_of_ppo():
-    logprobs, old, advantages, values, mask = ragged()
-    noise = torch.randn(mask.shape, dtype=torch.float64, generator=seeded(9)) * (mask == 0)
-
-    def everything(x):
-        """Every loss, metric and tensor that ppo.py computes, with x added to its inputs"""
-        rewards = ppo.shape_rewards(torch.ones(5).double(), logprobs + x, old, mask, 0.1)
-        tensors = [ppo.whiten(advantages + x, mask), rewards]
-        tensors += ppo.gae(rewards + x, values + x, mask)
-        tensors.append(ppo.explained_variance(values + x, old - x, mask))
-        for kind in ("gae", "td", "mc", "score"):
-            tensors.append(ppo.critic_targets(rewards + x, values + x, torch.ones(5), mask, kind))
-        for loss, metrics in (
-                ppo.policy_loss(logprobs + x, old - x, advantages + x, mask),
-                ppo.kl_penalty_loss(logprobs + x, old - x, advantages + x, mask, 0.5),
-                ppo.value_loss(values + x, old, old - x, mask)):
-            tensors += [loss, *metrics.values()]
-        return tensors
-
-    for clean, junk in zip(everything(0 * noise), everything(noise)):
-        torch.testing.assert_close(clean, junk, atol=0, rtol=1e-12)
-
-
-def test_a_row_in_a_padded_batch_equals_the_row_alone():
-    gpt, scalar = small_gpt(), small_scalar()
-    batch = data.collate(PROMPTS, RESPONSES)
-    logprobs, scores = token_logprobs(gpt, *batch), sequence_scores(scalar, *batch)
-    for i in range(4):
-        alone = data.collate([PROMPTS[i]], [RESPONSES[i]])
-        wanted = logprobs[i, :alone[0].shape[1]]
-        torch.testing.assert_close(token_logprobs(gpt, *alone)[0], wanted, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(sequence_scores(scalar, *alone)[0], scores[i],
-                                   atol=1e-5, rtol=1e-5)
-
-
 def test_the_score_is_read_after_the_last_token_of_every_row_the_longest_too():
     scalar = small_scalar()
     scores = sequence_scores(scalar, *data.collate(PROMPTS, RESPONSES))
     for prompt, response, score in zip(PROMPTS, RESPONSES, scores):
         whole_row = torch.tensor([prompt + response])
         torch.testing.assert_close(scalar(whole_row)[0, -1], score, atol=1e-5, rtol=1e-5)
-    inputs, targets, mask = data.collate([[1]], [[2]])
-    with pytest.raises(ValueError, match="row 0 has no response token"):
-        sequence_scores(scalar, inputs, targets, mask * 0)
 
 
-def test_a_critic_starts_at_zero_and_normalising_maps_scores_affinely():
+def test_scalar_models_take_over_a_trunk_and_start_with_the_right_head():
+    """A critic's head is zero, a reward model's has deviation 1 / sqrt(width + 1)."""
     ids = torch.randint(11, (2, 7), generator=seeded())
     gpt = small_gpt()
+    scalar = ScalarGPT(gpt.config, init_from=gpt).eval()
+    assert torch.equal(scalar.transformer(ids), gpt.transformer(ids))
     assert not ScalarGPT(gpt.config, init_from=gpt, zero_head=True)(ids).any()
-    scalar = small_scalar()
+    heads = torch.cat([ScalarGPT(GPTConfig(5, 4, 1, 1, 255)).head.weight for _ in range(20)])
+    assert heads.std().item() == pytest.approx(1 / 16, rel=0.05)
     before = scalar(ids)
     scalar.normalise(gain=2.0, bias=-0.5)
     torch.testing.assert_close(scalar(ids), 2.0 * before - 0.5)
-
-
-def test_a_scalar_head_starts_with_a_deviation_of_one_over_sqrt_width():
-    heads = torch.cat([ScalarGPT(GPTConfig(5, 4, 1, 1, 255)).head.weight for _ in range(20)])
-    assert heads.std().item() == pytest.approx(1 / 16, rel=0.05)
-
-
-def test_a_scalar_model_takes_over_the_trunk_it_is_initialised_from():
-    gpt = small_gpt()
-    ids = torch.randint(11, (2, 7), generator=seeded())
-    scalar = ScalarGPT(gpt.config, init_from=gpt).eval()
-    assert torch.equal(scalar.transformer(ids), gpt.transformer(ids))
 
 
 def test_masked_mean_takes_fractional_weights_and_refuses_an_empty_mask():
@@ -983,14 +799,14 @@ def test_dropout_acts_in_train_mode_only():
 
 # ---- LoRA
 
-def lora_gpt(rank=3, seed=1, std=0.2):
+def lora_gpt():
     """small_gpt with a low-rank change that is not zero"""
     gpt = small_gpt()
-    torch.manual_seed(seed)
-    model.add_lora(gpt, rank)
+    torch.manual_seed(1)
+    model.add_lora(gpt, 3)
     for name, p in gpt.named_parameters():
         if name.endswith("lora_b"):
-            p.data.normal_(std=std)
+            p.data.normal_(std=0.2)
     return gpt
 
 
@@ -1001,7 +817,6 @@ def test_lora_changes_nothing_at_first_and_is_then_the_weights_plus_a_scaled_pro
     assert model.add_lora(small_gpt(), 0).state_dict().keys() == plain.state_dict().keys()
 
     gpt = lora_gpt()
-    assert (gpt(ids) - plain(ids)).abs().max() > 0.1
     layer, x = gpt.transformer.h[1].mlp.c_fc, torch.randn(5, 16, generator=seeded())
     a, b = layer.lora_a, layer.lora_b
     assert (a.shape, b.shape) == ((3, 16), (64, 3))
@@ -1023,14 +838,14 @@ def test_merged_weights_compute_what_the_change_beside_them_did_and_only_the_cha
     plain.load_state_dict(model.merged(gpt.state_dict()))
     torch.testing.assert_close(plain(ids), gpt(ids), atol=1e-5, rtol=1e-5)
     assert "lora" in "".join(gpt.state_dict())           # the model itself has not changed
+    critic = ScalarGPT(gpt.config, init_from=gpt)
+    torch.testing.assert_close(critic.transformer(ids), gpt.transformer(ids), atol=1e-5, rtol=1e-5)
 
     assert all("lora" in name for name, p in gpt.named_parameters() if p.requires_grad)
     assert len(model.trained(gpt)) == 2 * 4 * 2
     scalar = model.add_lora(small_scalar(), 2)
     trained = {name for name, p in scalar.named_parameters() if p.requires_grad}
     assert {name for name in trained if "lora" not in name} == {"head.weight", "head.bias"}
-    critic = ScalarGPT(gpt.config, init_from=gpt)
-    torch.testing.assert_close(critic.transformer(ids), gpt.transformer(ids), atol=1e-5, rtol=1e-5)
 
 
 def test_a_reference_is_frozen_and_with_lora_made_of_the_very_same_tensors():
@@ -1044,20 +859,13 @@ def test_a_reference_is_frozen_and_with_lora_made_of_the_very_same_tensors():
     assert not any(p.requires_grad for p in reference.parameters())
 
     gpt = lora_gpt()
+    state = torch.get_rng_state()
     reference = model.reference_of(gpt)
+    assert torch.equal(torch.get_rng_state(), state)     # it draws no random numbers
     assert torch.equal(reference(ids), small_gpt()(ids))
     assert not torch.equal(reference(ids), gpt(ids))
     places = {p.data_ptr() for p in gpt.parameters()}
     assert all(p.data_ptr() in places for p in reference.parameters())         # no extra memory
-
-
-def test_making_a_reference_draws_no_random_numbers():
-    gpt = lora_gpt()
-    torch.manual_seed(3)
-    following = torch.rand(1)
-    torch.manual_seed(3)
-    model.reference_of(gpt)
-    assert torch.equal(torch.rand(1), following)
 
 
 # ---- memory and precision
@@ -1105,10 +913,10 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_less():
     for checkpointing in (False, True):
         gpt = small_gpt()
         gpt.config.checkpointing = checkpointing
-        token_logprobs(gpt, inputs, targets, mask).sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in gpt.parameters()]))
         with saved_sizes() as sizes:
-            gpt(inputs)
+            logprobs = token_logprobs(gpt, inputs, targets, mask)
+        logprobs.sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in gpt.parameters()]))
         kept.append(sum(sizes))
     assert torch.equal(*gradients)
     assert kept[1] < 0.5 * kept[0]
@@ -1132,7 +940,6 @@ def test_bfloat16_rounds_products_but_not_weights_or_log_probabilities():
     assert torch.equal(gpt(inputs), hidden @ gpt.transformer.wte.weight.T)
     tokens, sampled_mask = generate(gpt, PROMPTS, 6, 10, generator=seeded())
     assert tokens.max() <= 10 and sampled_mask.any()
-    assert sampled_mask.shape[1] + 1 == tokens.shape[1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1140,13 +947,9 @@ def test_bfloat16_rounds_products_but_not_weights_or_log_probabilities():
 
 def test_nats_per_response_is_minus_the_mean_log_probability_of_whole_responses():
     gpt = small_gpt()
-    total = 0.0
-    for prompt, response in zip(PROMPTS, RESPONSES):
-        log_probs = gpt(torch.tensor([prompt + response])).double().log_softmax(-1)[0]
-        for t, token in enumerate(response):
-            total += log_probs[len(prompt) - 1 + t, token].item()
+    logprobs = token_logprobs(gpt, *data.collate(PROMPTS, RESPONSES))
     nats = sft.nats_per_response(gpt, PROMPTS, RESPONSES, torch.device("cpu"), batch_size=3)
-    assert nats == pytest.approx(-total / 4, rel=1e-5)
+    assert nats == pytest.approx(-logprobs.sum().item() / 4, rel=1e-5)
 
 
 def test_sft_loss_has_no_gradient_through_prompt_columns_and_one_through_eos():
@@ -1163,7 +966,7 @@ def test_sft_loss_has_no_gradient_through_prompt_columns_and_one_through_eos():
 def test_preference_losses_equal_their_formulas_and_metrics_count_ties_half():
     chosen = torch.tensor([1.0, -2.0, 0.5, 3.0]).double()
     rejected = torch.tensor([0.0, 1.0, 0.5, -3.0]).double()
-    p = [1 / (1 + math.exp(-(c - r))) for c, r in zip(chosen.tolist(), rejected.tolist())]
+    p = [sigmoid(difference) for difference in (1, -3, 0, 6)]
 
     loss, metrics = reward_model.preference_loss(chosen, rejected)
     assert loss.item() == pytest.approx(-sum(map(math.log, p)) / 4)
@@ -1173,33 +976,15 @@ def test_preference_losses_equal_their_formulas_and_metrics_count_ties_half():
 
     fidelity, _ = reward_model.preference_loss(chosen, rejected, "fidelity")
     assert fidelity.item() == pytest.approx(sum(1 - math.sqrt(x) for x in p) / 4)
-    with pytest.raises(ValueError, match="got kind 'ipo'"):
-        reward_model.preference_loss(chosen, rejected, "ipo")
 
 
-def test_preference_loss_at_no_difference_and_with_margin_and_weights():
+def test_preference_loss_subtracts_a_margin_and_takes_a_weighted_mean():
     zero = torch.zeros(3)
-    loss, _ = reward_model.preference_loss(zero, zero)
-    assert loss.item() == pytest.approx(math.log(2))
-    loss, _ = reward_model.preference_loss(zero, zero, "fidelity")
-    assert loss.item() == pytest.approx(1 - math.sqrt(0.5))
     loss, _ = reward_model.preference_loss(zero + 1.0, zero, margin=1.0)
     assert loss.item() == pytest.approx(math.log(2))           # ahead by exactly the margin
-
-    chosen = torch.tensor([1.0, 3.0, 99.0])
-    loss, _ = reward_model.preference_loss(chosen, zero, weights=torch.tensor([0.5, 0.5, 0.0]))
-    assert loss.item() == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(-3))) / 2)
-
-
-def test_fidelity_is_bounded_and_its_gradient_is_greatest_at_one_third():
-    d = torch.linspace(-12, 12, 4801, dtype=torch.float64, requires_grad=True)
-    zero = torch.zeros(1).double()
-    losses = [reward_model.preference_loss(x[None], zero, "fidelity")[0] for x in d]
-    (gradient,) = torch.autograd.grad(sum(losses), d)
-    assert 0 <= min(losses) and max(losses) <= 1
-    steepest = gradient.argmin()
-    assert torch.sigmoid(d[steepest]).item() == pytest.approx(1 / 3, abs=2e-3)
-    assert -gradient[steepest].item() == pytest.approx(1 / (3 * math.sqrt(3)), abs=1e-4)   # 0.1925
+    chosen, weights = torch.tensor([1.0, 3.0, 99.0]), torch.tensor([0.5, 0.5, 0.0])
+    loss, _ = reward_model.preference_loss(chosen, zero, weights=weights)
+    assert loss.item() == pytest.approx(-(math.log(sigmoid(1)) + math.log(sigmoid(3))) / 2)
 
 
 def test_token_wise_scores_equal_a_loop_over_pairs_and_columns():
@@ -1226,13 +1011,11 @@ def test_calibration_of_scores_that_are_gold_over_temperature_is_perfect():
     gold = torch.randn(300, 4, generator=seeded())
     i, j = torch.triu_indices(4, 4, offset=1)
     truth = reviews.preference(gold[:, i], gold[:, j], 0.6)
-    rows = reward_model.calibration(gold / 0.6, truth)
-    assert sum(row[3] for row in rows[1:]) == 300 * 6
-    for _, predicted, true, _ in rows[1:]:
-        assert predicted == pytest.approx(true, abs=1e-5)
-    flipped = reward_model.calibration(-gold / 0.6, truth)
-    for _, predicted, true, _ in flipped[1:]:
-        assert true == pytest.approx(1 - predicted, abs=1e-5)
+    rows = reward_model.calibration(gold / 0.6, truth)[1:]
+    flipped = reward_model.calibration(-gold / 0.6, truth)[1:]
+    assert sum(n for *_, n in rows) == 300 * 6
+    assert all(true == pytest.approx(predicted, abs=1e-5) for _, predicted, true, _ in rows)
+    assert all(true == pytest.approx(1 - predicted, abs=1e-5) for _, predicted, true, _ in flipped)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1261,8 +1044,6 @@ def test_kl_estimates_against_exact_enumeration(vocab_size):
     torch.testing.assert_close((pi * k3).sum(), exact)
     assert (k3 >= 0).all() and (k2 >= 0).all() and (k1 < 0).any()
     torch.testing.assert_close((pi * k2).sum(), (pi * (log_pi - log_ref) ** 2).sum() / 2)
-    with pytest.raises(ValueError, match="got kind 'k4'"):
-        ppo.kl_estimate(log_pi, log_ref, "k4")
 
 
 def test_shaped_rewards_sum_to_score_minus_beta_kl_and_carry_the_score_at_the_last_token_only():
@@ -1271,54 +1052,31 @@ def test_shaped_rewards_sum_to_score_minus_beta_kl_and_carry_the_score_at_the_la
     logprobs.requires_grad_()
     rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, mask, beta=0.3)
     assert not rewards.requires_grad
-    for b in range(5):
-        columns = mask[b].nonzero()[:, 0].tolist()
-        for t in range(9):
-            expected = 0.0
-            if t in columns:
-                expected -= 0.3 * (logprobs[b, t] - ref_logprobs[b, t]).item()
-            if t == columns[-1]:
-                expected += scores[b].item()
-            assert rewards[b, t].item() == pytest.approx(expected, abs=1e-12)
+    for b, columns in columns_of(mask):
+        expected = [0.0] * 9
+        for t in columns:
+            expected[t] = -0.3 * (logprobs[b, t] - ref_logprobs[b, t]).item()
+        expected[columns[-1]] += scores[b].item()
+        assert rewards[b].tolist() == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("gamma, lam", [
-    (1.0, 1.0),
-    (1.0, 0.95),
-    (0.9, 0.95),
-    (0.9, 0.0),
-    (0.5, 0.5)])
-def test_gae_equals_the_double_sum_of_discounted_residuals_over_finite_episodes(gamma, lam):
-    rewards, values, _, _, mask = ragged()
+@tried
+@hypothesis.given(any_lengths, any_seed, any_size, any_share, any_share)
+def test_gae_equals_the_double_sum_of_discounted_residuals_over_finite_episodes(
+        lengths, seed, size, gamma, lam):
+    rewards, values, _, mask = random_tensors(lengths, seed, size)
     advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
-    for b in range(5):
-        columns = mask[b].nonzero()[:, 0].tolist()
-        R = rewards[b, columns].tolist()
-        V = values[b, columns].tolist() + [0.0]
-        delta = [R[i] + gamma * V[i + 1] - V[i] for i in range(len(R))]
-        for k, t in enumerate(columns):
-            expected = sum((gamma * lam) ** (i - k) * delta[i] for i in range(k, len(R)))
-            assert advantages[b, t].item() == pytest.approx(expected, abs=1e-12)
-            assert returns[b, t].item() == pytest.approx(expected + V[k], abs=1e-12)
-    assert not advantages[mask == 0].any() and not returns[mask == 0].any()
-
-
-def test_gae_with_a_perfect_critic_has_no_advantage_in_a_deterministic_episode():
-    rewards = torch.tensor([[0.0, 1.0, 2.0, 0.0]]).double()
-    mask = torch.tensor([[0.0, 1.0, 1.0, 1.0]]).double()
-    values = torch.tensor([[0.0, 1 + 0.9 * 2, 2.0, 0.0]]).double()
-    advantages, _ = ppo.gae(rewards, values, mask, 0.9, 0.7)
-    torch.testing.assert_close(advantages, torch.zeros(1, 4).double())
-
-
-def test_every_token_is_credited_the_whole_score_at_lambda_one_and_eos_always():
-    mask = torch.tensor([[0.0, 1.0, 1.0, 1.0]])
-    zero = torch.zeros(1, 4)
-    rewards = ppo.shape_rewards(torch.tensor([1.0]), zero, zero, mask, 0.1)
-    advantages, _ = ppo.gae(rewards, zero, mask, 1.0, 0.95)
-    assert advantages[0].tolist() == [0.0, pytest.approx(0.95 ** 2), pytest.approx(0.95), 1.0]
-    advantages, _ = ppo.gae(rewards, zero, mask, 1.0, 1.0)
-    assert advantages[0].tolist() == [0.0, 1.0, 1.0, 1.0]
+    rounding = 1e-9 * max(1.0, size)
+    for row, columns in columns_of(mask):
+        n = len(columns)
+        R = rewards[row, columns].tolist()
+        V = values[row, columns].tolist() + [0.0]
+        delta = [R[t] + gamma * V[t + 1] - V[t] for t in range(n)]
+        for t, got in enumerate(advantages[row, columns].tolist()):
+            expected = sum((gamma * lam) ** l * delta[t + l] for l in range(n - t))
+            assert got == pytest.approx(expected, rel=1e-9, abs=rounding)
+    assert not advantages[mask == 0].any()
+    torch.testing.assert_close(returns, (advantages + values) * mask)
 
 
 def test_critic_targets_of_every_kind():
@@ -1327,8 +1085,7 @@ def test_critic_targets_of_every_kind():
     targets = {kind: ppo.critic_targets(rewards, values, scores, mask, kind, gamma=0.9, lam=0.8)
                for kind in ("gae", "td", "mc", "score")}
     torch.testing.assert_close(targets["gae"], ppo.gae(rewards, values, mask, 0.9, 0.8)[1])
-    for b in range(5):
-        columns = mask[b].nonzero()[:, 0].tolist()
+    for b, columns in columns_of(mask):
         for t in columns:
             next_value = values[b, t + 1].item() if t + 1 in columns else 0.0
             one_step = rewards[b, t].item() + 0.9 * next_value
@@ -1336,10 +1093,7 @@ def test_critic_targets_of_every_kind():
             to_go = sum(0.9 ** (i - t) * rewards[b, i].item() for i in columns if i >= t)
             assert targets["mc"][b, t].item() == pytest.approx(to_go)
             assert targets["score"][b, t].item() == b
-    for target in targets.values():
-        assert not target[mask == 0].any()
-    with pytest.raises(ValueError, match="got kind 'x'"):
-        ppo.critic_targets(rewards, values, scores, mask, "x")
+    assert not any(target[mask == 0].any() for target in targets.values())
 
 
 @pytest.mark.parametrize("ratio, advantage, loss, gradient, clipped", [
@@ -1357,25 +1111,15 @@ def test_clipped_policy_loss_in_all_six_cases_with_gradients(
     got.backward()
     assert got.item() == pytest.approx(loss)
     assert logprobs.grad.item() == pytest.approx(gradient)
-    assert metrics["clip_fraction"].item() == clipped
+    assert metrics["clip_fraction"].item() == clipped and metrics["policy_loss"] == got
     assert metrics["ratio"].item() == pytest.approx(ratio)
-
-
-def test_policy_losses_at_ratio_one_are_token_means_with_the_policy_gradient():
-    logprobs, _, advantages, _, mask = ragged()
-    new = logprobs.clone().requires_grad_()
-    for loss, metrics in (ppo.policy_loss(new, logprobs, advantages, mask),
-                          ppo.kl_penalty_loss(new, logprobs, advantages, mask, coef=0.7)):
-        (gradient,) = torch.autograd.grad(loss, new)
-        torch.testing.assert_close(gradient, -advantages * mask / mask.sum())
-        assert loss.item() == pytest.approx(-advantages[mask > 0].mean().item())
-        assert metrics["clip_fraction"] == 0 and metrics["policy_loss"] == loss
 
 
 def test_kl_penalty_loss_and_its_gradient_equal_the_formula():
     new, old, advantages, _, mask = ragged()
     new.requires_grad_()
-    loss, _ = ppo.kl_penalty_loss(new, old, advantages, mask, coef=0.7)
+    loss, metrics = ppo.kl_penalty_loss(new, old, advantages, mask, coef=0.7)
+    assert metrics["clip_fraction"] == 0 and metrics["policy_loss"] == loss
     (gradient,) = torch.autograd.grad(loss, new)
     ratio = (new - old).exp()
     expected = -(ratio * advantages - 0.7 * (ratio - 1 - (new - old)))[mask > 0].mean()
@@ -1384,13 +1128,29 @@ def test_kl_penalty_loss_and_its_gradient_equal_the_formula():
     torch.testing.assert_close(gradient, expected)
 
 
-def test_kl_penalty_on_a_whole_distribution_is_the_exact_kl_of_old_to_new():
-    logits = torch.randn(2, 5, generator=seeded(), dtype=torch.float64)
-    log_old, log_new = logits.log_softmax(-1)
-    weights = log_old.exp()[None]                              # the mask enumerates every token
-    no_advantage = torch.zeros(1, 5).double()
-    loss, _ = ppo.kl_penalty_loss(log_new[None], log_old[None], no_advantage, weights, coef=1.0)
-    torch.testing.assert_close(loss, (log_old.exp() * (log_old - log_new)).sum())
+def test_the_kl_penalty_does_not_cancel_near_zero():
+    """Computed as ratio - 1 - log ratio in float32, it would be off by 30 % here."""
+    log_ratio = torch.tensor([[1e-4, -3e-4, 2e-5]])
+    zero = torch.zeros(1, 3)
+    loss, _ = ppo.kl_penalty_loss(log_ratio, zero, zero, torch.ones(1, 3), coef=1.0)
+    exact = (torch.expm1(log_ratio.double()) - log_ratio.double()).mean().item()
+    assert loss.item() == pytest.approx(exact, rel=1e-3)
+
+
+@pytest.mark.parametrize("log_ratio", [21.0, 89.0, 1000.0, -1000.0])
+def test_where_the_ratio_overflows_the_clipped_side_has_no_gradient(log_ratio):
+    """In float32 exp overflows above 88, and inf * 0 is nan."""
+    mask = torch.ones(2, 2)
+    advantages = torch.tensor([1.0, 0.0])
+    old = torch.tensor([[-1.0, -1 - log_ratio], [-1.0, -1 - log_ratio]])
+    far = 1.2 if log_ratio > 0 else 0.0
+    for loss in (lambda x: ppo.policy_loss(x, old, advantages[:, None].expand(2, 2), mask)[0],
+                 lambda x: grpo.grpo_loss(x, old, advantages, grpo.token_weights(mask))[0]):
+        logprobs = torch.full((2, 2), -1.0, requires_grad=True)
+        value = loss(logprobs)
+        value.backward()
+        assert value.item() == pytest.approx(-(1 + far) / 4, abs=1e-6)
+        torch.testing.assert_close(logprobs.grad, torch.tensor([[-0.25, 0.0], [0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("value, old, target, loss, gradient, clipped", [
@@ -1411,19 +1171,61 @@ def test_clipped_value_loss_in_each_case_with_gradients(
     assert metrics["value_clip_fraction"] == 0
 
 
-def test_losses_average_over_masked_tokens_only_and_match_finite_differences():
-    new, old, advantages, returns, mask = ragged()
-    losses = (lambda x: ppo.policy_loss(x, old, advantages, mask)[0],
-              lambda x: ppo.kl_penalty_loss(x, old, advantages, mask, 0.3)[0],
-              lambda x: ppo.value_loss(x, old, returns, mask)[0],
-              lambda x: -masked_mean(x, mask))
-    for loss in losses:
-        x = new.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(x), x)
-        step = torch.randn(x.shape, generator=seeded(3), dtype=torch.float64) * 1e-6
-        numeric = (loss(new + step) - loss(new - step)) / 2
-        assert numeric.item() == pytest.approx((gradient * step).sum().item(), rel=1e-4)
-        assert not gradient[mask == 0].any()
+@tried
+@hypothesis.given(any_lengths, any_seed, any_size, strategies.floats(0.01, 0.9))
+def test_clipped_losses_of_any_rows_are_means_over_their_tokens(lengths, seed, size, eps):
+    drift, old, targets, mask = random_tensors(lengths, seed, size)
+    drift = drift.clamp(-20, 20).requires_grad_()              # ratios up to e^20
+    policy_losses, value_losses = [], []
+    for row, columns in columns_of(mask):
+        for t in columns:
+            x, v_old, target = drift[row, t].item(), old[row, t].item(), targets[row, t].item()
+            ratio = math.exp(x)
+            clipped = max(min(ratio, 1 + eps), 1 - eps)
+            policy_losses.append(-min(ratio * target, clipped * target))
+            v_clipped = v_old + max(min(x, eps), -eps)
+            value_losses.append(0.5 * max((v_old + x - target) ** 2, (v_clipped - target) ** 2))
+    loss, _ = ppo.value_loss(old + drift, old, targets, mask, eps)
+    assert loss.item() == pytest.approx(np.mean(value_losses), rel=1e-6, abs=1e-12)
+    loss, metrics = ppo.policy_loss(drift - 1, 0 * old - 1, targets, mask, eps)
+    assert loss.item() == pytest.approx(np.mean(policy_losses), rel=1e-6, abs=1e-12)
+    assert 0 <= metrics["clip_fraction"] <= 1
+    loss.backward()
+    assert torch.isfinite(drift.grad).all() and not drift.grad[mask == 0].any()
+
+
+def test_numbers_outside_the_mask_change_nothing_in_any_function_of_ppo():
+    logprobs, old, advantages, values, mask = ragged()
+    noise = torch.randn(mask.shape, dtype=torch.float64, generator=seeded(9)) * (mask == 0)
+
+    def everything(x):
+        """Every loss, metric and tensor that ppo.py computes, with x added to its inputs"""
+        rewards = ppo.shape_rewards(torch.ones(5).double(), logprobs + x, old, mask, 0.1)
+        tensors = [ppo.whiten(advantages + x, mask), rewards]
+        tensors += ppo.gae(rewards + x, values + x, mask)
+        tensors.append(ppo.explained_variance(values + x, old - x, mask))
+        for kind in ("gae", "td", "mc", "score"):
+            tensors.append(ppo.critic_targets(rewards + x, values + x, torch.ones(5), mask, kind))
+        for loss, metrics in (
+                ppo.policy_loss(logprobs + x, old - x, advantages + x, mask),
+                ppo.kl_penalty_loss(logprobs + x, old - x, advantages + x, mask, 0.5),
+                ppo.value_loss(values + x, old, old + x, mask)):
+            tensors += [loss, *metrics.values()]
+        return tensors
+
+    for clean, junk in zip(everything(0 * noise), everything(noise)):
+        torch.testing.assert_close(clean, junk, atol=0, rtol=1e-12)
+
+
+@tried
+@hypothesis.given(any_lengths, any_seed, any_size)
+def test_whitened_and_group_advantages_of_any_rows_are_finite(lengths, seed, size):
+    advantages, _, _, mask = random_tensors(lengths, seed, size)
+    whitened = ppo.whiten(advantages, mask)
+    assert torch.isfinite(whitened).all() and not whitened[mask == 0].any()
+    assert abs(masked_mean(whitened, mask).item()) < 1e-6
+    rewards = torch.cat([advantages[:, 0], advantages[:, 0]])
+    assert torch.isfinite(grpo.group_advantages(rewards, 2, "grpo")).all()
 
 
 def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant():
@@ -1439,12 +1241,12 @@ def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant(
 def test_proportional_kl_takes_the_papers_steps_and_settles_on_its_target():
     control = ppo.ProportionalKL(0.2, target=6.0, horizon=10000)
     control.update(6.6, n=256)
-    assert control.beta == pytest.approx(0.2 * (1 + 0.1 * 256 / 10000))
+    once = 0.2 * (1 + 0.1 * 256 / 10000)
+    assert control.beta == pytest.approx(once)
     control.update(600.0, n=256)                               # clipped at 0.2
-    raised = 0.2 * (1 + 0.1 * 256 / 10000) * (1 + 0.2 * 256 / 10000)
-    assert control.beta == pytest.approx(raised)
+    assert control.beta == pytest.approx(once * (1 + 0.2 * 256 / 10000))
     control.update(0.0, n=256)
-    assert control.beta < 0.2 * (1 + 0.1 * 256 / 10000)
+    assert control.beta < once
 
     control = ppo.ProportionalKL(0.05, target=6.0, horizon=500)
     kl = 0.0
@@ -1459,33 +1261,6 @@ def test_threshold_kl_doubles_above_and_halves_below_and_else_stays():
     for kl_old, coef in ((0.0151, 2.0), (0.0149, 2.0), (0.0068, 2.0), (0.0066, 1.0), (0.0, 0.5)):
         penalty.update(kl_old)
         assert penalty.coef == coef
-
-
-@pytest.mark.parametrize("loss", ["policy_loss", "grpo_loss"])
-@pytest.mark.parametrize("log_ratio", [21.0, 89.0, 1000.0, -1000.0])
-def test_where_the_ratio_overflows_the_clipped_side_has_no_gradient(loss, log_ratio):
-    """In float32 exp overflows above 88, and inf * 0 is nan."""
-    mask = torch.ones(2, 2)
-    advantages = torch.tensor([1.0, 0.0])
-    old = torch.tensor([[-1.0, -1 - log_ratio], [-1.0, -1 - log_ratio]])
-    logprobs = torch.full((2, 2), -1.0, requires_grad=True)
-    if loss == "policy_loss":
-        value, _ = ppo.policy_loss(logprobs, old, advantages[:, None].expand(2, 2), mask)
-    else:
-        value, _ = grpo.grpo_loss(logprobs, old, advantages, grpo.token_weights(mask))
-    value.backward()
-    far = 1.2 if log_ratio > 0 else 0.0
-    assert value.item() == pytest.approx(-(1 + far) / 4, abs=1e-6)
-    torch.testing.assert_close(logprobs.grad, torch.tensor([[-0.25, 0.0], [0.0, 0.0]]))
-
-
-def test_the_kl_penalty_does_not_cancel_near_zero():
-    """Computed as ratio - 1 - log ratio in float32, it would be off by 30 % here."""
-    log_ratio = torch.tensor([[1e-4, -3e-4, 2e-5]])
-    zero = torch.zeros(1, 3)
-    loss, _ = ppo.kl_penalty_loss(log_ratio, zero, zero, torch.ones(1, 3), coef=1.0)
-    exact = (torch.expm1(log_ratio.double()) - log_ratio.double()).mean().item()
-    assert loss.item() == pytest.approx(exact, rel=1e-3)
 
 
 def test_kl_coefficients_stay_within_reach_of_their_start():
@@ -1503,8 +1278,7 @@ def test_kl_coefficients_stay_within_reach_of_their_start():
 
 def test_old_logprobs_in_bfloat16_come_from_batches_of_the_updates_shape(monkeypatch):
     gpt = small_gpt()
-    responses = [[3] * (1 + i % 4) + [10] for i in range(12)]
-    inputs, targets, mask = data.collate([[1, 2]] * 12, responses)
+    rows = data.collate([[1, 2]] * 12, [[3] * (1 + i % 4) + [10] for i in range(12)])
     batch_sizes = []
 
     def counted(policy, inputs, *args, **kwargs):
@@ -1513,42 +1287,35 @@ def test_old_logprobs_in_bfloat16_come_from_batches_of_the_updates_shape(monkeyp
 
     monkeypatch.setattr(rollout, "token_logprobs", counted)
     cfg = tiny_config(ppo, minibatch_size=8, accumulation=2)
-    whole = ppo.score_rollout(gpt, inputs, targets, mask, cfg)
-    cfg = dataclasses.replace(cfg, dtype="bfloat16")
-    parts = ppo.score_rollout(gpt, inputs, targets, mask, cfg)
+    whole = ppo.score_rollout(gpt, *rows, cfg)
+    parts = ppo.score_rollout(gpt, *rows, dataclasses.replace(cfg, dtype="bfloat16"))
     assert batch_sizes == [12, 4, 4, 4]
-    for a, b in zip(whole, parts):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-    assert torch.equal(whole[0], token_logprobs(gpt, inputs, targets, mask))
+    torch.testing.assert_close(whole, parts, atol=1e-5, rtol=0)
+    assert torch.equal(whole[0], token_logprobs(gpt, *rows))
 
 
 def test_the_first_minibatch_must_have_ratio_one(capsys):
-    zero = torch.zeros(2, 3)
-    ones = torch.ones(2, 3)
-    assert ppo.check_first_ratio(zero, zero, ones, ppo.Config()) == 0.0
-    with pytest.raises(Stopped, match="log ratio should be 0, but it is off by 1.0e-03"):
-        ppo.check_first_ratio(zero + 1e-3, zero, ones, ppo.Config())
-
+    ones = torch.ones(4, 50)
+    half = (torch.arange(50) < 25) * ones
     noise = torch.zeros(4, 50)
     noise[0, :3] = torch.tensor([0.3, -0.3, 0.15])
-    ones = torch.ones(4, 50)
 
-    def check(clip_eps, high=None, log_ratio=noise, mask=ones, dtype="bfloat16"):
+    def check(log_ratio, clip_eps=0.2, high=None, mask=ones, dtype="bfloat16"):
         cfg = dataclasses.replace(ppo.Config(), clip_eps=clip_eps, dtype=dtype)
         return ppo.check_first_ratio(log_ratio - 1, -ones, mask, cfg, high)
 
-    assert check(0.2) == pytest.approx(2 / 200)                # in bfloat16 a few tokens may be off
+    assert check(0 * ones, dtype="float32") == 0.0
+    assert check(noise) == pytest.approx(2 / 200)              # in bfloat16 a few tokens may be off
     assert capsys.readouterr().out == ""
-    assert check(0.1) == pytest.approx(3 / 200)
+    assert check(noise, 0.1) == pytest.approx(3 / 200)
     warning = "1.5% of the tokens have a ratio outside the clip range"
     assert warning in capsys.readouterr().out
-    assert check(0.1, 0.4) == pytest.approx(1 / 200)
-    half = (torch.arange(50) < 25) * ones
-    assert check(0.2, mask=half) == pytest.approx(2 / 100)     # tokens off the mask do not count
-    with pytest.raises(Stopped, match="the log ratio should be 0"):
-        check(0.2, dtype="float32")
-    with pytest.raises(Stopped, match="the log ratio should be 0"):
-        check(0.2, log_ratio=-0.03 * ones)
+    assert check(noise, 0.1, high=0.4) == pytest.approx(1 / 200)
+    assert check(noise, mask=half) == pytest.approx(2 / 100)   # tokens off the mask do not count
+    for log_ratio, dtype, off in ((1e-3 * ones, "float32", "1.0e-03"), (noise, "float32", "3"),
+                                  (-0.03 * ones, "bfloat16", "3.0e-02")):
+        with pytest.raises(Stopped, match=f"log ratio should be 0, but it is off by {off}"):
+            check(log_ratio, dtype=dtype)
 
 
 def test_an_impossible_or_large_kl_ref_is_noticed(capsys):
@@ -1556,13 +1323,12 @@ def test_an_impossible_or_large_kl_ref_is_noticed(capsys):
     fine = torch.tensor([0.5, -0.2, 0.3])
     ppo.check_kl_ref(fine, cfg, first=False)
     ppo.check_kl_ref(torch.zeros(3), cfg, first=True)
+    ppo.check_kl_ref(torch.tensor([-1.0]), cfg, first=False)   # one response proves nothing
     assert capsys.readouterr().out == ""
     ppo.check_kl_ref(torch.tensor([-1.0, -1.1, -0.9] * 6), cfg, first=False)
     assert "never negative" in capsys.readouterr().out
     ppo.check_kl_ref(fine + 30, cfg, first=False)
     assert "above --kl_bound 25.0" in capsys.readouterr().out
-    ppo.check_kl_ref(torch.tensor([-1.0]), cfg, first=False)   # one response proves nothing
-    assert capsys.readouterr().out == ""
     with pytest.raises(Stopped, match="at the first update kl_ref should be 0"):
         ppo.check_kl_ref(fine, cfg, first=True)
     ppo.check_kl_ref(fine, dataclasses.replace(cfg, dtype="bfloat16"), first=True)   # rounding
@@ -1586,24 +1352,20 @@ def test_responses_without_eos_get_the_fixed_score_and_scores_can_be_clipped():
 
 def dpo_loss_by_hand(kind, h, beta, margin, target, e):
     """The loss of one pair, in plain Python: h is how far its log ratios differ."""
-    def log_sigma(z):
-        return -math.log(1 + math.exp(-z))
-
     z = beta * h - margin
+    p, q = sigmoid(z), sigmoid(-z)
     wins, loses = target, 1 - target                           # probabilities
     if kind == "sigmoid":
-        return (-((1 - e) * wins + e * loses) * log_sigma(z)
-                - (e * wins + (1 - e) * loses) * log_sigma(-z))
+        return (-((1 - e) * wins + e * loses) * math.log(p)
+                - (e * wins + (1 - e) * loses) * math.log(q))
     if kind == "robust":
-        return (-((1 - e) * wins - e * loses) * log_sigma(z)
-                - ((1 - e) * loses - e * wins) * log_sigma(-z)) / (1 - 2 * e)
+        return (-((1 - e) * wins - e * loses) * math.log(p)
+                - ((1 - e) * loses - e * wins) * math.log(q)) / (1 - 2 * e)
     if kind == "ipo":
         return wins * (h - 1 / (2 * beta)) ** 2 + loses * (-h - 1 / (2 * beta)) ** 2
     if kind == "hinge":
         return wins * max(0, 1 - z) + loses * max(0, 1 + z)
     if kind == "fidelity":
-        p = math.exp(log_sigma(z))
-        q = math.exp(log_sigma(-z))
         return 1 - math.sqrt(wins * p) - math.sqrt(loses * q)
 
 
@@ -1620,37 +1382,28 @@ def test_dpo_losses_equal_their_formulas(kind, margin, smoothing):
     weights = torch.arange(1.0, 7.0).double()
 
     def weighted_mean(values):
-        return sum(w * x for w, x in zip(weights.tolist(), values)) / 21
+        return pytest.approx(np.average(values, weights=weights))
 
     differences = ((c - rc) - (r - rr)).tolist()
     losses = [dpo_loss_by_hand(kind, h, beta, margin, t, smoothing)
               for h, t in zip(differences, target.tolist())]
     loss, metrics = dpo.dpo_loss(*logprobs, beta, kind, smoothing, margin, target, weights)
-    assert loss.item() == pytest.approx(weighted_mean(losses)) == metrics["loss"].item()
-    assert metrics["margin"].item() == pytest.approx(weighted_mean(beta * h for h in differences))
-    assert metrics["accuracy"].item() == pytest.approx(weighted_mean(h > 0 for h in differences))
+    assert loss.item() == weighted_mean(losses) and metrics["loss"] == loss
+    assert metrics["margin"].item() == weighted_mean([beta * h for h in differences])
+    assert metrics["accuracy"].item() == weighted_mean([h > 0 for h in differences])
 
     plain, _ = dpo.dpo_loss(*logprobs, beta, kind)
     hard, _ = dpo.dpo_loss(*logprobs, beta, kind, target=torch.ones(6, dtype=torch.float64))
     assert plain.item() == pytest.approx(hard.item())
 
 
-def test_dpo_starts_at_ln_2_without_margin_half_right_with_the_known_slope():
-    c = torch.tensor([-3.0, -5.0], requires_grad=True)
-    r = torch.tensor([-4.0, -2.0], requires_grad=True)
-    ref_c, ref_r = c.detach(), r.detach()
-    loss, metrics = dpo.dpo_loss(c, r, ref_c, ref_r, beta=0.3)
-    loss.backward()
+def test_dpo_starts_at_ln_2_without_margin_half_right():
+    c, r = torch.tensor([[-3.0, -5.0], [-4.0, -2.0]])
+    loss, metrics = dpo.dpo_loss(c, r, c, r, beta=0.3)
     assert loss.item() == pytest.approx(math.log(2))
     assert metrics["margin"] == 0 and metrics["accuracy"] == 0.5
-    assert torch.allclose(c.grad, torch.tensor(-0.3 / 2 / 2))
-    assert torch.allclose(r.grad, torch.tensor(0.3 / 2 / 2))
-    _, metrics = dpo.dpo_loss(ref_c + 1e-6, ref_r, ref_c, ref_r, beta=0.3)
+    _, metrics = dpo.dpo_loss(c + 1e-6, r, c, r, beta=0.3)
     assert metrics["accuracy"] == 0.5                          # a difference by rounding is a tie
-    with pytest.raises(ValueError, match="it is sigmoid, robust"):
-        dpo.dpo_loss(c, r, c, r, 0.1, kind="kto")
-    with pytest.raises(ValueError, match="belongs to sigmoid and robust"):
-        dpo.dpo_loss(c, r, c, r, 0.1, kind="ipo", label_smoothing=0.1)
 
 
 def loss_of_margin(z, **options):
@@ -1659,12 +1412,21 @@ def loss_of_margin(z, **options):
     return dpo.dpo_loss(z, zero, zero, zero, beta=1.0, **options)[0]
 
 
-@pytest.mark.parametrize("e, best", [(0.1, 2.197), (0.2, 1.386)])
-def test_cdpo_has_a_finite_best_margin(e, best):
-    z = torch.tensor([best], requires_grad=True)
-    loss_of_margin(z, label_smoothing=e).backward()
-    assert best == pytest.approx(math.log((1 - e) / e), abs=1e-3)
-    assert z.grad.abs().item() < 1e-3
+@pytest.mark.parametrize("kind, smoothing, z, gradient", [
+    ("sigmoid", 0.0, 0.0, -0.5),
+    ("sigmoid", 0.1, math.log(0.9 / 0.1), 0.0),      # cDPO has a finite best margin
+    ("sigmoid", 0.2, math.log(0.8 / 0.2), 0.0),
+    ("ipo", 0.0, 0.5, 0.0),                          # so has IPO: 1 / (2 beta)
+    ("ipo", 0.0, 1.5, 2.0),
+    ("hinge", 0.0, 1.01, 0.0),
+    ("hinge", 0.0, 0.99, -1.0),
+    ("fidelity", 0.0, -math.log(2), -0.19245),       # steepest where p = 1/3: 1 / (3 sqrt(3))
+    ("fidelity", 0.0, -40.0, 0.0)])
+def test_each_dpo_loss_has_its_known_slope_and_is_flat_at_its_best_margin(
+        kind, smoothing, z, gradient):
+    x = torch.tensor([z], requires_grad=True)
+    loss_of_margin(x, kind=kind, label_smoothing=smoothing).backward()
+    assert x.grad.item() == pytest.approx(gradient, abs=1e-4)
 
 
 def test_robust_is_unbiased_under_flips_and_unbounded_below():
@@ -1677,22 +1439,25 @@ def test_robust_is_unbiased_under_flips_and_unbounded_below():
     assert far.item() == pytest.approx(-2.5, abs=1e-3)
 
 
-@pytest.mark.parametrize("kind, z, gradient", [
-    ("ipo", 0.5, 0.0),                       # the best margin: 1 / (2 beta)
-    ("ipo", 1.5, 2.0),
-    ("hinge", 1.01, 0.0),
-    ("hinge", 0.99, -1.0),
-    ("fidelity", -math.log(2), -0.19245),
-    ("fidelity", -40.0, 0.0)])
-def test_ipo_is_least_at_its_margin_and_hinge_and_fidelity_flatten_out(kind, z, gradient):
-    x = torch.tensor([z], requires_grad=True)
-    loss_of_margin(x, kind=kind).backward()
-    assert x.grad.item() == pytest.approx(gradient, abs=1e-4)
-
-
-@pytest.mark.parametrize("z", [-50.0, 0.0, 50.0])
-def test_the_fidelity_loss_of_dpo_is_between_zero_and_one(z):
-    assert -1e-6 <= loss_of_margin(torch.tensor([z]), kind="fidelity").item() <= 1
+@tried
+@hypothesis.given(any_seed, strategies.integers(1, 5), any_size,
+                  strategies.sampled_from(["sigmoid", "robust", "ipo", "hinge", "fidelity"]),
+                  strategies.sampled_from([0.01, 0.25, 5.0]))
+def test_preference_losses_of_any_margins_are_finite_with_finite_gradients(
+        seed, n, size, kind, beta):
+    chosen, rejected, ref_chosen, ref_rejected = -size * torch.rand(4, n, generator=seeded(seed))
+    chosen.requires_grad_()
+    loss, metrics = dpo.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, kind)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(chosen.grad).all()
+    assert 0 <= metrics["accuracy"] <= 1
+    assert kind != "fidelity" or -1e-6 <= loss <= 1
+    if size <= 30 and kind != "ipo":                           # beyond, the slope is 0 in fp32
+        assert (chosen.grad <= 0).all()                        # a likelier chosen one never costs
+    for rm_kind in ("bradley_terry", "fidelity"):
+        loss, _ = reward_model.preference_loss(chosen, rejected, rm_kind)
+        (gradient,) = torch.autograd.grad(loss, chosen)
+        assert torch.isfinite(loss) and loss >= 0 and torch.isfinite(gradient).all()
 
 
 def test_sequence_logprobs_are_sums_or_means_over_response_tokens():
@@ -1701,18 +1466,16 @@ def test_sequence_logprobs_are_sums_or_means_over_response_tokens():
     torch.testing.assert_close(sums, logprobs.sum(1))
     means = dpo.sequence_logprobs(logprobs, mask, True)
     torch.testing.assert_close(means * mask.sum(1), logprobs.sum(1))
-    twice = torch.cat([logprobs, logprobs], 1)                 # every token twice: the same mean
-    twice_mask = torch.cat([mask, mask], 1)
-    torch.testing.assert_close(dpo.sequence_logprobs(twice, twice_mask, True), means)
 
 
 def test_masking_the_shared_prefix_changes_means_and_not_differences_of_sums():
     gpt = small_gpt()
-    prompts, chosen, rejected = [[1, 2], [3]], [[4, 5, 6, 10], [7, 10]], [[4, 5, 10], [8, 9, 10]]
+    prompts = [[1, 2], [3]]
+    chosen, rejected = [[4, 5, 6, 10], [7, 9, 10]], [[4, 5, 10], [8, 9, 10]]
     inputs, targets, mask = data.collate(prompts * 2, chosen + rejected)
     full_masks = mask.chunk(2)
     cut_masks = dpo.after_shared_prefix(*targets.chunk(2), *full_masks)
-    assert [m.sum(1).tolist() for m in cut_masks] == [[2, 2], [1, 3]]
+    assert [m.sum(1).tolist() for m in cut_masks] == [[2, 3], [1, 3]]
     logprobs = token_logprobs(gpt, inputs, targets, mask).chunk(2)
 
     def difference(masks, length_normalise):
@@ -1724,18 +1487,17 @@ def test_masking_the_shared_prefix_changes_means_and_not_differences_of_sums():
     assert not torch.allclose(difference(full_masks, True), difference(cut_masks, True))
 
 
-def test_pair_logprobs_equal_each_response_alone():
+def test_pair_logprobs_equal_those_of_each_response():
     gpt = small_gpt()
-    chosen, rejected = RESPONSES, RESPONSES[::-1]
+    both = RESPONSES, RESPONSES[::-1]
     pairs = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r}
-             for p, c, r in zip(PROMPTS, chosen, rejected)]
+             for p, c, r in zip(PROMPTS, *both)]
     logprobs, lengths, nll = dpo.pair_logprobs(gpt, pairs, tiny_config(dpo))
-    for k, responses in enumerate((chosen, rejected)):
-        for i, (prompt, response) in enumerate(zip(PROMPTS, responses)):
-            alone = token_logprobs(gpt, *data.collate([prompt], [response])).sum().item()
-            assert logprobs[k, i].item() == pytest.approx(alone, abs=1e-4)
-            assert lengths[k, i] == len(response)
-    assert nll.item() == pytest.approx(-logprobs[0].sum().item() / sum(map(len, chosen)))
+    for k, responses in enumerate(both):
+        wanted = token_logprobs(gpt, *data.collate(PROMPTS, responses)).sum(1)
+        torch.testing.assert_close(logprobs[k], wanted, atol=1e-4, rtol=0)
+        assert lengths[k].tolist() == [len(response) for response in responses]
+    assert nll.item() == pytest.approx(-logprobs[0].sum().item() / lengths[0].sum().item())
 
 
 def test_all_pairs_of_rankings_are_made_better_first():
@@ -1766,20 +1528,17 @@ def test_sampled_pairs_are_labelled_with_the_probability_of_a_win(labels, tokeni
     prompts = [tokenizers.encode_prompt(tokenizer, TINY_PROMPT)] * 1500
     pairs = dpo.sample_pairs(gpt, reward, tokenizer, prompts, cfg, 0.1, seeded())
     assert len(pairs) == 1500
-    wins, expected, variance = 0, 0.0, 0.0                     # how often the better one won
-    for pair in pairs:
-        chosen, rejected = score(pair["chosen_ids"]), score(pair["rejected_ids"])
-        p = 1 / (1 + math.exp(rejected - chosen))
-        if labels == "soft":
-            assert pair["target"] == pytest.approx(p, abs=1e-5) and p >= 0.5
-            continue
-        assert pair["target"] == 1
-        if chosen != rejected:
-            wins += chosen > rejected
-            expected += max(p, 1 - p)
-            variance += p * (1 - p)
-    if labels != "soft":
-        assert expected > 50 and abs(wins - expected) < 4 * variance ** 0.5
+    ahead = [score(pair["chosen_ids"]) - score(pair["rejected_ids"]) for pair in pairs]
+    targets = [pair["target"] for pair in pairs]
+    if labels == "soft":
+        assert targets == pytest.approx([sigmoid(x) for x in ahead], abs=1e-5)
+        assert min(targets) >= 0.5
+        return
+    assert set(targets) == {1}
+    better = [sigmoid(abs(x)) for x in ahead if x]             # P(the better one wins)
+    variance = sum(p * (1 - p) for p in better)
+    wins = sum(x > 0 for x in ahead)
+    assert sum(better) > 50 and abs(wins - sum(better)) < 4 * variance ** 0.5
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1806,81 +1565,25 @@ def test_group_advantages_equal_a_loop_over_groups(kind):
         ours = grpo.group_advantages(rewards, G, kind)
         by_loop = group_advantages_by_loop(rewards.tolist(), G, kind)
         torch.testing.assert_close(ours, by_loop, atol=1e-9, rtol=0)
-        if kind != "reinforce":
-            assert ours.view(-1, G).sum(1).abs().max() < 1e-9
-
-
-def test_group_advantages_move_with_the_rewards_as_they_should():
-    rewards = torch.randn(12, generator=seeded(1))
-    ours = {kind: grpo.group_advantages(rewards, 4, kind) for kind in ("grpo", "dr_grpo", "rloo")}
-    torch.testing.assert_close(ours["rloo"], ours["dr_grpo"] * 4 / 3)
-    for kind, before in ours.items():                          # a prompt's own level does not count
-        shifted = rewards + torch.arange(3.0).repeat_interleave(4)
-        after = grpo.group_advantages(shifted, 4, kind)
-        torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
-    after = grpo.group_advantages(100 * rewards, 4, "grpo")    # nor the scale, for grpo
-    torch.testing.assert_close(after, ours["grpo"], atol=1e-3, rtol=0)
-    after = grpo.group_advantages(100 * rewards, 4, "dr_grpo")
-    torch.testing.assert_close(after, 100 * ours["dr_grpo"], atol=1e-3, rtol=0)
-    pair = grpo.group_advantages(torch.tensor([0.3, 0.9]), 2)  # their deviation: |r - r'| / sqrt(2)
-    half = math.sqrt(0.5)
-    assert pair.tolist() == pytest.approx([-half, half], abs=1e-3)
-
-
-def test_sequence_weights_of_a_row_without_tokens_are_zero():
-    mask = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
-    expected = torch.tensor([[0.25, 0.25], [0.0, 0.0]])
-    assert torch.equal(grpo.token_weights(mask, "sequence"), expected)
-
-
-def test_grpo_divides_by_the_sample_deviation_as_other_libraries_do():
-    rewards = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64)
-    advantages = grpo.group_advantages(rewards, 4)
-    assert advantages.tolist() == pytest.approx([-0.9258, -0.4629, 0, 1.3887], abs=1e-3)
-    by_population = (rewards - 3)[3] / rewards.std(correction=0)
-    assert by_population / advantages[3] == pytest.approx(1.1547, abs=1e-3)
 
 
 @pytest.mark.parametrize("G", [2, 3, 4, 7, 64])
-def test_groups_of_equal_rewards_have_exactly_zero_advantage_and_gradient(G):
-    gpt = small_gpt()
-    responses = [[3] * (1 + i % 3) + [10] for i in range(G)]
-    inputs, targets, mask = data.collate([[1, 2]] * G, responses)
+def test_groups_of_equal_rewards_have_exactly_zero_advantage(G):
     for level in (0.1, -3.0, 1e-3, 1234.567):                  # a mean of equal floats may be off
         for kind in ("grpo", "dr_grpo", "rloo"):
             advantages = grpo.group_advantages(torch.full((G,), level), G, kind)
             assert torch.equal(advantages, torch.zeros(G))
-    logprobs = token_logprobs(gpt, inputs, targets, mask)
-    loss, _ = grpo.grpo_loss(logprobs, logprobs.detach(), advantages, grpo.token_weights(mask))
-    for gradient in torch.autograd.grad(loss, list(gpt.parameters())):
-        assert torch.equal(gradient, torch.zeros_like(gradient))
-
-
-def test_group_advantages_refuse_what_makes_no_groups():
-    wrong = "got 7 scores, which is not a multiple of group_size 3"
-    with pytest.raises(ValueError, match=wrong):
-        grpo.group_advantages(torch.zeros(7), 3)
-    wrong = "got kind 'mean'; it is grpo, dr_grpo, rloo or reinforce"
-    with pytest.raises(ValueError, match=wrong):
-        grpo.group_advantages(torch.zeros(6), 3, "mean")
-    for kind in ("grpo", "rloo"):
-        wrong = f"got group_size 1 with kind {kind}; a group takes 2 responses or more"
-        with pytest.raises(ValueError, match=wrong):
-            grpo.group_advantages(torch.zeros(6), 1, kind)
-    wrong = "got normalise 'row'; it is token, sequence or fixed"
-    with pytest.raises(ValueError, match=wrong):
-        grpo.token_weights(torch.ones(2, 3), "row")
 
 
 def test_token_weights_say_what_a_token_of_a_short_and_of_a_long_response_counts():
-    mask = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0]])
+    mask = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
     token = grpo.token_weights(mask, "token", max_length=5)
     assert token[mask > 0].tolist() == [0.25] * 4              # every token counts the same
     sequence = grpo.token_weights(mask, "sequence", max_length=5)
-    torch.testing.assert_close(sequence.sum(1), torch.tensor([0.5, 0.5]))  # every response does
-    torch.testing.assert_close(sequence[1, 1:], torch.full((3,), 1 / 6))
+    torch.testing.assert_close(sequence.sum(1), torch.tensor([1 / 3, 1 / 3, 0]))  # every response
+    torch.testing.assert_close(sequence[1, 1:], torch.full((3,), 1 / 9))
     fixed = grpo.token_weights(mask, "fixed", max_length=5)    # whatever else was sampled
-    torch.testing.assert_close(fixed[mask > 0], torch.full((4,), 0.1))
+    torch.testing.assert_close(fixed[mask > 0], torch.full((4,), 1 / 15))
     for weights in (token, sequence, fixed):
         assert torch.equal(weights == 0, mask == 0)
 
@@ -1897,8 +1600,7 @@ def test_asymmetric_clipping_in_every_case_with_gradients(
         ratio, advantage, loss, gradient, clipped):
     """clip_eps 0.2, clip_eps_high 0.3: a probability may rise further than it may fall."""
     logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
-    old = torch.zeros(1, 1)
-    weights = torch.ones(1, 1)
+    old, weights = torch.zeros(1, 1), torch.ones(1, 1)
     ours, metrics = grpo.grpo_loss(logprobs, old, torch.tensor([advantage]), weights, 0.2, 0.3)
     ours.backward()
     assert ours.item() == pytest.approx(loss)
@@ -1920,12 +1622,13 @@ def test_grpo_loss_by_tokens_is_ppos_and_by_every_weight_a_plain_sum():
         assert metrics[name].item() == pytest.approx(x.item(), abs=1e-6)
     for kind in ("sequence", "fixed"):
         total = 0.0
-        for b, t in (mask > 0).nonzero().tolist():
-            ratio = math.exp(logprobs[b, t] - old[b, t])
-            clipped = min(max(ratio, 0.8), 1.28)
-            advantage = advantages[b].item()
-            length = mask[b].sum().item() if kind == "sequence" else 20
-            total -= min(ratio * advantage, clipped * advantage) / length / 5
+        for b, columns in columns_of(mask):
+            length = len(columns) if kind == "sequence" else 20
+            for t in columns:
+                ratio = math.exp(logprobs[b, t] - old[b, t])
+                clipped = min(max(ratio, 0.8), 1.28)
+                advantage = advantages[b].item()
+                total -= min(ratio * advantage, clipped * advantage) / length / 5
         weights = grpo.token_weights(mask, kind, max_length=20)
         loss, _ = grpo.grpo_loss(logprobs, old, advantages, weights, 0.2, 0.28)
         assert loss.item() == pytest.approx(total)
@@ -1957,97 +1660,12 @@ def test_rows_give_back_the_texts_they_were_made_of(tokenizer):
     assert data.texts_of(tokenizer, *data.collate(*ids)) == (prompts, responses)
 
 
+# ---- a reward of the user's
+
 def three_rows(tokenizer):
     """The inputs, targets and mask of three responses of 4, 9 and 2 characters"""
     ids = tokenizers.encode_texts(tokenizer, ["a", "b", "c"], [" The", " Skip it.", " A"])
     return data.collate(*ids)
-
-
-REWARDS = """
-def short(prompts, responses):
-    return [-len(r) for r in responses]
-
-def one(prompts, responses):
-    return [1.0]
-
-def broken(prompts, responses):
-    return [1 / 0 for r in responses]
-
-def generator(prompts, responses):
-    yield 1.0
-    1 / 0
-
-def single(prompt, response):
-    return -len(response.split())
-
-number = 3
-"""
-
-
-def test_a_users_reward_is_called_with_the_texts_of_rows(tokenizer, tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(REWARDS)
-    reward = load_own(tokenizer, f"{path}:short", score_clip=6.0)
-    scores = reward(*three_rows(tokenizer), torch.tensor([True, True, False]))
-    assert scores.tolist() == [-4, -6, -3]                     # the second clipped, the last no EOS
-    assert reward.made_for.startswith("mine.py:short ") and reward.model is None
-    assert load_own(tokenizer, os.path.relpath(path) + ":short").made_for == reward.made_for
-
-
-@pytest.mark.parametrize("spec, message", [
-    ("mine.py:number", "has no function number"),
-    ("mine.py", "it takes reward_model, path/to/file.py:"),
-    ("none.py:short", "none.py does not exist"),
-    ("rm", "it takes reward_model, path/to/")])
-def test_a_spec_that_names_no_reward_is_refused(spec, message, tokenizer, empty_folder):
-    (empty_folder / "mine.py").write_text(REWARDS)
-    with pytest.raises(Stopped, match=message):
-        load_own(tokenizer, spec)
-
-
-@pytest.mark.parametrize("name, message, shown", [
-    pytest.param("one", "was given 3 prompts and responses and returned 1 numbers", "", id="one"),
-    pytest.param("broken", "the reward function broken ended in the ZeroDivisionError above",
-                 "return [1 / 0 for r in responses]", id="broken"),
-    pytest.param("generator", "ended in the ZeroDivisionError above", "1 / 0", id="generator"),
-    pytest.param("single", "AttributeError above.*gets a list of prompts and a list of responses, "
-                 "and returns one number for each", "return -len(response.split())", id="single")])
-def test_a_failing_reward_is_named_and_its_line_shown(
-        name, message, shown, tokenizer, tmp_path, capsys):
-    path = tmp_path / "mine.py"
-    path.write_text(REWARDS)
-    reward = load_own(tokenizer, f"{path}:{name}")
-    with pytest.raises(Stopped, match=message):
-        reward(*three_rows(tokenizer), torch.tensor([True] * 3))
-    assert shown in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("code, message", [
-    pytest.param("import neighbor\nthis is no python",
-                 "mine.py cannot be read .SyntaxError: invalid syntax .*line 2", id="syntax"),
-    pytest.param("import sys\nsys.exit(0)\ndef f(): pass",
-                 "importing .*mine.py ended in the SystemExit above", id="exit")])
-def test_a_reward_file_that_cannot_be_imported_is_named(code, message, tokenizer, tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(code)
-    with pytest.raises(Stopped, match=message):
-        load_own(tokenizer, f"{path}:f")
-    path.write_text(REWARDS)
-    load_own(tokenizer, f"{path}:short")                       # repaired
-
-
-def test_a_reward_that_was_edited_is_loaded_anew_with_what_it_imports(tokenizer, tmp_path):
-    path = tmp_path / "mine.py"
-    rows = three_rows(tokenizer)
-    finished = torch.tensor([True] * 3)
-    (tmp_path / "neighbor.py").write_text("number = 7.0\n")
-    path.write_text("import neighbor\ndef f(p, r):\n    return [neighbor.number] * len(r)\n")
-    before = load_own(tokenizer, f"{path}:f")
-    assert before(*rows, finished).tolist() == [7.0] * 3
-    path.write_text("import torch\ndef f(p, r):\n    return torch.ones(3, requires_grad=True)\n")
-    after = load_own(tokenizer, f"{path}:f")
-    assert not after(*rows, finished).requires_grad
-    assert after.made_for.split()[1] != before.made_for.split()[1]
 
 
 @pytest.fixture
@@ -2060,6 +1678,24 @@ def three_rewards(tokenizer, tmp_path):
         reward = load_own(tokenizer, f"{tmp_path / file}:{name}", missing_eos_score=None)
         return reward(*three_rows(tokenizer), torch.tensor([True] * 3)).tolist()
     return rewards
+
+
+def test_a_users_reward_is_loaded_from_its_file_and_anew_once_it_is_repaired(tokenizer, tmp_path):
+    path = tmp_path / "mine.py"
+    for broken, message in (
+            ("import neighbor\nthis is no python",
+             "mine.py cannot be read .SyntaxError: invalid syntax .*line 2"),
+            ("import sys\nsys.exit(0)\ndef f(): pass",
+             "importing .*mine.py ended in the SystemExit above")):
+        path.write_text(broken)
+        with pytest.raises(Stopped, match=message):
+            load_own(tokenizer, f"{path}:f")
+    path.write_text("def f(prompts, responses): return [-len(r) for r in responses]")
+    reward = load_own(tokenizer, f"{path}:f", score_clip=6.0)
+    scores = reward(*three_rows(tokenizer), torch.tensor([True, True, False]))
+    assert scores.tolist() == [-4, -6, -3]                     # the second clipped, the last no EOS
+    assert reward.made_for.startswith("mine.py:f ") and reward.model is None
+    assert load_own(tokenizer, os.path.relpath(path) + ":f").made_for == reward.made_for
 
 
 CALLABLES = """
@@ -2100,6 +1736,7 @@ class Judge:
 judge = Judge()
 method = judge.method
 
+number = 3
 def answers(prompts, completions, answer): pass
 def answer_first(answer, completions=None): pass
 def answer_last(prompts, completions, *, answer): pass
@@ -2122,21 +1759,27 @@ def test_a_reward_is_given_what_its_parameters_are_named(name, three_rewards):
     assert three_rewards(CALLABLES, name) == [4, 9, 2]
 
 
-@pytest.mark.parametrize("name, message", [
-    ("answers", "answers.prompts, completions, answer. asks for answer; a reward is given prompts"),
-    ("answer_first", "asks for answer;"),
-    ("answer_last", "asks for answer;"),
-    ("three", "asks for p, r, answer;"),
-    ("outputs", "asks for outputs;"),
-    ("one", "asks for texts;"),
-    ("none", "asks for nothing;"),
-    ("wrapped", "asks for answer;"),
-    ("Needs", "importing .* ended in the TypeError above"),
-    ("NoCall", "has no function NoCall")])
-def test_a_reward_that_asks_for_more_is_refused_when_loaded(name, message, tokenizer, empty_folder):
+@pytest.mark.parametrize("spec, message", [
+    ("mine.py:answers",
+     "answers.prompts, completions, answer. asks for answer; a reward is given prompts"),
+    ("mine.py:answer_first", "asks for answer;"),
+    ("mine.py:answer_last", "asks for answer;"),
+    ("mine.py:three", "asks for p, r, answer;"),
+    ("mine.py:outputs", "asks for outputs;"),
+    ("mine.py:one", "asks for texts;"),
+    ("mine.py:none", "asks for nothing;"),
+    ("mine.py:wrapped", "asks for answer;"),
+    ("mine.py:Needs", "importing .* ended in the TypeError above"),
+    ("mine.py:NoCall", "has no function NoCall"),
+    ("mine.py:number", "has no function number"),
+    ("mine.py", "it takes reward_model, path/to/file.py:"),
+    ("none.py:short", "none.py does not exist"),
+    ("rm", "it takes reward_model, path/to/")])
+def test_a_spec_that_names_no_reward_or_one_that_asks_for_more_is_refused(
+        spec, message, tokenizer, empty_folder):
     (empty_folder / "mine.py").write_text(CALLABLES)
     with pytest.raises(Stopped, match="^error: .*" + message):
-        load_own(tokenizer, f"mine.py:{name}")
+        load_own(tokenizer, spec)
 
 
 @pytest.mark.parametrize("answer", [
@@ -2150,16 +1793,15 @@ def test_a_reward_that_asks_for_more_is_refused_when_loaded(name, message, token
     "[torch.tensor([0.0]), np.array(1.0), np.longdouble(2)]",
     "[__import__('decimal').Decimal(0), __import__('fractions').Fraction(1), 2]",
     "{i: float(i) for i in range(3)}.values()",
-    "np.arange(3).astype(object)"])
+    "np.arange(3).astype(object)",
+    "[i for i in range(3) if completions.pop()]"])
 def test_a_reward_gives_its_numbers_in_any_common_form(answer, three_rewards):
     assert three_rewards(answer) == [0, 1, 2]
 
 
-def test_a_reward_gives_true_and_false_and_one_number_for_one_response(three_rewards):
-    assert three_rewards("np.array([True, False, True])") == [1, 0, 1]
-    assert three_rewards("[len(completions.pop(0)) for _ in prompts]") == [4, 9, 2]
-    assert guest.numbers(np.array(2.5), "f") == [2.5]
-    assert guest.numbers(torch.tensor([[2.5]]), "f") == [2.5]
+def test_a_reward_gives_true_and_false_and_one_number_for_one_response():
+    assert guest.numbers(np.array([True, False]), "f") == [1, 0]
+    assert guest.numbers(np.array(2.5), "f") == guest.numbers(torch.tensor([[2.5]]), "f") == [2.5]
 
 
 @pytest.mark.parametrize("answer, why", [
@@ -2181,7 +1823,7 @@ def test_a_reward_gives_true_and_false_and_one_number_for_one_response(three_rew
     ("[10 ** 400] * 3", "type int"),
     ("torch.zeros(3, 2)", r"its shape is .3, 2."),
     ("np.array([1.0, None, 2.0])", "item .1. is None"),
-    ("np.array(2.0)", "returned 1 numbers"),
+    ("np.array(2.0)", "was given 3 prompts and responses and returned 1 numbers"),
     ("async_one()", "a coroutine .*asyncio.run"),
     ("async_many()", "an? async_generator ")])
 @pytest.mark.filterwarnings("error")
@@ -2192,6 +1834,19 @@ def test_what_is_not_a_list_of_numbers_is_refused_and_named(answer, why, three_r
             f"f = lambda p, r: {answer}\n")
     with pytest.raises(Stopped, match=f"^error: the reward function f .*{why}.*should return one"):
         three_rewards(code)
+
+
+@pytest.mark.parametrize("answer", ["[1 / 0 for r in completions]", "(1 / 0 for r in completions)"])
+def test_a_failing_reward_is_named_and_its_line_shown(answer, three_rewards, capsys):
+    with pytest.raises(Stopped, match="the reward function f ended in the ZeroDivisionError above"):
+        three_rewards(answer)
+    assert f"return {answer}" in capsys.readouterr().err
+
+
+def test_a_reward_written_for_one_response_is_told_what_it_gets(three_rewards):
+    with pytest.raises(Stopped, match="AttributeError above.*gets a list of prompts and a list of "
+                                      "responses, and returns one number for each"):
+        three_rewards("-len(completions.split())")
 
 
 WORKERS = """
@@ -2232,10 +1887,9 @@ def test_a_reward_imports_its_neighbors_and_we_import_ours(three_rewards, tmp_pa
     main = types.ModuleType("__main__")
     main.__file__ = str(HERE / "ppo.py")
     monkeypatch.setitem(sys.modules, "__main__", main)
-    (tmp_path / "data.py").write_text("def length(text):\n    return len(text)\n")
-    (tmp_path / "lab").mkdir()
-    (tmp_path / "lab" / "__init__.py").write_text("from . import inner\n")
-    (tmp_path / "lab" / "inner.py").write_text("from data import length\n")
+    write_rows(tmp_path / "data.py", ["def length(text): return len(text)"])
+    write_rows(tmp_path / "lab" / "__init__.py", ["from . import inner"])
+    write_rows(tmp_path / "lab" / "inner.py", ["from data import length"])
     before = dict(sys.modules)
     early = WORKERS + "import data\nimport reviews\ncheck = data.length\n"
     assert three_rewards(early, "pooled") == [4, 9, 2]
@@ -2274,11 +1928,8 @@ def broken(prompts, responses):
 """
 
 
-def test_what_a_reward_sets_for_the_whole_program_is_set_back(
-        three_rewards, tmp_path, monkeypatch):
+def test_what_a_reward_sets_for_the_whole_program_is_set_back(three_rewards, empty_folder):
     """What its file sets holds again when its function is called; neither reaches the program."""
-    monkeypatch.chdir(tmp_path)
-
     def state():
         return (torch.is_grad_enabled(), torch.get_default_dtype(), torch.zeros(1).device,
                 torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(),
@@ -2310,10 +1961,9 @@ def test_a_keyboard_interrupt_passes_through_a_reward(three_rewards):
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
 def test_every_rungs_psi_equals_its_sum_over_a_response(gamma):
-    rewards, values, _, _, mask = ragged(3)
+    rewards, values, _, _, mask = ragged()
     psi = {rung: f(rewards, values, mask, gamma, 0.7) for rung, f in policy_gradient.PSI.items()}
-    for b in range(len(mask)):
-        columns = (mask[b] > 0).nonzero().squeeze(1).tolist()
+    for b, columns in columns_of(mask):
         n = len(columns)
         R = rewards[b, columns].tolist()
         V = values[b, columns].tolist() + [0.0]
@@ -2345,21 +1995,17 @@ def test_conjugate_gradient_solves_what_a_direct_solver_solves():
     errors = [solution(b, steps) - exact for steps in range(13)]
     norms = [e @ A @ e for e in errors]                        # in the norm of A they always fall
     assert all(after < before for before, after in zip(norms, norms[1:]))
-    zero = torch.zeros(12, dtype=torch.float64)
-    assert torch.equal(policy_gradient.conjugate_gradient(lambda v: A @ v, zero), zero)
+    assert torch.equal(solution(0 * b, 10), 0 * b)
 
 
 def test_mean_kl_is_the_mean_over_response_tokens_of_the_whole_distributions():
     old, new = small_gpt(seed=0), small_gpt(seed=1)
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
-    p = policy_gradient.token_distributions(old, inputs, mask, 0.7)
-    q = policy_gradient.token_distributions(new, inputs, mask, 0.7)
-    total = 0.0
-    for b, t in (mask > 0).nonzero().tolist():
-        log_p, log_q = ((gpt(inputs)[b, t].double() / 0.7).log_softmax(-1) for gpt in (old, new))
-        total += (log_p.exp() * (log_p - log_q)).sum().item()
-    mean = total / mask.sum().item()
-    assert policy_gradient.mean_kl(p, q).item() == pytest.approx(mean, rel=1e-4)
+    p, q = (policy_gradient.token_distributions(gpt, inputs, mask, 0.7) for gpt in (old, new))
+    log_p, log_q = ((gpt(inputs).double() / 0.7).log_softmax(-1) for gpt in (old, new))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)               # (B, T)
+    wanted = sum(kl[b, t].item() for b, t in mask.nonzero()) / mask.sum().item()
+    assert policy_gradient.mean_kl(p, q).item() == pytest.approx(wanted, rel=1e-4)
     chosen = p.gather(1, targets[mask > 0][:, None]).squeeze(1)
     logprobs = token_logprobs(old, inputs, targets, mask, 0.7)
     torch.testing.assert_close(chosen, logprobs[mask > 0])
@@ -2387,10 +2033,8 @@ def test_gradient_noise_is_the_trace_of_the_covariance_and_the_square_of_the_mea
 
 def test_the_mixture_is_the_average_density_by_number_of_samples():
     logprobs = torch.randn(2, 3, 4, generator=seeded(), dtype=torch.float64)
-    q = frontier.mixture_logprobs(logprobs, [1, 3])
-    for p, n in itertools.product(range(3), range(4)):
-        density = 0.25 * math.exp(logprobs[0, p, n]) + 0.75 * math.exp(logprobs[1, p, n])
-        assert q[p, n].item() == pytest.approx(math.log(density))
+    density = 0.25 * logprobs[0].exp() + 0.75 * logprobs[1].exp()
+    torch.testing.assert_close(frontier.mixture_logprobs(logprobs, [1, 3]), density.log())
 
 
 def exactly(listing):
@@ -2427,9 +2071,9 @@ def test_the_frontier_is_reached_by_pi_star_and_by_nobody_passed(listing):
         assert (p * scores).sum(1).mean() <= best + 1e-6
 
 
-def drawn_samples(listing, policies, counts, seed=0):
+def drawn_samples(listing, policies, counts):
     """Samples of SFT, A, B, .., given as tables of probabilities, as collect would make them"""
-    draws = [torch.multinomial(p, n, replacement=True, generator=seeded(seed + k))
+    draws = [torch.multinomial(p, n, replacement=True, generator=seeded(k))
              for k, (p, n) in enumerate(zip(policies, counts))]
     drawn = torch.cat(draws, dim=1)                            # (P, N)
     scores = listing.scores.double().gather(1, drawn)
@@ -2495,53 +2139,42 @@ def test_nothing_to_gain_and_too_much_kl_have_an_answer_too(listing):
     assert compare.fraction_of_optimum(flat, "A", 0.3)["fraction"] is None
 
 
-def objective_of(samples, script, **changes):
-    """What evaluate takes for the reward, the beta and the aim of a run of a script"""
-    config = dataclasses.asdict(dataclasses.replace(script.Config(), **changes))
-    return evaluate.own_objective(config, samples, 0.6, evaluate.Config())
+OWN = None                           # an objective of its own, which evaluate does not measure
 
 
-@pytest.fixture
-def few_samples(listing):
-    return drawn_samples(listing, [listing.ref.exp(), listing.best], [20, 20])
-
-
-def test_runs_that_maximise_the_measured_objective_aim_at_its_optimum(few_samples):
-    rewards, beta, aims = objective_of(few_samples, ppo, kl_control="fixed", beta=0.3)
-    assert rewards is few_samples.scores and beta == 0.3 and aims
-    rewards, beta, aims = objective_of(few_samples, dpo, labels="annotators", beta=0.2)
-    assert torch.equal(rewards, few_samples.gold / 0.6) and beta == 0.2 and aims
-    rewards, _, _ = objective_of(few_samples, dpo, labels="soft", rounds=3)
-    assert rewards is few_samples.scores
-    assert objective_of(few_samples, policy_gradient, rung="gae")[1:] == (0.25, True)
-
-
-@pytest.mark.parametrize("aims, changes", [
-    (True, {}),
-    (False, {"kl_in": "loss"}),
-    (False, {"advantage": "reinforce"}),
-    (True, {"advantage": "reinforce", "normalise": "fixed"}),
-    (True, {"normalise": "sequence"})])
-def test_which_grpo_runs_aim_at_the_measured_optimum(aims, changes, few_samples):
-    assert objective_of(few_samples, grpo, beta=0.1, **changes)[1:] == (0.1, aims)
-
-
-@pytest.mark.parametrize("script, changes", [
-    (ppo, {}),
-    (ppo, {"kl_control": "fixed", "gamma": 0.9}),
-    (ppo, {"kl_control": "fixed", "beta": 0.0}),
-    (ppo, {"kl_control": "fixed", "entropy_coef": 0.1}),
-    (ppo, {"kl_control": "fixed", "score_clip": 1.0}),
-    (dpo, {"loss": "ipo"}),
-    (dpo, {"labels": "soft", "missing_eos_score": None}),
-    (dpo, {"label_smoothing": 0.1}),
-    (dpo, {"length_normalise": True}),
-    (dpo, {"nll_coef": 1.0}),
-    (grpo, {"temperature": 0.7}),
-    (grpo, {"beta": 0.0}),
-    (policy_gradient, {"gamma": 0.9})])
-def test_runs_with_an_objective_of_their_own_get_no_fraction(script, changes, few_samples):
-    assert objective_of(few_samples, script, **changes) is None
+@pytest.mark.parametrize("script, changes, expected", [        # rewards, beta, aims at the optimum
+    (ppo, dict(kl_control="fixed", beta=0.3), ("score", 0.3, True)),
+    (ppo, dict(), OWN),
+    (ppo, dict(kl_control="fixed", gamma=0.9), OWN),
+    (ppo, dict(kl_control="fixed", beta=0.0), OWN),
+    (ppo, dict(kl_control="fixed", entropy_coef=0.1), OWN),
+    (ppo, dict(kl_control="fixed", score_clip=1.0), OWN),
+    (dpo, dict(labels="annotators", beta=0.2, score_clip=1.0), ("gold", 0.2, True)),
+    (dpo, dict(labels="soft", rounds=3), ("score", 0.25, True)),
+    (dpo, dict(loss="ipo"), OWN),
+    (dpo, dict(labels="soft", missing_eos_score=None), OWN),
+    (dpo, dict(label_smoothing=0.1), OWN),
+    (dpo, dict(length_normalise=True), OWN),
+    (dpo, dict(nll_coef=1.0), OWN),
+    (grpo, dict(beta=0.1), ("score", 0.1, True)),
+    (grpo, dict(beta=0.1, kl_in="loss"), ("score", 0.1, False)),
+    (grpo, dict(beta=0.1, advantage="reinforce"), ("score", 0.1, False)),
+    (grpo, dict(beta=0.1, advantage="reinforce", normalise="fixed"), ("score", 0.1, True)),
+    (grpo, dict(beta=0.1, normalise="sequence"), ("score", 0.1, True)),
+    (grpo, dict(temperature=0.7), OWN),
+    (grpo, dict(beta=0.0), OWN),
+    (policy_gradient, dict(rung="gae"), ("score", 0.25, True)),
+    (policy_gradient, dict(gamma=0.9), OWN)])
+def test_only_runs_without_an_objective_of_their_own_get_a_fraction(
+        script, changes, expected, listing):
+    samples = drawn_samples(listing, [listing.ref.exp(), listing.best], [20, 20])
+    config = dataclasses.asdict(script.Config(**changes))
+    found = evaluate.own_objective(config, samples, 0.6, evaluate.Config())
+    if expected is OWN:
+        assert found is None
+    else:
+        rewards = {"score": samples.scores, "gold": samples.gold / 0.6}[expected[0]]
+        assert torch.equal(found[0], rewards) and found[1:] == expected[1:]
 
 
 def random_samples(n=(4, 3), P=5, T=6):
@@ -2575,9 +2208,8 @@ def test_measures_are_means_over_a_policys_own_responses(name, columns):
         by_prompt = [sum(row[i] for i in columns) / len(columns) for row in values.tolist()]
         assert means[metric] == pytest.approx(np.mean(by_prompt)), metric
         assert errors[metric] == pytest.approx(np.std(by_prompt, ddof=1) / 5 ** 0.5), metric
-    entropy = sum(samples.entropy[p, i].item() for p in range(5) for i in columns)
-    tokens = sum(samples.lengths[p, i].item() for p in range(5) for i in columns)
-    assert means["entropy"] == pytest.approx(entropy / tokens)               # a mean over tokens
+    entropy, tokens = samples.entropy[:, columns].sum(), samples.lengths[:, columns].sum()
+    assert means["entropy"] == pytest.approx((entropy / tokens).item())      # a mean over tokens
 
 
 def test_the_error_of_the_fraction_is_the_standard_error_of_j():
@@ -2626,15 +2258,11 @@ def test_best_of_n_is_the_mean_over_all_subsets(n):
             winner = max(subset, key=row.__getitem__)
             best_rewards.append(row[winner])
             their_values.append(other[winner])
-    expected = sum(best_rewards) / len(best_rewards)
-    assert frontier.best_of_n(rewards, n).item() == pytest.approx(expected)
-    expected = sum(their_values) / len(their_values)
-    assert frontier.best_of_n(rewards, n, values).item() == pytest.approx(expected)
+    assert frontier.best_of_n(rewards, n).item() == pytest.approx(np.mean(best_rewards))
+    assert frontier.best_of_n(rewards, n, values).item() == pytest.approx(np.mean(their_values))
 
 
-def test_best_of_n_wants_n_samples_and_its_kl_is_an_upper_bound(listing):
-    with pytest.raises(ValueError, match="n = 8 with 7 samples"):
-        frontier.best_of_n(torch.zeros(2, 7), 8)
+def test_the_kl_of_best_of_n_is_below_its_bound(listing):
     order = listing.scores[0].argsort()
     p = listing.ref.exp()[0, order]
     for n in (2, 4, 16):
@@ -2761,6 +2389,40 @@ PARTS_OF_SCRIPTS = ("token_logprobs", "generate", "add_lora", "merged", "normali
                     "log_prob", "share_of_frontier")
 
 
+ZERO = torch.zeros(1, 3)
+REFUSED = [                          # a call, and what its error says
+    (lambda: reviews.gold("Tell me a joke", " no"), "Tell me a joke"),
+    (lambda: data.collate([[]], [[1]]), "row 0 has an empty prompt"),
+    (lambda: data.collate([[1], [1]], [[2], []]), "row 1 has an empty response"),
+    (lambda: data.collate([[1]], [[1], [2]]), "1 prompts and 2 responses"),
+    (lambda: data.collate([], []), "at least one"),
+    (lambda: data.batch_rows(10, 11, 0, seed=1), "batch size 11 for 10 rows"),
+    (lambda: small_gpt()(torch.zeros(1, 17, dtype=torch.long)), "rows of 17 tokens"),
+    (lambda: generate(small_gpt(), [[1] * 13], 4, 10),
+     "prompt of 13 tokens and 4 new ones exceed block_size 16"),
+    (lambda: token_logprobs(small_gpt(), ZERO, ZERO, ZERO, temperature=0), "temperature 0"),
+    (lambda: sequence_scores(None, ZERO, ZERO, ZERO), "row 0 has no response token"),
+    (lambda: reward_model.preference_loss(ZERO, ZERO, "ipo"), "got kind 'ipo'"),
+    (lambda: ppo.kl_estimate(ZERO, ZERO, "k4"), "got kind 'k4'"),
+    (lambda: ppo.critic_targets(ZERO, ZERO, ZERO, ZERO, "x"), "got kind 'x'"),
+    (lambda: dpo.dpo_loss(ZERO, ZERO, ZERO, ZERO, 0.1, kind="kto"), "it is sigmoid, robust"),
+    (lambda: dpo.dpo_loss(ZERO, ZERO, ZERO, ZERO, 0.1, "ipo", 0.1), "it belongs to sigmoid"),
+    (lambda: grpo.group_advantages(torch.zeros(7), 3),
+     "got 7 scores, which is not a multiple of group_size 3"),
+    (lambda: grpo.group_advantages(torch.zeros(6), 3, "mean"),
+     "got kind 'mean'; it is grpo, dr_grpo, rloo or reinforce"),
+    (lambda: grpo.group_advantages(torch.zeros(6), 1, "rloo"),
+     "got group_size 1 with kind rloo; a group takes 2 responses or more"),
+    (lambda: grpo.token_weights(ZERO, "row"), "got normalise 'row'; it is token,"),
+    (lambda: frontier.best_of_n(torch.zeros(2, 7), 8), "n = 8 with 7 samples")]
+
+
+@pytest.mark.parametrize("call, message", REFUSED)
+def test_arguments_that_make_no_sense_are_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 def find_original(name):
     """-> the function or constant of that name, the module that has it"""
     for module in (model, ppo, *SCRIPTS, frontier, reviews):
@@ -2806,183 +2468,6 @@ def test_maths_works_when_pasted_into_an_empty_file_with_masked_mean(name):
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
 def test_examples_in_docstrings_are_true(module):
     assert doctest.testmod(module).failed == 0
-
-
-# --------------------------------------------------------------------------------------------------
-# Any shapes, any values: what hypothesis finds by trying
-
-strategies = hypothesis.strategies
-any_lengths = strategies.lists(                                # (prompt, response) of each row
-    strategies.tuples(strategies.integers(1, 6), strategies.integers(1, 7)),
-    min_size=1, max_size=6)
-any_seed = strategies.integers(0, 2 ** 32 - 1)
-any_share = strategies.floats(0, 1)
-any_size = strategies.sampled_from([0.0, 1e-12, 1e-3, 1.0, 30.0, 1e6])      # how large numbers are
-tried = hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
-
-
-def random_rows(lengths, seed, vocab_size=11):
-    """Prompts and responses of these lengths, as token lists"""
-    chance = random.Random(seed)
-    prompts, responses = [], []
-    for n_prompt, n_response in lengths:
-        prompts.append([chance.randrange(vocab_size) for _ in range(n_prompt)])
-        responses.append([chance.randrange(vocab_size) for _ in range(n_response)])
-    return prompts, responses
-
-
-def random_tensors(lengths, seed, size):
-    """Three tensors (B, T) in float64 of numbers of a size, also off the mask, and the mask"""
-    _, _, mask = data.collate(*random_rows(lengths, seed))
-    tensors = [size * torch.randn(mask.shape, dtype=torch.float64, generator=seeded(seed + i))
-               for i in range(3)]
-    return (*tensors, mask.double())
-
-
-def mean_by_loop(mask, of_a_token):
-    cells = (mask > 0).nonzero().tolist()
-    return sum(of_a_token(row, t) for row, t in cells) / len(cells)
-
-
-@tried
-@hypothesis.given(any_lengths, any_seed)
-def test_any_rows_are_collated_and_come_back(lengths, seed):
-    prompts, responses = random_rows(lengths, seed)
-    inputs, targets, mask = data.collate(prompts, responses)
-    B, T = len(lengths), max(map(sum, lengths)) - 1
-    assert inputs.shape == targets.shape == mask.shape == (B, T)
-    for row, (prompt, response) in enumerate(zip(prompts, responses)):
-        whole = prompt + response
-        n = len(whole) - 1
-        assert inputs[row, :n].tolist() == whole[:-1]
-        assert targets[row, :n].tolist() == whole[1:]
-        assert not targets[row, n:].any()
-        expected_mask = [0.0] * (len(prompt) - 1) + [1.0] * len(response) + [0.0] * (T - n)
-        assert mask[row].tolist() == expected_mask
-        assert targets[row][mask[row] > 0].tolist() == response
-    tokens = torch.cat([inputs[:, :1], targets], dim=1)
-    assert data.responses_of(tokens, mask) == responses
-
-
-@tried
-@hypothesis.given(any_lengths, any_seed, strategies.integers(1, 6),
-                  strategies.sampled_from([0.0, 0.3, 1.0, 5.0]),
-                  strategies.sampled_from([0.01, 0.3, 3.0]))
-def test_any_prompts_are_answered_with_tokens_that_the_policy_scores(
-        lengths, seed, n_new, temperature, std):
-    gpt = small_gpt(seed=seed % 7, std=std)
-    prompts, _ = random_rows(lengths, seed)
-    tokens, mask = generate(gpt, prompts, n_new, 10, temperature, seeded(seed))
-    responses = data.responses_of(tokens, mask)
-    for row, (prompt, response) in enumerate(zip(prompts, responses)):
-        assert tokens[row, :len(prompt)].tolist() == prompt
-        assert 1 <= len(response) <= n_new
-        assert 10 not in response[:-1]
-        assert response[-1] == 10 or len(response) == n_new
-        assert not tokens[row, len(prompt) + len(response):].any()          # zeros after the end
-    alone = generate(gpt, prompts[:1], n_new, 10, temperature, seeded(seed))
-    assert data.responses_of(*alone)[0] == responses[0]        # it gets the same uniforms
-    if temperature:
-        logprobs = token_logprobs(gpt, *data.shift(tokens), mask, temperature)
-        assert torch.isfinite(logprobs).all() and (logprobs <= 1e-5).all()
-        assert not logprobs[mask == 0].any()
-
-
-@tried
-@hypothesis.given(any_lengths, any_seed, any_size, any_share, any_share)
-def test_gae_of_any_rows_equals_the_double_sum_and_reads_nothing_off_the_mask(
-        lengths, seed, size, gamma, lam):
-    rewards, values, _, mask = random_tensors(lengths, seed, size)
-    advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
-    rounding = 1e-9 * max(1.0, size)
-    for row, (n_prompt, n) in enumerate(lengths):
-        columns = slice(n_prompt - 1, n_prompt - 1 + n)
-        R = rewards[row, columns].tolist()
-        V = values[row, columns].tolist() + [0.0]
-        delta = [R[t] + gamma * V[t + 1] - V[t] for t in range(n)]
-        for t, got in enumerate(advantages[row, columns].tolist()):
-            expected = sum((gamma * lam) ** l * delta[t + l] for l in range(n - t))
-            assert got == pytest.approx(expected, rel=1e-9, abs=rounding)
-    assert not advantages[mask == 0].any() and not returns[mask == 0].any()
-    torch.testing.assert_close(returns, (advantages + values) * mask)
-    targets = ppo.critic_targets(rewards, values, rewards[:, 0], mask, "gae", gamma, lam)
-    torch.testing.assert_close(targets, returns, atol=rounding, rtol=1e-9)
-
-
-@tried
-@hypothesis.given(any_lengths, any_seed, any_size, strategies.floats(0.01, 0.9))
-def test_the_policy_loss_of_any_rows_equals_its_loop_and_ignores_the_rest(
-        lengths, seed, size, eps):
-    drift, advantages, _, mask = random_tensors(lengths, seed, size)
-    old = -5 * torch.rand(mask.shape, dtype=torch.float64, generator=seeded(seed + 9))
-    new = (old + drift.clamp(-20, 20)).requires_grad_()        # ratios up to e^20
-    ratios = torch.exp(new - old).detach()
-
-    def clipped_loss(row, t):
-        ratio, advantage = ratios[row, t].item(), advantages[row, t].item()
-        clipped = max(min(ratio, 1 + eps), 1 - eps)
-        return -min(ratio * advantage, clipped * advantage)
-
-    expected = pytest.approx(mean_by_loop(mask, clipped_loss), rel=1e-9, abs=1e-12)
-    loss, metrics = ppo.policy_loss(new, old, advantages, mask, eps)
-    assert loss.item() == expected and 0 <= metrics["clip_fraction"] <= 1
-    loss.backward()
-    assert torch.isfinite(new.grad).all() and not new.grad[mask == 0].any()
-    rest = 1 - mask
-    loss, _ = ppo.policy_loss(new + 10 * rest, old, advantages + 1e3 * rest, mask, eps)
-    assert loss.item() == expected
-
-
-@tried
-@hypothesis.given(any_lengths, any_seed, any_size, strategies.floats(0.01, 0.9))
-def test_the_value_loss_of_any_rows_equals_its_loop_and_ignores_the_rest(
-        lengths, seed, size, eps):
-    drift, old, values, mask = random_tensors(lengths, seed, size)
-    targets = values + drift
-
-    def clipped_loss(row, t):
-        v, v_old, target = values[row, t].item(), old[row, t].item(), targets[row, t].item()
-        clipped = v_old + max(min(v - v_old, eps), -eps)
-        return 0.5 * max((v - target) ** 2, (clipped - target) ** 2)
-
-    loss, _ = ppo.value_loss(values, old, targets, mask, eps)
-    by_loop = mean_by_loop(mask, clipped_loss)
-    assert loss.item() == pytest.approx(by_loop, rel=1e-9, abs=1e-12)
-    garbage = 1e3 * (1 - mask)
-    same, _ = ppo.value_loss(values + garbage, old, targets, mask, eps)
-    assert same.item() == pytest.approx(loss.item(), rel=1e-9)
-
-
-@tried
-@hypothesis.given(any_lengths, any_seed, any_size)
-def test_whitened_and_group_advantages_of_any_rows_are_finite(lengths, seed, size):
-    advantages, _, _, mask = random_tensors(lengths, seed, size)
-    whitened = ppo.whiten(advantages + 1e3 * (1 - mask), mask)
-    assert torch.isfinite(whitened).all() and not whitened[mask == 0].any()
-    assert abs(masked_mean(whitened, mask).item()) < 1e-6
-    rewards = torch.cat([advantages[:, 0], advantages[:, 0]])
-    assert torch.isfinite(grpo.group_advantages(rewards, 2, "grpo")).all()
-
-
-@tried
-@hypothesis.given(any_seed, strategies.integers(1, 5), any_size,
-                  strategies.sampled_from(["sigmoid", "robust", "ipo", "hinge", "fidelity"]),
-                  strategies.sampled_from([0.01, 0.25, 5.0]))
-def test_preference_losses_of_any_margins_are_finite_with_finite_gradients(
-        seed, n, size, kind, beta):
-    chosen, rejected, ref_chosen, ref_rejected = (
-        -size * torch.rand(n, generator=seeded(seed + i)) for i in range(4))
-    chosen.requires_grad_()
-    loss, metrics = dpo.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, kind)
-    loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(chosen.grad).all()
-    assert 0 <= metrics["accuracy"] <= 1
-    if size <= 30 and kind != "ipo":                           # beyond, the slope is 0 in fp32
-        assert (chosen.grad <= 0).all()                        # a likelier chosen one never costs
-    for rm_kind in ("bradley_terry", "fidelity"):
-        loss, _ = reward_model.preference_loss(chosen, rejected, rm_kind)
-        (gradient,) = torch.autograd.grad(loss, chosen)
-        assert torch.isfinite(loss) and loss >= 0 and torch.isfinite(gradient).all()
 
 
 # --------------------------------------------------------------------------------------------------
