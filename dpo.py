@@ -45,6 +45,7 @@ import reward_model as rm
 import sft
 from compare import compare, read_gold, true_utility
 from lab import files
+from lab.config import ABOVE_0
 from lab.report import progress
 from lab.run import (Run, check_finite, ensure, launch, learning_rate, self_contained,
                      set_learning_rate, stop, stored_config)
@@ -76,10 +77,7 @@ class Config(Rewarded):              # Rewarded adds --reward and the options fo
     n_eval: int = 64                # held-out prompts for these samples and the final comparison
     n_samples: int = 32             # responses to each in the final comparison, per policy
     presets = presets_of("dpo")
-    ranges = {
-        "beta": ("a number above 0, because DPO divides by it", lambda x: x > 0),
-        "label_smoothing": ("a number from 0 up to, but not, 0.5, at which labels say nothing",
-                            lambda x: 0 <= x < 0.5)}
+    ranges = {"beta": ABOVE_0}      # the optimum is at r / beta
 
 
 # --------------------------------------------------------------------------------------------------
@@ -264,6 +262,9 @@ def check(cfg):
     check_reward(cfg)
     if cfg.labels == "annotators":
         data.check_comparisons(cfg)
+    if cfg.label_smoothing >= 0.5:
+        stop(f"--label_smoothing got {cfg.label_smoothing}; at 0.5 labels say nothing, above it "
+             "the opposite: it takes a number below 0.5")
     if cfg.label_smoothing and cfg.loss not in ("sigmoid", "robust"):
         stop(f"--label_smoothing {cfg.label_smoothing} works only with --loss sigmoid or robust, "
              f"this is --loss {cfg.loss}; change the loss or leave the smoothing out")

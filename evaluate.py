@@ -53,7 +53,6 @@ class Config(Rewarded):              # Rewarded adds --reward, to measure by
     weak_beta: float = 0.005        # over-optimisation: KL strength
     weak_steps: int = 60            # over-optimisation: updates of PPO
     presets = presets_of("evaluate")
-    ranges = {"n_reference": ("a whole number, 2 or more: best of n starts at 2", lambda x: x >= 2)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -505,6 +504,8 @@ of {fall:.2f}, while the score goes from {peak_score:.2f} to {end_score:.2f}."""
 def check(cfg):
     """Exit, before any work, on settings that cannot work."""
     check_reward(cfg)
+    if cfg.n_reference < 2:
+        stop(f"--n_reference got {cfg.n_reference}; best of n takes at least 2 responses")
     if cfg.overoptimise:
         if cfg.data != "reviews" or cfg.reward != "reward_model":
             stop("--overoptimise shows what a weak reward model does to the true utility, which "

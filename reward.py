@@ -190,21 +190,21 @@ def load_function(path, name, tokenizer):
     made_for = f"{Path(path).name}:{name} {files.digest(path)[:16]}"
     for file in guest.imported():
         made_for += f" {file.relative_to(guest.folder).as_posix()} {files.digest(file)[:16]}"
+    return functools.partial(score_texts, function, name, guest, tokenizer), made_for
 
-    def raw(inputs, targets, mask):
-        """The numbers that the function gives to the texts of prompts and responses -> (B,)"""
-        prompts, responses = data.texts_of(tokenizer, inputs, targets, mask)
-        try:
-            scores = call(function, name, guest, prompts, responses)
-        except Stopped as error:
-            if not isinstance(error.__context__, (AttributeError, TypeError)):
-                raise
-            # The likeliest cause: it was written for one response
-            raise Stopped(f"{error}. A reward function gets a list of prompts and a list of "
-                          "responses, and returns one number for each response")
-        return torch.tensor(scores, dtype=torch.float32, device=mask.device)
 
-    return raw, made_for
+def score_texts(function, name, guest, tokenizer, inputs, targets, mask):
+    """The numbers that a user's function gives to the texts of prompts and responses -> (B,)"""
+    prompts, responses = data.texts_of(tokenizer, inputs, targets, mask)
+    try:
+        scores = call(function, name, guest, prompts, responses)
+    except Stopped as error:
+        if not isinstance(error.__context__, (AttributeError, TypeError)):
+            raise
+        # The likeliest cause: it was written for one response
+        raise Stopped(f"{error}. A reward function gets a list of prompts and a list of responses, "
+                      "and returns one number for each response")
+    return torch.tensor(scores, dtype=torch.float32, device=mask.device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -277,37 +277,40 @@ def load_classifier(name, label, tokenizer, device):
     print(f"reward: {told}")
     classifier = classifier.eval().requires_grad_(False).to(device)
     named = f"{name}:{label}" if label and others != [0] else name   # [0] is what no label means
+    raw = functools.partial(score_by_classifier, classifier, its_tokenizer, rewarded, others,
+                            tokenizer)
+    return raw, f"{named} {files.fingerprint(classifier)}"
+
+
+def score_by_classifier(classifier, its_tokenizer, rewarded, others, tokenizer,
+                        inputs, targets, mask):
+    """
+    The rewarded label's logit, or its log-odds against the others, for prompt + response -> (B,)
+
+    A text that is too long for the classifier keeps its end. A classifier that --export wrote is
+    shown the EOS too.
+    """
     config = classifier.config
     longest = getattr(config, "max_position_embeddings", None) or 10 ** 9
     if "roberta" in config.model_type:                   # counts from pad_token_id + 1
         longest -= config.pad_token_id + 1
     longest = min(longest, its_tokenizer.model_max_length)
+    prompts, responses = data.texts_of(tokenizer, inputs, targets, mask)
+    texts = [prompt + response for prompt, response in zip(prompts, responses)]
+    rows = its_tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
+    rows = [row or [its_tokenizer.unk_token_id or 0] for row in rows]        # an empty text
+    if getattr(config, "reads_eos", False):
+        finished = data.met_eos(targets, mask, tokenizer.end_tokens).tolist()
+        ends = [[its_tokenizer.eos_token_id] if end else [] for end in finished]
+        rows = [(row + end)[-longest:] for row, end in zip(rows, ends)]
     at_once = 64 if its_tokenizer.pad_token else 1
-
-    def raw(inputs, targets, mask):
-        """
-        The rewarded label's logit, or its log-odds against the others, for prompt + response: (B,)
-
-        A text that is too long for the classifier keeps its end. A classifier that --export wrote
-        is shown the EOS too.
-        """
-        prompts, responses = data.texts_of(tokenizer, inputs, targets, mask)
-        texts = [prompt + response for prompt, response in zip(prompts, responses)]
-        rows = its_tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
-        rows = [row or [its_tokenizer.unk_token_id or 0] for row in rows]    # an empty text
-        if getattr(config, "reads_eos", False):
-            finished = data.met_eos(targets, mask, tokenizer.end_tokens).tolist()
-            ends = [[its_tokenizer.eos_token_id] if end else [] for end in finished]
-            rows = [(row + end)[-longest:] for row, end in zip(rows, ends)]
-        scores = []
-        for i in range(0, len(rows), at_once):
-            batch = its_tokenizer.pad({"input_ids": rows[i:i + at_once]}, padding=at_once > 1,
-                                      return_tensors="pt")
-            logits = classifier(**batch.to(mask.device)).logits.float()      # (b, number of labels)
-            score = logits[:, rewarded]
-            if others:
-                score = score - logits[:, others].logsumexp(dim=1)           # log-odds
-            scores.append(score)
-        return torch.cat(scores)
-
-    return raw, f"{named} {files.fingerprint(classifier)}"
+    scores = []
+    for i in range(0, len(rows), at_once):
+        batch = its_tokenizer.pad({"input_ids": rows[i:i + at_once]}, padding=at_once > 1,
+                                  return_tensors="pt")
+        logits = classifier(**batch.to(mask.device)).logits.float()          # (b, number of labels)
+        score = logits[:, rewarded]
+        if others:
+            score = score - logits[:, others].logsumexp(dim=1)               # log-odds
+        scores.append(score)
+    return torch.cat(scores)
