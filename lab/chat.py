@@ -79,6 +79,8 @@ def set_chat(tokenizer, chat, system, source):
 
     The EOS becomes the token that ends a turn. Raises a ValueError if it lacks a token.
     """
+    if chat == "plain":
+        return tokenizer
     template = template_of(source) if source else None
     if chat == "auto":
         chat = "plain"
