@@ -4648,7 +4648,7 @@ def test_a_reward_model_of_a_different_size_gives_the_critic_its_size(user_folde
     saved = files.load_checkpoint(user_folder / "sized" / "ppo")
     assert (saved["critic_gpt"]["n_layer"], saved["critic_gpt"]["n_embd"]) == (2, 16)
     assert saved["gpt"]["n_embd"] == 32
-    assert saved["critic"]["transformer.wte.weight"].shape == (tokenizer.n_vocab, 16)
+    assert saved["critic"]["transformer.wte.weight"].shape == (tokenizer.n_vocab + 3, 16)
     sample.main(tiny_config(sample, out="sized", stage="sft,ppo", n=1))
     foreign = tokenizers.train_tokenizer(review_texts(300, 0), tokenizer.n_vocab)
     tokenizers.export_tokenizer(foreign, wider)

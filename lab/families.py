@@ -53,7 +53,12 @@ def load(source, changes):
     if fields["vocab_size"] > stored["vocab_size"]:
         raise ValueError(f"the tokenizer has {fields['vocab_size']} token ids, {source} has weights "
                          f"for {stored['vocab_size']}; they do not belong together")
-    weights = to_ours(weights, stored, config.get("model_type") == "nanogpt")
+    nanogpt = config.get("model_type") == "nanogpt"
+    if nanogpt and not config.get("bias", True):         # biases of zero do the same
+        zeros = {name.replace(".weight", ".bias"): x.new_zeros(len(x))
+                 for name, x in weights.items() if re.search(r"ln_|attn|mlp", name)}
+        weights = zeros | weights
+    weights = to_ours(weights, stored, nanogpt)
     if "wpe.weight" in weights:
         weights["wpe.weight"] = weights["wpe.weight"][:fields["block_size"]]
     names = {name: name if name == "output.weight" else f"transformer.{name}" for name in weights}
@@ -271,11 +276,6 @@ def to_ours(weights, fields, nanogpt=False):
     head = found.pop("lm_head.weight", None)
     names = layout(fields)
     known = [theirs for parts in names.values() for theirs, _ in parts]
-    if nanogpt:                                          # biases of zero do the same as none
-        for name in known:
-            if name.endswith("bias") and name.replace("bias", "weight") in found:
-                rows = found[name.replace("bias", "weight")].shape[0]
-                found.setdefault(name, torch.zeros(rows))
     embedding = names["wte.weight"][0][0]
     if head is not None and fields["tied_head"]:
         if not torch.equal(found.setdefault(embedding, head), head):
