@@ -3044,7 +3044,7 @@ class Listing:
     @torch.no_grad()
     def rollout(self, policy):
         """
-        The list as a rollout of policy: KL-shaped rewards, and their exact values -> dict of (P N, T)
+        The list as a rollout of policy, with exact values of KL-shaped rewards -> dict of (P N, T)
 
         Its mask holds the response's probability in place of 1, so a mean is an expectation.
         """
@@ -3856,11 +3856,6 @@ def exact_values(policy):
     return V, REWARD + GAMMA * NEXT_STATE @ V
 
 
-def discounted_visits(policy):
-    """sum_t gamma^t P(s_t = s) -> (S,)"""
-    return torch.linalg.solve(bellman_matrix(policy).T, START)
-
-
 def greedy(Q):
     return torch.nn.functional.one_hot(Q.argmax(1), 2).double()
 
@@ -3932,7 +3927,7 @@ def test_bellman_identities_of_gae_and_of_the_critics_targets():
 def test_conservative_policy_iteration_bound():
     """
     eta(mixture) >= L(mixture) - 2 eps gamma alpha^2 / (1 - gamma)^2    (Kakade and Langford 2002,
-    as in TRPO), and the performance difference lemma for the same mixtures
+    as in TRPO)
     """
     overestimates = []                           # by the surrogate L without the bound's last term
     for seed in range(20):
@@ -3940,19 +3935,17 @@ def test_conservative_policy_iteration_bound():
         old, towards = draws.softmax(-1)
         V, Q = exact_values(old)
         A = Q - V[:, None]
+        visits = torch.linalg.solve(bellman_matrix(old).T, START)              # sum gamma^t P(s_t)
         if seed % 2:
             towards = greedy(Q)
         eps = (towards * A).sum(1).abs().max()                                 # max_s |E_a A|
         for alpha in (0.0, 0.05, 0.2, 0.5, 1.0):
             mixture = (1 - alpha) * old + alpha * towards
-            gains = (mixture * A).sum(1)                                       # (S,)
-            surrogate = START @ V + discounted_visits(old) @ gains
+            surrogate = START @ V + visits @ (mixture * A).sum(1)
             bound = surrogate - 2 * eps * GAMMA * alpha ** 2 / (1 - GAMMA) ** 2
             reached = START @ exact_values(mixture)[0]
             assert reached >= bound - 1e-9
             overestimates.append((surrogate - reached).item())
-            lemma = discounted_visits(mixture) @ gains
-            assert (reached - START @ V).item() == pytest.approx(lemma.item(), abs=1e-9)
     assert max(overestimates) > 1e-3             # so the surrogate alone is not a bound
 
 
@@ -3960,14 +3953,7 @@ def test_conservative_policy_iteration_bound():
 # The scripts, end to end at --config tiny
 
 FEW = dict(n_eval=4, n_samples=4)                # prompts and responses of the final comparison
-
-
-def tiny_models(out):
-    """The SFT policy of the run tiny, its tokenizer and its reward model"""
-    reference, tokenizer = sft.load_policy(out / "tiny" / "sft", "cpu")
-    scorer = reward_model.load_reward_model(out / "tiny" / "reward_model", reference, tokenizer,
-                                            "cpu")
-    return reference, tokenizer, scorer
+SMALL_EVALUATION = dict(n_eval=2, n_reference=8, n_samples=4)
 
 
 def stage_log(out, run, script):
@@ -3981,9 +3967,69 @@ def option_id(value):
     return getattr(value, "__name__", "")
 
 
-def option_folder(changes):
-    """dict(lam=0.9, beta=1) -> lam-0.9_beta-1"""
-    return "_".join(f"{name}-{value}" for name, value in changes.items())
+class Tiny:
+    """The run tiny in the folder out, and runs of single scripts on its stages"""
+
+    def __init__(self, out):
+        self.out = out
+
+    def run(self, script, name, **changes):
+        """Run a script with some settings -> its log, its results"""
+        few = {} if script is reward_model else FEW
+        results = script.main(tiny_config(script, out=name, base="tiny", **(few | changes)))
+        return self.log(name, script), results
+
+    def evaluate(self, runs, **changes):
+        small = SMALL_EVALUATION | changes
+        return evaluate.main(tiny_config(evaluate, out="tiny", runs=runs, **small))
+
+    def log(self, name, script):
+        return stage_log(self.out, name, script)
+
+    def checkpoint(self, name, script):
+        return files.load_checkpoint(self.out / name / script.__name__)
+
+    def policy(self, script):
+        return sft.load_policy(self.out / "tiny" / script.__name__, "cpu")[0]
+
+    def models(self):
+        """The SFT policy, its tokenizer and the reward model"""
+        policy, tokenizer = sft.load_policy(self.out / "tiny" / "sft", "cpu")
+        scorer = reward_model.load_reward_model(self.out / "tiny" / "reward_model", policy,
+                                                tokenizer, "cpu")
+        return policy, tokenizer, scorer
+
+
+@pytest.fixture
+def tiny(finished_run, no_pictures):
+    return Tiny(finished_run)
+
+
+def record(monkeypatch, owner, name):
+    """Keep the calls of a function from now on -> list of objects with args, kwargs and result"""
+    calls = []
+    original = getattr(owner, name)
+
+    def recorded(*args, **kwargs):
+        result = original(*args, **kwargs)
+        calls.append(types.SimpleNamespace(args=args, kwargs=kwargs, result=result))
+        return result
+    monkeypatch.setattr(owner, name, recorded)
+    return calls
+
+
+def sampled_batch(policy, tokenizer, prompts, seed=0, temperature=1.0):
+    """What a policy samples -> (inputs, targets, mask, finished), responses as token lists"""
+    tokens, mask = generate(policy, prompts, 24, tokenizer.eot_token, temperature, seeded(seed))
+    inputs, targets = data.shift(tokens)
+    finished = data.met_eos(targets, mask, tokenizer.eot_token)
+    return (inputs, targets, mask, finished), data.responses_of(tokens, mask)
+
+
+def places(rows, whole):
+    """Where the rows of a shuffled minibatch are in the whole batch"""
+    return [next(b for b, row_of_whole in enumerate(whole) if torch.equal(row_of_whole, row))
+            for row in rows]
 
 
 # ---- sft.py, reward_model.py and ppo.py
@@ -4011,11 +4057,11 @@ def test_sft_learns(whole_run):
     assert 14 < results["entropy"] < 18
 
 
-def test_the_reward_model_agrees_with_annotators_and_is_normalised(whole_run, finished_run):
+def test_the_reward_model_agrees_with_annotators_and_is_normalised(whole_run, tiny):
     folder = whole_run[0] / "reward_model"
     results = files.read_json(folder / "results.json")
     assert 0.6 < results["accuracy"] < results["bayes_accuracy"] < 1
-    _, _, scorer = tiny_models(finished_run)
+    _, _, scorer = tiny.models()
     held_out = files.read_json(folder / "comparisons.json")[1]
     scores = reward_model.score_all(scorer, held_out, "cpu")
     assert scores.mean().item() == pytest.approx(0, abs=1e-4)
@@ -4040,6 +4086,20 @@ def test_comparisons_hold_the_ids_that_were_sampled_best_first(whole_run):
     assert not any(corpus.held_out(c["prompt"].encode()) for c in comparisons)
 
 
+@pytest.mark.parametrize("changes", [
+    dict(loss="fidelity"),
+    dict(token_wise=True),
+    dict(n_responses=2, margin=0.5),
+    dict(batch_size=1, epochs=2)], ids=option_id)
+def test_every_option_of_the_reward_model_runs(changes, tiny):
+    name = "rm_" + option_id(changes)
+    _, results = tiny.run(reward_model, name, n_prompts=40, **changes)
+    assert 0.4 < results["accuracy"] < results["bayes_accuracy"]
+    pairs = 40 if "n_responses" in changes else 240
+    report = (tiny.out / name / "reward_model" / "report.txt").read_text()
+    assert f"on {pairs} held-out comparisons" in report
+
+
 def test_ppo_raises_the_score_and_starts_where_it_should(whole_run):
     folder, results = whole_run
     log = log_of(folder / "ppo")
@@ -4050,200 +4110,164 @@ def test_ppo_raises_the_score_and_starts_where_it_should(whole_run):
     assert log[1]["beta"] == pytest.approx(log[0]["beta"] * (1 - 0.2 * 32 / 640))
 
 
-def test_the_reported_comparison_can_be_made_again_from_the_checkpoints(finished_run):
+def test_the_reported_comparison_can_be_made_again_from_the_checkpoints(tiny):
     """So the reference did not move in any of these runs."""
-    reference, tokenizer, scorer = tiny_models(finished_run)
+    reference, tokenizer, scorer = tiny.models()
     for script, name in ((ppo, "PPO"), (dpo, "DPO"), (grpo, "GRPO")):
-        folder = finished_run / "tiny" / script.__name__
         cfg = tiny_config(script)
-        policies = {"SFT": reference, name: sft.load_policy(folder, "cpu")[0]}
+        policies = {"SFT": reference, name: tiny.policy(script)}
         prompts = held_out_prompts(tokenizer, cfg.n_eval, 1337)
         _, again = compare.compare(policies, reward_of(scorer, cfg), tokenizer, prompts, cfg)
-        assert again == files.read_json(folder / "results.json")
+        assert again == files.read_json(tiny.out / "tiny" / script.__name__ / "results.json")
 
 
-def test_an_update_wires_rollout_rewards_advantages_and_losses_together(finished_run, monkeypatch):
+def test_an_update_wires_rollout_rewards_advantages_and_losses_together(tiny, monkeypatch):
     """One run of two updates, every call of the maths recorded and compared with the definitions"""
-    calls = {}
-    critic_values = []
-
-    def record(owner, name):
-        original = getattr(owner, name)
-
-        def recorded(*args, **kwargs):
-            if name == "gae":                            # before the critic moves on
-                inputs = calls["roll_out"][-1][1][0]
-                critic = calls["ScalarGPT"][0][1]
-                mask = args[2]
-                critic_values.append((critic(inputs) * mask).detach())
-            result = original(*args, **kwargs)
-            calls.setdefault(name, []).append((args, result))
-            return result
-        monkeypatch.setattr(owner, name, recorded)
-
-    for name in ("ScalarGPT", "roll_out", "gae", "policy_loss", "value_loss", "shape_rewards"):
-        record(ppo, name)
-    record(reward_py.Reward, "__call__")
-    ppo.main(tiny_config(ppo, out="wired", base="tiny", steps=2, batch_size=16, minibatch_size=16,
-                         n_eval=8, lam=0.9, gamma=0.98, beta=0.3, kl_control="fixed"))
-    reference, _, _ = tiny_models(finished_run)
+    calls = {name: record(monkeypatch, ppo, name)
+             for name in ("roll_out", "shape_rewards", "gae", "policy_loss", "value_loss")}
+    scored = record(monkeypatch, reward_py.Reward, "__call__")
+    tiny.run(ppo, "wired", steps=2, batch_size=16, minibatch_size=16, lam=0.9, gamma=0.98,
+                beta=0.3, kl_control="fixed")
+    reference, _, _ = tiny.models()
     for update in range(2):
-        inputs, targets, mask, finished = calls["roll_out"][update][1]
-        scores = calls["__call__"][update][1]
-        args, rewards = calls["shape_rewards"][update]
-        shaped_scores, old_logprobs, ref_logprobs, rewards_mask, beta = args
-        assert torch.equal(shaped_scores, scores) and torch.equal(rewards_mask, mask)
-        assert beta == 0.3
+        call = {name: made[update] for name, made in calls.items()}
+        inputs, targets, mask, _ = call["roll_out"].result
+        scores, old_logprobs, ref_logprobs, rewards_mask, beta = call["shape_rewards"].args
+        assert torch.equal(scores, scored[update].result) and torch.equal(rewards_mask, mask)
         expected = token_logprobs(reference, inputs, targets, mask).detach()
         torch.testing.assert_close(ref_logprobs, expected)
-        (gae_rewards, values, _, gamma, lam), (advantages, returns) = calls["gae"][update]
-        assert torch.equal(gae_rewards, rewards) and (gamma, lam) == (0.98, 0.9)
-        assert torch.equal(values, critic_values[update]) and values.any() == (update > 0)
-        args, _ = calls["policy_loss"][update]
-        logprobs, loss_old, whitened, loss_mask, clip_eps = args
-        rows = [next(b for b in range(16) if torch.equal(old_logprobs[b], row))
-                for row in loss_old]                                           # shuffled
+        rewards, values, _, gamma, lam = call["gae"].args
+        advantages, returns = call["gae"].result
+        assert torch.equal(rewards, call["shape_rewards"].result)
+        assert (beta, gamma, lam) == (0.3, 0.98, 0.9)
+        assert values.any() == (update > 0)
+
+        logprobs, loss_old, whitened, loss_mask, clip_eps = call["policy_loss"].args
+        rows = places(loss_old, old_logprobs)
+        assert rows != sorted(rows)
         torch.testing.assert_close(whitened, ppo.whiten(advantages, mask)[rows])
         torch.testing.assert_close(logprobs.detach(), loss_old, atol=1e-5, rtol=0)
-        assert torch.equal(loss_mask, mask[rows]) and clip_eps == 0.2
-        (new_values, old_values, critic_returns, _, eps), _ = calls["value_loss"][update]
+        assert torch.equal(loss_mask, mask[rows])
+        new_values, old_values, critic_returns, _, value_clip_eps = call["value_loss"].args
         torch.testing.assert_close(critic_returns, returns[rows])
-        assert torch.equal(old_values, values[rows]) and new_values.requires_grad and eps == 0.2
-    critic = files.load_checkpoint(finished_run / "wired" / "ppo")["critic"]
-    assert critic["head.weight"].abs().max() > 0
+        assert torch.equal(old_values, values[rows]) and new_values.requires_grad
+        torch.testing.assert_close(new_values.detach() * mask[rows], old_values)   # of the critic
+        assert clip_eps == value_clip_eps == 0.2
 
 
-@pytest.mark.parametrize("script, changes, message", [
-    (reward_model, dict(base="tiny", max_new_tokens=70),
-     "--max_new_tokens 70 exceed the model's block_size 72; lower --max_new_tokens to 5"),
-    (ppo, dict(base="tiny", max_new_tokens=70),
-     "--max_new_tokens 70 exceed the model's block_size 72; lower --max_new_tokens to 5"),
-    (sft, dict(block_size=60, max_new_tokens=60),
-     "--max_new_tokens 60 exceed the model's block_size 60; lower --max_new_tokens to"),
-    (sft, dict(block_size=40, max_new_tokens=1), "exceed --block_size 40; raise it")])
-def test_no_room_for_a_response_ends_at_once_with_both_numbers(script, changes, message,
-                                                               finished_run):
-    with pytest.raises(Stopped, match=message):
-        script.main(tiny_config(script, out="too_long", **changes))
-
-
-def test_one_bad_stage_among_many_is_left_out_by_name(finished_run, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    for stage in ("sft", "reward_model", "ppo"):
-        shutil.copytree(finished_run / "tiny" / stage, out / "tiny" / stage)
-    for run in ("damaged", "foreign", "older", "unfinished"):
-        shutil.copytree(finished_run / "tiny" / "ppo", out / run / "ppo")
-    monkeypatch.chdir(tmp_path)
-    damaged = out / "damaged" / "ppo" / "checkpoint.pt"
-    damaged.write_bytes(damaged.read_bytes()[:5000])
-    torch.save({"weights": torch.zeros(3)}, out / "foreign" / "ppo" / "checkpoint.pt")
-    older = out / "older" / "ppo" / "config.json"
-    config = files.read_json(older)
-    for name in ("score_clip", "ptx_coef", "ema", "text_prompt", "whiten_rewards"):
-        del config[name]
-    files.write(older, json.dumps(config))
-    (out / "unfinished" / "ppo" / "report.txt").unlink()
-    small = dict(out="among_bad", base="tiny", n_eval=2, n_reference=4, n_samples=2)
-    found = evaluate.main(tiny_config(evaluate, **small))
-    said = capsys.readouterr().out
-    assert set(found) == {"SFT", "tiny/ppo", "older/ppo"}
-    assert "leaving out damaged/ppo: error: cannot read out/damaged/ppo/checkpoint.pt as a" in said
-    assert "leaving out foreign/ppo: error: " in said
-    assert "leaving out unfinished/ppo: it is not finished" in said
-    with pytest.raises(Stopped, match="cannot read out/damaged/ppo/checkpoint.pt"):   # asked for
-        evaluate.main(tiny_config(evaluate, runs="tiny, damaged/ppo", **small))
-
-
-def test_a_damaged_stage_does_not_keep_others_from_being_sampled(finished_run, capsys):
-    for stage in ("sft", "ppo", "dpo"):
-        shutil.copytree(finished_run / "tiny" / stage, finished_run / "half_damaged" / stage)
-    (finished_run / "half_damaged" / "dpo" / "config.json").write_text("{")
-    sample.main(tiny_config(sample, out="half_damaged", stage="ppo", n=1))
-    assert "    ppo " in capsys.readouterr().out
-    shutil.rmtree(finished_run / "half_damaged")
-
-
-def test_one_sample_has_no_standard_deviation(finished_run, capsys, no_pictures):
-    cfg = tiny_config(ppo, out="single", base="tiny", steps=1, n_eval=1, n_samples=1)
-    results = ppo.main(cfg)
-    assert "standard deviations" not in capsys.readouterr().out and "gold_gain" not in results
-    written = (finished_run / "single" / "ppo" / "results.json").read_text()
-    json.loads(written, parse_constant=pytest.fail)      # which is called for NaN and Infinity
-
-
-def test_without_a_bonus_the_update_builds_no_graph_for_the_entropy(finished_run, monkeypatch,
-                                                                    no_pictures):
-    wanted = []                                  # whether each call with a graph asks for entropy
-    original = ppo.token_logprobs
-
-    def recorded(*args, return_entropy=False, **kwargs):
-        if torch.is_grad_enabled():
-            wanted.append(return_entropy)
-        return original(*args, return_entropy=return_entropy, **kwargs)
-    monkeypatch.setattr(ppo, "token_logprobs", recorded)
-    for coef in (0.0, 0.1):
-        ppo.main(tiny_config(ppo, out=f"bonus_{coef}", base="tiny", steps=1, n_eval=2, n_samples=2,
-                             entropy_coef=coef))
-    assert wanted == [False, False, True, True]
-    assert stage_log(finished_run, "bonus_0.0", ppo)[0]["entropy"] > 0
+OPTIONS = [                              # and the metric of the update in which they first show
+    (ppo, dict(surrogate="kl_penalty"), 1, "policy_loss"),
+    (ppo, dict(kl_control="fixed"), 1, "beta"),
+    (ppo, dict(whiten_rewards=True), 0, "value_loss"),
+    (ppo, dict(score_clip=0.5), 0, "score"),
+    (ppo, dict(entropy_coef=1.0), 0, "grad_norm"),
+    (ppo, dict(critic_init="sft"), 1, "value_loss"),
+    (ppo, dict(critic_target="td"), 0, "value_loss"),
+    (ppo, dict(critic_target="score"), 1, "value_loss"),
+    (ppo, dict(critic_target="mc", lam=0.9), 1, "explained_variance"),
+    (ppo, dict(lam=0.9), 0, "value_loss"),
+    (ppo, dict(gamma=0.9), 0, "value_loss"),
+    (ppo, dict(value_clip_eps=0.001), 0, "value_clip_fraction"),
+    (ppo, dict(epochs=2), 0, "kl_old"),
+    (ppo, dict(temperature=0.7), 0, "entropy"),
+    (ppo, dict(missing_eos_score=None), 0, "score"),
+    (ppo, dict(beta=1.0), 1, "value_loss"),
+    (ppo, dict(clip_eps=0.01), 0, "clip_fraction"),
+    (ppo, dict(grad_clip=0.01), 1, "score"),
+    (ppo, dict(critic_lr=1e-2), 1, "value_loss"),
+    (ppo, dict(batch_size=1, minibatch_size=1), 0, "score"),
+    (ppo, dict(batch_size=6, minibatch_size=3, max_new_tokens=1), 0, "score"),
+    (grpo, dict(advantage="dr_grpo"), 0, "grad_norm"),
+    (grpo, dict(advantage="rloo"), 0, "grad_norm"),
+    (grpo, dict(advantage="reinforce"), 0, "grad_norm"),
+    (grpo, dict(kl_in="loss"), 1, "group_std"),
+    (grpo, dict(normalise="sequence"), 0, "grad_norm"),
+    (grpo, dict(normalise="fixed"), 0, "grad_norm"),
+    (grpo, dict(clip_eps=0.01), 0, "clip_fraction"),
+    (grpo, dict(clip_eps=0.01, clip_eps_high=0.5), 0, "clip_fraction"),
+    (grpo, dict(group_size=2), 0, "group_std"),
+    (grpo, dict(beta=2.0), 1, "group_std"),
+    (grpo, dict(epochs=2), 0, "kl_old"),
+    (grpo, dict(temperature=0.7), 0, "entropy"),
+    (grpo, dict(missing_eos_score=None), 0, "score"),
+    (grpo, dict(score_clip=0.5), 0, "score"),
+    (grpo, dict(grad_clip=0.01), 1, "score"),
+    (grpo, dict(batch_size=1, minibatch_size=1, group_size=1, advantage="reinforce"), 0, "score"),
+    (grpo, dict(batch_size=6, minibatch_size=2, group_size=3, max_new_tokens=1), 0, "score"),
+    (dpo, dict(loss="robust", label_smoothing=0.1), 1, "loss"),
+    (dpo, dict(label_smoothing=0.1), 1, "loss"),
+    (dpo, dict(loss="ipo"), 0, "loss"),
+    (dpo, dict(loss="hinge"), 0, "loss"),
+    (dpo, dict(loss="fidelity"), 0, "loss"),
+    (dpo, dict(length_normalise=True), 0, "chosen_logprobs"),
+    (dpo, dict(length_normalise=True, mask_shared_prefix=True), 0, "chosen_logprobs"),
+    (dpo, dict(reference_free=True), 0, "loss"),
+    (dpo, dict(margin=0.5), 0, "loss"),
+    (dpo, dict(nll_coef=1.0), 0, "grad_norm"),
+    (dpo, dict(beta=1.0), 0, "grad_norm"),
+    (dpo, dict(grad_clip=0.01), 1, "margin"),
+    (dpo, dict(labels="soft"), 0, "chosen_logprobs"),
+    (dpo, dict(labels="reward_model"), 0, "chosen_logprobs"),
+    (dpo, dict(batch_size=1, n_pairs=3), 0, "chosen_logprobs"),
+    (dpo, dict(length_normalise=True, reference_free=True, margin=0.5, beta=2.0), 0, "loss")]
+SHORT = {ppo: dict(steps=2), grpo: dict(steps=2), dpo: dict(n_pairs=48)}
 
 
 @pytest.fixture(scope="module")
-def two_updates(whole_run):
-    """Logs of two updates by default settings, {script: log}, to compare options with"""
+def default_logs(whole_run):
+    """Logs of short runs with the default settings, {script: log}, to compare options with"""
     out = whole_run[0].parent
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(out.parent)
-        ppo.main(tiny_config(ppo, out="default", base="tiny", steps=2, n_eval=8))
-        grpo.main(tiny_config(grpo, out="default", base="tiny", steps=2, **FEW))
-    return {script: stage_log(out, "default", script) for script in (ppo, grpo)}
+        for script, short in SHORT.items():
+            script.main(tiny_config(script, out="default", base="tiny", **short, **FEW))
+    return {script: stage_log(out, "default", script) for script in SHORT}
 
 
-def check_option_acts(script, changes, update, metric, out, default_log, **small):
-    """Two updates with some options differ from two by default in a metric of an update."""
-    name = f"{script.__name__}_" + option_folder(changes)
-    results = script.main(tiny_config(script, out=name, base="tiny", steps=2, **small, **changes))
+@pytest.mark.parametrize("script, changes, update, metric", OPTIONS, ids=option_id)
+def test_every_option_acts_on_the_quantity_it_names(
+        script, changes, update, metric, tiny, default_logs):
+    name = f"{script.__name__}_{changes}"
+    log, results = tiny.run(script, name, **(SHORT[script] | changes))
     assert math.isfinite(results["score"]) and math.isfinite(results["kl_ref"])
-    log = stage_log(out, name, script)
     assert log[0]["kl_ref"] == 0
-    assert log[update][metric] != pytest.approx(default_log[update][metric], rel=1e-4)
+    default = default_logs[script][update][metric]
+    assert log[update][metric] != pytest.approx(default, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("changes, update, metric", [
-    (dict(surrogate="kl_penalty"), 1, "policy_loss"),
-    (dict(kl_control="fixed"), 1, "beta"),
-    (dict(whiten_rewards=True), 0, "value_loss"),
-    (dict(score_clip=0.5), 0, "score"),
-    (dict(entropy_coef=1.0), 0, "grad_norm"),
-    (dict(critic_init="sft"), 1, "value_loss"),
-    (dict(critic_target="td"), 0, "value_loss"),
-    (dict(critic_target="score"), 1, "value_loss"),
-    (dict(critic_target="mc", lam=0.9), 1, "explained_variance"),
-    (dict(lam=0.9), 0, "value_loss"),
-    (dict(gamma=0.9), 0, "value_loss"),
-    (dict(value_clip_eps=0.001), 0, "value_clip_fraction"),
-    (dict(epochs=2), 0, "kl_old"),
-    (dict(temperature=0.7), 0, "entropy"),
-    (dict(missing_eos_score=None), 0, "score"),
-    (dict(beta=1.0), 1, "value_loss"),
-    (dict(clip_eps=0.01), 0, "clip_fraction"),
-    (dict(grad_clip=0.01), 1, "score"),
-    (dict(critic_lr=1e-2), 1, "value_loss"),
-    (dict(batch_size=1, minibatch_size=1), 0, "score"),
-    (dict(batch_size=6, minibatch_size=3, max_new_tokens=1), 0, "score")], ids=option_id)
-def test_every_option_of_ppo_acts_on_the_quantity_it_names(changes, update, metric, finished_run,
-                                                           two_updates, no_pictures):
-    check_option_acts(ppo, changes, update, metric, finished_run, two_updates[ppo], n_eval=8)
+@pytest.mark.parametrize("script, given, option, less, more, metric, factor", [
+    (ppo, dict(kl_control="fixed"), "beta", 2.0, 0.02, "kl_ref", 2),
+    (grpo, dict(kl_in="loss", advantage="rloo"), "beta", 5.0, 0.02, "kl_ref", 2),
+    (ppo, dict(), "entropy_coef", 0.0, 3.0, "entropy", 1.05),
+    (dpo, dict(), "nll_coef", 3.0, 0.0, "nll", 1)], ids=option_id)
+def test_a_coefficient_has_the_effect_that_it_is_there_for(
+        script, given, option, less, more, metric, factor, tiny):
+    low, high = (tiny.run(script, f"{option}_{value}", **given, **{option: value})[0][-1][metric]
+                 for value in (less, more))
+    assert high > factor * low
 
 
-def test_beta_follows_kl_ref_of_each_update(finished_run, no_pictures):
-    ppo.main(tiny_config(ppo, out="followed", base="tiny", kl_target=0.5, kl_horizon=100.0,
-                         n_eval=8))
-    log = stage_log(finished_run, "followed", ppo)
+def test_coefficients_follow_the_kls_of_each_update(tiny):
+    log, _ = tiny.run(ppo, "followed", surrogate="kl_penalty", kl_old_target=0.01, kl_target=0.5,
+                         kl_horizon=100.0)
     for before, after in zip(log, log[1:]):
         error = min(max(before["kl_ref"] / 0.5 - 1, -0.2), 0.2)
         assert after["beta"] == pytest.approx(before["beta"] * (1 + error * 32 / 100))
+        factor = 1
+        if before["kl_old"] > 0.015:
+            factor = 2
+        elif before["kl_old"] < 0.01 / 1.5:
+            factor = 0.5
+        assert after["kl_penalty_coef"] == before["kl_penalty_coef"] * factor
     assert any(after["beta"] > before["beta"] for before, after in zip(log, log[1:]))
+    assert len({line["kl_penalty_coef"] for line in log}) > 1
+
+
+def test_with_a_learning_rate_of_zero_nothing_moves_over_all_epochs(tiny):
+    log, _ = tiny.run(ppo, "still", steps=2, epochs=3, lr=0.0)
+    for line in log:
+        assert line["ratio"] == pytest.approx(1, abs=1e-6) and line["clip_fraction"] == 0
+        assert line["kl_ref"] == line["kl_old"] == 0
 
 
 def test_an_eos_in_the_prompt_does_not_finish_the_response():
@@ -4254,55 +4278,93 @@ def test_an_eos_in_the_prompt_does_not_finish_the_response():
     assert finished.any() and not finished.all()
 
 
-def test_the_kl_penalty_coefficient_follows_kl_old(finished_run, no_pictures):
-    ppo.main(tiny_config(ppo, out="penalised", base="tiny", surrogate="kl_penalty",
-                         kl_old_target=0.01, steps=8, n_eval=8))
-    log = stage_log(finished_run, "penalised", ppo)
-    for before, after in zip(log, log[1:]):
-        factor = 1
-        if before["kl_old"] > 0.015:
-            factor = 2
-        elif before["kl_old"] < 0.01 / 1.5:
-            factor = 0.5
-        assert after["kl_penalty_coef"] == before["kl_penalty_coef"] * factor
-    assert len({line["kl_penalty_coef"] for line in log}) > 1
+def test_one_sample_has_no_standard_deviation(tiny, capsys):
+    _, results = tiny.run(ppo, "single", steps=1, n_eval=1, n_samples=1)
+    assert "standard deviations" not in capsys.readouterr().out and "gold_gain" not in results
+    written = (tiny.out / "single" / "ppo" / "results.json").read_text()
+    json.loads(written, parse_constant=pytest.fail)      # which is called for NaN and Infinity
 
 
-def test_an_entropy_bonus_raises_the_entropy(finished_run, no_pictures):
-    plain, raised = (ppo.main(tiny_config(ppo, out=f"bonus{coef}", base="tiny", n_eval=32,
-                                          entropy_coef=coef))["entropy"] for coef in (0.0, 3.0))
-    assert raised > plain + 0.1
+def test_without_a_bonus_the_update_builds_no_graph_for_the_entropy(tiny, monkeypatch):
+    calls = record(monkeypatch, ppo, "token_logprobs")
+    for coef in (0.0, 0.1):
+        log, _ = tiny.run(ppo, f"bonus_{coef}", steps=1, entropy_coef=coef)
+        assert log[0]["entropy"] > 0
+    in_updates = [call.kwargs.get("return_entropy") for call in calls
+                  if call.result[0].requires_grad]
+    assert in_updates == [False, False, True, True]
 
 
-def test_with_a_learning_rate_of_zero_nothing_moves_over_all_epochs(finished_run, no_pictures):
-    ppo.main(tiny_config(ppo, out="still", base="tiny", steps=2, epochs=3, lr=0.0, n_eval=8))
-    for line in stage_log(finished_run, "still", ppo):
-        assert line["ratio"] == pytest.approx(1, abs=1e-6) and line["clip_fraction"] == 0
-        assert line["kl_ref"] == line["kl_old"] == 0
+# ---- what PPO can do besides
+
+def test_the_average_follows_its_formula_and_is_evaluated_beside_the_actor(tiny, monkeypatch):
+    average, policy = small_gpt(seed=1), small_gpt(seed=2)
+    before = copy.deepcopy(average.state_dict())
+    ppo.move_average(average, policy, 0.9)
+    for name, weight in average.state_dict().items():
+        torch.testing.assert_close(weight, 0.9 * before[name] + 0.1 * policy.state_dict()[name])
+    actors = []                                          # the actor's weights at each call
+    original = ppo.move_average
+
+    def recorded(mean, actor, share):
+        actors.append(copy.deepcopy(actor.state_dict()))
+        original(mean, actor, share)
+    monkeypatch.setattr(ppo, "move_average", recorded)
+    _, results = tiny.run(ppo, "averaged", steps=3, ema=0.6)
+    assert len(actors) == 3                              # once an update
+    saved = tiny.checkpoint("averaged", ppo)
+    for name, expected in tiny.checkpoint("tiny", sft)["policy"].items():
+        for weights in actors:
+            expected = 0.6 * expected + 0.4 * weights[name]
+        torch.testing.assert_close(saved["policy_ema"][name], expected)
+    assert results["PPO, averaged"]["kl_ref"] != results["kl_ref"]
+    assert list(tiny.evaluate("averaged")) == ["SFT", "averaged/ppo", "averaged/ppo/ema"]
 
 
-@pytest.mark.parametrize("changes", [
-    dict(loss="fidelity"),
-    dict(token_wise=True),
-    dict(n_responses=2, margin=0.5),
-    dict(batch_size=1, epochs=2)], ids=option_id)
-def test_every_option_of_the_reward_model_runs(changes, finished_run, no_pictures):
-    name = "rm_" + "-".join(changes)
-    results = reward_model.main(tiny_config(reward_model, out=name, base="tiny", n_prompts=40,
-                                            **changes))
-    assert 0.4 < results["accuracy"] < results["bayes_accuracy"]
-    pairs = 40 if "n_responses" in changes else 240
-    report = (finished_run / name / "reward_model" / "report.txt").read_text()
-    assert f"on {pairs} held-out comparisons" in report
+def test_the_gradient_with_ptx_is_the_sum_of_the_two(tiny, monkeypatch):
+    """The actor's first gradient, unclipped: of the policy loss, plus coef times of the texts"""
+    original_clip = torch.nn.utils.clip_grad_norm_
+    original_texts = data.built_in_texts
+
+    def few_texts(n, n_held_out, seed):                  # 20,000 take seconds to write
+        return original_texts(min(n, 500), n_held_out, seed)
+
+    def recorded_clip(parameters, limit):
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+        return original_clip(parameters, limit)
+    monkeypatch.setattr(data, "built_in_texts", few_texts)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recorded_clip)
+    drawn = record(monkeypatch, data, "draw")
+    first_gradients = []
+    for coef in (0.0, 0.7):
+        gradients = []
+        log, _ = tiny.run(ppo, f"ptx_{coef}", steps=1, ptx_coef=coef, minibatch_size=32)
+        first_gradients.append(gradients[0])
+    texts = next(call.result for call in drawn if isinstance(call.result[0], tuple))
+    policy, _, _ = tiny.models()
+    inputs, targets, mask = data.collate(*zip(*texts))
+    loss = -masked_mean(token_logprobs(policy, inputs, targets, mask), mask)
+    loss.backward()
+    text_gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    plain, with_ptx = first_gradients
+    torch.testing.assert_close(with_ptx, plain + 0.7 * text_gradient, atol=1e-6, rtol=1e-4)
+    assert len(texts) == 32 and log[0]["ptx_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_a_beta_raised_a_hundredfold_keeps_the_policy_at_the_reference(finished_run, no_pictures):
-    low, high = (ppo.main(tiny_config(ppo, out=f"beta{beta}", base="tiny", kl_control="fixed",
-                                      beta=beta))["kl_ref"] for beta in (0.02, 2.0))
-    assert high < 0.5 * low
+def test_during_warm_up_the_critic_alone_learns(tiny):
+    log, _ = tiny.run(ppo, "warmed", steps=3, critic_warmup=3)
+    saved = tiny.checkpoint("warmed", ppo)
+    start = tiny.checkpoint("tiny", sft)
+    assert_same_bits(dict(saved["policy"]), dict(start["policy"]))
+    assert saved["critic"]["head.weight"].any()
+    for line in log:
+        assert line["kl_ref"] == line["grad_norm"] == 0 < line["critic_grad_norm"]
+    log, _ = tiny.run(ppo, "warmed-2", steps=3, critic_warmup=1)
+    assert log[1]["kl_ref"] == 0 != log[2]["kl_ref"]
+    assert log[0]["kl_old"] == 0 < log[1]["kl_old"]
 
 
-# ---- dpo.py and evaluate.py
+# ---- dpo.py
 
 def test_dpo_starts_at_the_reference_and_raises_gold_from_comparisons_alone(whole_run):
     folder = whole_run[0] / "dpo"
@@ -4321,73 +4383,38 @@ def test_dpo_starts_at_the_reference_and_raises_gold_from_comparisons_alone(whol
             assert stored == pytest.approx(token_logprobs(reference, *batch).sum().item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("changes", [
-    dict(loss="robust", label_smoothing=0.1),
-    dict(label_smoothing=0.1),
-    dict(loss="ipo"),
-    dict(loss="hinge"),
-    dict(loss="fidelity"),
-    dict(length_normalise=True),
-    dict(reference_free=True),
-    dict(margin=0.5),
-    dict(length_normalise=True, mask_shared_prefix=True),
-    dict(nll_coef=1.0),
-    dict(labels="soft"),
-    dict(labels="reward_model"),
-    dict(labels="annotators", rounds=2),
-    dict(beta=1.0),
-    dict(grad_clip=0.01),
-    dict(labels="soft", rounds=2, epochs=2),
-    dict(batch_size=1),
-    dict(missing_eos_score=None, labels="soft"),
-    dict(length_normalise=True, reference_free=True, margin=0.5, beta=2.0),
-    dict(score_clip=0.1, labels="soft")], ids=option_folder)
-def test_every_option_of_dpo_acts(changes, finished_run, no_pictures):
-    name = "dpo_" + option_folder(changes)
-    rounds = changes.get("rounds", 1)
-    n_pairs = 3 * changes.get("batch_size", 16) * rounds
-    results = dpo.main(tiny_config(dpo, out=name, base="tiny", n_pairs=n_pairs, **FEW, **changes))
-    log = stage_log(finished_run, name, dpo)
-    default_log = stage_log(finished_run, "tiny", dpo)
-    assert len(log) == 3 * rounds * changes.get("epochs", 1)
-    assert math.isfinite(results["score"]) and log[0]["kl_ref"] == 0
-    assert len(list((finished_run / name / "dpo").glob("pairs_*.json"))) == rounds
-    changed = {key for key in ("loss", "margin", "grad_norm", "chosen_logprobs", "nll")
-               for step in (0, 2)
-               if log[step][key] != pytest.approx(default_log[step][key], rel=1e-3, abs=1e-6)}
-    assert changed
+@pytest.mark.parametrize("changes, updates", [
+    (dict(labels="annotators"), 6),
+    (dict(labels="soft", epochs=2), 12)], ids=["annotators", "soft, two epochs"])
+def test_each_round_of_dpo_has_pairs_of_its_own(changes, updates, tiny):
+    name = f"rounds_{updates}"
+    log, _ = tiny.run(dpo, name, n_pairs=96, rounds=2, **changes)
+    assert len(log) == updates and log[0]["kl_ref"] == 0
+    rounds = [files.read_json(tiny.out / name / "dpo" / f"pairs_{i}.json") for i in range(2)]
+    assert len(rounds[0]) == len(rounds[1]) == 48 and rounds[0] != rounds[1]
+    assert not (tiny.out / name / "dpo" / "pairs_2.json").exists()
 
 
-def test_masking_the_shared_prefix_alone_changes_nothing_and_says_so(finished_run, capsys,
-                                                                     no_pictures):
+def test_soft_labels_are_made_of_the_scores_that_the_options_ask_for(tiny):
+    plain, clipped, unfinished = (
+        tiny.run(dpo, f"soft_{changes}", n_pairs=48, labels="soft", **changes)[0][0]
+        for changes in ({}, dict(score_clip=0.1), dict(missing_eos_score=None)))
+    assert plain["grad_norm"] > 2 * clipped["grad_norm"]
+    assert plain["grad_norm"] != pytest.approx(unfinished["grad_norm"], rel=1e-3)
+
+
+def test_masking_the_shared_prefix_alone_changes_nothing_and_says_so(tiny, capsys):
     margins = []
     for masked in (False, True):
         assert "--mask_shared_prefix changes nothing" not in capsys.readouterr().out
-        out = f"prefix_{masked}"
-        dpo.main(tiny_config(dpo, out=out, base="tiny", n_pairs=48, mask_shared_prefix=masked,
-                             **FEW))
-        margins.append([line["margin"] for line in stage_log(finished_run, out, dpo)])
+        log, _ = tiny.run(dpo, f"prefix_{masked}", n_pairs=48, mask_shared_prefix=masked)
+        margins.append([line["margin"] for line in log])
     said = capsys.readouterr().out
     assert "--mask_shared_prefix changes nothing without --length_normalise" in said
     assert margins[0] == pytest.approx(margins[1], abs=1e-4)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(beta=0.0), "--beta got 0"),
-    (dict(label_smoothing=0.5), "--label_smoothing got 0.5"),
-    (dict(loss="ipo", label_smoothing=0.1),
-     "works only with --loss sigmoid or robust, this is --loss ipo"),
-    (dict(n_pairs=20, rounds=2), "less than one batch of 16 pairs"),
-    (dict(n_pairs=5000), "asks for 5000 of the annotators' comparisons, .*reward_model has 960"),
-    (dict(n_eval=500), "--n_eval 500 .* asks for more held-out prompts than the 197 that")])
-def test_dpo_refuses_what_cannot_be(changes, message, finished_run):
-    with pytest.raises(Stopped, match=message):
-        dpo.main(tiny_config(dpo, out="refused", base="tiny", **changes))
-    assert not (finished_run / "refused").exists()
-
-
-def test_pairs_of_identical_responses_are_left_out_and_counted(finished_run, monkeypatch, capsys,
-                                                               no_pictures):
+def test_pairs_of_identical_responses_are_left_out_and_counted(tiny, monkeypatch, capsys):
     original = dpo.pairs_of_rankings
 
     def with_identical(*args):
@@ -4396,140 +4423,13 @@ def test_pairs_of_identical_responses_are_left_out_and_counted(finished_run, mon
             pair["rejected_ids"] = pair["chosen_ids"]
         return pairs
     monkeypatch.setattr(dpo, "pairs_of_rankings", with_identical)
-    dpo.main(tiny_config(dpo, out="identical", base="tiny", n_pairs=48, **FEW))
+    tiny.run(dpo, "identical", n_pairs=48)
     said = capsys.readouterr().out
     assert "round 0: 32 pairs; 16 with identical responses are left out" in said
-    assert len(files.read_json(finished_run / "identical" / "dpo" / "pairs_0.json")) == 32
+    assert len(files.read_json(tiny.out / "identical" / "dpo" / "pairs_0.json")) == 32
 
 
-def test_nll_keeps_the_chosen_responses_likely(finished_run, no_pictures):
-    nll = []
-    for coef in (0.0, 3.0):
-        dpo.main(tiny_config(dpo, out=f"nll{coef}", base="tiny", nll_coef=coef, **FEW))
-        nll.append(stage_log(finished_run, f"nll{coef}", dpo)[-1]["nll"])
-    assert nll[1] < nll[0]
-
-
-@pytest.fixture(scope="module")
-def evaluated(whole_run):
-    """-> results, folder of an evaluation of the runs tiny and fixed"""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(whole_run[0].parent.parent)
-        ppo.main(tiny_config(ppo, out="fixed", base="tiny", kl_control="fixed", beta=0.5, **FEW))
-        results = evaluate.main(tiny_config(evaluate, runs="tiny,fixed", overoptimise=True))
-    return results, whole_run[0] / "evaluate"
-
-
-def test_evaluate_finds_every_policy_and_reports_where_it_landed(evaluated):
-    results, folder = evaluated
-    policies = ["fixed/ppo", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
-    assert list(results) == ["SFT", *policies, "overoptimisation"]
-    report = (folder / "report.md").read_text()
-    for heading in ("The limit", "Best of n", "Win rates", "Samples", "Over-optimisation"):
-        assert f"## {heading}" in report
-    for text in (report, (folder / "report.txt").read_text()):
-        assert "\ncommand     python evaluate.py --config tiny" in text
-        assert "\nmade with   commit " in text
-    for picture in ("frontier.png", "overoptimisation.png"):
-        assert (folder / picture).read_bytes()[:4] == b"\x89PNG" and f"({picture})" in report
-    assert results["SFT"]["kl_ref"] == 0 and results["SFT"]["elo_by_gold"] == 1000
-    assert "fraction" in results["fixed/ppo"] and "fraction" in results["tiny/dpo"]
-    assert "fraction" not in results["tiny/ppo"]
-    assert results["tiny/grpo"]["aims_at_optimum"] and results["tiny/grpo"]["fraction"] > 0.3
-    for name in policies:
-        assert -1 < results[name]["share"] < 1.3 and results[name]["kl_ref"] > 0.05
-    assert results["tiny/ppo"]["share"] > 0.3 and results["tiny/ppo"]["elo_by_score"] > 1000
-    log = stage_log(folder.parent.parent, "tiny-weak", ppo)
-    last = [line["score"] for line in log[-3:]]          # means over five updates, two on each side
-    assert results["overoptimisation"]["end_score"] == pytest.approx(sum(last) / 3)
-    assert results["overoptimisation"]["fall"] >= 0
-    json.dumps(results, allow_nan=False)
-
-
-def test_samples_carry_the_densities_scores_and_texts_of_their_policies(finished_run):
-    """Each policy is sampled again by itself, and measured under every policy."""
-    reference, tokenizer, scorer = tiny_models(finished_run)
-    actor, _ = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
-    policies = {"SFT": reference, "PPO": actor}
-    reward = reward_of(scorer, tiny_config(ppo))
-    prompts = held_out_prompts(tokenizer, 3)
-    samples = compare.collect(policies, reward, tokenizer, prompts, [4, 2],
-                              tiny_config(ppo, temperature=0.8, seed=9))
-    assert samples.columns("SFT") == slice(0, 4) and samples.columns("PPO") == slice(4, 6)
-    for (name, policy), n in zip(policies.items(), samples.counts, strict=True):
-        columns = samples.columns(name)
-
-        def check(ours, theirs):
-            torch.testing.assert_close(ours[:, columns].float(), theirs.view(3, n).float(),
-                                       atol=2e-4, rtol=1e-4)
-
-        repeated = [prompt for prompt in prompts for _ in range(n)]
-        tokens, mask = generate(policy, repeated, 24, tokenizer.eot_token, 0.8, seeded(9))
-        inputs, targets = data.shift(tokens)
-        batch = (inputs, targets, mask)
-        finished = data.met_eos(targets, mask, tokenizer.eot_token)
-        for logprobs, other in zip(samples.logprobs, policies.values(), strict=True):
-            check(logprobs, token_logprobs(other, *batch, 0.8).sum(1).detach())
-        _, entropy = token_logprobs(policy, *batch, 0.8, return_entropy=True)
-        check(samples.entropy, entropy.sum(1).detach())
-        check(samples.scores, reward(*batch, finished))
-        check(samples.lengths, mask.sum(1))
-        check(samples.finished, finished)
-        asked = [tokenizer.decode(prompt) for prompt in repeated]
-        texts = [tokenizers.decode_response(tokenizer, ids)
-                 for ids in data.responses_of(tokens, mask)]
-        gold = [reviews.gold(prompt, *text) for prompt, text in zip(asked, texts)]
-        grammatical = [reviews.grammatical(prompt, *text) for prompt, text in zip(asked, texts)]
-        check(samples.gold, torch.tensor(gold))
-        check(samples.grammatical, torch.tensor(grammatical))
-        assert [t for row in samples.texts for t in row[columns]] == [t for t, _ in texts]
-        assert samples.asked == asked[::n]
-
-
-def test_no_batch_of_samples_repeats_an_earlier_one(finished_run):
-    reference, tokenizer, _ = tiny_models(finished_run)
-
-    def length(inputs, targets, mask, finished):
-        return mask.sum(1)
-    samples = compare.collect({"SFT": reference}, length, tokenizer, held_out_prompts(tokenizer, 1),
-                              [1100], tiny_config(ppo, max_new_tokens=4, seed=9))
-    assert samples.texts[0][1024:] != samples.texts[0][:76]      # they are sampled 1024 at a time
-
-
-SMALL_EVALUATION = dict(n_eval=2, n_reference=8, n_samples=4)
-
-
-def test_evaluate_leaves_out_runs_from_a_different_sft_policy(finished_run, capsys, no_pictures):
-    sft.main(tiny_config(sft, out="elsewhere", steps=5))
-    ppo.main(tiny_config(ppo, out="elsewhere", base="tiny", steps=1, **FEW))
-    cfg = tiny_config(evaluate, out="tiny", runs="tiny,elsewhere", **SMALL_EVALUATION)
-    results = evaluate.main(cfg)
-    said = capsys.readouterr().out
-    assert "leaving out elsewhere/ppo: it started from a different SFT policy" in said
-    assert list(results) == ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
-    for stage in ("ppo", "sft"):                         # as an interrupted --overwrite leaves them
-        shutil.copytree(finished_run / "tiny" / stage, finished_run / "tiny" / f"{stage}.old")
-    again = evaluate.main(dataclasses.replace(cfg, runs="tiny"))
-    assert list(again) == ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
-
-
-@pytest.mark.parametrize("changes, message", [
-    (dict(n_reference=1), "--n_reference got 1"),
-    (dict(max_new_tokens=70), "lower --max_new_tokens to"),
-    (dict(runs="nowhere"), "--runs names nowhere, but out/nowhere has no finished stage")])
-def test_evaluate_refuses_what_cannot_be(changes, message, finished_run):
-    with pytest.raises(Stopped, match=message):
-        evaluate.main(tiny_config(evaluate, **{"runs": "tiny", **SMALL_EVALUATION, **changes}))
-
-
-def test_evaluate_without_any_policy_shows_the_limit_alone(finished_run, tmp_path, monkeypatch):
-    for stage in ("sft", "reward_model"):
-        shutil.copytree(finished_run / "tiny" / stage, tmp_path / "out" / "tiny" / stage)
-    monkeypatch.chdir(tmp_path)
-    assert list(evaluate.main(tiny_config(evaluate, n_eval=2, n_reference=8))) == ["SFT"]
-
-
-# ---- grpo.py and policy_gradient.py
+# ---- grpo.py
 
 def test_grpo_raises_the_score_and_starts_where_it_should(whole_run):
     log = log_of(whole_run[0] / "grpo")
@@ -4542,74 +4442,53 @@ def test_grpo_raises_the_score_and_starts_where_it_should(whole_run):
 
 
 @pytest.mark.parametrize("kl_in", ["reward", "loss"])
-def test_a_grpo_update_wires_groups_rewards_and_weights_together(kl_in, finished_run, monkeypatch):
+def test_a_grpo_update_wires_groups_rewards_and_weights_together(kl_in, tiny, monkeypatch):
     """One run, the calls of the maths in two updates compared with the definitions"""
-    calls = {}
-    backward = []                                # what .backward() was called on
-    original_backward = torch.Tensor.backward
-
-    def record(owner, name):
-        original = getattr(owner, name)
-
-        def recorded(*args, **kwargs):
-            result = original(*args, **kwargs)
-            calls.setdefault(name, []).append((args, result))
-            return result
-        monkeypatch.setattr(owner, name, recorded)
-
-    def recorded_backward(loss):
-        backward.append(loss.detach())
-        original_backward(loss)
-    monkeypatch.setattr(torch.Tensor, "backward", recorded_backward)
-    for name in ("roll_out", "score_rollout", "kl_estimate"):
-        record(ppo, name)
-    for name in ("token_logprobs", "group_advantages", "token_weights", "grpo_loss"):
-        record(grpo, name)
-    record(reward_py.Reward, "__call__")
-    out = f"wired_{kl_in}"
-    grpo.main(tiny_config(grpo, out=out, base="tiny", steps=4, batch_size=12, minibatch_size=12,
-                          group_size=3, kl_in=kl_in, beta=0.4, advantage="rloo", normalise="fixed",
-                          clip_eps=0.1, clip_eps_high=0.3, **FEW))
-    reference, tokenizer, _ = tiny_models(finished_run)
-    log = stage_log(finished_run, out, grpo)
+    calls = {name: record(monkeypatch, ppo, name) for name in ("roll_out", "score_rollout")}
+    calls |= {name: record(monkeypatch, grpo, name) for name in ("group_advantages", "grpo_loss")}
+    scored = record(monkeypatch, reward_py.Reward, "__call__")
+    backward = record(monkeypatch, torch.Tensor, "backward")
+    logprobs_calls = record(monkeypatch, grpo, "token_logprobs")
+    kl_calls = record(monkeypatch, ppo, "kl_estimate")
+    log, _ = tiny.run(grpo, f"wired_{kl_in}", steps=4, batch_size=12, minibatch_size=12,
+                         group_size=3, kl_in=kl_in, beta=0.4, advantage="rloo", normalise="fixed",
+                         clip_eps=0.1, clip_eps_high=0.3)
+    reference, tokenizer, _ = tiny.models()
+    k3_calls = [call.args for call in kl_calls if len(call.args) == 3]
     for update in range(2):
-        inputs, targets, mask, _ = calls["roll_out"][update][1]
+        call = {name: made[update] for name, made in calls.items()}
+        inputs, targets, mask, _ = call["roll_out"].result
         prompts, _ = data.texts_of(tokenizer, inputs, targets, mask)
-        groups = [set(prompts[i:i + 3]) for i in range(0, 12, 3)]
-        assert all(len(group) == 1 for group in groups) and len(set(prompts)) > 1
-        old_logprobs, _ = calls["score_rollout"][update][1]
-        ref_logprobs = calls["token_logprobs"][3 * update][1]    # then the update's, then kl_old's
+        assert prompts == [prompt for prompt in prompts[::3] for _ in range(3)]      # groups
+        assert len(set(prompts)) > 1
+        old_logprobs, _ = call["score_rollout"].result
+        ref_logprobs = logprobs_calls[3 * update].result       # then the update's, then kl_old's
         expected = token_logprobs(reference, inputs, targets, mask).detach()
         torch.testing.assert_close(ref_logprobs, expected)
 
-        scores = calls["__call__"][update][1]
-        (rewards, group_size, kind), advantages = calls["group_advantages"][update]
+        rewards, group_size, kind = call["group_advantages"].args
         assert (group_size, kind) == (3, "rloo")
         kl = (old_logprobs - ref_logprobs).sum(1)
         assert (kl.abs().max() > 0) == (update > 0)
+        scores = scored[update].result
         expected = scores - 0.4 * kl if kl_in == "reward" else scores
         torch.testing.assert_close(rewards, expected)
 
-        args, (loss, _) = calls["grpo_loss"][update]
-        assert log[update]["policy_loss"] == loss.item()
-        logprobs, loss_old, loss_advantages, weights, *clip = args
-        rows = [next(b for b in range(12) if torch.equal(old_logprobs[b], row))
-                for row in loss_old]
-        assert rows != list(range(12)) and clip == [0.1, 0.3]                  # shuffled
-        assert torch.equal(loss_advantages, advantages[rows])
+        logprobs, loss_old, loss_advantages, weights, *clip = call["grpo_loss"].args
+        loss, _ = call["grpo_loss"].result
+        assert log[update]["policy_loss"] == loss.item() and clip == [0.1, 0.3]
+        rows = places(loss_old, old_logprobs)
+        assert rows != sorted(rows)                              # shuffled
+        assert torch.equal(loss_advantages, call["group_advantages"].result[rows])
         torch.testing.assert_close(logprobs.detach(), loss_old, atol=1e-5, rtol=0)
         torch.testing.assert_close(weights, mask[rows] / (12 * 24))
 
-        k3_calls = [args for args, _ in calls["kl_estimate"] if len(args) == 3]
-        in_loss = [ref for actor, ref, _ in k3_calls if actor is logprobs]
-        assert len(in_loss) == (kl_in == "loss")
-        assert all(torch.equal(ref, ref_logprobs[rows]) for ref in in_loss)
         if kl_in == "loss":
             ratio = torch.exp(ref_logprobs[rows] - logprobs)
             loss = loss + 0.4 * (weights * (ratio - 1 - ratio.log())).sum()
-        torch.testing.assert_close(backward[update], loss.detach())
+        torch.testing.assert_close(backward[update].args[0].detach(), loss.detach())
         kl_old = [new for old, new, _ in k3_calls
-                  if old is not logprobs and torch.equal(old, old_logprobs[rows])]
+                  if torch.equal(old, old_logprobs[rows]) and old is not logprobs]
         assert len(kl_old) == 1                                  # KL(old, new), not the reverse
         assert not torch.equal(kl_old[0], old_logprobs[rows])
 
@@ -4617,82 +4496,37 @@ def test_a_grpo_update_wires_groups_rewards_and_weights_together(kl_in, finished
         assert log[update]["group_std"] == pytest.approx(group_std, rel=1e-5)
         equal = sum(len(set(group.tolist())) == 1 for group in scores.view(-1, 3))
         assert log[update]["equal_groups"] == equal / 4
-    saved = files.load_checkpoint(finished_run / out / "grpo")
+    saved = tiny.checkpoint(f"wired_{kl_in}", grpo)
     lr = saved["optimizer"]["param_groups"][0]["lr"]
     assert lr == pytest.approx(log[-1]["lr"]) and lr < 1.5e-3
 
 
-@pytest.mark.parametrize("changes, update, metric", [
-    (dict(advantage="dr_grpo"), 0, "grad_norm"),
-    (dict(advantage="rloo"), 0, "grad_norm"),
-    (dict(advantage="reinforce"), 0, "grad_norm"),
-    (dict(kl_in="loss"), 1, "group_std"),
-    (dict(normalise="sequence"), 0, "grad_norm"),
-    (dict(normalise="fixed"), 0, "grad_norm"),
-    (dict(clip_eps=0.01), 0, "clip_fraction"),
-    (dict(clip_eps=0.01, clip_eps_high=0.5), 0, "clip_fraction"),
-    (dict(group_size=2), 0, "group_std"),
-    (dict(beta=2.0), 1, "group_std"),
-    (dict(epochs=2), 0, "kl_old"),
-    (dict(temperature=0.7), 0, "entropy"),
-    (dict(missing_eos_score=None), 0, "score"),
-    (dict(score_clip=0.5), 0, "score"),
-    (dict(grad_clip=0.01), 1, "score"),
-    (dict(batch_size=1, minibatch_size=1, group_size=1, advantage="reinforce"), 0, "score"),
-    (dict(batch_size=6, minibatch_size=2, group_size=3, max_new_tokens=1), 0, "score")],
-    ids=option_id)
-def test_every_option_of_grpo_acts_on_the_quantity_it_names(changes, update, metric, finished_run,
-                                                            two_updates, no_pictures):
-    check_option_acts(grpo, changes, update, metric, finished_run, two_updates[grpo], **FEW)
-
-
-def test_a_beta_in_the_loss_keeps_the_policy_at_the_reference(finished_run, no_pictures):
-    low, high = (grpo.main(tiny_config(grpo, out=f"loss{beta}", base="tiny", kl_in="loss",
-                                       advantage="rloo", beta=beta, n_eval=8,
-                                       n_samples=8))["kl_ref"] for beta in (0.02, 5.0))
-    assert high < 0.5 * low
-
-
-@pytest.mark.parametrize("changes, message", [
-    (dict(batch_size=10, minibatch_size=2),
-     "--batch_size 10 is not a multiple of --group_size 4; every group must be whole"),
-    (dict(minibatch_size=64), "--minibatch_size 64 does not divide --batch_size 32, .*; try 32"),
-    (dict(group_size=1), "--group_size 1 leaves nothing to compare a response with, and "
-                         "--advantage grpo compares"),
-    (dict(reward="nowhere.py:f"), "but nowhere.py does not exist"),
-    (dict(max_new_tokens=70), "lower --max_new_tokens to")])
-def test_grpo_refuses_what_cannot_be(changes, message, finished_run):
-    with pytest.raises(Stopped, match=message):
-        grpo.main(tiny_config(grpo, out="refused", base="tiny", **changes))
-    assert not (finished_run / "refused").exists()
-
-
-def test_a_verifiable_reward_is_learned_and_equal_groups_are_counted(finished_run, capsys,
-                                                                     no_pictures):
+def test_a_verifiable_reward_is_learned_and_equal_groups_are_counted(tiny, capsys):
     """
     A simple rule is learned at once. The request of the built-in task is too hard for the tiny
     policy: few of its reviews keep it, so most groups are equal.
     """
-    (finished_run.parent / "rule.py").write_text(
+    (tiny.out.parent / "rule.py").write_text(
         "def short(prompts, responses):\n"
         "    return [float(len(r.split()) < 12) for r in responses]\n")
-    results = grpo.main(tiny_config(grpo, out="rule", base="tiny", reward="rule.py:short",
-                                    missing_eos_score=0.0, normalise_reward=False))
-    log = stage_log(finished_run, "rule", grpo)
+    given = dict(missing_eos_score=0.0, normalise_reward=False)
+    log, results = tiny.run(grpo, "rule", reward="rule.py:short", n_eval=16, n_samples=16,
+                               **given)
     assert results["score"] > results["sft"]["score"] + 0.15
     for line in log:                                     # eight groups, 32 responses
         assert (line["equal_groups"] * 8) % 1 == 0 and (line["score"] * 32) % 1 == 0
     assert 0 < log[0]["equal_groups"] < 1
     # Groups are equal if their scores are, although their KLs differ
     assert any(line["equal_groups"] > 0 < line["kl_ref"] for line in log[1:])
-    results = grpo.main(tiny_config(
-        grpo, out="request", base="tiny", reward=f"{HERE}/reviews.py:request_kept", steps=2,
-        missing_eos_score=0.0, normalise_reward=False, **FEW))
+    _, results = tiny.run(grpo, "request", reward=f"{HERE}/reviews.py:request_kept", steps=2,
+                             **given)
     assert 0 <= results["score"] < 0.3
-    evaluate.main(tiny_config(evaluate, out="tiny", runs="tiny,rule", **SMALL_EVALUATION))
+    tiny.evaluate("tiny,rule")
     said = capsys.readouterr().out
     assert "leaving out rule/grpo: it was trained for a different reward" in said
 
+
+# ---- policy_gradient.py
 
 LADDER = policy_gradient.LADDER
 
@@ -4736,36 +4570,34 @@ def test_the_ladder_reports_every_rung_and_its_noise(whole_run):
         assert variance[rung] == pytest.approx(variance["gae"], rel=1e-3)
     for rung in ("importance", "clip", "kl_penalty"):            # an update later they are not
         assert variance[f"{rung}, later"] != pytest.approx(variance["gae"], rel=1e-3)
-    for before, rung in zip(LADDER, LADDER[1:]):
+    for before, rung in [*zip(LADDER, LADDER[1:]), ("clip", "clip, later")]:
         change = variance[rung] - variance[before]
         assert noise[rung]["change"] == pytest.approx(change, abs=1e-9)
-    change = variance["clip, later"] - variance["clip"]
-    assert noise["clip, later"]["change"] == pytest.approx(change)
     assert variance["baseline"] != pytest.approx(variance["reward_to_go"], rel=1e-6)     # a critic
 
 
-def test_a_rung_alone_is_the_rung_in_the_ladder(finished_run):
+def test_a_rung_alone_is_the_rung_in_the_ladder(tiny):
     """
     So no rung leaves anything behind for the next: weights, critic, optimizers, coefficient,
     random numbers.
     """
-    policy_gradient.main(tiny_config(policy_gradient, out="alone", base="tiny", rung="kl_penalty"))
-    differs = re.compile("_seconds$|_per_second$|^step$")
-    lines = {}
-    for run in ("alone", "ladder"):
-        log = stage_log(finished_run, run, policy_gradient)
-        lines[run] = [{name: value for name, value in line.items() if not differs.search(name)}
-                      for line in log if line["rung"] == "kl_penalty"]
-    assert lines["alone"] == lines["ladder"] != []
+    alone, _ = tiny.run(policy_gradient, "alone", rung="kl_penalty")
+    ladder = [line for line in tiny.log("ladder", policy_gradient)
+              if line["rung"] == "kl_penalty"]
+    assert len(alone) == len(ladder) == 4
+    for line in alone + ladder:
+        for name in [name for name in line if re.search("_seconds$|_per_second$|^step$", name)]:
+            del line[name]
+    assert alone == ladder
 
 
 @pytest.mark.parametrize("rung", LADDER)
-def test_every_rung_climbs_on_the_samples_it_is_given(rung, finished_run):
+def test_every_rung_climbs_on_the_samples_it_is_given(rung, tiny):
     """The loss falls by so many gradient steps, or by one within its KL; at temperature 0.7"""
-    reference, tokenizer, scorer = tiny_models(finished_run)
+    reference, tokenizer, scorer = tiny.models()
     cfg = tiny_config(policy_gradient, temperature=0.7, batch_size=32, minibatch_size=8)
     critic = ScalarGPT(scorer.config, init_from=scorer).eval()       # one whose values are not 0
-    actor, _ = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
+    actor = tiny.policy(sft)
     rollout = policy_gradient.sample_rollout(
         actor, critic, reference, reward_of(scorer, cfg), tokenizer,
         held_out_prompts(tokenizer, 32, 1), cfg, seeded())
@@ -4782,10 +4614,9 @@ def test_every_rung_climbs_on_the_samples_it_is_given(rung, finished_run):
     class Run:                                           # the two methods that a climb calls
         taken = 0
 
-        def step(self, grad_clip, **optimizers):
-            for optimizer in optimizers.values():
-                optimizer.step()
-                optimizer.zero_grad()
+        def step(self, grad_clip, grad_norm):
+            grad_norm.step()
+            grad_norm.zero_grad()
             self.taken += 1
             return {}
 
@@ -4801,11 +4632,10 @@ def test_every_rung_climbs_on_the_samples_it_is_given(rung, finished_run):
         assert before - loss_now() == pytest.approx(taken["gain"], abs=1e-5)
         kl = policy_gradient.mean_kl(distributions(start), distributions(actor)).item()
         assert kl == pytest.approx(taken["kl_step"], rel=1e-3) and 1e-4 < kl <= 1e-3
-        assert run.taken == 1
     else:
         optimizer = torch.optim.SGD(actor.parameters(), lr=1e-3)
         policy_gradient.climb(rung, actor, optimizer, rollout, order, cfg, 0.1, run)
-        assert run.taken == (1 if rung in policy_gradient.PSI else 4)
+    assert run.taken == (1 if rung in (*policy_gradient.PSI, "trpo") else 4)
     assert loss_now() < before - 1e-4
 
 
@@ -4814,39 +4644,30 @@ def test_every_rung_climbs_on_the_samples_it_is_given(rung, finished_run):
     dict(rung="kl_penalty", kl_old_target=10.0),
     dict(rung="trpo", max_kl=1e-4),
     dict(rung="gae", lam=0.0, batch_size=1, minibatch_size=1, fisher_rows=1),
-    dict(rung="gae", beta=0.0)], ids=option_folder)
-def test_one_rung_runs_by_itself_and_its_options_act(changes, finished_run, monkeypatch):
-    bounds = []
-    original = policy_gradient.trpo_step
-
-    def recorded(parameters, measure, fisher_kl, max_kl, *args):
-        bounds.append(max_kl)
-        return original(parameters, measure, fisher_kl, max_kl, *args)
-    monkeypatch.setattr(policy_gradient, "trpo_step", recorded)
-    name = "rung_" + option_folder(changes)
+    dict(rung="gae", beta=0.0)], ids=option_id)
+def test_one_rung_runs_by_itself_and_its_options_act(changes, tiny, monkeypatch):
+    steps = record(monkeypatch, policy_gradient, "trpo_step")
     rung = changes["rung"]
-    results = policy_gradient.main(tiny_config(policy_gradient, out=name, base="tiny", **changes))
-    log = stage_log(finished_run, name, policy_gradient)
-    default_log = [line for line in stage_log(finished_run, "ladder", policy_gradient)
+    log, results = tiny.run(policy_gradient, f"rung_{changes}", **changes)
+    default_log = [line for line in tiny.log("ladder", policy_gradient)
                    if line["rung"] == rung]
     assert list(results) == ["SFT", rung] and math.isfinite(results[rung]["score"])
     assert (log[2]["score"] != default_log[2]["score"]
             or log[2]["objective"] != default_log[2]["objective"])
     if rung == "trpo":
         assert all(line["kl_step"] <= 1e-4 for line in log)
+        bounds = [call.args[3] for call in steps]        # max_kl
         expected = [1e-4 * (line["lr"] / 2e-3) ** 2 for line in log]
         assert bounds == pytest.approx(expected) and min(bounds) < 5e-5
     if rung == "kl_penalty":
         assert [line["kl_penalty_coef"] for line in log] == [1, 0.5, 0.25, 0.125]
 
 
-def test_every_rung_of_a_ladder_is_evaluated(finished_run):
-    small = dict(out="rungs", base="tiny", **SMALL_EVALUATION)
-    results = evaluate.main(tiny_config(evaluate, runs="ladder,tiny/dpo", **small))
-    assert list(results) == ["SFT", "tiny/dpo"]
-    results = evaluate.main(tiny_config(evaluate, runs="ladder/policy_gradient", **small))
+def test_every_rung_of_a_ladder_is_evaluated(tiny):
+    assert list(tiny.evaluate("ladder,tiny/dpo")) == ["SFT", "tiny/dpo"]
+    results = tiny.evaluate("ladder/policy_gradient")
     assert list(results) == ["SFT", *(f"ladder/policy_gradient/{rung}" for rung in LADDER)]
-    folder = finished_run / "ladder" / "policy_gradient"
+    folder = tiny.out / "ladder" / "policy_gradient"
     weights = files.load_checkpoint(folder)["policy_kl_penalty"]
     policy, _ = sft.load_policy(folder, "cpu", "policy_kl_penalty")
     assert torch.equal(policy.transformer.wte.weight, weights["transformer.wte.weight"])
@@ -4854,13 +4675,279 @@ def test_every_rung_of_a_ladder_is_evaluated(finished_run):
         sft.load_policy(folder, "cpu")
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(minibatch_size=12), "--minibatch_size 12 does not divide --batch_size 16, .*; try 8"),
-    (dict(fisher_rows=17), "--fisher_rows 17 is more than --batch_size 16"),
-    (dict(variance_rows=8), "--batch_size 16 is not a multiple of 4 times --variance_rows 8")])
-def test_the_ladder_refuses_what_cannot_be(changes, message, finished_run):
+# ---- evaluate.py and compare.py
+
+@pytest.fixture(scope="module")
+def evaluated(whole_run):
+    """-> results, folder of an evaluation of the runs tiny and fixed"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(whole_run[0].parent.parent)
+        ppo.main(tiny_config(ppo, out="fixed", base="tiny", kl_control="fixed", beta=0.5, **FEW))
+        results = evaluate.main(tiny_config(evaluate, runs="tiny,fixed", overoptimise=True))
+    return results, whole_run[0] / "evaluate"
+
+
+def test_evaluate_finds_every_policy_and_reports_where_it_landed(evaluated):
+    results, folder = evaluated
+    policies = ["fixed/ppo", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
+    assert list(results) == ["SFT", *policies, "overoptimisation"]
+    report = (folder / "report.md").read_text()
+    for heading in ("The limit", "Best of n", "Win rates", "Samples", "Over-optimisation"):
+        assert f"## {heading}" in report
+    for text in (report, (folder / "report.txt").read_text()):
+        assert "\ncommand     python evaluate.py --config tiny" in text
+        assert "\nmade with   commit " in text
+    for picture in ("frontier.png", "overoptimisation.png"):
+        assert (folder / picture).read_bytes()[:4] == b"\x89PNG" and f"({picture})" in report
+    assert results["SFT"]["kl_ref"] == 0 and results["SFT"]["elo_by_gold"] == 1000
+    assert "fraction" in results["fixed/ppo"] and "fraction" in results["tiny/dpo"]
+    assert "fraction" not in results["tiny/ppo"]
+    assert results["tiny/grpo"]["aims_at_optimum"] and results["tiny/grpo"]["fraction"] > 0.3
+    for name in policies:
+        assert -1 < results[name]["share"] < 1.3 and results[name]["kl_ref"] > 0.05
+    assert results["tiny/ppo"]["share"] > 0.3 and results["tiny/ppo"]["elo_by_score"] > 1000
+    log = stage_log(folder.parent.parent, "tiny-weak", ppo)
+    last = [line["score"] for line in log[-3:]]          # means over five updates, two on each side
+    assert results["overoptimisation"]["end_score"] == pytest.approx(sum(last) / 3)
+    assert results["overoptimisation"]["fall"] >= 0
+    json.dumps(results, allow_nan=False)
+
+
+def test_samples_carry_the_densities_scores_and_texts_of_their_policies(tiny):
+    """Each policy is sampled again by itself, and measured under every policy."""
+    reference, tokenizer, scorer = tiny.models()
+    policies = {"SFT": reference, "PPO": tiny.policy(ppo)}
+    reward = reward_of(scorer, tiny_config(ppo))
+    prompts = held_out_prompts(tokenizer, 3)
+    samples = compare.collect(policies, reward, tokenizer, prompts, [4, 2],
+                              tiny_config(ppo, temperature=0.8, seed=9))
+    assert samples.columns("SFT") == slice(0, 4) and samples.columns("PPO") == slice(4, 6)
+    for (name, policy), n in zip(policies.items(), samples.counts, strict=True):
+        columns = samples.columns(name)
+
+        def check(ours, theirs):
+            torch.testing.assert_close(ours[:, columns].float(), theirs.view(3, n).float(),
+                                       atol=2e-4, rtol=1e-4)
+
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        (*batch, finished), responses = sampled_batch(policy, tokenizer, repeated, 9, 0.8)
+        for logprobs, other in zip(samples.logprobs, policies.values(), strict=True):
+            check(logprobs, token_logprobs(other, *batch, 0.8).sum(1).detach())
+        _, entropy = token_logprobs(policy, *batch, 0.8, return_entropy=True)
+        check(samples.entropy, entropy.sum(1).detach())
+        check(samples.scores, reward(*batch, finished))
+        check(samples.lengths, batch[2].sum(1))
+        check(samples.finished, finished)
+        asked = [tokenizer.decode(prompt) for prompt in repeated]
+        texts = [tokenizers.decode_response(tokenizer, ids) for ids in responses]
+        gold = [reviews.gold(prompt, *text) for prompt, text in zip(asked, texts)]
+        grammatical = [reviews.grammatical(prompt, *text) for prompt, text in zip(asked, texts)]
+        check(samples.gold, torch.tensor(gold))
+        check(samples.grammatical, torch.tensor(grammatical))
+        assert [t for row in samples.texts for t in row[columns]] == [t for t, _ in texts]
+        assert samples.asked == asked[::n]
+
+
+def test_no_batch_of_samples_repeats_an_earlier_one(tiny):
+    reference, tokenizer, _ = tiny.models()
+
+    def length(inputs, targets, mask, finished):
+        return mask.sum(1)
+    samples = compare.collect({"SFT": reference}, length, tokenizer, held_out_prompts(tokenizer, 1),
+                              [1100], tiny_config(ppo, max_new_tokens=4, seed=9))
+    assert samples.texts[0][1024:] != samples.texts[0][:76]      # they are sampled 1024 at a time
+
+
+def test_evaluate_leaves_out_runs_from_a_different_sft_policy(tiny, capsys):
+    sft.main(tiny_config(sft, out="elsewhere", steps=5))
+    tiny.run(ppo, "elsewhere", steps=1)
+    found = ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
+    assert list(tiny.evaluate("tiny,elsewhere")) == found
+    said = capsys.readouterr().out
+    assert "leaving out elsewhere/ppo: it started from a different SFT policy" in said
+    for stage in ("ppo", "sft"):                         # as an interrupted --overwrite leaves them
+        shutil.copytree(tiny.out / "tiny" / stage, tiny.out / "tiny" / f"{stage}.old")
+    assert list(tiny.evaluate("tiny")) == found
+
+
+def test_evaluate_without_any_policy_shows_the_limit_alone(tiny, tmp_path, monkeypatch):
+    for stage in ("sft", "reward_model"):
+        shutil.copytree(tiny.out / "tiny" / stage, tmp_path / "out" / "tiny" / stage)
+    monkeypatch.chdir(tmp_path)
+    assert list(evaluate.main(tiny_config(evaluate, n_eval=2, n_reference=8))) == ["SFT"]
+
+
+def test_one_bad_stage_among_many_is_left_out_by_name(tiny, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    for stage in ("sft", "reward_model", "ppo"):
+        shutil.copytree(tiny.out / "tiny" / stage, out / "tiny" / stage)
+    for run in ("damaged", "foreign", "older", "unfinished"):
+        shutil.copytree(tiny.out / "tiny" / "ppo", out / run / "ppo")
+    monkeypatch.chdir(tmp_path)
+    damaged = out / "damaged" / "ppo" / "checkpoint.pt"
+    damaged.write_bytes(damaged.read_bytes()[:5000])
+    torch.save({"weights": torch.zeros(3)}, out / "foreign" / "ppo" / "checkpoint.pt")
+    older = out / "older" / "ppo" / "config.json"
+    config = files.read_json(older)
+    for name in ("score_clip", "ptx_coef", "ema", "text_prompt", "whiten_rewards"):
+        del config[name]
+    files.write(older, json.dumps(config))
+    (out / "unfinished" / "ppo" / "report.txt").unlink()
+    small = dict(out="among_bad", base="tiny", n_eval=2, n_reference=4, n_samples=2)
+    found = evaluate.main(tiny_config(evaluate, **small))
+    said = capsys.readouterr().out
+    assert set(found) == {"SFT", "tiny/ppo", "older/ppo"}
+    assert "leaving out damaged/ppo: error: cannot read out/damaged/ppo/checkpoint.pt as a" in said
+    assert "leaving out foreign/ppo: error: " in said
+    assert "leaving out unfinished/ppo: it is not finished" in said
+    with pytest.raises(Stopped, match="cannot read out/damaged/ppo/checkpoint.pt"):   # asked for
+        evaluate.main(tiny_config(evaluate, runs="tiny, damaged/ppo", **small))
+
+
+# ---- what is refused before any work
+
+NO_ROOM = "--max_new_tokens 70 exceed the model's block_size 72; lower --max_new_tokens to 5"
+REFUSED = [
+    (sft, dict(block_size=60, max_new_tokens=60),
+     "--max_new_tokens 60 exceed the model's block_size 60; lower --max_new_tokens to"),
+    (sft, dict(block_size=40, max_new_tokens=1), "exceed --block_size 40; raise it"),
+    (reward_model, dict(max_new_tokens=70), NO_ROOM),
+    (ppo, dict(max_new_tokens=70), NO_ROOM),
+    (dpo, dict(beta=0.0), "--beta got 0"),
+    (dpo, dict(label_smoothing=0.5), "--label_smoothing got 0.5"),
+    (dpo, dict(loss="ipo", label_smoothing=0.1),
+     "works only with --loss sigmoid or robust, this is --loss ipo"),
+    (dpo, dict(n_pairs=20, rounds=2), "less than one batch of 16 pairs"),
+    (dpo, dict(n_pairs=5000),
+     "asks for 5000 of the annotators' comparisons, .*reward_model has 960"),
+    (dpo, dict(n_eval=500), "--n_eval 500 .* asks for more held-out prompts than the 197 that"),
+    (grpo, dict(batch_size=10, minibatch_size=2),
+     "--batch_size 10 is not a multiple of --group_size 4; every group must be whole"),
+    (grpo, dict(minibatch_size=64),
+     "--minibatch_size 64 does not divide --batch_size 32, .*; try 32"),
+    (grpo, dict(group_size=1),
+     "--group_size 1 leaves nothing to compare a response with, and --advantage grpo compares"),
+    (grpo, dict(reward="nowhere.py:f"), "but nowhere.py does not exist"),
+    (grpo, dict(max_new_tokens=70), NO_ROOM),
+    (policy_gradient, dict(minibatch_size=12),
+     "--minibatch_size 12 does not divide --batch_size 16, .*; try 8"),
+    (policy_gradient, dict(fisher_rows=17), "--fisher_rows 17 is more than --batch_size 16"),
+    (policy_gradient, dict(variance_rows=8),
+     "--batch_size 16 is not a multiple of 4 times --variance_rows 8"),
+    (policy_gradient, dict(lora_rank=2), "the ladder compares gradients of all weights"),
+    (evaluate, dict(n_reference=1), "--n_reference got 1"),
+    (evaluate, dict(max_new_tokens=70), NO_ROOM),
+    (evaluate, dict(runs="nowhere"),
+     "--runs names nowhere, but out/nowhere has no finished stage"),
+    (sample, dict(stage="sft,pppo"),
+     "--stage names pppo, but neither out/tiny/pppo nor out/pppo has a checkpoint; there are: "
+     ".*tiny/ppo"),
+    (sample, dict(stage="ppo/emma"), "has no such policy; its policies: ppo"),
+    (sample, dict(stage="ppo", prompt="a long prompt " * 30),
+     "shorten the prompts, or train a model that reads more")]
+
+
+@pytest.mark.parametrize("script, changes, message", REFUSED, ids=option_id)
+def test_settings_that_cannot_work_are_refused_before_any_work(script, changes, message, tiny):
+    given = {"out": "refused", "base": "tiny"}
+    if script is sft:
+        del given["base"]
+    if script is evaluate:
+        given |= {"runs": "tiny", **SMALL_EVALUATION}
+    if script is sample:
+        given = {}
     with pytest.raises(Stopped, match=message):
-        policy_gradient.main(tiny_config(policy_gradient, out="refused", base="tiny", **changes))
+        script.main(tiny_config(script, **(given | changes)))
+    assert not (tiny.out / "refused").exists()
+
+
+# ---- parts of a batch, and precision
+
+@pytest.mark.parametrize("script, changes", [
+    (sft, dict(steps=2, weight_decay=0.0)),
+    (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4)),
+    (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4, token_wise=True)),
+    (ppo, dict(steps=2, entropy_coef=0.1, **FEW)),
+    (ppo, dict(steps=2, surrogate="kl_penalty", batch_size=30, minibatch_size=15, **FEW)),
+    (dpo, dict(n_pairs=32, nll_coef=3.0, **FEW)),
+    (grpo, dict(steps=2, kl_in="loss", normalise="sequence", **FEW)),
+    (policy_gradient, dict(steps=2, rung="clip")),
+    (policy_gradient, dict(steps=2, rung="gae"))], ids=option_id)
+def test_a_batch_in_parts_has_the_gradient_and_the_metrics_of_the_whole(
+        script, changes, tiny, monkeypatch):
+    """
+    Rows are ragged, so the mean of the parts' means would be wrong. Trained by SGD, since AdamW
+    makes much of small differences.
+    """
+    def sgd(parameters, lr, **others):
+        return torch.optim.SGD(parameters, lr=lr)
+    monkeypatch.setattr(torch.optim, "AdamW", sgd)
+    base = {} if script is sft else {"base": "tiny"}
+    key = {reward_model: "reward_model", policy_gradient: "actor"}.get(script, "policy")
+    logs, weights = [], []
+    for parts in (1, 4):
+        name = f"{script.__name__}_in_{parts}"
+        shutil.rmtree(tiny.out / name, ignore_errors=True)
+        script.main(tiny_config(script, out=name, accumulation=parts, **base, **changes))
+        logs.append(tiny.log(name, script))
+        weights.append(tiny.checkpoint(name, script)[key])
+    for whole, parts in zip(*logs, strict=True):
+        for metric in whole:
+            if metric.endswith(("_seconds", "_per_second", "rung")):
+                continue
+            # In the first minibatch the values are at the edge of the clip range, up to rounding
+            atol = 1e-2 if metric == "value_clip_fraction" else 1e-5
+            assert parts[metric] == pytest.approx(whole[metric], rel=2e-4, abs=atol), metric
+    whole, parts = weights
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], atol=2e-6, rtol=1e-4)
+    if script is not sft:                                # the others started from the SFT policy
+        start = tiny.checkpoint("tiny", sft)["policy"]
+        moved = sum((whole[name] - weight).abs().sum().item() for name, weight in start.items()
+                    if name in whole)
+        assert moved > 1e-3
+
+
+def test_parts_have_about_one_size_and_hold_every_row_once():
+    for n, parts in ((8, 1), (8, 3), (5, 4), (2, 7)):
+        rows = list(range(n))
+        split = [part for part, _ in data.microbatches(rows, parts)]
+        assert sum(split, []) == rows and len(split) <= parts
+        assert max(map(len, split)) == -(-n // parts)
+        tensors = [part for part, _ in data.microbatches(torch.arange(n), parts)]
+        assert torch.equal(torch.cat(tensors), torch.arange(n))
+
+
+def test_shares_of_parts_sum_to_one_and_follow_the_weights():
+    shares = [share.item() for _, share in data.microbatches([0, 1, 2, 3, 4], 3)]
+    assert shares == pytest.approx([0.4, 0.4, 0.2])
+    shares = [share.item() for _, share in data.microbatches([0, 1, 2], 2, [5, 1, 2])]
+    assert shares == pytest.approx([0.75, 0.25])
+
+
+def test_means_weigh_values_by_their_shares():
+    means = data.Means()
+    means.add({"loss": torch.tensor(1.0)}, torch.tensor(0.75))
+    means.add({"loss": 5.0}, 0.25)                       # a minibatch in two parts
+    means.add({"loss": 4.0, "lr": 0.1})                  # a second minibatch in one
+    assert means.result() == pytest.approx({"loss": 3.0, "lr": 0.1})
+
+
+@pytest.mark.parametrize("script, changes", [
+    (sft, dict(init="gpt2", steps=2, n_texts=None, n_eval=10, batch_size=8, lora_rank=0)),
+    (reward_model, dict(base="own", n_prompts=16, n_held_out=8)),
+    (ppo, dict(base="own", steps=2, **FEW)),
+    (dpo, dict(base="own", n_pairs=32, **FEW)),
+    (grpo, dict(base="own", steps=2, **FEW))], ids=option_id)
+def test_every_stage_runs_in_bfloat16_with_checkpointing(script, changes, user_folder):
+    name = f"half_{script.__name__}"
+    script.main(user_config(script, out=name, dtype="bfloat16", checkpointing=True, **changes))
+    saved = files.load_checkpoint(user_folder / name / script.__name__)
+    weights = saved.get("policy") or saved["reward_model"]
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    assert saved["gpt"]["dtype"] == "bfloat16"
+    if script in (ppo, grpo):                            # also in bfloat16: the same products
+        assert stage_log(user_folder, name, script)[0]["kl_ref"] == 0
 
 
 # ---- weights, tokenizers and data of the user's
@@ -4917,76 +5004,76 @@ def test_a_policy_that_lora_made_can_be_the_sft_policy_of_a_run(user_folder):
     assert stage_log(user_folder, "again", ppo)[0]["kl_ref"] == 0
 
 
-def test_lora_on_fresh_weights_and_on_the_ladder_is_refused(user_folder):
-    with pytest.raises(Stopped, match="fresh weights must all be trained. Give --init"):
-        sft.main(tiny_config(sft, out="fresh", lora_rank=2))
-    with pytest.raises(Stopped, match="the ladder compares gradients of all weights"):
-        policy_gradient.main(user_config(policy_gradient))
-
-
 @pytest.mark.parametrize("stage", ["sft", "ppo", "dpo", "grpo", "reward_model"])
 def test_every_stage_is_exported_for_transformers_with_its_tokenizer(stage, user_folder, tmp_path):
     from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
                               AutoTokenizer)
     own = user_folder / "own"
     exported = tmp_path / "exported"
-    kind = AutoModelForCausalLM
-    export = sft.export
-    if stage == "reward_model":
-        kind = AutoModelForSequenceClassification
-        export = reward_model.export
-    export(own / stage, str(exported))
-    theirs = kind.from_pretrained(exported).eval()
     prompt = forms.read_record(comparison(7))[0]
     response = " Number 7 is good!"
-    text = prompt + response + tokenizers.EOS
-    ids = AutoTokenizer.from_pretrained(exported)(text, return_tensors="pt")["input_ids"]
     tokenizer = tokenizers.load_tokenizer(own / stage)
-    response_ids = tokenizer.encode_ordinary(response) + [tokenizer.eot_token]
-    whole = tokenizer.encode_ordinary(prompt + response) + [tokenizer.eot_token]
-    assert ids[0].tolist() == whole
+    eos = [tokenizer.eot_token]
+    policy, _ = sft.load_policy(own / ("sft" if stage == "reward_model" else stage), "cpu")
+
+    def logits_of(folder, kind=AutoModelForCausalLM):
+        text = prompt + response + tokenizers.EOS
+        ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"]
+        assert ids[0].tolist() == tokenizer.encode_ordinary(prompt + response) + eos
+        return ids, kind.from_pretrained(folder).eval()(ids).logits
+
     if stage == "reward_model":
-        policy, _ = sft.load_policy(own / "sft", "cpu")
+        reward_model.export(own / stage, str(exported))
+        _, theirs = logits_of(exported, AutoModelForSequenceClassification)
         ours = reward_model.load_reward_model(own / stage, policy, tokenizer, "cpu")
-        batch = data.collate([tokenizer.encode_ordinary(prompt)], [response_ids])
-        torch.testing.assert_close(theirs(ids).logits[0], sequence_scores(ours, *batch),
-                                   atol=1e-4, rtol=0)
-    else:
-        policy, _ = sft.load_policy(own / stage, "cpu")
-        torch.testing.assert_close(theirs(ids).logits, policy(ids), atol=1e-4, rtol=1e-4)
-        assert GPT.from_pretrained(exported).config.vocab_size == tokenizer.n_vocab
+        batch = data.collate([tokenizer.encode_ordinary(prompt)],
+                             [tokenizer.encode_ordinary(response) + eos])
+        torch.testing.assert_close(theirs[0], sequence_scores(ours, *batch), atol=1e-4, rtol=0)
+        return
+    sft.export(own / stage, str(exported))
+    ids, theirs = logits_of(exported)
+    torch.testing.assert_close(theirs, policy(ids), atol=1e-4, rtol=1e-4)
+    assert GPT.from_pretrained(exported).config.vocab_size == tokenizer.n_vocab
     if stage == "ppo":
         averaged, _ = sft.load_policy(own / stage, "cpu", "policy_ema")
-        theirs = kind.from_pretrained(tmp_path / "exported-ema").eval()
-        torch.testing.assert_close(theirs(ids).logits, averaged(ids), atol=1e-4, rtol=1e-4)
+        _, theirs = logits_of(tmp_path / "exported-ema")
+        torch.testing.assert_close(theirs, averaged(ids), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(init="gpt2", block_size=97),
+@pytest.mark.parametrize("script, changes, message", [
+    (sft, dict(init="gpt2", block_size=97),
      "block_size 97 is longer than the 96 positions that gpt2 has weights for; lower it to that"),
-    (dict(init="nowhere"), "no tokenizer in nowhere: nowhere is not a folder here and could not be "
-                           "fetched from the hub .OSError.; check the spelling and the network"),
-    (dict(tokenizer="nowhere"), "no tokenizer in nowhere"),
-    (dict(n_texts=None, data="reviews"), "--n_texts none takes all"),
-    (dict(init="gpt2", tokenizer="other"),
+    (sft, dict(init="nowhere"),
+     "no tokenizer in nowhere: nowhere is not a folder here and could not be fetched from the hub "
+     ".OSError.; check the spelling and the network"),
+    (sft, dict(tokenizer="nowhere"), "no tokenizer in nowhere"),
+    (sft, dict(n_texts=None, data="reviews"), "--n_texts none takes all"),
+    (sft, dict(init="gpt2", tokenizer="other"),
      "the tokenizer has .* token ids, gpt2 has weights for .*; they do not belong together"),
-    (dict(batch_size=500, n_texts=None),
+    (sft, dict(batch_size=500, n_texts=None),
      "there are .* texts to train on, less than one batch; lower --batch_size 500"),
-    (dict(block_size=45),
+    (sft, dict(block_size=45),
      "prompts of up to 40 tokens and --max_new_tokens 12 exceed the model's block_size 45"),
-    (dict(init="gpt2", max_prompt_tokens=90), "block_size 102 is longer than the 96 positions")])
-def test_weights_and_tokenizers_that_do_not_fit_are_refused(changes, message, user_folder,
-                                                            monkeypatch):
+    (sft, dict(init="gpt2", max_prompt_tokens=90),
+     "block_size 102 is longer than the 96 positions"),
+    (sft, dict(lora_rank=2), "fresh weights must all be trained. Give --init"),
+    (reward_model, dict(base="own", n_prompts=None, batch_size=400),
+     "there are 1.. comparisons to train on, less than one batch; lower --batch_size"),
+    (dpo, dict(base="own", batch_size=300, n_pairs=400),
+     "there are 1.. pairs to train on, less than one batch; lower --batch_size")], ids=option_id)
+def test_weights_and_data_that_do_not_fit_are_refused(script, changes, message, user_folder,
+                                                      monkeypatch):
     import huggingface_hub
 
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
-    other = user_folder.parent / "other"
     if changes.get("tokenizer") == "other":
-        tokenizers.export_tokenizer(tokenizers.train_tokenizer(review_texts(200, 0), 600), other)
+        other = tokenizers.train_tokenizer(review_texts(200, 0), 600)
+        tokenizers.export_tokenizer(other, user_folder.parent / "other")
+    given = {"lora_rank": 0} if script is sft else {}
     with pytest.raises(Stopped, match=message):
-        sft.main(user_config(sft, **{"out": "refused", "lora_rank": 0, **changes}))
+        script.main(user_config(script, out="refused", **(given | changes)))
     assert not (user_folder / "refused").exists()
 
 
@@ -5012,12 +5099,10 @@ def test_weights_and_tokenizers_come_from_the_hub_by_name(user_folder, monkeypat
     assert fetched[-1] == ("someone/older", ["*.json", "pytorch_model*.bin"])
 
 
-def test_stages_start_from_a_checkpoint_of_nanogpt(user_folder):
-    nano = user_folder.parent / "nano"
-    nano.mkdir()
+def test_stages_start_from_a_checkpoint_of_nanogpt(user_folder, tmp_path):
     weights = nanogpt_weights(True, V=410, T=96, C=32)
-    save_nanogpt(nano / "ckpt.pt", weights, n_embd=32, block_size=96)
-    small = dict(out="nano", init="nano/ckpt.pt", lora_rank=0, batch_size=8)
+    save_nanogpt(tmp_path / "ckpt.pt", weights, n_embd=32, block_size=96)
+    small = dict(out="nano", init=str(tmp_path / "ckpt.pt"), lora_rank=0, batch_size=8)
     sft.main(user_config(sft, tokenizer="gpt2", steps=1, lr=1e-9, n_texts=None, n_eval=6, **small))
     policy, tokenizer = sft.load_policy(user_folder / "nano" / "sft", "cpu")
     assert policy.config.activation == "gelu"
@@ -5030,41 +5115,38 @@ def test_stages_start_from_a_checkpoint_of_nanogpt(user_folder):
     assert saved["gpt"]["activation"] == "gelu"
 
 
-def test_a_checkpoint_of_nanogpt_has_gpt2s_tokenizer_or_the_one_beside_it(user_folder, monkeypatch):
-    nano = user_folder.parent / "nano2"
-    nano.mkdir()
+def test_a_checkpoint_of_nanogpt_has_gpt2s_tokenizer_or_the_one_beside_it(user_folder, tmp_path,
+                                                                          monkeypatch):
+    path = tmp_path / "ckpt.pt"
     weights = nanogpt_weights(True, V=410, T=96, C=32)
-    save_nanogpt(nano / "ckpt.pt", weights, n_embd=32, block_size=96)
+    save_nanogpt(path, weights, n_embd=32, block_size=96)
     gpt2s = types.SimpleNamespace(n_vocab=50257)
     monkeypatch.setattr(tokenizers.tiktoken, "get_encoding", {"gpt2": gpt2s}.get)
     with pytest.raises(Stopped, match="ckpt.pt has 410 token ids, fewer than GPT-2's 50257"):
-        sft.tokenizer_of("nano2/ckpt.pt")
-    save_nanogpt(nano / "ckpt.pt", weights, n_embd=32, block_size=96, vocab_size=50304)
-    assert sft.tokenizer_of("nano2/ckpt.pt") is gpt2s is sft.tokenizer_of("nano2")
+        sft.tokenizer_of(str(path))
+    save_nanogpt(path, weights, n_embd=32, block_size=96, vocab_size=50304)
+    assert sft.tokenizer_of(str(path)) is gpt2s is sft.tokenizer_of(str(tmp_path))
     tokenizer = tokenizers.load_tokenizer(user_folder / "own" / "sft")
-    tokenizers.export_tokenizer(tokenizer, nano)
-    beside = sft.tokenizer_of("nano2/ckpt.pt")
+    tokenizers.export_tokenizer(tokenizer, tmp_path)
+    beside = sft.tokenizer_of(str(path))
     assert tokenizers.tokenizer_id(beside) == tokenizers.tokenizer_id(tokenizer)
 
-
-def test_characters_of_nanogpt_are_refused_since_they_are_in_a_pickle(user_folder):
-    folder = user_folder.parent / "characters"
-    folder.mkdir()
-    (folder / "meta.pkl").write_bytes(pickle.dumps(Malicious(user_folder / "owned")))
-    for source in ("characters", "characters/meta.pkl"):
+    pickled = tmp_path / "characters" / "meta.pkl"       # nanoGPT's list of characters
+    pickled.parent.mkdir()
+    pickled.write_bytes(pickle.dumps(Malicious(tmp_path / "owned")))
+    for source in (pickled.parent, pickled):
         with pytest.raises(Stopped, match="meta.pkl, which lists characters for nanoGPT, is not "
                                           "read, since a pickle can run code"):
-            sft.main(user_config(sft, out="refused", init="gpt2", tokenizer=source, lora_rank=0))
-    assert not (user_folder / "owned").exists() and not (user_folder / "refused").exists()
+            sft.main(user_config(sft, out="refused", init="gpt2", tokenizer=str(source),
+                                 lora_rank=0))
+    assert not (tmp_path / "owned").exists() and not (user_folder / "refused").exists()
 
 
 def test_a_reward_model_of_a_different_size_gives_the_critic_its_size(user_folder):
-    from transformers import GPT2Config, GPT2LMHeadModel
     wider = user_folder.parent / "wider"
     tokenizer = tokenizers.load_tokenizer(user_folder / "own" / "sft")
-    GPT2LMHeadModel(GPT2Config(
-        vocab_size=tokenizer.n_vocab + 3, n_positions=96, n_layer=2, n_head=2, n_embd=16,
-        bos_token_id=0, eos_token_id=0)).save_pretrained(wider)
+    sizes = dict(vocab_size=tokenizer.n_vocab + 3, n_positions=96, n_layer=2, n_head=2, n_embd=16)
+    random_gpt2(0.02, **sizes).save_pretrained(wider)
     tokenizers.export_tokenizer(tokenizer, wider)
     small = dict(out="sized", base="own", lora_rank=0)
     reward_model.main(user_config(reward_model, init="wider", n_prompts=40, n_held_out=10, **small))
@@ -5082,7 +5164,7 @@ def test_a_reward_model_of_a_different_size_gives_the_critic_its_size(user_folde
 
 
 def test_everything_trained_for_the_reward_is_evaluated(user_folder, capsys):
-    assert (user_folder / "tokens").is_dir()             # a folder in out/ that is not a run
+    (user_folder / "tokens").mkdir(exist_ok=True)        # a folder in out/ that is not a run
     small = dict(lora_rank=0, n_eval=2, n_reference=4, n_samples=2)
     found = evaluate.main(user_config(evaluate, **small))
     assert {"SFT", "own/ppo", "own/ppo/ema", "own/dpo", "own/grpo"} <= set(found)
@@ -5095,16 +5177,6 @@ def test_everything_trained_for_the_reward_is_evaluated(user_folder, capsys):
     evaluate.main(user_config(evaluate, runs="own,old", **small))
     said = capsys.readouterr().out
     assert "leaving out old/grpo: it was trained for a different reward" in said
-
-
-@pytest.mark.parametrize("script, changes, what", [
-    (reward_model, dict(n_prompts=None, batch_size=400), "comparisons"),
-    (dpo, dict(batch_size=300, n_pairs=400), "pairs")], ids=option_id)
-def test_too_few_rows_for_a_batch_are_refused_before_any_work(script, changes, what, user_folder):
-    message = f"there are 1.. {what} to train on, less than one batch; lower --batch_size"
-    with pytest.raises(Stopped, match=message):
-        script.main(user_config(script, out="few", base="own", **changes))
-    assert not (user_folder / "few").exists()
 
 
 def test_rl_takes_prompts_alone_from_a_base_and_sft_refuses_them_at_once(user_folder):
@@ -5125,179 +5197,6 @@ def test_rl_takes_prompts_alone_from_a_base_and_sft_refuses_them_at_once(user_fo
     assert "asked/ppo" in found
 
 
-# ---- parts of a batch
-
-@pytest.mark.parametrize("script, changes", [
-    (sft, dict(steps=2, weight_decay=0.0)),
-    (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4)),
-    (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4, token_wise=True)),
-    (ppo, dict(steps=2, entropy_coef=0.1)),
-    (ppo, dict(steps=2, surrogate="kl_penalty", batch_size=30, minibatch_size=15)),
-    (dpo, dict(n_pairs=32, nll_coef=3.0)),
-    (grpo, dict(steps=2, kl_in="loss", normalise="sequence")),
-    (policy_gradient, dict(steps=2, rung="clip")),
-    (policy_gradient, dict(steps=2, rung="gae"))], ids=option_id)
-def test_a_batch_in_parts_has_the_gradient_and_the_metrics_of_the_whole(
-        script, changes, finished_run, monkeypatch, no_pictures):
-    """
-    Rows are ragged, so the mean of the parts' means would be wrong. Trained by SGD, since AdamW
-    makes much of small differences.
-    """
-    def sgd(parameters, lr, **others):
-        return torch.optim.SGD(parameters, lr=lr)
-    monkeypatch.setattr(torch.optim, "AdamW", sgd)
-    small = {} if script is sft else {"base": "tiny"}
-    if script not in (sft, reward_model):
-        small |= dict(n_eval=2, n_samples=2)
-    logs, checkpoints = [], []
-    for parts in (1, 4):
-        name = f"{script.__name__}_in_{parts}"
-        shutil.rmtree(finished_run / name, ignore_errors=True)
-        script.main(tiny_config(script, out=name, accumulation=parts, **small, **changes))
-        logs.append(stage_log(finished_run, name, script))
-        checkpoints.append(files.load_checkpoint(finished_run / name / script.__name__))
-    for whole, parts in zip(*logs, strict=True):
-        for metric in whole:
-            if metric.endswith(("_seconds", "_per_second", "rung")):
-                continue
-            # In the first minibatch the values are at the edge of the clip range, up to rounding
-            atol = 1e-2 if metric == "value_clip_fraction" else 1e-5
-            assert parts[metric] == pytest.approx(whole[metric], rel=2e-4, abs=atol), metric
-    key = {reward_model: "reward_model", policy_gradient: "actor"}.get(script, "policy")
-    for name, weights in checkpoints[0][key].items():
-        torch.testing.assert_close(checkpoints[1][key][name], weights, atol=2e-6, rtol=1e-4)
-    if script is not sft:                                # the others started from the SFT policy
-        start = files.load_checkpoint(finished_run / "tiny" / "sft")["policy"]
-        trained = checkpoints[0][key]
-        moved = sum((trained[name] - weight).abs().sum().item() for name, weight in start.items()
-                    if name in trained)
-        assert moved > 1e-3
-
-
-def test_parts_have_about_one_size_and_hold_every_row_once():
-    for n, parts in ((8, 1), (8, 3), (5, 4), (2, 7)):
-        rows = list(range(n))
-        split = [part for part, _ in data.microbatches(rows, parts)]
-        assert sum(split, []) == rows and len(split) <= parts
-        assert max(map(len, split)) == -(-n // parts)
-        tensors = [part for part, _ in data.microbatches(torch.arange(n), parts)]
-        assert torch.equal(torch.cat(tensors), torch.arange(n))
-
-
-def test_shares_of_parts_sum_to_one_and_follow_the_weights():
-    shares = [share.item() for _, share in data.microbatches([0, 1, 2, 3, 4], 3)]
-    assert shares == pytest.approx([0.4, 0.4, 0.2])
-    shares = [share.item() for _, share in data.microbatches([0, 1, 2], 2, [5, 1, 2])]
-    assert shares == pytest.approx([0.75, 0.25])
-
-
-def test_means_weigh_values_by_their_shares():
-    means = data.Means()
-    means.add({"loss": torch.tensor(1.0)}, torch.tensor(0.75))
-    means.add({"loss": 5.0}, 0.25)                       # a minibatch in two parts
-    means.add({"loss": 4.0, "lr": 0.1})                  # a second minibatch in one
-    assert means.result() == pytest.approx({"loss": 3.0, "lr": 0.1})
-
-
-# ---- what PPO can do besides
-
-def test_the_average_follows_its_formula_and_is_evaluated_beside_the_actor(
-        finished_run, monkeypatch, no_pictures):
-    average, policy = small_gpt(seed=1), small_gpt(seed=2)
-    before = copy.deepcopy(average.state_dict())
-    ppo.move_average(average, policy, 0.9)
-    for name, weight in average.state_dict().items():
-        torch.testing.assert_close(weight, 0.9 * before[name] + 0.1 * policy.state_dict()[name])
-    actors = []                                          # the actor's weights at each call
-    original = ppo.move_average
-
-    def recorded(mean, actor, share):
-        actors.append(copy.deepcopy(actor.state_dict()))
-        original(mean, actor, share)
-    monkeypatch.setattr(ppo, "move_average", recorded)
-    results = ppo.main(tiny_config(ppo, out="averaged", base="tiny", steps=3, ema=0.6, **FEW))
-    assert len(actors) == 3                              # once an update
-    saved = files.load_checkpoint(finished_run / "averaged" / "ppo")
-    for name, expected in files.load_checkpoint(finished_run / "tiny" / "sft")["policy"].items():
-        for weights in actors:
-            expected = 0.6 * expected + 0.4 * weights[name]
-        torch.testing.assert_close(saved["policy_ema"][name], expected)
-    assert results["PPO, averaged"]["kl_ref"] != results["kl_ref"]
-    found = evaluate.main(tiny_config(evaluate, out="tiny", runs="averaged", **SMALL_EVALUATION))
-    assert list(found) == ["SFT", "averaged/ppo", "averaged/ppo/ema"]
-
-
-def test_the_gradient_with_ptx_is_the_sum_of_the_two(finished_run, monkeypatch, no_pictures):
-    """The actor's first gradient, unclipped: of the policy loss, plus coef times of the texts"""
-    first_gradients = []
-    texts = []                                           # of each gradient step
-    original_clip = torch.nn.utils.clip_grad_norm_
-    original_draw = data.draw
-    original_texts = data.built_in_texts
-
-    def few_texts(n, n_held_out, seed):                  # 20,000 take seconds to write
-        return original_texts(min(n, 500), n_held_out, seed)
-
-    def recorded_draw(items, n, generator):
-        rows = original_draw(items, n, generator)
-        if isinstance(rows[0], tuple):                   # texts, not prompts
-            texts.append(rows)
-        return rows
-
-    def recorded_clip(parameters, limit):
-        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
-        return original_clip(parameters, limit)
-    monkeypatch.setattr(data, "built_in_texts", few_texts)
-    monkeypatch.setattr(data, "draw", recorded_draw)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recorded_clip)
-    for coef in (0.0, 0.7):
-        gradients = []
-        ppo.main(tiny_config(ppo, out=f"ptx_{coef}", base="tiny", steps=1, ptx_coef=coef,
-                             minibatch_size=32, **FEW))
-        first_gradients.append(gradients[0])
-    policy, _, _ = tiny_models(finished_run)
-    inputs, targets, mask = data.collate(*zip(*texts[0]))
-    loss = -masked_mean(token_logprobs(policy, inputs, targets, mask), mask)
-    loss.backward()
-    text_gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
-    plain, with_ptx = first_gradients
-    torch.testing.assert_close(with_ptx, plain + 0.7 * text_gradient, atol=1e-6, rtol=1e-4)
-    logged = stage_log(finished_run, "ptx_0.7", ppo)[0]["ptx_loss"]
-    assert len(texts[0]) == 32 and logged == pytest.approx(loss.item(), rel=1e-5)
-
-
-def test_during_warm_up_the_critic_alone_learns(finished_run, no_pictures):
-    ppo.main(tiny_config(ppo, out="warmed", base="tiny", steps=3, critic_warmup=3, **FEW))
-    saved = files.load_checkpoint(finished_run / "warmed" / "ppo")
-    for name, weight in files.load_checkpoint(finished_run / "tiny" / "sft")["policy"].items():
-        assert torch.equal(saved["policy"][name], weight)
-    assert saved["critic"]["head.weight"].any()
-    for line in stage_log(finished_run, "warmed", ppo):
-        assert line["kl_ref"] == line["grad_norm"] == 0 < line["critic_grad_norm"]
-    ppo.main(tiny_config(ppo, out="warmed-2", base="tiny", steps=3, critic_warmup=1, **FEW))
-    log = stage_log(finished_run, "warmed-2", ppo)
-    assert log[1]["kl_ref"] == 0 != log[2]["kl_ref"]
-    assert log[0]["kl_old"] == 0 < log[1]["kl_old"]
-
-
-@pytest.mark.parametrize("script, changes", [
-    (sft, dict(init="gpt2", steps=2, n_texts=None, n_eval=10, batch_size=8, lora_rank=0)),
-    (reward_model, dict(base="own", n_prompts=16, n_held_out=8)),
-    (ppo, dict(base="own", steps=2, n_eval=2, n_samples=2)),
-    (dpo, dict(base="own", n_pairs=32, n_eval=2, n_samples=2)),
-    (grpo, dict(base="own", steps=2, n_eval=2, n_samples=2))],
-    ids=lambda x: getattr(x, "__name__", ""))
-def test_every_stage_runs_in_bfloat16_with_checkpointing(script, changes, user_folder):
-    name = f"half_{script.__name__}"
-    script.main(user_config(script, out=name, dtype="bfloat16", checkpointing=True, **changes))
-    saved = files.load_checkpoint(user_folder / name / script.__name__)
-    weights = saved.get("policy") or saved["reward_model"]
-    assert all(weight.dtype == torch.float32 for weight in weights.values())
-    assert saved["gpt"]["dtype"] == "bfloat16"
-    if script in (ppo, grpo):                            # also in bfloat16: the same products
-        assert stage_log(user_folder, name, script)[0]["kl_ref"] == 0
-
-
 # ---- rewards from classifiers and functions
 
 def classifier_batch(tokenizer, prompts, responses):
@@ -5306,44 +5205,33 @@ def classifier_batch(tokenizer, prompts, responses):
     return *batch, torch.ones(len(prompts), dtype=torch.bool)
 
 
-@pytest.mark.parametrize("labels", [1, 2])
-def test_a_classifier_scores_by_its_logit_or_the_difference_of_two(labels, classifiers, tokenizer):
+def classifier_logits(folder, texts):
+    """By transformers, one text at a time; a long text keeps its last 12 tokens -> (B, labels)"""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    folder = classifiers / str(labels)
-    reward = load_own(tokenizer, str(folder), missing_eos_score=None)
-    prompts = ["the plot", "a good acting . the plot is not good", "", "see it . " * 9]
-    responses = [" is good .", " is superb !", " superb", " the end is not good and far away ."]
-    scores = reward(*classifier_batch(tokenizer, prompts, responses))
     its_tokenizer = AutoTokenizer.from_pretrained(folder)
     theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    for prompt, response, score in zip(prompts, responses, scores):
-        ids = its_tokenizer(prompt + response)["input_ids"][-12:]    # a long text keeps its end
-        logits = theirs(torch.tensor([ids])).logits[0]
-        expected = logits[1] - logits[0] if labels == 2 else logits[0]
-        assert score.item() == pytest.approx(expected.item(), abs=1e-5)
-    assert scores.std() > 0.01 and reward.made_for.startswith(str(folder))
-    empty = data.collate([[tokenizer.eot_token]], [[tokenizer.eot_token]])
-    assert torch.isfinite(reward(*empty, torch.tensor([True]))).all()
+    ids = [its_tokenizer(text)["input_ids"][-12:] for text in texts]
+    return torch.cat([theirs(torch.tensor([x])).logits for x in ids]).detach()
 
 
 @pytest.mark.parametrize("problem", [None, "multi_label_classification"])
 @pytest.mark.parametrize("labels", [1, 2, 3])
 def test_a_classifier_rewards_the_label_that_is_named(labels, problem, classifiers, tokenizer,
                                                       tmp_path, capsys):
-    """log p / (1 - p) of the label: p by softmax, or by sigmoid if labels may hold together"""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    """
+    log p / (1 - p) of the label: p by softmax, or by sigmoid if labels may hold together. Without a
+    name, the one logit or the second of two less the first.
+    """
     folder = tmp_path / "c:d"                            # a colon that parts no label
     shutil.copytree(classifiers / str(labels), folder)
     names = ["mild", "not mild", "5 stars"][:labels]
     config = json.loads((folder / "config.json").read_text())
     config |= {"id2label": dict(enumerate(names)), "label2id": {}, "problem_type": problem}
     (folder / "config.json").write_text(json.dumps(config))
-    batch = classifier_batch(tokenizer, ["the plot", "a good"], [" is good .", " acting !"])
-    its_tokenizer = AutoTokenizer.from_pretrained(folder)
-    theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    logits = torch.stack([theirs(its_tokenizer(text, return_tensors="pt").input_ids).logits[0]
-                          for text in ("the plot is good .", "a good acting !")])
-    logits = logits.double().detach()
+    prompts = ["the plot", "a good acting . the plot is not good", "", "see it . " * 9]
+    responses = [" is good .", " is superb !", " superb", " the end is not good and far away ."]
+    batch = classifier_batch(tokenizer, prompts, responses)
+    logits = classifier_logits(folder, [x + y for x, y in zip(prompts, responses)]).double()
     p = logits.sigmoid() if problem or labels == 1 else logits.softmax(dim=1)
     made_for = set()
     for i, name in enumerate(names):
@@ -5360,10 +5248,13 @@ def test_a_classifier_rewards_the_label_that_is_named(labels, problem, classifie
     with pytest.raises(Stopped, match="c:d:mold, but that classifier has no label mold .did "
                                       "you mean mild.*; it has mild"):
         load_own(tokenizer, f"{folder}:mold")
-    if labels == 2 and not problem:
+    if labels < 3 and not problem:
         plain = load_own(tokenizer, str(folder), missing_eos_score=None)
-        assert torch.equal(plain(*batch), reward(*batch)) and plain.made_for == reward.made_for
+        assert torch.equal(plain(*batch), reward(*batch))
+        assert (plain.made_for == reward.made_for) == (labels == 2)
         assert re.fullmatch(re.escape(str(folder)) + " [0-9a-f]{16}", plain.made_for)
+        empty = data.collate([[tokenizer.eot_token]], [[tokenizer.eot_token]])
+        assert torch.isfinite(plain(*empty, torch.tensor([True]))).all()
 
 
 def test_only_a_colon_before_a_label_or_a_function_parts_a_reward(empty_folder):
@@ -5401,17 +5292,6 @@ def test_a_classifier_without_one_trained_number_to_give_is_refused(classifiers,
         load_own(tokenizer, str(tmp_path))
 
 
-def test_a_classifier_with_other_weights_is_a_different_reward(classifiers, tokenizer, tmp_path):
-    from transformers import BertForSequenceClassification
-    folder = tmp_path / "copy"
-    shutil.copytree(classifiers / "1", folder)
-    before = load_own(tokenizer, str(folder)).made_for
-    changed = BertForSequenceClassification.from_pretrained(folder)
-    changed.classifier.bias.data.add_(1.0)
-    changed.save_pretrained(folder)
-    assert load_own(tokenizer, str(folder)).made_for != before
-
-
 def with_weight(name, tensor):
     return lambda tensors: tensors | {name: tensor}
 
@@ -5438,7 +5318,7 @@ def without_queries(tensors):
 def test_a_classifiers_weights_all_load_or_are_refused_by_name(weights, message, classifiers,
                                                                tokenizer, tmp_path):
     batch = classifier_batch(tokenizer, ["the plot"], [" is good"])
-    expected = load_own(tokenizer, str(classifiers / "1"))(*batch)
+    expected = load_own(tokenizer, str(classifiers / "1"))
     folder = tmp_path / "x"
     shutil.copytree(classifiers / "1", folder)
     if isinstance(weights, str):
@@ -5450,23 +5330,23 @@ def test_a_classifiers_weights_all_load_or_are_refused_by_name(weights, message,
         with pytest.raises(Stopped, match=f"^error: --reward .*{message}"):
             load_own(tokenizer, str(folder))
     else:
-        assert torch.equal(load_own(tokenizer, str(folder))(*batch), expected)
+        reward = load_own(tokenizer, str(folder))
+        assert torch.equal(reward(*batch), expected(*batch))
+        changed = {"classifier.bias": tensors["classifier.bias"] + 1}
+        save_file(tensors | changed, folder / "model.safetensors", metadata={"format": "pt"})
+        assert load_own(tokenizer, str(folder)).made_for != reward.made_for     # other weights
 
 
-def test_an_exported_reward_model_is_the_same_reward_as_before(finished_run, tmp_path):
-    policy, tokenizer, scorer = tiny_models(finished_run)
+def test_an_exported_reward_model_is_the_same_reward_as_before(tiny, tmp_path):
+    policy, tokenizer, scorer = tiny.models()
     exported = str(tmp_path / "exported")
-    reward_model.export(finished_run / "tiny" / "reward_model", exported)
-    tokens, mask = generate(policy, held_out_prompts(tokenizer, 20), 24, tokenizer.eot_token,
-                            generator=seeded())
-    inputs, targets = data.shift(tokens)
-    finished = data.met_eos(targets, mask, tokenizer.eot_token)
-    batch = (inputs, targets, mask, finished)
+    reward_model.export(tiny.out / "tiny" / "reward_model", exported)
+    batch, responses = sampled_batch(policy, tokenizer, held_out_prompts(tokenizer, 20))
     theirs = load_own(tokenizer, exported, missing_eos_score=-3.0)(*batch)
     ours = reward_of(scorer, tiny_config(ppo))(*batch)
-    responses = [ids[:-1] for ids in data.responses_of(tokens, mask)]
-    same = torch.tensor([tokenizer.encode_ordinary(tokenizer.decode(ids)) == ids
-                         for ids in responses]) & finished       # the text gives the ids again
+    texts = [ids[:-1] for ids in responses]
+    same = torch.tensor([tokenizer.encode_ordinary(tokenizer.decode(ids)) == ids for ids in texts])
+    same = same & batch[3]                               # finished, the text gives the ids again
     assert same.sum() > 4
     torch.testing.assert_close(theirs[same], ours[same], atol=1e-4, rtol=0)
 
@@ -5474,22 +5354,18 @@ def test_an_exported_reward_model_is_the_same_reward_as_before(finished_run, tmp
 LENGTH = "def length(prompts, responses):\n    return [1000 + 7 * len(r) for r in responses]\n"
 
 
-def test_any_reward_is_normalised_on_samples_of_the_sft_policy(finished_run, capsys, no_pictures):
-    (finished_run.parent / "length.py").write_text(LENGTH)
-    policy, tokenizer, _ = tiny_models(finished_run)
-    cfg = tiny_config(ppo, out="length", base="tiny", reward="length.py:length", steps=2,
-                      n_eval=8, n_samples=8)
-    train, _ = data.prompts(cfg, tokenizer, 72)
+def test_any_reward_is_normalised_on_samples_of_the_sft_policy(tiny, capsys):
+    (tiny.out.parent / "length.py").write_text(LENGTH)
+    policy, tokenizer, _ = tiny.models()
+    train, _ = data.prompts(tiny_config(ppo), tokenizer, 72)
 
     def load(**changes):
-        changed = dataclasses.replace(cfg, **changes)
-        return reward_py.load_reward(changed, policy, tokenizer, train, "cpu")
+        cfg = tiny_config(ppo, reward="length.py:length", **changes)
+        return reward_py.load_reward(cfg, policy, tokenizer, train, "cpu")
 
     reward = load(missing_eos_score=None)
-    tokens, mask = generate(policy, data.draw(train, 2000, seeded(5)), 24, tokenizer.eot_token,
-                            generator=seeded(6))
-    inputs, targets = data.shift(tokens)
-    finished = data.met_eos(targets, mask, tokenizer.eot_token)
+    prompts = data.draw(train, 2000, seeded(5))
+    (inputs, targets, mask, finished), _ = sampled_batch(policy, tokenizer, prompts, 6)
     scores = reward(inputs, targets, mask, finished)
     assert abs(scores.mean()) < 4 * (1 / 512 + 1 / 2000) ** 0.5
     assert scores.std().item() == pytest.approx(1, abs=0.1)
@@ -5497,16 +5373,14 @@ def test_any_reward_is_normalised_on_samples_of_the_sft_policy(finished_run, cap
     raw = torch.tensor([1000.0 + 7 * len(response) for response in responses])
     torch.testing.assert_close(scores, reward.gain * raw + reward.bias, atol=1e-3, rtol=1e-4)
 
-    ppo.main(cfg)
+    tiny.run(ppo, "length", reward="length.py:length", steps=2)
     said = capsys.readouterr().out
     assert "length.py:length has mean 1" in said
     assert "the critic starts from the SFT policy" in said       # although --critic_init is rm
-    saved = files.load_checkpoint(finished_run / "length" / "ppo")["reward"]
+    saved = tiny.checkpoint("length", ppo)["reward"]
     assert (saved["gain"], saved["bias"]) == (reward.gain, reward.bias)
     assert load(seed=3).state_dict() == saved            # the same for each seed, as evaluate needs
-    found = evaluate.main(tiny_config(evaluate, out="tiny", runs="length",
-                                      reward="length.py:length", **SMALL_EVALUATION))
-    assert list(found) == ["SFT", "length/ppo"]
+    assert list(tiny.evaluate("length", reward="length.py:length")) == ["SFT", "length/ppo"]
     plain = load(normalise_reward=False)
     assert (plain.gain, plain.bias) == (1.0, 0.0)
     assert reward.matches(saved) and not plain.matches(saved)
@@ -5517,40 +5391,30 @@ def test_any_reward_is_normalised_on_samples_of_the_sft_policy(finished_run, cap
     (ppo, dict(steps=2)),
     (grpo, dict(steps=2)),
     (policy_gradient, dict(steps=2, rung="clip")),
-    (dpo, dict(n_pairs=32, labels="soft"))], ids=lambda x: getattr(x, "__name__", ""))
-def test_every_stage_follows_a_reward_of_the_users(script, changes, finished_run, no_pictures):
-    (finished_run.parent / "length.py").write_text(LENGTH)
-    cfg = tiny_config(script, out="by_length", base="tiny", reward="length.py:length", **FEW,
-                      **changes)
-    script.main(cfg)
-    folder = finished_run / "by_length" / script.__name__
+    (dpo, dict(n_pairs=32, labels="soft"))], ids=option_id)
+def test_every_stage_follows_a_reward_of_the_users(script, changes, tiny):
+    (tiny.out.parent / "length.py").write_text(LENGTH)
+    given = dict(reward="length.py:length", **changes)
+    log, _ = tiny.run(script, "by_length", **given)
+    folder = tiny.out / "by_length" / script.__name__
     made_for = files.load_checkpoint(folder)["reward"]["made_for"]
     assert made_for.startswith("length.py:length ")
-    assert abs(log_of(folder)[0]["score"]) < 3           # normalised: raw ones are above 1000
-    (finished_run.parent / "length.py").write_text(LENGTH.replace("1000 + 7 *", "-"))
+    assert abs(log[0]["score"]) < 3                      # normalised: raw ones are above 1000
+    (tiny.out.parent / "length.py").write_text(LENGTH.replace("1000 + 7 *", "-"))
     (folder / "report.txt").unlink()                     # as if it had been interrupted
     with pytest.raises(Stopped, match="started with a different reward .length.py:length"):
-        script.main(dataclasses.replace(cfg, resume=True))
+        tiny.run(script, "by_length", resume=True, **given)
 
 
 # ---- sample.py
 
-def sampled_responses(policy, tokenizer, prompts, **options):
-    """What sample.py samples by default -> tokens, mask, response token lists"""
-    tokens, mask = generate(policy, prompts, 24, tokenizer.eot_token, **options)
-    return tokens, mask, data.responses_of(tokens, mask)
-
-
-def test_samples_are_shown_side_by_side_with_scores(finished_run, capsys):
+def test_samples_are_shown_side_by_side_with_scores(tiny, capsys):
     sample.main(tiny_config(sample, stage="sft,ppo,ladder/policy_gradient/clip", score=True, n=3))
     said = capsys.readouterr().out
-    _, tokenizer, scorer = tiny_models(finished_run)
-    policy, _ = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
+    _, tokenizer, scorer = tiny.models()
     prompts = held_out_prompts(tokenizer, 3, 1337)
-    tokens, mask, responses = sampled_responses(policy, tokenizer, prompts, generator=seeded(1337))
-    inputs, targets = data.shift(tokens)
-    finished = data.met_eos(targets, mask, tokenizer.eot_token)
-    scores = reward_of(scorer, tiny_config(ppo))(inputs, targets, mask, finished)
+    batch, responses = sampled_batch(tiny.policy(ppo), tokenizer, prompts, 1337)
+    scores = reward_of(scorer, tiny_config(ppo))(*batch)
     for prompt, ids, score in zip(prompts, responses, scores):
         text, ended = tokenizers.decode_response(tokenizer, ids)
         shown = text if ended else f"{text} .."
@@ -5559,13 +5423,17 @@ def test_samples_are_shown_side_by_side_with_scores(finished_run, capsys):
     assert said.count("\n    sft  score") == said.count("ladder/policy_gradient/clip  score") == 3
 
 
-def test_a_prompt_of_the_users_is_answered_greedily_the_same_way_each_time(finished_run, capsys):
-    sample.main(tiny_config(sample, stage="ppo", prompt=TINY_PROMPT, temperature=0.0, n=2))
+def test_a_prompt_of_the_users_is_answered_greedily_the_same_way_each_time(tiny, capsys):
+    shutil.copytree(tiny.out / "tiny", tiny.out / "half_damaged")
+    (tiny.out / "half_damaged" / "dpo" / "config.json").write_text("{")    # is not asked
+    sample.main(tiny_config(sample, out="half_damaged", stage="ppo", prompt=TINY_PROMPT,
+                            temperature=0.0, n=2))
+    shutil.rmtree(tiny.out / "half_damaged")
     prompt, *answers = capsys.readouterr().out.strip("\n").split("\n")
     assert prompt == TINY_PROMPT and len(answers) == 2 and answers[0] == answers[1]
-    policy, tokenizer = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
+    policy, tokenizer = sft.load_policy(tiny.out / "tiny" / "ppo", "cpu")
     ids = tokenizers.encode_prompt(tokenizer, TINY_PROMPT)
-    _, _, responses = sampled_responses(policy, tokenizer, [ids], temperature=0)
+    _, responses = sampled_batch(policy, tokenizer, [ids], temperature=0)
     text, _ = tokenizers.decode_response(tokenizer, responses[0])
     assert answers[0].startswith("    ppo ") and text in answers[0]
 
@@ -5577,22 +5445,20 @@ def test_only_sampling_takes_a_temperature_of_zero():
 
 
 @pytest.mark.parametrize("quantity", ["kl", "value", "advantage"])
-def test_tokens_are_shown_with_what_ppo_computes_of_them(quantity, finished_run, capsys):
+def test_tokens_are_shown_with_what_ppo_computes_of_them(quantity, tiny, capsys):
     sample.main(tiny_config(sample, stage="sft,ppo", tokens=quantity, n=2))
     said = capsys.readouterr().out
-    reference, tokenizer, scorer = tiny_models(finished_run)
-    policy, _ = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
-    saved = files.load_checkpoint(finished_run / "tiny" / "ppo")
+    reference, tokenizer, scorer = tiny.models()
+    policy = tiny.policy(ppo)
+    saved = tiny.checkpoint("tiny", ppo)
     critic = ScalarGPT(GPTConfig(**saved["critic_gpt"])).eval()
     critic.load_state_dict(saved["critic"])
     prompts = held_out_prompts(tokenizer, 2, 1337)
-    tokens, mask, responses = sampled_responses(policy, tokenizer, prompts, generator=seeded(1337))
-    inputs, targets = data.shift(tokens)
-    logprobs, ref_logprobs = (token_logprobs(p, inputs, targets, mask).detach()
-                              for p in (policy, reference))
+    (*batch, finished), responses = sampled_batch(policy, tokenizer, prompts, 1337)
+    inputs, _, mask = batch
+    logprobs, ref_logprobs = (token_logprobs(p, *batch).detach() for p in (policy, reference))
     values = critic(inputs).detach() * mask
-    finished = data.met_eos(targets, mask, tokenizer.eot_token)
-    scores = reward_of(scorer, tiny_config(ppo))(inputs, targets, mask, finished)
+    scores = reward_of(scorer, tiny_config(ppo))(*batch, finished)
     beta = saved["control"]["beta"]
     rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, mask, beta)
     shown = {"kl": logprobs - ref_logprobs, "value": values,
@@ -5619,17 +5485,6 @@ def test_colours_tell_size_and_sign_and_are_for_terminals_that_have_them(monkeyp
     assert not sample.in_colour(terminal)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(stage="sft,pppo"), "--stage names pppo, but neither out/tiny/pppo nor out/pppo has a "
-                             "checkpoint; there are: .*tiny/ppo"),
-    (dict(stage="ppo/emma"), "has no such policy; its policies: ppo"),
-    (dict(stage="ppo", prompt="a long prompt " * 30),
-     "shorten the prompts, or train a model that reads more")])
-def test_sample_refuses_what_it_cannot_sample(changes, message, finished_run):
-    with pytest.raises(Stopped, match=message):
-        sample.main(tiny_config(sample, **changes))
-
-
 def test_a_stage_is_sampled_with_the_data_and_the_reward_it_was_made_with(user_folder, capsys):
     for names, run in (("sft,ppo,ppo/ema", "own"), ("own/sft,own/ppo,own/ppo/ema", "")):
         sample.main(tiny_config(sample, out=run, stage=names, score=True, tokens="value", n=2))
@@ -5654,32 +5509,29 @@ SMALL_STAGES = {
     sample: dict(stage="sft,ppo", n=1)}
 
 
-@pytest.mark.parametrize("script, name", [
-    (script, name) for script in (*SCRIPTS, sample) for name in script.Config.presets
-    if name not in ("small", "tiny")], ids=lambda x: getattr(x, "__name__", x))
-def test_every_preset_runs_on_a_small_model_and_a_small_file(script, name, user_folder,
-                                                             classifiers, monkeypatch):
-    """Only sizes and sources are changed; the rest is the preset's."""
+@pytest.mark.parametrize("name", sorted(set(presets.PRESETS) - {"small", "tiny"}))
+def test_every_preset_runs_on_a_small_model_and_a_small_file(name, user_folder, classifiers,
+                                                             monkeypatch):
+    """All its stages. Only sizes and sources are changed; the rest is the preset's."""
     source = "pairs.jsonl"
     if name == "imdb":
         rows = [{"text": f"{i} is a good film of many" + "!" * (i % 5), "label": 1}
                 for i in range(160)]
         source = write_rows(user_folder.parent / "imdb.jsonl", rows)
-    preset = script.Config(config=name)
-    small = dict(config=name, out=f"preset_{name}", data=source, device="cpu", max_new_tokens=12,
-                 max_prompt_tokens=min(preset.max_prompt_tokens, 40))
-    for stage in (sft, reward_model):                    # these are made on the way
-        presets_of_stage = stage.Config.presets
-        if name in presets_of_stage:
-            changed = presets_of_stage[name] | SMALL_STAGES[stage]
-            monkeypatch.setitem(presets_of_stage, name, changed)
-    if getattr(preset, "reward", "reward_model") != "reward_model":
-        small["reward"] = str(classifiers / "2")
-    if script is evaluate:
-        small["runs"] = f"preset_{name}"
-    if script is sample and not (user_folder / f"preset_{name}" / "ppo").exists():
-        ppo.main(ppo.Config(**small, **SMALL_STAGES[ppo]))
-    script.main(script.Config(**small, **SMALL_STAGES[script]))
+    scripts = [script for script in SMALL_STAGES if name in script.Config.presets]
+    for script in scripts:                               # some stages are made by later ones
+        changed = script.Config.presets[name] | SMALL_STAGES[script]
+        monkeypatch.setitem(script.Config.presets, name, changed)
+    for script in scripts:
+        preset = script.Config(config=name)
+        small = dict(out=f"preset_{name}", data=source, device="cpu", max_new_tokens=12,
+                     max_prompt_tokens=min(preset.max_prompt_tokens, 40))
+        if getattr(preset, "reward", "reward_model") != "reward_model":
+            small["reward"] = str(classifiers / "2")
+        if script is evaluate:
+            small["runs"] = f"preset_{name}"
+        script.main(dataclasses.replace(preset, **small))
+    assert {"all", *(script.__name__ for script in scripts)} == set(presets.PRESETS[name])
 
 
 @pytest.mark.slow
@@ -5730,17 +5582,14 @@ def imports_of(path):
     return names
 
 
-@pytest.mark.parametrize("path", LAB, ids=lambda path: path.name)
-def test_the_workshop_imports_nothing_of_the_project_but_itself(path):
-    assert not imports_of(path) & {*ORDER, "conftest", "test_all"}
-
-
 def test_imports_point_one_way():
     """Each file imports only from those before it; the workshop, lab, is before all."""
     assert sorted(ORDER) == sorted(module.__name__ for module in MODULES)
-    for i, path in enumerate(ROOT):
-        later = imports_of(path) & {*ORDER[i:], "conftest", "test_all"}
-        assert not later, f"{path.name} imports {later}"
+    later_files = {path: ORDER for path in LAB}
+    later_files |= {path: ORDER[i:] for i, path in enumerate(ROOT)}
+    for path, later in later_files.items():
+        wrong = imports_of(path) & {*later, "conftest", "test_all"}
+        assert not wrong, f"{path.name} imports {wrong}"
 
 
 def long_lines(path, limit=100):
@@ -5750,16 +5599,13 @@ def long_lines(path, limit=100):
     In Markdown not those that cannot be broken: tables, lines with a URL, pictures, formulas, and
     what a program printed, in ```text blocks.
     """
-    found = []
     block = ""
+    found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        allowed = False
-        if path.suffix == ".md":
-            if line.startswith("```"):
-                block = "" if block else line
-            unbroken = line.lstrip().startswith(("|", "![", "$$")) or "://" in line
-            allowed = unbroken or block == "```text"
-        if len(line) > limit and not allowed:
+        if line.startswith("```"):
+            block = "" if block else line
+        unbroken = block == "```text" or re.match(r"\s*(\||!\[|\$\$)|.*://", line)
+        if len(line) > limit and not (path.suffix == ".md" and unbroken):
             found.append(f"{path.relative_to(HERE)}:{number}")
     return found
 
@@ -5799,17 +5645,6 @@ def test_no_file_of_the_project_can_run_what_it_reads(path):
             assert called != "np.load" or "allow_pickle" not in keywords
 
 
-def fields_read(sources):
-    """The names of the attributes of anything called cfg in some source -> set"""
-    found = set()
-    for node in ast.walk(ast.parse(sources)):
-        if isinstance(node, ast.Attribute):
-            owner = node.value                           # cfg, or self.cfg, or run.cfg
-            if "cfg" in (getattr(owner, "id", ""), getattr(owner, "attr", "")):
-                found.add(node.attr)
-    return found
-
-
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 def test_every_config_field_is_read_and_has_a_comment_that_help_prints(script, capsys):
     sources = "".join(map(inspect.getsource, (script, runs, process, settings)))
@@ -5817,7 +5652,8 @@ def test_every_config_field_is_read_and_has_a_comment_that_help_prints(script, c
                  ppo.score_rollout, ppo.check_kl_ref, ppo.check_first_ratio):
         if part.__name__ in sources:                     # these are given the whole cfg
             sources += inspect.getsource(part)
-    read = fields_read(sources + inspect.getsource(data) + inspect.getsource(corpus))
+    sources += inspect.getsource(data) + inspect.getsource(corpus)
+    read = set(re.findall(r"\bcfg\.(\w+)", sources))
     if "cfg.compute_options()" in sources:
         read |= {"dtype", "checkpointing"}
     fields = {field.name for field in dataclasses.fields(script.Config)}
@@ -5832,11 +5668,11 @@ def test_every_config_field_is_read_and_has_a_comment_that_help_prints(script, c
 
 def test_the_sampler_uses_no_attention_that_plans_for_each_length(monkeypatch):
     enabled = []                                         # whether cuDNN may be used, at each call
-    original = torch.nn.functional.scaled_dot_product_attention
+    attention = torch.nn.functional.scaled_dot_product_attention
 
     def recorded(*args, **kwargs):
         enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
-        return original(*args, **kwargs)
+        return attention(*args, **kwargs)
     monkeypatch.setattr(model.F, "scaled_dot_product_attention", recorded)
     before = torch.backends.cuda.cudnn_sdp_enabled()
     for _ in range(2):
@@ -5944,21 +5780,20 @@ def commands_in_blocks(text):
     commands = []
     for block in re.findall(r"```bash\n(.*?)```", text, re.S):
         for line in block.replace("\\\n", " ").splitlines():
-            command = []
-            for word in shlex.split(line, comments=True):
-                if word in ("&&", "|", ";"):
-                    commands.append(command)
-                    command = []
-                else:
-                    command.append(word)
-            commands.append(command)
-    return [command for command in commands if command]
+            words = shlex.split(line, comments=True)
+            for is_break, command in itertools.groupby(words, ("&&", "|", ";").__contains__):
+                if not is_break:
+                    commands.append(list(command))
+    return commands
+
+
+def without_blocks(text):
+    return re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
 
 
 def code_in_lines(text):
     """The `code` within a page's paragraphs and tables -> list of texts"""
-    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
-    return re.findall(r"`([^`]+)`", text)
+    return re.findall(r"`([^`]+)`", without_blocks(text))
 
 
 def commands_in_lines(text):
@@ -6024,11 +5859,11 @@ def test_the_way_to_the_first_nan_finds_it_and_else_nothing(finished_run):
         "def f(prompts, responses):\n"
         "    x = torch.tensor([float(len(r)) for r in responses])\n"
         "    return (x - 20).log().tolist() if len(x) == 32 else x.tolist()\n")
-    command = [sys.executable, "first_nan.py", str(HERE / "ppo.py"), "--config", "tiny",
-               "--base", "tiny", "--steps", "1", "--n_eval", "2", "--n_samples", "2"]
+    command = [sys.executable, "first_nan.py", HERE / "ppo.py",
+               *"--config tiny --base tiny --steps 1 --n_eval 2 --n_samples 2 --out".split()]
+    reward = "--reward score.py:f --normalise_reward 0".split()
     processes = []
-    reward = ["--reward", "score.py:f", "--normalise_reward", "0"]
-    for options in (["--out", "no_nan"], ["--out", "first_nan", *reward]):
+    for options in (["no_nan"], ["first_nan", *reward]):
         processes.append(subprocess.Popen(
             command + options, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             text=True, env=os.environ | {"PYTHONPATH": str(HERE)}))
@@ -6058,21 +5893,16 @@ def test_every_metric_that_is_logged_is_on_a_page(whole_run):
 
 # ---- links
 
-def without_code(text):
-    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
-    return re.sub(r"`[^`]*`", "`code`", text)
-
-
 def anchors_of(text):
     """The anchors that GitHub gives to the headings of a page"""
-    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
-    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    headings = re.findall(r"^#+ (.+)$", without_blocks(text), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_anchors_and_pictures_of_a_page_exist(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(PAGES[page])):
+    text = re.sub(r"`[^`]*`", "`code`", without_blocks(PAGES[page]))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if "://" in target:
             continue
         path, _, anchor = target.partition("#")
