@@ -4018,9 +4018,10 @@ def record(monkeypatch, owner, name):
     return calls
 
 
-def sampled_batch(policy, tokenizer, prompts, seed=0, temperature=1.0):
+def sampled_batch(policy, tokenizer, prompts, seed=0, temperature=1.0, longest=24):
     """What a policy samples -> (inputs, targets, mask, finished), responses as token lists"""
-    tokens, mask = generate(policy, prompts, 24, tokenizer.eot_token, temperature, seeded(seed))
+    tokens, mask = generate(policy, prompts, longest, tokenizer.eot_token, temperature,
+                            seeded(seed))
     inputs, targets = data.shift(tokens)
     finished = data.met_eos(targets, mask, tokenizer.eot_token)
     return (inputs, targets, mask, finished), data.responses_of(tokens, mask)
@@ -4387,12 +4388,19 @@ def test_dpo_starts_at_the_reference_and_raises_gold_from_comparisons_alone(whol
     (dict(labels="annotators"), 6),
     (dict(labels="soft", epochs=2), 12)], ids=["annotators", "soft, two epochs"])
 def test_each_round_of_dpo_has_pairs_of_its_own(changes, updates, tiny):
+    """Only the first round can take the annotators' comparisons; the others sample the policy."""
     name = f"rounds_{updates}"
     log, _ = tiny.run(dpo, name, n_pairs=96, rounds=2, **changes)
     assert len(log) == updates and log[0]["kl_ref"] == 0
-    rounds = [files.read_json(tiny.out / name / "dpo" / f"pairs_{i}.json") for i in range(2)]
-    assert len(rounds[0]) == len(rounds[1]) == 48 and rounds[0] != rounds[1]
-    assert not (tiny.out / name / "dpo" / "pairs_2.json").exists()
+    comparisons, _ = files.read_json(tiny.out / "tiny" / "reward_model" / "comparisons.json")
+    collected = [ids for c in comparisons for ids in c["response_ids"]]
+    known = []                                           # pairs from the comparisons, by round
+    for path in sorted((tiny.out / name / "dpo").glob("pairs_*.json")):
+        pairs = files.read_json(path)
+        assert len(pairs) == 48
+        known.append(sum(pair["chosen_ids"] in collected for pair in pairs))
+    assert len(known) == 2 and known[1] < 24
+    assert (known[0] > 24) == (changes["labels"] == "annotators")
 
 
 def test_soft_labels_are_made_of_the_scores_that_the_options_ask_for(tiny):
@@ -5409,18 +5417,20 @@ def test_every_stage_follows_a_reward_of_the_users(script, changes, tiny):
 # ---- sample.py
 
 def test_samples_are_shown_side_by_side_with_scores(tiny, capsys):
-    sample.main(tiny_config(sample, stage="sft,ppo,ladder/policy_gradient/clip", score=True, n=3))
+    sample.main(tiny_config(sample, stage="sft,ppo,ladder/policy_gradient/clip", score=True, n=8,
+                            max_new_tokens=12))
     said = capsys.readouterr().out
     _, tokenizer, scorer = tiny.models()
-    prompts = held_out_prompts(tokenizer, 3, 1337)
-    batch, responses = sampled_batch(tiny.policy(ppo), tokenizer, prompts, 1337)
+    prompts = held_out_prompts(tokenizer, 8, 1337)
+    batch, responses = sampled_batch(tiny.policy(ppo), tokenizer, prompts, 1337, longest=12)
     scores = reward_of(scorer, tiny_config(ppo))(*batch)
-    for prompt, ids, score in zip(prompts, responses, scores):
-        text, ended = tokenizers.decode_response(tokenizer, ids)
-        shown = text if ended else f"{text} .."
+    for prompt, ids, score, ended in zip(prompts, responses, scores, batch[3], strict=True):
+        text, _ = tokenizers.decode_response(tokenizer, ids)
+        shown = text if ended else f"{text} .."          # cut at --max_new_tokens
         assert f"    ppo  score {score:.2f} {shown}\n" in said
         assert tokenizer.decode(prompt) in said
-    assert said.count("\n    sft  score") == said.count("ladder/policy_gradient/clip  score") == 3
+    assert batch[3].any() and not batch[3].all()
+    assert said.count("\n    sft  score") == said.count("ladder/policy_gradient/clip  score") == 8
 
 
 def test_a_prompt_of_the_users_is_answered_greedily_the_same_way_each_time(tiny, capsys):
