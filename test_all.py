@@ -3967,6 +3967,11 @@ def option_id(value):
     return getattr(value, "__name__", "")
 
 
+def option_folder(changes):
+    """dict(lam=0.9, beta=1) -> lam-0.9_beta-1"""
+    return "_".join(f"{name}-{value}" for name, value in changes.items())
+
+
 class Tiny:
     """The run tiny in the folder out, and runs of single scripts on its stages"""
 
@@ -4228,8 +4233,7 @@ def default_logs(whole_run):
 @pytest.mark.parametrize("script, changes, update, metric", OPTIONS, ids=option_id)
 def test_every_option_acts_on_the_quantity_it_names(
         script, changes, update, metric, tiny, default_logs):
-    name = f"{script.__name__}_{changes}"
-    log, results = tiny.run(script, name, **(SHORT[script] | changes))
+    log, results = tiny.run(script, option_folder(changes), **(SHORT[script] | changes))
     assert math.isfinite(results["score"]) and math.isfinite(results["kl_ref"])
     assert log[0]["kl_ref"] == 0
     default = default_logs[script][update][metric]
@@ -4243,9 +4247,12 @@ def test_every_option_acts_on_the_quantity_it_names(
     (dpo, dict(), "nll_coef", 3.0, 0.0, "nll", 1)], ids=option_id)
 def test_a_coefficient_has_the_effect_that_it_is_there_for(
         script, given, option, less, more, metric, factor, tiny):
-    low, high = (tiny.run(script, f"{option}_{value}", **given, **{option: value})[0][-1][metric]
-                 for value in (less, more))
-    assert high > factor * low
+    metrics = []
+    for value in (less, more):
+        changes = {**given, option: value}
+        log, _ = tiny.run(script, "effect_" + option_folder(changes), **changes)
+        metrics.append(log[-1][metric])
+    assert metrics[1] > factor * metrics[0]
 
 
 def test_coefficients_follow_the_kls_of_each_update(tiny):
@@ -4404,11 +4411,13 @@ def test_each_round_of_dpo_has_pairs_of_its_own(changes, updates, tiny):
 
 
 def test_soft_labels_are_made_of_the_scores_that_the_options_ask_for(tiny):
-    plain, clipped, unfinished = (
-        tiny.run(dpo, f"soft_{changes}", n_pairs=48, labels="soft", **changes)[0][0]
-        for changes in ({}, dict(score_clip=0.1), dict(missing_eos_score=None)))
-    assert plain["grad_norm"] > 2 * clipped["grad_norm"]
-    assert plain["grad_norm"] != pytest.approx(unfinished["grad_norm"], rel=1e-3)
+    norms = []
+    for changes in ({}, dict(score_clip=0.1), dict(missing_eos_score=None)):
+        log, _ = tiny.run(dpo, "soft_" + option_folder(changes), n_pairs=48, labels="soft",
+                          **changes)
+        norms.append(log[0]["grad_norm"])
+    plain, clipped, unfinished = norms
+    assert plain > 2 * clipped and plain != pytest.approx(unfinished, rel=1e-3)
 
 
 def test_masking_the_shared_prefix_alone_changes_nothing_and_says_so(tiny, capsys):
@@ -4656,7 +4665,7 @@ def test_every_rung_climbs_on_the_samples_it_is_given(rung, tiny):
 def test_one_rung_runs_by_itself_and_its_options_act(changes, tiny, monkeypatch):
     steps = record(monkeypatch, policy_gradient, "trpo_step")
     rung = changes["rung"]
-    log, results = tiny.run(policy_gradient, f"rung_{changes}", **changes)
+    log, results = tiny.run(policy_gradient, option_folder(changes), **changes)
     default_log = [line for line in tiny.log("ladder", policy_gradient)
                    if line["rung"] == rung]
     assert list(results) == ["SFT", rung] and math.isfinite(results[rung]["score"])
