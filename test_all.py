@@ -24,9 +24,9 @@ A test's name is the claim it checks.
     2275   evaluate.py
     2305   What people copy
     2474   The proof: a problem so small that every response can be listed
-    3532   The scripts, end to end at --config tiny
-    5277   The house: what holds for every file
-    5432   README.md and docs/
+    3444   The scripts, end to end at --config tiny
+    5071   The house: what holds for every file
+    5210   README.md and docs/
 """
 
 import ast
@@ -2475,18 +2475,15 @@ def test_examples_in_docstrings_are_true(module):
 #
 # The vocabulary is 0, 1, 2 and EOS = 3. A response ends with its first EOS or after three tokens,
 # which makes 1 + 3 + 36 = 40 responses. There are two prompts x, and each (x, y) has a fixed random
-# score r(x, y). The policy is a real GPT of one layer, and pi_ref is one with random weights. The
-# best policy, and how far any other falls short of it, are known in closed form. With beta = 1:
+# score r(x, y). The policy is a GPT of one layer, pi_ref one with random weights, and beta is 1:
 #
 #     J(pi) = E_x E_{y ~ pi(.|x)} [r(x, y) - beta log(pi(y|x) / pi_ref(y|x))]
 #     pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x),     J(pi) = J(pi*) - beta KL(pi || pi*)
 #
-# Each method trains the GPT with its own functions from ppo.py, dpo.py, grpo.py or
-# policy_gradient.py. The batch is the whole list, and each response is weighted by its probability,
-# so there is no sampling noise. A method that maximises J must then end at pi*. Every other variant
-# must end at the optimum of its own objective, which is computed a second time by other means: by
-# L-BFGS on float64 tables, or from a fixed-point equation. Tables are (P, N) = (2, 40), and tensors
-# of tokens are (P N, T) = (80, 4).
+# Each method trains the GPT with its own functions, on the whole list, every response weighted by
+# its probability. There is no sampling noise, so a method that maximises J must end at pi*. Every
+# other one must end at the optimum of its own objective, computed a second time on float64 tables.
+# Tables are (P, N) = (2, 40), and tensors of tokens are (P N, T) = (80, 4).
 
 BETA = 1.0
 
@@ -2494,7 +2491,7 @@ BETA = 1.0
 class Listing:
     """Two prompts, all their responses of up to `longest` tokens, the scores, pi_ref and pi*"""
 
-    def __init__(self, longest=3):
+    def __init__(self, longest=3, scale=1.0, shift=0.0):
         self.eos = 3
         self.prompts = [[0], [1, 2]]
         self.responses = []
@@ -2508,7 +2505,7 @@ class Listing:
         batch = data.collate(prompts, P * self.responses)
         self.inputs, self.targets, self.mask = batch                                  # (P N, T)
         self.lengths = self.mask.sum(1).view(P, N)
-        self.scores = torch.randn(P, N, generator=seeded())
+        self.scores = scale * torch.randn(P, N, generator=seeded()) + shift
         self.reference = self.policy()
         self.ref_logprobs = self.token_logprobs(self.reference).detach()              # (P N, T)
         self.ref = self.ref_logprobs.sum(1).view(P, N).double()                       # log pi_ref
@@ -2537,23 +2534,28 @@ class Listing:
 
     @torch.no_grad()
     def rollout(self, policy):
-        """The list as a batch of policy -> old_logprobs, KL-shaped rewards, weights: (P N, T)"""
+        """
+        The list as a rollout of policy, with exact values of KL-shaped rewards -> dict of (P N, T)
+
+        Its mask holds the response's probability in place of 1, so a mean is an expectation.
+        """
         old = self.token_logprobs(policy)
-        weights = self.mask * old.sum(1, keepdim=True).exp()
+        p = old.sum(1).exp()
         scores = self.scores.flatten()
         rewards = ppo.shape_rewards(scores, old, self.ref_logprobs, self.mask, BETA)
-        return old, rewards, weights
+        to_go = rewards.double().flip(1).cumsum(1).flip(1)
+        values = self.state_values(p.double(), to_go).float()
+        return {"old_logprobs": old, "rewards": rewards, "values": values,
+                "mask": self.mask * p[:, None]}
 
-    def state_values(self, p, to_go=None):
+    def state_values(self, p, to_go):
         """
-        V(s) = E[what is still earned | the tokens so far], by summing over the list.
+        V(s) = E[what is still earned | the tokens so far], by summing over the list
 
-        to_go (P N, T) is what each response earns from a column on; by default its score.
+        p are the probabilities of the responses, to_go (P N, T) is what they earn from a column on.
         -> (P N, T), float64: the value before each response token
         """
         values = torch.zeros(self.mask.shape, dtype=torch.float64)
-        if to_go is None:
-            to_go = self.scores.double().view(-1, 1).expand_as(values)
         for t in range(values.shape[1]):
             prefix = self.inputs[:, :t + 1]
             real = self.mask[:, t] > 0
@@ -2577,36 +2579,9 @@ class Listing:
         return 0.5 * (p - q).abs().sum(1).mean().item()
 
 
-def adam(policy, lr=4e-3):
-    return torch.optim.Adam(policy.parameters(), lr=lr, fused=True)
-
-
-def schedule(optimizer, step, steps, peak=4e-3, warmup=5, floor=0.005):
-    lr = runs.learning_rate(step, steps, peak, warmup, floor)
-    runs.set_learning_rate(optimizer, lr)
-
-
-def take_step(optimizer, loss):
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
 @pytest.fixture(scope="module")
 def listing():
     return Listing()
-
-
-def test_listed_probabilities_sum_to_one_and_are_the_samplers_frequencies(listing):
-    p = listing.probabilities(listing.reference)
-    assert p.shape == (2, 40)
-    assert torch.allclose(p.sum(1), torch.ones(2, dtype=torch.float64), atol=1e-6)
-    prompts = [listing.prompts[1]] * 4000
-    tokens, mask = generate(listing.reference, prompts, 3, listing.eos, generator=seeded())
-    found = [tuple(y) for y in data.responses_of(tokens, mask)]
-    for y, q in zip(listing.responses, p[1].tolist()):
-        frequency = found.count(tuple(y)) / 4000
-        assert abs(frequency - q) < 4.5 * math.sqrt(q * (1 - q) / 4000) + 1e-3
 
 
 def test_every_policy_falls_short_of_the_optimum_by_beta_kl(listing):
@@ -2615,42 +2590,54 @@ def test_every_policy_falls_short_of_the_optimum_by_beta_kl(listing):
     assert listing.objective(listing.best) == pytest.approx(optimum)
     for seed in range(5):
         p = listing.probabilities(listing.policy(seed, std=0.4))
+        assert p.shape == (2, 40) and p.sum(1).tolist() == pytest.approx([1, 1], abs=1e-6)
         kl = (p * (p.log() - listing.best.log())).sum(1).mean().item()
         assert kl > 0.01
         assert listing.objective(p) == pytest.approx(optimum - BETA * kl, abs=1e-5)
 
 
-# ---- PPO
-
-def surrogate_loss(surrogate, logprobs, old_logprobs, advantages, weights, coef=1.0):
-    """The loss of either surrogate of the PPO paper"""
-    if surrogate == "clip":
-        return ppo.policy_loss(logprobs, old_logprobs, advantages, weights)[0]
-    return ppo.kl_penalty_loss(logprobs, old_logprobs, advantages, weights, coef)[0]
+def take_step(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
-def train_by_ppo(listing, surrogate, updates=150, epochs=4):
-    """PPO at lambda 1 and without a critic, on the whole list -> probabilities"""
+def descents(n, parameters, lr=4e-3, warmup=5, floor=0.005):
+    """Yields, n times, a function that takes a step of Adam down a loss; the rate falls to floor"""
+    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
+    for step in range(n):
+        runs.set_learning_rate(optimizer, runs.learning_rate(step, n, lr, warmup, floor))
+        yield functools.partial(take_step, optimizer)
+
+
+# ---- PPO, and the ladder of policy_gradient.py
+
+def train_on_policy(listing, loss_of, updates=150, epochs=4, lr=4e-3):
+    """Train by loss_of(logprobs, rollout, coef), on the whole list -> probabilities"""
     policy = listing.policy()
-    optimizer = adam(policy)
     penalty = ppo.ThresholdKL(1.0, 0.002)
-    for update in range(updates):
-        schedule(optimizer, update, updates)
-        old, rewards, weights = listing.rollout(policy)
-        advantages, _ = ppo.gae(rewards, torch.zeros_like(rewards), listing.mask, lam=1.0)
-        advantages = ppo.whiten(advantages, weights)
+    for descend in descents(updates, policy.parameters(), lr):
+        rows = listing.rollout(policy)
         for _ in range(epochs):
-            logprobs = listing.token_logprobs(policy)
-            loss = surrogate_loss(surrogate, logprobs, old, advantages, weights, penalty.coef)
-            take_step(optimizer, loss)
-        kl_old = ppo.kl_estimate(old, listing.token_logprobs(policy).detach(), "k3")
-        penalty.update(masked_mean(kl_old, weights).item())
+            descend(loss_of(listing.token_logprobs(policy), rows, penalty.coef))
+        logprobs = listing.token_logprobs(policy).detach()
+        kl_old = ppo.kl_estimate(rows["old_logprobs"], logprobs, "k3")
+        penalty.update(masked_mean(kl_old, rows["mask"]).item())
     return listing.probabilities(policy)
 
 
 @pytest.mark.parametrize("surrogate", ["clip", "kl_penalty"])
 def test_ppo_ends_at_pi_star(listing, surrogate):
-    p = train_by_ppo(listing, surrogate)
+    """Either surrogate of the paper, at lambda 1 and without a critic"""
+    def loss_of(logprobs, rows, coef):
+        old, rewards, weights = rows["old_logprobs"], rows["rewards"], rows["mask"]
+        advantages, _ = ppo.gae(rewards, torch.zeros_like(rewards), weights, lam=1.0)
+        advantages = ppo.whiten(advantages, weights)
+        if surrogate == "clip":
+            return ppo.policy_loss(logprobs, old, advantages, weights)[0]
+        return ppo.kl_penalty_loss(logprobs, old, advantages, weights, coef)[0]
+
+    p = train_on_policy(listing, loss_of)
     assert listing.distance(listing.ref.exp(), listing.best) > 0.3     # it has a long way to go
     assert listing.distance(p, listing.best) < 0.03
     assert listing.fraction(p) > 0.99
@@ -2658,22 +2645,20 @@ def test_ppo_ends_at_pi_star(listing, surrogate):
 
 def test_ppo_on_sampled_responses_with_a_critic_ends_near_pi_star(listing):
     """The steps of ppo.main: rollout, shaped rewards, GAE by a critic, whitening, minibatches"""
-    updates, lr = 120, 3e-3
     generator = seeded()
     actor = listing.policy()
     critic = ScalarGPT(actor.config, init_from=actor, zero_head=True).eval()
-    optimizers = [adam(actor, lr), adam(critic, lr)]
     cfg = dataclasses.replace(ppo.Config(), max_new_tokens=3)
     prompts = listing.prompts * 128
     score_of = {}
-    for i, x in enumerate(listing.prompts):
-        for j, y in enumerate(listing.responses):
-            score_of[tuple(x), tuple(y)] = listing.scores[i, j].item()
+    for x, row in zip(listing.prompts, listing.scores.tolist()):
+        score_of |= {(*x, *y): score for y, score in zip(listing.responses, row)}
 
-    for update in range(updates):
+    parameters = [*actor.parameters(), *critic.parameters()]
+    for descend in descents(120, parameters, lr=3e-3, floor=0.01):
         inputs, targets, mask, _ = ppo.roll_out(actor, prompts, cfg, listing.eos, generator)
         responses = data.responses_of(torch.cat([inputs, targets[:, -1:]], 1), mask)
-        scores = torch.tensor([score_of[tuple(x), tuple(y)] for x, y in zip(prompts, responses)])
+        scores = torch.tensor([score_of[*x, *y] for x, y in zip(prompts, responses)])
         with torch.no_grad():
             old = token_logprobs(actor, inputs, targets, mask)
             ref = token_logprobs(listing.reference, inputs, targets, mask)
@@ -2681,19 +2666,62 @@ def test_ppo_on_sampled_responses_with_a_critic_ends_near_pi_star(listing):
         rewards = ppo.shape_rewards(scores, old, ref, mask, BETA)
         advantages, returns = ppo.gae(rewards, values, mask, lam=0.95)
         advantages = ppo.whiten(advantages, mask)
-        for optimizer in optimizers:
-            schedule(optimizer, update, updates, lr, floor=0.01)
         for rows in torch.randperm(256, generator=generator).split(64):
             logprobs = token_logprobs(actor, inputs[rows], targets[rows], mask[rows])
             loss, _ = ppo.policy_loss(logprobs, old[rows], advantages[rows], mask[rows])
-            take_step(optimizers[0], loss)
-            new_values = critic(inputs[rows])
-            loss, _ = ppo.value_loss(new_values, values[rows], returns[rows], mask[rows])
-            take_step(optimizers[1], loss)
+            critic_loss, _ = ppo.value_loss(critic(inputs[rows]), values[rows], returns[rows],
+                                            mask[rows])
+            descend(loss + critic_loss)
 
     p = listing.probabilities(actor)
     assert listing.distance(p, listing.best) < 0.08
     assert listing.fraction(p) > 0.96
+
+
+def train_by_trpo(listing, updates=40):
+    """Trust-region steps on the whole list, none of which leaves its region -> probabilities"""
+    policy = listing.policy()
+    real = listing.mask > 0
+    for update in range(updates):
+        rows = listing.rollout(policy)
+        p = rows["mask"][real] / rows["mask"].sum()
+        psi = policy_gradient.gae(rows["rewards"], rows["values"], listing.mask, 1.0, 0.9)[real]
+        old = policy_gradient.token_distributions(policy, listing.inputs, listing.mask).detach()
+
+        def measure():
+            log_pi = policy_gradient.token_distributions(policy, listing.inputs, listing.mask)
+            kl = ((old.exp() * (old - log_pi)).sum(-1) * p).sum()
+            log_ratio = (listing.token_logprobs(policy) - rows["old_logprobs"])[real]
+            return (log_ratio.exp() * psi * p).sum(), kl
+
+        max_kl = 0.02 * runs.learning_rate(update, updates, 1.0, 5, 0.005) ** 2
+        taken = policy_gradient.trpo_step(policy.parameters(), measure, lambda: measure()[1],
+                                          max_kl, cg_steps=10, damping=1e-3)
+        assert measure()[1].item() == pytest.approx(taken["kl"], abs=1e-7)
+        assert taken["kl"] <= max_kl
+    return listing.probabilities(policy)
+
+
+@pytest.mark.parametrize("rung, options", [
+    ("gae", dict(updates=200, epochs=1, lr=8e-3)),
+    ("importance", dict(updates=140)),
+    ("trpo", dict(updates=40))], ids=["gae", "importance", "trpo"])
+def test_the_rungs_end_at_pi_star(listing, rung, options):
+    """
+    With the exact critic. gae speaks for the first six rungs, whose gradients are then equal (see
+    below); clip and kl_penalty are PPO's, above.
+    """
+    cfg = dataclasses.replace(policy_gradient.Config(), lam=0.9)
+
+    def loss_of(logprobs, rows, coef):
+        return policy_gradient.rung_loss(rung, logprobs, rows, cfg, coef)
+
+    if rung == "trpo":
+        p = train_by_trpo(listing, **options)
+    else:
+        p = train_on_policy(listing, loss_of, **options)
+    assert listing.distance(p, listing.best) < 0.03
+    assert listing.fraction(p) > 0.98
 
 
 # ---- DPO and its relatives: every ordered pair of responses, weighted by how often it is labelled
@@ -2722,18 +2750,16 @@ def train_by_dpo(listing, flips=0.0, soft=False, normalise=False, reference_free
         wins = counts
     wins = wins.float().flatten()
     labelled = {"target": wins} if soft else {"weights": wins}
-    lengths = listing.lengths if normalise else torch.ones_like(listing.lengths)
+    lengths = listing.lengths if normalise else 1.0
     ref = listing.ref.float() / lengths
     if reference_free:
         ref = torch.zeros_like(ref)
     policy = listing.policy()
-    optimizer = adam(policy)
-    for step in range(steps):
-        schedule(optimizer, step, steps, warmup=10, floor=0.01)
+    for descend in descents(steps, policy.parameters(), warmup=10, floor=0.01):
         logprobs = listing.logprobs(policy) / lengths
         pairs = [x.flatten() for x in (logprobs[:, i], logprobs[:, j], ref[:, i], ref[:, j])]
         loss, _ = dpo.dpo_loss(*pairs, beta=BETA, **labelled, **options)
-        take_step(optimizer, loss)
+        descend(loss)
     return listing.probabilities(policy), loss.item()
 
 
@@ -2763,10 +2789,8 @@ def dpo_optimum(listing, flips=0.0, normalise=False, reference_free=False, kind=
         return loss
 
     if kind == "hinge":                  # it has corners: many small steps instead
-        optimizer = torch.optim.Adam([table], lr=0.05)
-        for step in range(3000):
-            runs.set_learning_rate(optimizer, 0.05 * (1 - step / 3000) + 1e-5)
-            take_step(optimizer, objective())
+        for descend in descents(3000, [table], lr=0.05, warmup=0, floor=0):
+            descend(objective())
     else:
         optimizer = torch.optim.LBFGS(
             [table], max_iter=300, history_size=50, tolerance_grad=1e-10, tolerance_change=1e-14,
@@ -2840,38 +2864,39 @@ def test_only_robust_keeps_its_optimum_when_labels_are_flipped(listing):
     assert listing.fraction(clean) < fractions["fidelity"] - 0.05
 
 
+def train_on_drawn_labels(listing, rate, options, n, seed):
+    """DPO on n drawn labels, of which a share is flipped -> probabilities"""
+    _, _, wins = labelled_pairs(listing, rate)
+    drawn = torch.multinomial(wins.flatten(), n, replacement=True, generator=seeded(seed))
+    counts = torch.bincount(drawn, minlength=wins.numel()).view_as(wins).double()
+    return train_by_dpo(listing, counts=counts, **options)[0]
+
+
 def draw_flips(path, n=20000, seeds=3):
     """DPO on n drawn labels, some of them flipped -> a picture, and its numbers as a table"""
     listing = Listing()
     rates = [0.0, 0.1, 0.2, 0.3]
-    percent = [100 * rate for rate in rates]
     rows = [["loss", "flipped", "fraction of the optimum", "its own optimum's",
              "distance to that, TV"]]
     figure, axes = reports.subplots(1, 2, figsize=(9.5, 3.8))
     for (name, options_at), style in zip(FLIPPED.items(), ("o-", "s--", "^-.", "D:")):
-        fractions, distances = [], []
+        fractions, distances = [], []                          # a rate's (seeds,)
         for rate in rates:
-            pi_star, _ = dpo_optimum(listing, flips=rate, **options_at(rate))
-            _, _, wins = labelled_pairs(listing, rate)
-            p = wins.flatten()
-            runs = []
-            for seed in range(seeds):
-                drawn = torch.multinomial(p, n, replacement=True, generator=seeded(seed))
-                counts = torch.bincount(drawn, minlength=len(p)).view_as(wins).double()
-                policy, _ = train_by_dpo(listing, counts=counts, **options_at(rate))
-                runs.append(policy)
-            fractions.append(torch.tensor([listing.fraction(p) for p in runs]))
-            distances.append(torch.tensor([listing.distance(p, pi_star) for p in runs]))
+            optimum, _ = dpo_optimum(listing, flips=rate, **options_at(rate))
+            reached = [train_on_drawn_labels(listing, rate, options_at(rate), n, seed)
+                       for seed in range(seeds)]
+            fractions.append(torch.tensor([listing.fraction(p) for p in reached]))
+            distances.append(torch.tensor([listing.distance(p, optimum) for p in reached]))
             rows.append([name, f"{rate:.0%}", fractions[-1].mean().item(),
-                         listing.fraction(pi_star),
-                         distances[-1].mean().item()])
+                         listing.fraction(optimum), distances[-1].mean().item()])
         for axis, values in zip(axes, (fractions, distances)):
-            means, deviations = [v.mean() for v in values], [v.std() for v in values]
-            axis.errorbar(percent, means, deviations, fmt=style, color="0.15",
+            axis.errorbar([100 * rate for rate in rates], [v.mean() for v in values],
+                          [v.std() for v in values], fmt=style, color="0.15",
                           markerfacecolor="0.75", capsize=2, linewidth=1.1, label=name)
-    axes[0].set(xlabel="flipped labels (%)", ylabel="fraction of the optimum reached")
-    axes[1].set(xlabel="flipped labels (%)", ylabel="total variation to the loss's own optimum")
+    axes[0].set(ylabel="fraction of the optimum reached")
+    axes[1].set(ylabel="total variation to the loss's own optimum")
     for axis in axes:
+        axis.set(xlabel="flipped labels (%)")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.tight_layout()
@@ -2895,9 +2920,7 @@ def train_by_grpo(listing, advantage, normalise, kl_in="reward", updates=150, ep
     """GRPO with all groups of two as its batch -> probabilities"""
     P, N = listing.scores.shape
     policy = listing.policy()
-    optimizer = adam(policy)
-    for update in range(updates):
-        schedule(optimizer, update, updates)
+    for descend in descents(updates, policy.parameters()):
         old = listing.token_logprobs(policy).detach()
         p = old.sum(1).exp().view(P, N)
         rewards = listing.scores
@@ -2913,7 +2936,7 @@ def train_by_grpo(listing, advantage, normalise, kl_in="reward", updates=150, ep
             if kl_in == "loss":
                 kl_ref = ppo.kl_estimate(logprobs, listing.ref_logprobs, "k3")
                 loss = loss + BETA * (weights * kl_ref).sum()
-            take_step(optimizer, loss)
+            descend(loss)
     return listing.probabilities(policy)
 
 
@@ -2935,8 +2958,7 @@ def test_a_constant_reward_misleads_reinforce_only_under_sequence_weights(listin
     then beta log Z(x) and not 0. That is harmless because E[grad log pi] = 0. Weights of 1 / length
     break it: E[grad log pi / length] is not 0. A baseline removes the constant.
     """
-    shifted = Listing()
-    shifted.scores = shifted.scores + 4
+    shifted = Listing(shift=4)
     assert shifted.distance(shifted.best, listing.best) < 1e-6
 
     def error(advantage, normalise):
@@ -2955,63 +2977,59 @@ def test_at_pi_star_every_advantage_with_a_baseline_is_zero(listing):
         assert grpo.group_advantages(rewards.flatten(), 40, kind).abs().max() < 1e-9
 
 
-def grpo_fixed_point(listing, kind, beta=BETA):
+def at_rest(ref, Q, beta):
     """
-    Where GRPO comes to rest with the KL in the loss, in float64 tables.
+    Where GRPO comes to rest in a state, with the KL in the loss: (.., V) x 2 -> pi (.., V), E Q
 
-    In each state the loss pulls by Q(s, a), the mean advantage of the responses that continue with
-    a, and by the gradient of KL(pi_ref || pi). At rest
+    The loss pulls by Q(s, a), the mean advantage of the responses that continue with a, and by the
+    gradient of KL(pi_ref || pi). At rest
         pi (Q - E Q) + beta (pi_ref - pi) = 0,  so  pi(a|s) = beta pi_ref(a|s) / (lambda - Q(s, a)),
-    where lambda makes pi sum to 1. States are solved from the last token back. Q depends on the
-    advantages. Those of grpo depend on pi, so they are iterated to a fixed point.
+    where lambda makes pi sum to 1. It is found by bisection. ref may be any multiple of pi_ref.
     """
-    tokens = range(listing.eos + 1)
-    index = {tuple(y): i for i, y in enumerate(listing.responses)}
+    ref = beta * ref / ref.sum(-1, keepdim=True)
+    low = Q.max(-1, keepdim=True).values
+    high = low + beta
+    for _ in range(60):
+        middle = (low + high) / 2
+        too_low = (ref / (middle - Q)).sum(-1, keepdim=True) > 1
+        low = torch.where(too_low, middle, low)
+        high = torch.where(too_low, high, middle)
+    pi = ref / (high - Q)
+    return pi, (pi * Q).sum(-1)
+
+
+def rest_of_tree(listing, advantages, beta):
+    """The same for whole responses, from the last token back: (P, N) -> probabilities"""
+    def levels(table):
+        """A table's responses of one, two and three tokens -> (P, 1), (P, 3, 1), (P, 3, 3, 4)"""
+        one, two, three = table.split([1, 3, 36], dim=1)
+        return one, two[..., None], three.view(-1, 3, 3, 4)
+
+    def with_eos(others, eos):
+        return torch.cat([others, eos], -1)                                    # EOS is token 3
+
+    ref_1, ref_2, ref_3 = levels(listing.ref.exp())
+    Q_1, Q_2, Q_3 = levels(advantages)
+    third, value_3 = at_rest(ref_3, Q_3, beta)
+    ref_2 = with_eos(ref_3.sum(-1), ref_2)
+    second, value_2 = at_rest(ref_2, with_eos(value_3, Q_2), beta)
+    first, _ = at_rest(with_eos(ref_2.sum(-1), ref_1), with_eos(value_2, Q_1), beta)
+    two = first[:, :3, None] * second                                          # (P, 3, 4)
+    three = two[..., :3, None] * third                                         # (P, 3, 3, 4)
+    return torch.cat([first[:, 3:], two[..., 3], three.flatten(1)], dim=1)
+
+
+def grpo_fixed_point(listing, kind, beta=BETA):
+    """Where a policy rests under an advantage; grpo's depends on the policy, so it is iterated."""
     scores = listing.scores.double()
-
-    def mass(row, prefix):
-        return sum(q for y, q in zip(listing.responses, row) if tuple(y[:len(prefix)]) == prefix)
-
-    def solve(ref_row, advantages, prefix=()):
-        """-> E Q in the state after prefix, {response: its probability from there on}"""
-        ref, Q, below = [], [], []
-        for a in tokens:
-            y = prefix + (a,)
-            ref.append(mass(ref_row, y) / mass(ref_row, prefix))
-            if y in index:
-                Q.append(advantages[index[y]])
-                below.append({y: 1.0})
-            else:
-                value, probabilities = solve(ref_row, advantages, y)
-                Q.append(value)
-                below.append(probabilities)
-        low, high = max(Q), max(Q) + beta                                      # hold lambda
-        for _ in range(60):
-            middle = (low + high) / 2
-            if sum(beta * r / (middle - q) for r, q in zip(ref, Q)) > 1:
-                low = middle
-            else:
-                high = middle
-        pi = [beta * r / (high - q) for r, q in zip(ref, Q)]
-        value = sum(x * q for x, q in zip(pi, Q))
-        return value, {y: pi[a] * q for a in tokens for y, q in below[a].items()}
-
-    def solve_all(advantages):
-        table = torch.zeros_like(scores)
-        for row in range(len(listing.prompts)):
-            _, pi = solve(listing.ref[row].exp().tolist(), advantages[row].tolist())
-            for i, y in enumerate(listing.responses):
-                table[row, i] = pi[tuple(y)]
-        return table
-
     if kind == "rloo":
-        return solve_all(scores)
+        return rest_of_tree(listing, scores, beta)
     if kind == "dr_grpo":                                      # (r - r') / 2, up to a constant
-        return solve_all(scores / 2)
+        return rest_of_tree(listing, scores / 2, beta)
     signs = (scores[:, :, None] - scores[:, None]).sign() / math.sqrt(2)       # (r - mean) / std
     p = listing.ref.exp()
     for _ in range(40):
-        pi = solve_all((signs * p[:, None]).sum(2))
+        pi = rest_of_tree(listing, (signs * p[:, None]).sum(2), beta)
         p = (p + pi) / 2
     return pi
 
@@ -3029,8 +3047,7 @@ def test_dr_grpo_doubles_beta_and_grpo_ignores_the_scale_of_the_reward(listing):
     """In groups of two, with the KL in the loss. grpo divides by the standard deviation."""
     doubled = grpo_fixed_point(listing, "rloo", 2 * BETA)
     assert listing.distance(grpo_fixed_point(listing, "dr_grpo"), doubled) < 1e-6
-    louder = Listing()
-    louder.scores = 10 * louder.scores
+    louder = Listing(scale=10)
 
     def shift(kind):
         return listing.distance(grpo_fixed_point(louder, kind), grpo_fixed_point(listing, kind))
@@ -3039,80 +3056,10 @@ def test_dr_grpo_doubles_beta_and_grpo_ignores_the_scale_of_the_reward(listing):
     assert shift("rloo") > 0.1
 
 
-# ---- The ladder of policy_gradient.py
-
-def ladder_rows(listing, policy):
-    """The list as a rollout of policy, with exact values of its shaped rewards -> rows, weights"""
-    old, rewards, weights = listing.rollout(policy)
-    to_go = policy_gradient.reward_to_go(rewards, None, listing.mask)
-    values = listing.state_values(listing.probabilities(policy), to_go.double()).float()
-    rows = {"old_logprobs": old, "rewards": rewards, "values": values, "mask": listing.mask}
-    return rows, weights
-
-
-def take_trpo_step(listing, policy, rows, weights, psi, max_kl):
-    """One trust-region step on the whole list; checks that it keeps within max_kl"""
-    real = listing.mask > 0
-    p = weights[real] / weights.sum()
-    old = policy_gradient.token_distributions(policy, listing.inputs, listing.mask).detach()
-
-    def measure():
-        log_pi = policy_gradient.token_distributions(policy, listing.inputs, listing.mask)
-        kl = ((old.exp() * (old - log_pi)).sum(-1) * p).sum()
-        log_ratio = listing.token_logprobs(policy)[real] - rows["old_logprobs"][real]
-        return (log_ratio.exp() * psi[real] * p).sum(), kl
-
-    taken = policy_gradient.trpo_step(policy.parameters(), measure, lambda: measure()[1], max_kl,
-                                      cg_steps=10, damping=1e-3)
-    assert measure()[1].item() == pytest.approx(taken["kl"], abs=1e-7)
-    assert taken["kl"] <= max_kl
-
-
-def train_by_rung(listing, rung, updates=200, lr=4e-3):
-    """A rung of the ladder on the whole list, with the exact critic -> probabilities"""
-    policy = listing.policy()
-    optimizer = adam(policy)
-    penalty = ppo.ThresholdKL(1.0, 0.002)
-    cfg = dataclasses.replace(policy_gradient.Config(), lam=0.9)
-    epochs = 1 if rung in policy_gradient.PSI else 4
-    for update in range(updates):
-        rows, weights = ladder_rows(listing, policy)
-        if rung == "trpo":
-            psi = policy_gradient.gae(rows["rewards"], rows["values"], listing.mask, 1.0, 0.9)
-            factor = runs.learning_rate(update, updates, 1.0, 5, 0.005)
-            take_trpo_step(listing, policy, rows, weights, psi, 0.02 * factor ** 2)
-            continue
-        schedule(optimizer, update, updates, lr)
-        weighted = rows | {"mask": weights}
-        for _ in range(epochs):
-            logprobs = listing.token_logprobs(policy)
-            loss = policy_gradient.rung_loss(rung, logprobs, weighted, cfg, penalty.coef)
-            take_step(optimizer, loss)
-        logprobs = listing.token_logprobs(policy).detach()
-        kl_old = ppo.kl_estimate(rows["old_logprobs"], logprobs, "k3")
-        penalty.update(masked_mean(kl_old, weights).item())
-    return listing.probabilities(policy)
-
-
-@pytest.mark.parametrize("rung, options", [
-    pytest.param("gae", dict(lr=8e-3), id="gae"),
-    pytest.param("importance", dict(updates=140), id="importance"),
-    pytest.param("trpo", dict(updates=40), id="trpo")])
-def test_the_rungs_end_at_pi_star(listing, rung, options):
-    """
-    gae speaks for the first six rungs, whose gradients are equal with this critic (see below);
-    clip and kl_penalty are tested with PPO above.
-    """
-    p = train_by_rung(listing, rung, **options)
-    assert listing.distance(p, listing.best) < 0.03
-    assert listing.fraction(p) > 0.98
-
-
 # ---- Gradients, each against the exact gradient of J
 
 def flat_gradient(loss, policy):
-    parameters = list(policy.parameters())
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+    gradients = torch.autograd.grad(loss, list(policy.parameters()), retain_graph=True)
     return torch.cat([g.flatten() for g in gradients]).double()
 
 
@@ -3128,22 +3075,54 @@ def is_close(ours, exact, within=1e-4):
     return (ours - exact).norm() < within * exact.norm()
 
 
-@pytest.mark.parametrize("surrogate", ["clip", "kl_penalty"])
-def test_the_first_gradient_is_the_exact_policy_gradient_over_the_mean_length(listing, surrogate):
-    """- grad J / E[length], at lambda 1 without whitening, by any critic of the state alone"""
+EARNED = ["total_return", "reward_to_go", "baseline"]          # rungs that add up earned rewards
+
+
+@pytest.mark.parametrize("critic, lam, unbiased", [
+    ("exact", 0.6, policy_gradient.LADDER),
+    ("wrong", 0.6, EARNED),
+    ("wrong", 1.0, [*EARNED, "gae", "importance", "clip", "kl_penalty", "trpo"])])
+def test_the_expected_gradients_of_the_rungs_are_one_where_theory_says_so(
+        listing, critic, lam, unbiased):
+    """
+    With the exact critic every rung has the gradient - grad J / E[length]. With a wrong critic only
+    those keep it that add up rewards that were earned, as gae and what builds on it do at lambda 1.
+    """
     policy = listing.policy(seed=3)
-    values = small_scalar()(listing.inputs).detach() * listing.mask
-    old, rewards, weights = listing.rollout(policy)
-    mean_length = weights.sum().item() / 2                                     # over two prompts
-    exact = exact_gradient(listing, policy) / mean_length
+    rows = listing.rollout(policy)
+    if critic == "wrong":
+        rows["values"] = small_scalar()(listing.inputs).detach() * listing.mask
+    exact = exact_gradient(listing, policy) / (rows["mask"].sum().item() / 2)
+    logprobs = listing.token_logprobs(policy)
+    cfg = dataclasses.replace(policy_gradient.Config(), lam=lam)
+    for rung in policy_gradient.LADDER:
+        loss = policy_gradient.rung_loss(rung, logprobs, rows, cfg, coef=1.0)
+        gradient = flat_gradient(loss, policy)
+        if rung in unbiased:
+            assert is_close(gradient, -exact), rung
+        else:
+            assert not is_close(gradient, -exact, within=0.05), rung
+    too_early = policy_gradient.policy_gradient_loss(logprobs, rows["values"], rows["mask"])
+    assert flat_gradient(too_early, policy).norm() < 1e-4 * exact.norm()       # V_t, not V_{t+1}
 
-    def gradient(surrogate, lam):
-        advantages, _ = ppo.gae(rewards, values, listing.mask, lam=lam)
-        logprobs = listing.token_logprobs(policy)
-        return flat_gradient(surrogate_loss(surrogate, logprobs, old, advantages, weights), policy)
 
-    assert is_close(gradient(surrogate, lam=1.0), -exact)
-    assert not is_close(gradient("clip", lam=0.5), -exact, within=0.05)        # the test can fail
+def test_what_each_rung_does_to_the_variance_of_one_response(listing):
+    """
+    Exact, with the exact critic. The policy is not the reference, so the KL already paid makes the
+    total return smaller than what is still to come.
+    """
+    policy = listing.policy(seed=3)
+    rows = listing.rollout(policy)
+    p = rows["old_logprobs"].double().sum(1).exp() / 2                         # (P N,)
+    variance = {}
+    for rung, psi_of in policy_gradient.PSI.items():
+        psi = psi_of(rows["rewards"], rows["values"], listing.mask, 1.0, 0.6)
+        losses = (listing.token_logprobs(policy) * psi).sum(1)
+        gradients = torch.stack([flat_gradient(loss, policy) for loss in losses])       # (P N, D)
+        variance[rung] = ((p @ gradients ** 2).sum() - ((p @ gradients) ** 2).sum()).item()
+    assert variance["a2c"] < variance["gae"] < variance["baseline"] < variance["reward_to_go"]
+    assert variance["baseline"] < variance["total_return"]
+    assert variance["a2c"] < variance["plain_value"]
 
 
 def test_the_bias_of_the_token_mean_falls_as_one_over_the_batch_size(listing):
@@ -3153,12 +3132,13 @@ def test_the_bias_of_the_token_mean_falls_as_one_over_the_batch_size(listing):
     independent of row 1, the first term is B E[f_1 / (length_1 + L)].
     """
     policy = listing.policy(seed=3)
-    old, rewards, _ = listing.rollout(policy)
+    rows = listing.rollout(policy)
+    rewards = rows["rewards"]
     advantages, _ = ppo.gae(rewards, torch.zeros_like(rewards), listing.mask, lam=1.0)
     direction = exact_gradient(listing, policy)
     row_losses = (listing.token_logprobs(policy) * advantages).sum(1)
     f = torch.stack([flat_gradient(loss, policy) @ direction for loss in row_losses])   # (P N,)
-    p = old.double().sum(1).exp() / 2
+    p = rows["old_logprobs"].double().sum(1).exp() / 2
     lengths = listing.lengths.flatten().long()
     limit = (p @ f) / (p @ lengths.double())
 
@@ -3171,10 +3151,8 @@ def test_the_bias_of_the_token_mean_falls_as_one_over_the_batch_size(listing):
         shifts = [torch.nn.functional.pad(others * q, (n, 3 - n)) for n, q in enumerate(one)]
         others = sum(shifts)
 
-    mean_of_two = 0.0                            # by plain enumeration, as a check
-    for i, j in itertools.product(range(80), repeat=2):
-        mean_of_two += (p[i] * p[j] * (f[i] + f[j]) / (lengths[i] + lengths[j])).item()
-    assert bias[2] == pytest.approx(mean_of_two - limit.item())
+    pairs = (f[:, None] + f) / (lengths[:, None] + lengths)      # by plain enumeration, as a check
+    assert bias[2] == pytest.approx((p @ pairs @ p - limit).item())
     assert abs(bias[1]) > 0.01 * abs(limit)
     assert 128 * bias[128] == pytest.approx(64 * bias[64], rel=0.02)
     assert abs(bias[128]) < abs(bias[1]) / 50
@@ -3190,15 +3168,13 @@ def test_the_expected_gradient_of_log_pi_is_zero(listing):
 
 def test_performance_difference_lemma(listing):
     """J(pi') - J(pi) = E_{y ~ pi'} sum_t A_pi(s_t, a_t), A by ppo.gae at lambda 0 with exact V"""
-    tables = []
-    for seed in (1, 2):
-        p = listing.probabilities(listing.policy(seed, std=0.4))
-        tables.append(p / p.sum(1, keepdim=True))
-    old, new = tables
+    tables = [listing.probabilities(listing.policy(seed, std=0.4)) for seed in (1, 2)]
+    old, new = [p / p.sum(1, keepdim=True) for p in tables]
     zeros = torch.zeros(80, 4, dtype=torch.float64)
     scores = listing.scores.flatten().double()
     rewards = ppo.shape_rewards(scores, zeros, zeros, listing.mask, beta=0.0)
-    advantages, _ = ppo.gae(rewards, listing.state_values(old), listing.mask, lam=0.0)
+    values = listing.state_values(old, scores[:, None].expand_as(zeros))
+    advantages, _ = ppo.gae(rewards, values, listing.mask, lam=0.0)
     gains = advantages.sum(1)                                                  # (P N,)
     difference = ((new - old) * listing.scores).sum().item()
     assert abs(difference) > 0.1
@@ -3237,16 +3213,13 @@ def test_values_and_gradients_of_the_kl_estimates_k1_k2_and_k3(longest):
     p = logprobs.detach().double().sum(1, keepdim=True).exp()                  # (P N, 1)
     d = (logprobs - listing.ref_logprobs).detach().double() * listing.mask
     true_kl = (p * d).sum().item()
-    estimates, gradients = {}, {}
-    for kind in ("k1", "k2", "k3"):
-        mean = (p * ppo.kl_estimate(logprobs, listing.ref_logprobs, kind)).sum()
-        estimates[kind] = mean.item()
-        gradients[kind] = flat_gradient(mean, policy)
+    means = {kind: (p * ppo.kl_estimate(logprobs, listing.ref_logprobs, kind)).sum()
+             for kind in ("k1", "k2", "k3")}
     assert true_kl > 0.1
-    assert estimates["k1"] == pytest.approx(true_kl, rel=1e-4)
-    assert estimates["k3"] == pytest.approx(true_kl, rel=1e-4)
-    assert estimates["k2"] == pytest.approx((p * d ** 2).sum().item() / 2, rel=1e-4)
-    assert estimates["k2"] != pytest.approx(true_kl, rel=0.02)
+    assert means["k1"].item() == pytest.approx(true_kl, rel=1e-4)
+    assert means["k3"].item() == pytest.approx(true_kl, rel=1e-4)
+    assert means["k2"].item() == pytest.approx((p * d ** 2).sum().item() / 2, rel=1e-4)
+    assert means["k2"].item() != pytest.approx(true_kl, rel=0.02)
 
     # The KLs of the token distributions, each state weighted by how often pi visits it
     log_pi = policy(listing.inputs).log_softmax(-1)                            # (P N, T, V)
@@ -3256,9 +3229,9 @@ def test_values_and_gradients_of_the_kl_estimates_k1_k2_and_k3(longest):
     ref_to_pi = (log_ref.exp() * (log_ref - log_pi)).sum(-1)
     forward = flat_gradient((visits * pi_to_ref).sum(), policy)
     backward = flat_gradient((visits * ref_to_pi).sum(), policy)
-    assert gradients["k1"].norm() < 1e-4 * forward.norm()
-    assert is_close(gradients["k2"], forward, within=1e-3)
-    assert is_close(gradients["k3"], backward, within=1e-3)
+    assert flat_gradient(means["k1"], policy).norm() < 1e-4 * forward.norm()
+    assert is_close(flat_gradient(means["k2"], policy), forward, within=1e-3)
+    assert is_close(flat_gradient(means["k3"], policy), backward, within=1e-3)
     assert not is_close(backward, forward, within=0.1)                         # they do differ
 
     # The gradient of the KL of whole responses also counts how pi changes the visits themselves
@@ -3282,65 +3255,16 @@ def test_group_advantages_have_the_exact_gradient_a_share_of_it_or_tilt_it(listi
     old = logprobs.detach()
     p = old.sum(1).exp().view(2, -1)
     kl_ref = ppo.kl_estimate(old, listing.ref_logprobs).sum(1).view(2, -1)
-    rewards = listing.scores - BETA * kl_ref
     weights = listing.mask * p.view(-1, 1) / 2
     gradients = {}
     for kind in ("grpo", "dr_grpo", "rloo", "reinforce"):
-        advantages = expected_advantages(rewards, p, kind).flatten()
+        advantages = expected_advantages(listing.scores - BETA * kl_ref, p, kind).flatten()
         loss, _ = grpo.grpo_loss(logprobs, old, advantages, weights)
         gradients[kind] = flat_gradient(loss, policy)
     assert is_close(gradients["rloo"], -exact)
     assert is_close(gradients["reinforce"], -exact)
     assert is_close(gradients["dr_grpo"], -0.5 * exact)
     assert 0.5 < torch.cosine_similarity(gradients["grpo"], -exact, dim=0) < 0.995
-
-
-@pytest.mark.parametrize("critic", ["exact", "wrong"])
-def test_the_expected_gradients_of_the_rungs_are_one_where_theory_says_so(listing, critic):
-    """
-    With the exact critic every rung has the gradient - grad J / E[length]. With a wrong critic only
-    total_return, reward_to_go and baseline keep it, because they add up rewards that were earned.
-    """
-    policy = listing.policy(seed=3)
-    rows, weights = ladder_rows(listing, policy)
-    if critic == "wrong":
-        rows["values"] = small_scalar()(listing.inputs).detach() * listing.mask
-    exact = exact_gradient(listing, policy) / (weights.sum().item() / 2)
-    logprobs = listing.token_logprobs(policy)
-    cfg = dataclasses.replace(policy_gradient.Config(), lam=0.6)
-    for rung in policy_gradient.LADDER:
-        if rung in policy_gradient.PSI:
-            psi_of = policy_gradient.PSI[rung]
-            psi = psi_of(rows["rewards"], rows["values"], listing.mask, 1.0, 0.6)
-            loss = policy_gradient.policy_gradient_loss(logprobs, psi, weights)
-        else:
-            loss = policy_gradient.rung_loss(rung, logprobs, rows | {"mask": weights}, cfg, 1.0)
-        gradient = flat_gradient(loss, policy)
-        if critic == "exact" or rung in ("total_return", "reward_to_go", "baseline"):
-            assert is_close(gradient, -exact), rung
-        else:
-            assert not is_close(gradient, -exact, within=0.05), rung
-    too_early = policy_gradient.policy_gradient_loss(logprobs, rows["values"], weights)
-    assert flat_gradient(too_early, policy).norm() < 1e-4 * exact.norm()       # V_t, not V_{t+1}
-
-
-def test_what_each_rung_does_to_the_variance_of_one_response(listing):
-    """
-    Exact, with the exact critic. The policy is not the reference, so the KL already paid makes the
-    total return smaller than what is still to come.
-    """
-    policy = listing.policy(seed=3)
-    rows, _ = ladder_rows(listing, policy)
-    p = rows["old_logprobs"].double().sum(1).exp() / 2                         # (P N,)
-    variance = {}
-    for rung, psi_of in policy_gradient.PSI.items():
-        psi = psi_of(rows["rewards"], rows["values"], listing.mask, 1.0, 0.6)
-        losses = (listing.token_logprobs(policy) * psi).sum(1)
-        gradients = torch.stack([flat_gradient(loss, policy) for loss in losses])       # (P N, D)
-        variance[rung] = ((p @ gradients ** 2).sum() - ((p @ gradients) ** 2).sum()).item()
-    assert variance["a2c"] < variance["gae"] < variance["baseline"] < variance["reward_to_go"]
-    assert variance["baseline"] < variance["total_return"]
-    assert variance["a2c"] < variance["plain_value"]
 
 
 def test_the_fisher_product_is_the_mean_outer_product_of_the_gradients_of_log_pi():
@@ -3353,10 +3277,10 @@ def test_the_fisher_product_is_the_mean_outer_product_of_the_gradients_of_log_pi
         product = policy_gradient.fisher_product(kl, parameters, damping=0.3)
     v = torch.randn(sum(p.numel() for p in parameters), generator=seeded())
     wanted = 0.3 * v
-    for n, a in itertools.product(range(len(log_pi)), range(log_pi.shape[1])):
-        gradients = torch.autograd.grad(log_pi[n, a], parameters, retain_graph=True)
+    for log_p in log_pi.flatten():
+        gradients = torch.autograd.grad(log_p, parameters, retain_graph=True)
         g = torch.cat([x.flatten() for x in gradients])
-        wanted = wanted + log_pi[n, a].exp().item() * (g @ v) * g / len(log_pi)
+        wanted = wanted + log_p.exp().item() * (g @ v) * g / len(log_pi)
     torch.testing.assert_close(product(v), wanted, atol=1e-4 * wanted.norm().item(), rtol=0)
 
 
@@ -3367,7 +3291,7 @@ def test_a_trpo_step_gains_within_its_bound_and_is_not_taken_where_nothing_is_ga
     psi = torch.randn(mask.shape, generator=seeded())
     old = token_logprobs(gpt, inputs, targets, mask).detach()
     old_log_pi = policy_gradient.token_distributions(gpt, inputs, mask).detach()
-    start = [p.detach().clone() for p in gpt.parameters()]
+    start = copy.deepcopy(gpt.state_dict())
 
     def measure():
         logprobs = token_logprobs(gpt, inputs, targets, mask)
@@ -3389,8 +3313,7 @@ def test_a_trpo_step_gains_within_its_bound_and_is_not_taken_where_nothing_is_ga
         assert kl > 2e-5
         assert taken["halvings"] == (kl < 5e-5)
 
-    for p, value in zip(gpt.parameters(), start):
-        p.data.copy_(value)
+    gpt.load_state_dict(start)
     calls = []
 
     def measure_worse():                         # after the first call, everything looks worse
@@ -3401,7 +3324,7 @@ def test_a_trpo_step_gains_within_its_bound_and_is_not_taken_where_nothing_is_ga
     taken = policy_gradient.trpo_step(gpt.parameters(), measure_worse, fisher_kl, max_kl)
     assert taken.pop("grad_norm") > 0
     assert taken == {"kl": 0.0, "gain": 0.0, "halvings": 10}
-    assert all(torch.equal(p, value) for p, value in zip(gpt.parameters(), start))
+    assert_same_bits(dict(gpt.state_dict()), dict(start))
 
 
 # ---- A decision process without language: two states, two actions, discount 0.9
@@ -3424,18 +3347,6 @@ def exact_values(policy):
     return V, REWARD + GAMMA * NEXT_STATE @ V
 
 
-def optimal_values():
-    V = torch.zeros(2, dtype=torch.float64)
-    for _ in range(1000):
-        V = (REWARD + GAMMA * NEXT_STATE @ V).max(1).values
-    return V
-
-
-def discounted_visits(policy):
-    """sum_t gamma^t P(s_t = s) -> (S,)"""
-    return torch.linalg.solve(bellman_matrix(policy).T, START)
-
-
 def greedy(Q):
     return torch.nn.functional.one_hot(Q.argmax(1), 2).double()
 
@@ -3447,18 +3358,19 @@ def test_ppo_drives_a_two_state_decision_process_to_its_optimal_policy():
     optimizer = torch.optim.Adam([logits, values], lr=0.1)
     B, T = 32, 80                                # 0.9^80 is 2e-4: the cut end hardly counts
     mask = torch.ones(B, T)
+
+    def draw(p):
+        return torch.multinomial(p, 1, generator=generator).squeeze(1)
+
     for update in range(80):
         states = torch.zeros(B, T, dtype=torch.long)
         actions = torch.zeros(B, T, dtype=torch.long)
         with torch.no_grad():
-            state = torch.randint(2, (B,), generator=generator)
+            states[:, 0] = torch.randint(2, (B,), generator=generator)
             for t in range(T):
-                p = logits[state].softmax(-1)
-                action = torch.multinomial(p, 1, generator=generator).squeeze(1)
-                states[:, t] = state
-                actions[:, t] = action
-                p = NEXT_STATE[state, action]
-                state = torch.multinomial(p, 1, generator=generator).squeeze(1)
+                actions[:, t] = draw(logits[states[:, t]].softmax(-1))
+                if t + 1 < T:
+                    states[:, t + 1] = draw(NEXT_STATE[states[:, t], actions[:, t]])
             rewards = REWARD[states, actions].float()
             old_logprobs = logits.log_softmax(-1)[states, actions]
             old_values = values[states]
@@ -3470,7 +3382,9 @@ def test_ppo_drives_a_two_state_decision_process_to_its_optimal_policy():
             critic_loss, _ = ppo.value_loss(values[states], old_values, returns, mask, clip_eps=0)
             take_step(optimizer, loss + critic_loss)
     policy = logits.detach().double().softmax(1)
-    best = optimal_values()
+    best = torch.zeros(2, dtype=torch.float64)   # V*, by value iteration
+    for _ in range(1000):
+        best = (REWARD + GAMMA * NEXT_STATE @ best).max(1).values
     assert exact_values(greedy(REWARD))[0][0] < 0.75 * best[0]                 # gamma matters
     assert (exact_values(policy)[0] > 0.98 * best).all()
     assert policy.argmax(1).tolist() == (REWARD + GAMMA * NEXT_STATE @ best).argmax(1).tolist()
@@ -3504,7 +3418,7 @@ def test_bellman_identities_of_gae_and_of_the_critics_targets():
 def test_conservative_policy_iteration_bound():
     """
     eta(mixture) >= L(mixture) - 2 eps gamma alpha^2 / (1 - gamma)^2    (Kakade and Langford 2002,
-    as in TRPO), and the performance difference lemma for the same mixtures
+    as in TRPO)
     """
     overestimates = []                           # by the surrogate L without the bound's last term
     for seed in range(20):
@@ -3512,19 +3426,17 @@ def test_conservative_policy_iteration_bound():
         old, towards = draws.softmax(-1)
         V, Q = exact_values(old)
         A = Q - V[:, None]
+        visits = torch.linalg.solve(bellman_matrix(old).T, START)              # sum gamma^t P(s_t)
         if seed % 2:
             towards = greedy(Q)
         eps = (towards * A).sum(1).abs().max()                                 # max_s |E_a A|
         for alpha in (0.0, 0.05, 0.2, 0.5, 1.0):
             mixture = (1 - alpha) * old + alpha * towards
-            gains = (mixture * A).sum(1)                                       # (S,)
-            surrogate = START @ V + discounted_visits(old) @ gains
+            surrogate = START @ V + visits @ (mixture * A).sum(1)
             bound = surrogate - 2 * eps * GAMMA * alpha ** 2 / (1 - GAMMA) ** 2
             reached = START @ exact_values(mixture)[0]
             assert reached >= bound - 1e-9
             overestimates.append((surrogate - reached).item())
-            lemma = discounted_visits(mixture) @ gains
-            assert (reached - START @ V).item() == pytest.approx(lemma.item(), abs=1e-9)
     assert max(overestimates) > 1e-3             # so the surrogate alone is not a bound
 
 
@@ -3532,14 +3444,7 @@ def test_conservative_policy_iteration_bound():
 # The scripts, end to end at --config tiny
 
 FEW = dict(n_eval=4, n_samples=4)                # prompts and responses of the final comparison
-
-
-def tiny_models(out):
-    """The SFT policy of the run tiny, its tokenizer and its reward model"""
-    reference, tokenizer = sft.load_policy(out / "tiny" / "sft", "cpu")
-    scorer = reward_model.load_reward_model(out / "tiny" / "reward_model", reference, tokenizer,
-                                            "cpu")
-    return reference, tokenizer, scorer
+SMALL_EVALUATION = dict(n_eval=2, n_reference=8, n_samples=4)
 
 
 def stage_log(out, run, script):
@@ -3556,6 +3461,72 @@ def option_id(value):
 def option_folder(changes):
     """dict(lam=0.9, beta=1) -> lam-0.9_beta-1"""
     return "_".join(f"{name}-{value}" for name, value in changes.items())
+
+
+class Tiny:
+    """The run tiny in the folder out, and runs of single scripts on its stages"""
+
+    def __init__(self, out):
+        self.out = out
+
+    def run(self, script, name, **changes):
+        """Run a script with some settings -> its log, its results"""
+        few = {} if script is reward_model else FEW
+        results = script.main(tiny_config(script, out=name, base="tiny", **(few | changes)))
+        return self.log(name, script), results
+
+    def evaluate(self, runs, **changes):
+        small = SMALL_EVALUATION | changes
+        return evaluate.main(tiny_config(evaluate, out="tiny", runs=runs, **small))
+
+    def log(self, name, script):
+        return stage_log(self.out, name, script)
+
+    def checkpoint(self, name, script):
+        return files.load_checkpoint(self.out / name / script.__name__)
+
+    def policy(self, script):
+        return sft.load_policy(self.out / "tiny" / script.__name__, "cpu")[0]
+
+    def models(self):
+        """The SFT policy, its tokenizer and the reward model"""
+        policy, tokenizer = sft.load_policy(self.out / "tiny" / "sft", "cpu")
+        scorer = reward_model.load_reward_model(self.out / "tiny" / "reward_model", policy,
+                                                tokenizer, "cpu")
+        return policy, tokenizer, scorer
+
+
+@pytest.fixture
+def tiny(finished_run, no_pictures):
+    return Tiny(finished_run)
+
+
+def record(monkeypatch, owner, name):
+    """Keep the calls of a function from now on -> list of objects with args, kwargs and result"""
+    calls = []
+    original = getattr(owner, name)
+
+    def recorded(*args, **kwargs):
+        result = original(*args, **kwargs)
+        calls.append(types.SimpleNamespace(args=args, kwargs=kwargs, result=result))
+        return result
+    monkeypatch.setattr(owner, name, recorded)
+    return calls
+
+
+def sampled_batch(policy, tokenizer, prompts, seed=0, temperature=1.0, longest=24):
+    """What a policy samples -> (inputs, targets, mask, finished), responses as token lists"""
+    tokens, mask = generate(policy, prompts, longest, tokenizer.eot_token, temperature,
+                            seeded(seed))
+    inputs, targets = data.shift(tokens)
+    finished = data.met_eos(targets, mask, tokenizer.eot_token)
+    return (inputs, targets, mask, finished), data.responses_of(tokens, mask)
+
+
+def places(rows, whole):
+    """Where the rows of a shuffled minibatch are in the whole batch"""
+    return [next(b for b, row_of_whole in enumerate(whole) if torch.equal(row_of_whole, row))
+            for row in rows]
 
 
 # ---- sft.py, reward_model.py and ppo.py
@@ -3583,11 +3554,11 @@ def test_sft_learns(whole_run):
     assert 14 < results["entropy"] < 18
 
 
-def test_the_reward_model_agrees_with_annotators_and_is_normalised(whole_run, finished_run):
+def test_the_reward_model_agrees_with_annotators_and_is_normalised(whole_run, tiny):
     folder = whole_run[0] / "reward_model"
     results = files.read_json(folder / "results.json")
     assert 0.6 < results["accuracy"] < results["bayes_accuracy"] < 1
-    _, _, scorer = tiny_models(finished_run)
+    _, _, scorer = tiny.models()
     held_out = files.read_json(folder / "comparisons.json")[1]
     scores = reward_model.score_all(scorer, held_out, "cpu")
     assert scores.mean().item() == pytest.approx(0, abs=1e-4)
@@ -3612,6 +3583,20 @@ def test_comparisons_hold_the_ids_that_were_sampled_best_first(whole_run):
     assert not any(corpus.held_out(c["prompt"].encode()) for c in comparisons)
 
 
+@pytest.mark.parametrize("changes", [
+    dict(loss="fidelity"),
+    dict(token_wise=True),
+    dict(n_responses=2, margin=0.5),
+    dict(batch_size=1, epochs=2)], ids=option_id)
+def test_every_option_of_the_reward_model_runs(changes, tiny):
+    name = "rm_" + option_id(changes)
+    _, results = tiny.run(reward_model, name, n_prompts=40, **changes)
+    assert 0.4 < results["accuracy"] < results["bayes_accuracy"]
+    pairs = 40 if "n_responses" in changes else 240
+    report = (tiny.out / name / "reward_model" / "report.txt").read_text()
+    assert f"on {pairs} held-out comparisons" in report
+
+
 def test_ppo_raises_the_score_and_starts_where_it_should(whole_run):
     folder, results = whole_run
     log = log_of(folder / "ppo")
@@ -3622,200 +3607,166 @@ def test_ppo_raises_the_score_and_starts_where_it_should(whole_run):
     assert log[1]["beta"] == pytest.approx(log[0]["beta"] * (1 - 0.2 * 32 / 640))
 
 
-def test_the_reported_comparison_can_be_made_again_from_the_checkpoints(finished_run):
+def test_the_reported_comparison_can_be_made_again_from_the_checkpoints(tiny):
     """So the reference did not move in any of these runs."""
-    reference, tokenizer, scorer = tiny_models(finished_run)
+    reference, tokenizer, scorer = tiny.models()
     for script, name in ((ppo, "PPO"), (dpo, "DPO"), (grpo, "GRPO")):
-        folder = finished_run / "tiny" / script.__name__
         cfg = tiny_config(script)
-        policies = {"SFT": reference, name: sft.load_policy(folder, "cpu")[0]}
+        policies = {"SFT": reference, name: tiny.policy(script)}
         prompts = held_out_prompts(tokenizer, cfg.n_eval, 1337)
         _, again = compare.compare(policies, reward_of(scorer, cfg), tokenizer, prompts, cfg)
-        assert again == files.read_json(folder / "results.json")
+        assert again == files.read_json(tiny.out / "tiny" / script.__name__ / "results.json")
 
 
-def test_an_update_wires_rollout_rewards_advantages_and_losses_together(finished_run, monkeypatch):
+def test_an_update_wires_rollout_rewards_advantages_and_losses_together(tiny, monkeypatch):
     """One run of two updates, every call of the maths recorded and compared with the definitions"""
-    calls = {}
-    critic_values = []
-
-    def record(owner, name):
-        original = getattr(owner, name)
-
-        def recorded(*args, **kwargs):
-            if name == "gae":                            # before the critic moves on
-                inputs = calls["roll_out"][-1][1][0]
-                critic = calls["ScalarGPT"][0][1]
-                mask = args[2]
-                critic_values.append((critic(inputs) * mask).detach())
-            result = original(*args, **kwargs)
-            calls.setdefault(name, []).append((args, result))
-            return result
-        monkeypatch.setattr(owner, name, recorded)
-
-    for name in ("ScalarGPT", "roll_out", "gae", "policy_loss", "value_loss", "shape_rewards"):
-        record(ppo, name)
-    record(reward_py.Reward, "__call__")
-    ppo.main(tiny_config(ppo, out="wired", base="tiny", steps=2, batch_size=16, minibatch_size=16,
-                         n_eval=8, lam=0.9, gamma=0.98, beta=0.3, kl_control="fixed"))
-    reference, _, _ = tiny_models(finished_run)
+    calls = {name: record(monkeypatch, ppo, name)
+             for name in ("roll_out", "shape_rewards", "gae", "policy_loss", "value_loss")}
+    scored = record(monkeypatch, reward_py.Reward, "__call__")
+    tiny.run(ppo, "wired", steps=2, batch_size=16, minibatch_size=16, lam=0.9, gamma=0.98,
+                beta=0.3, kl_control="fixed")
+    reference, _, _ = tiny.models()
     for update in range(2):
-        inputs, targets, mask, finished = calls["roll_out"][update][1]
-        scores = calls["__call__"][update][1]
-        args, rewards = calls["shape_rewards"][update]
-        shaped_scores, old_logprobs, ref_logprobs, rewards_mask, beta = args
-        assert torch.equal(shaped_scores, scores) and torch.equal(rewards_mask, mask)
-        assert beta == 0.3
+        call = {name: made[update] for name, made in calls.items()}
+        inputs, targets, mask, _ = call["roll_out"].result
+        scores, old_logprobs, ref_logprobs, rewards_mask, beta = call["shape_rewards"].args
+        assert torch.equal(scores, scored[update].result) and torch.equal(rewards_mask, mask)
         expected = token_logprobs(reference, inputs, targets, mask).detach()
         torch.testing.assert_close(ref_logprobs, expected)
-        (gae_rewards, values, _, gamma, lam), (advantages, returns) = calls["gae"][update]
-        assert torch.equal(gae_rewards, rewards) and (gamma, lam) == (0.98, 0.9)
-        assert torch.equal(values, critic_values[update]) and values.any() == (update > 0)
-        args, _ = calls["policy_loss"][update]
-        logprobs, loss_old, whitened, loss_mask, clip_eps = args
-        rows = [next(b for b in range(16) if torch.equal(old_logprobs[b], row))
-                for row in loss_old]                                           # shuffled
+        rewards, values, _, gamma, lam = call["gae"].args
+        advantages, returns = call["gae"].result
+        assert torch.equal(rewards, call["shape_rewards"].result)
+        assert (beta, gamma, lam) == (0.3, 0.98, 0.9)
+        assert values.any() == (update > 0)
+
+        logprobs, loss_old, whitened, loss_mask, clip_eps = call["policy_loss"].args
+        rows = places(loss_old, old_logprobs)
+        assert rows != sorted(rows)
         torch.testing.assert_close(whitened, ppo.whiten(advantages, mask)[rows])
         torch.testing.assert_close(logprobs.detach(), loss_old, atol=1e-5, rtol=0)
-        assert torch.equal(loss_mask, mask[rows]) and clip_eps == 0.2
-        (new_values, old_values, critic_returns, _, eps), _ = calls["value_loss"][update]
+        assert torch.equal(loss_mask, mask[rows])
+        new_values, old_values, critic_returns, _, value_clip_eps = call["value_loss"].args
         torch.testing.assert_close(critic_returns, returns[rows])
-        assert torch.equal(old_values, values[rows]) and new_values.requires_grad and eps == 0.2
-    critic = files.load_checkpoint(finished_run / "wired" / "ppo")["critic"]
-    assert critic["head.weight"].abs().max() > 0
+        assert torch.equal(old_values, values[rows]) and new_values.requires_grad
+        torch.testing.assert_close(new_values.detach() * mask[rows], old_values)   # of the critic
+        assert clip_eps == value_clip_eps == 0.2
 
 
-@pytest.mark.parametrize("script, changes, message", [
-    (reward_model, dict(base="tiny", max_new_tokens=70),
-     "--max_new_tokens 70 exceed the model's block_size 72; lower --max_new_tokens to 5"),
-    (ppo, dict(base="tiny", max_new_tokens=70),
-     "--max_new_tokens 70 exceed the model's block_size 72; lower --max_new_tokens to 5"),
-    (sft, dict(block_size=60, max_new_tokens=60),
-     "--max_new_tokens 60 exceed the model's block_size 60; lower --max_new_tokens to"),
-    (sft, dict(block_size=40, max_new_tokens=1), "exceed --block_size 40; raise it")])
-def test_no_room_for_a_response_ends_at_once_with_both_numbers(script, changes, message,
-                                                               finished_run):
-    with pytest.raises(Stopped, match=message):
-        script.main(tiny_config(script, out="too_long", **changes))
-
-
-def test_one_bad_stage_among_many_is_left_out_by_name(finished_run, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    for stage in ("sft", "reward_model", "ppo"):
-        shutil.copytree(finished_run / "tiny" / stage, out / "tiny" / stage)
-    for run in ("damaged", "foreign", "older", "unfinished"):
-        shutil.copytree(finished_run / "tiny" / "ppo", out / run / "ppo")
-    monkeypatch.chdir(tmp_path)
-    damaged = out / "damaged" / "ppo" / "checkpoint.pt"
-    damaged.write_bytes(damaged.read_bytes()[:5000])
-    torch.save({"weights": torch.zeros(3)}, out / "foreign" / "ppo" / "checkpoint.pt")
-    older = out / "older" / "ppo" / "config.json"
-    config = files.read_json(older)
-    for name in ("score_clip", "ptx_coef", "ema", "text_prompt", "whiten_rewards"):
-        del config[name]
-    files.write(older, json.dumps(config))
-    (out / "unfinished" / "ppo" / "report.txt").unlink()
-    small = dict(out="among_bad", base="tiny", n_eval=2, n_reference=4, n_samples=2)
-    found = evaluate.main(tiny_config(evaluate, **small))
-    said = capsys.readouterr().out
-    assert set(found) == {"SFT", "tiny/ppo", "older/ppo"}
-    assert "leaving out damaged/ppo: error: cannot read out/damaged/ppo/checkpoint.pt as a" in said
-    assert "leaving out foreign/ppo: error: " in said
-    assert "leaving out unfinished/ppo: it is not finished" in said
-    with pytest.raises(Stopped, match="cannot read out/damaged/ppo/checkpoint.pt"):   # asked for
-        evaluate.main(tiny_config(evaluate, runs="tiny, damaged/ppo", **small))
-
-
-def test_a_damaged_stage_does_not_keep_others_from_being_sampled(finished_run, capsys):
-    for stage in ("sft", "ppo", "dpo"):
-        shutil.copytree(finished_run / "tiny" / stage, finished_run / "half_damaged" / stage)
-    (finished_run / "half_damaged" / "dpo" / "config.json").write_text("{")
-    sample.main(tiny_config(sample, out="half_damaged", stage="ppo", n=1))
-    assert "    ppo " in capsys.readouterr().out
-    shutil.rmtree(finished_run / "half_damaged")
-
-
-def test_one_sample_has_no_standard_deviation(finished_run, capsys, no_pictures):
-    cfg = tiny_config(ppo, out="single", base="tiny", steps=1, n_eval=1, n_samples=1)
-    results = ppo.main(cfg)
-    assert "standard deviations" not in capsys.readouterr().out and "gold_gain" not in results
-    written = (finished_run / "single" / "ppo" / "results.json").read_text()
-    json.loads(written, parse_constant=pytest.fail)      # which is called for NaN and Infinity
-
-
-def test_without_a_bonus_the_update_builds_no_graph_for_the_entropy(finished_run, monkeypatch,
-                                                                    no_pictures):
-    wanted = []                                  # whether each call with a graph asks for entropy
-    original = ppo.token_logprobs
-
-    def recorded(*args, return_entropy=False, **kwargs):
-        if torch.is_grad_enabled():
-            wanted.append(return_entropy)
-        return original(*args, return_entropy=return_entropy, **kwargs)
-    monkeypatch.setattr(ppo, "token_logprobs", recorded)
-    for coef in (0.0, 0.1):
-        ppo.main(tiny_config(ppo, out=f"bonus_{coef}", base="tiny", steps=1, n_eval=2, n_samples=2,
-                             entropy_coef=coef))
-    assert wanted == [False, False, True, True]
-    assert stage_log(finished_run, "bonus_0.0", ppo)[0]["entropy"] > 0
+OPTIONS = [                              # and the metric of the update in which they first show
+    (ppo, dict(surrogate="kl_penalty"), 1, "policy_loss"),
+    (ppo, dict(kl_control="fixed"), 1, "beta"),
+    (ppo, dict(whiten_rewards=True), 0, "value_loss"),
+    (ppo, dict(score_clip=0.5), 0, "score"),
+    (ppo, dict(entropy_coef=1.0), 0, "grad_norm"),
+    (ppo, dict(critic_init="sft"), 1, "value_loss"),
+    (ppo, dict(critic_target="td"), 0, "value_loss"),
+    (ppo, dict(critic_target="score"), 1, "value_loss"),
+    (ppo, dict(critic_target="mc", lam=0.9), 1, "explained_variance"),
+    (ppo, dict(lam=0.9), 0, "value_loss"),
+    (ppo, dict(gamma=0.9), 0, "value_loss"),
+    (ppo, dict(value_clip_eps=0.001), 0, "value_clip_fraction"),
+    (ppo, dict(epochs=2), 0, "kl_old"),
+    (ppo, dict(temperature=0.7), 0, "entropy"),
+    (ppo, dict(missing_eos_score=None), 0, "score"),
+    (ppo, dict(beta=1.0), 1, "value_loss"),
+    (ppo, dict(clip_eps=0.01), 0, "clip_fraction"),
+    (ppo, dict(grad_clip=0.01), 1, "score"),
+    (ppo, dict(critic_lr=1e-2), 1, "value_loss"),
+    (ppo, dict(batch_size=1, minibatch_size=1), 0, "score"),
+    (ppo, dict(batch_size=6, minibatch_size=3, max_new_tokens=1), 0, "score"),
+    (grpo, dict(advantage="dr_grpo"), 0, "grad_norm"),
+    (grpo, dict(advantage="rloo"), 0, "grad_norm"),
+    (grpo, dict(advantage="reinforce"), 0, "grad_norm"),
+    (grpo, dict(kl_in="loss"), 1, "group_std"),
+    (grpo, dict(normalise="sequence"), 0, "grad_norm"),
+    (grpo, dict(normalise="fixed"), 0, "grad_norm"),
+    (grpo, dict(clip_eps=0.01), 0, "clip_fraction"),
+    (grpo, dict(clip_eps=0.01, clip_eps_high=0.5), 0, "clip_fraction"),
+    (grpo, dict(group_size=2), 0, "group_std"),
+    (grpo, dict(beta=2.0), 1, "group_std"),
+    (grpo, dict(epochs=2), 0, "kl_old"),
+    (grpo, dict(temperature=0.7), 0, "entropy"),
+    (grpo, dict(missing_eos_score=None), 0, "score"),
+    (grpo, dict(score_clip=0.5), 0, "score"),
+    (grpo, dict(grad_clip=0.01), 1, "score"),
+    (grpo, dict(batch_size=1, minibatch_size=1, group_size=1, advantage="reinforce"), 0, "score"),
+    (grpo, dict(batch_size=6, minibatch_size=2, group_size=3, max_new_tokens=1), 0, "score"),
+    (dpo, dict(loss="robust", label_smoothing=0.1), 1, "loss"),
+    (dpo, dict(label_smoothing=0.1), 1, "loss"),
+    (dpo, dict(loss="ipo"), 0, "loss"),
+    (dpo, dict(loss="hinge"), 0, "loss"),
+    (dpo, dict(loss="fidelity"), 0, "loss"),
+    (dpo, dict(length_normalise=True), 0, "chosen_logprobs"),
+    (dpo, dict(length_normalise=True, mask_shared_prefix=True), 0, "chosen_logprobs"),
+    (dpo, dict(reference_free=True), 0, "loss"),
+    (dpo, dict(margin=0.5), 0, "loss"),
+    (dpo, dict(nll_coef=1.0), 0, "grad_norm"),
+    (dpo, dict(beta=1.0), 0, "grad_norm"),
+    (dpo, dict(grad_clip=0.01), 1, "margin"),
+    (dpo, dict(labels="soft"), 0, "chosen_logprobs"),
+    (dpo, dict(labels="reward_model"), 0, "chosen_logprobs"),
+    (dpo, dict(batch_size=1, n_pairs=3), 0, "chosen_logprobs"),
+    (dpo, dict(length_normalise=True, reference_free=True, margin=0.5, beta=2.0), 0, "loss")]
+SHORT = {ppo: dict(steps=2), grpo: dict(steps=2), dpo: dict(n_pairs=48)}
 
 
 @pytest.fixture(scope="module")
-def two_updates(whole_run):
-    """Logs of two updates by default settings, {script: log}, to compare options with"""
+def default_logs(whole_run):
+    """Logs of short runs with the default settings, {script: log}, to compare options with"""
     out = whole_run[0].parent
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(out.parent)
-        ppo.main(tiny_config(ppo, out="default", base="tiny", steps=2, n_eval=8))
-        grpo.main(tiny_config(grpo, out="default", base="tiny", steps=2, **FEW))
-    return {script: stage_log(out, "default", script) for script in (ppo, grpo)}
+        for script, short in SHORT.items():
+            script.main(tiny_config(script, out="default", base="tiny", **short, **FEW))
+    return {script: stage_log(out, "default", script) for script in SHORT}
 
 
-def check_option_acts(script, changes, update, metric, out, default_log, **small):
-    """Two updates with some options differ from two by default in a metric of an update."""
-    name = f"{script.__name__}_" + option_folder(changes)
-    results = script.main(tiny_config(script, out=name, base="tiny", steps=2, **small, **changes))
+@pytest.mark.parametrize("script, changes, update, metric", OPTIONS, ids=option_id)
+def test_every_option_acts_on_the_quantity_it_names(
+        script, changes, update, metric, tiny, default_logs):
+    log, results = tiny.run(script, option_folder(changes), **(SHORT[script] | changes))
     assert math.isfinite(results["score"]) and math.isfinite(results["kl_ref"])
-    log = stage_log(out, name, script)
     assert log[0]["kl_ref"] == 0
-    assert log[update][metric] != pytest.approx(default_log[update][metric], rel=1e-4)
+    default = default_logs[script][update][metric]
+    assert log[update][metric] != pytest.approx(default, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("changes, update, metric", [
-    (dict(surrogate="kl_penalty"), 1, "policy_loss"),
-    (dict(kl_control="fixed"), 1, "beta"),
-    (dict(whiten_rewards=True), 0, "value_loss"),
-    (dict(score_clip=0.5), 0, "score"),
-    (dict(entropy_coef=1.0), 0, "grad_norm"),
-    (dict(critic_init="sft"), 1, "value_loss"),
-    (dict(critic_target="td"), 0, "value_loss"),
-    (dict(critic_target="score"), 1, "value_loss"),
-    (dict(critic_target="mc", lam=0.9), 1, "explained_variance"),
-    (dict(lam=0.9), 0, "value_loss"),
-    (dict(gamma=0.9), 0, "value_loss"),
-    (dict(value_clip_eps=0.001), 0, "value_clip_fraction"),
-    (dict(epochs=2), 0, "kl_old"),
-    (dict(temperature=0.7), 0, "entropy"),
-    (dict(missing_eos_score=None), 0, "score"),
-    (dict(beta=1.0), 1, "value_loss"),
-    (dict(clip_eps=0.01), 0, "clip_fraction"),
-    (dict(grad_clip=0.01), 1, "score"),
-    (dict(critic_lr=1e-2), 1, "value_loss"),
-    (dict(batch_size=1, minibatch_size=1), 0, "score"),
-    (dict(batch_size=6, minibatch_size=3, max_new_tokens=1), 0, "score")], ids=option_id)
-def test_every_option_of_ppo_acts_on_the_quantity_it_names(changes, update, metric, finished_run,
-                                                           two_updates, no_pictures):
-    check_option_acts(ppo, changes, update, metric, finished_run, two_updates[ppo], n_eval=8)
+@pytest.mark.parametrize("script, given, option, less, more, metric, factor", [
+    (ppo, dict(kl_control="fixed"), "beta", 2.0, 0.02, "kl_ref", 2),
+    (grpo, dict(kl_in="loss", advantage="rloo"), "beta", 5.0, 0.02, "kl_ref", 2),
+    (ppo, dict(), "entropy_coef", 0.0, 3.0, "entropy", 1.05),
+    (dpo, dict(), "nll_coef", 3.0, 0.0, "nll", 1)], ids=option_id)
+def test_a_coefficient_has_the_effect_that_it_is_there_for(
+        script, given, option, less, more, metric, factor, tiny):
+    metrics = []
+    for value in (less, more):
+        changes = {**given, option: value}
+        log, _ = tiny.run(script, "effect_" + option_folder(changes), **changes)
+        metrics.append(log[-1][metric])
+    assert metrics[1] > factor * metrics[0]
 
 
-def test_beta_follows_kl_ref_of_each_update(finished_run, no_pictures):
-    ppo.main(tiny_config(ppo, out="followed", base="tiny", kl_target=0.5, kl_horizon=100.0,
-                         n_eval=8))
-    log = stage_log(finished_run, "followed", ppo)
+def test_coefficients_follow_the_kls_of_each_update(tiny):
+    log, _ = tiny.run(ppo, "followed", surrogate="kl_penalty", kl_old_target=0.01, kl_target=0.5,
+                         kl_horizon=100.0)
     for before, after in zip(log, log[1:]):
         error = min(max(before["kl_ref"] / 0.5 - 1, -0.2), 0.2)
         assert after["beta"] == pytest.approx(before["beta"] * (1 + error * 32 / 100))
+        factor = 1
+        if before["kl_old"] > 0.015:
+            factor = 2
+        elif before["kl_old"] < 0.01 / 1.5:
+            factor = 0.5
+        assert after["kl_penalty_coef"] == before["kl_penalty_coef"] * factor
     assert any(after["beta"] > before["beta"] for before, after in zip(log, log[1:]))
+    assert len({line["kl_penalty_coef"] for line in log}) > 1
+
+
+def test_with_a_learning_rate_of_zero_nothing_moves_over_all_epochs(tiny):
+    log, _ = tiny.run(ppo, "still", steps=2, epochs=3, lr=0.0)
+    for line in log:
+        assert line["ratio"] == pytest.approx(1, abs=1e-6) and line["clip_fraction"] == 0
+        assert line["kl_ref"] == line["kl_old"] == 0
 
 
 def test_an_eos_in_the_prompt_does_not_finish_the_response():
@@ -3826,55 +3777,93 @@ def test_an_eos_in_the_prompt_does_not_finish_the_response():
     assert finished.any() and not finished.all()
 
 
-def test_the_kl_penalty_coefficient_follows_kl_old(finished_run, no_pictures):
-    ppo.main(tiny_config(ppo, out="penalised", base="tiny", surrogate="kl_penalty",
-                         kl_old_target=0.01, steps=8, n_eval=8))
-    log = stage_log(finished_run, "penalised", ppo)
-    for before, after in zip(log, log[1:]):
-        factor = 1
-        if before["kl_old"] > 0.015:
-            factor = 2
-        elif before["kl_old"] < 0.01 / 1.5:
-            factor = 0.5
-        assert after["kl_penalty_coef"] == before["kl_penalty_coef"] * factor
-    assert len({line["kl_penalty_coef"] for line in log}) > 1
+def test_one_sample_has_no_standard_deviation(tiny, capsys):
+    _, results = tiny.run(ppo, "single", steps=1, n_eval=1, n_samples=1)
+    assert "standard deviations" not in capsys.readouterr().out and "gold_gain" not in results
+    written = (tiny.out / "single" / "ppo" / "results.json").read_text()
+    json.loads(written, parse_constant=pytest.fail)      # which is called for NaN and Infinity
 
 
-def test_an_entropy_bonus_raises_the_entropy(finished_run, no_pictures):
-    plain, raised = (ppo.main(tiny_config(ppo, out=f"bonus{coef}", base="tiny", n_eval=32,
-                                          entropy_coef=coef))["entropy"] for coef in (0.0, 3.0))
-    assert raised > plain + 0.1
+def test_without_a_bonus_the_update_builds_no_graph_for_the_entropy(tiny, monkeypatch):
+    calls = record(monkeypatch, ppo, "token_logprobs")
+    for coef in (0.0, 0.1):
+        log, _ = tiny.run(ppo, f"bonus_{coef}", steps=1, entropy_coef=coef)
+        assert log[0]["entropy"] > 0
+    in_updates = [call.kwargs.get("return_entropy") for call in calls
+                  if call.result[0].requires_grad]
+    assert in_updates == [False, False, True, True]
 
 
-def test_with_a_learning_rate_of_zero_nothing_moves_over_all_epochs(finished_run, no_pictures):
-    ppo.main(tiny_config(ppo, out="still", base="tiny", steps=2, epochs=3, lr=0.0, n_eval=8))
-    for line in stage_log(finished_run, "still", ppo):
-        assert line["ratio"] == pytest.approx(1, abs=1e-6) and line["clip_fraction"] == 0
-        assert line["kl_ref"] == line["kl_old"] == 0
+# ---- what PPO can do besides
+
+def test_the_average_follows_its_formula_and_is_evaluated_beside_the_actor(tiny, monkeypatch):
+    average, policy = small_gpt(seed=1), small_gpt(seed=2)
+    before = copy.deepcopy(average.state_dict())
+    ppo.move_average(average, policy, 0.9)
+    for name, weight in average.state_dict().items():
+        torch.testing.assert_close(weight, 0.9 * before[name] + 0.1 * policy.state_dict()[name])
+    actors = []                                          # the actor's weights at each call
+    original = ppo.move_average
+
+    def recorded(mean, actor, share):
+        actors.append(copy.deepcopy(actor.state_dict()))
+        original(mean, actor, share)
+    monkeypatch.setattr(ppo, "move_average", recorded)
+    _, results = tiny.run(ppo, "averaged", steps=3, ema=0.6)
+    assert len(actors) == 3                              # once an update
+    saved = tiny.checkpoint("averaged", ppo)
+    for name, expected in tiny.checkpoint("tiny", sft)["policy"].items():
+        for weights in actors:
+            expected = 0.6 * expected + 0.4 * weights[name]
+        torch.testing.assert_close(saved["policy_ema"][name], expected)
+    assert results["PPO, averaged"]["kl_ref"] != results["kl_ref"]
+    assert list(tiny.evaluate("averaged")) == ["SFT", "averaged/ppo", "averaged/ppo/ema"]
 
 
-@pytest.mark.parametrize("changes", [
-    dict(loss="fidelity"),
-    dict(token_wise=True),
-    dict(n_responses=2, margin=0.5),
-    dict(batch_size=1, epochs=2)], ids=option_id)
-def test_every_option_of_the_reward_model_runs(changes, finished_run, no_pictures):
-    name = "rm_" + "-".join(changes)
-    results = reward_model.main(tiny_config(reward_model, out=name, base="tiny", n_prompts=40,
-                                            **changes))
-    assert 0.4 < results["accuracy"] < results["bayes_accuracy"]
-    pairs = 40 if "n_responses" in changes else 240
-    report = (finished_run / name / "reward_model" / "report.txt").read_text()
-    assert f"on {pairs} held-out comparisons" in report
+def test_the_gradient_with_ptx_is_the_sum_of_the_two(tiny, monkeypatch):
+    """The actor's first gradient, unclipped: of the policy loss, plus coef times of the texts"""
+    original_clip = torch.nn.utils.clip_grad_norm_
+    original_texts = data.built_in_texts
+
+    def few_texts(n, n_held_out, seed):                  # 20,000 take seconds to write
+        return original_texts(min(n, 500), n_held_out, seed)
+
+    def recorded_clip(parameters, limit):
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+        return original_clip(parameters, limit)
+    monkeypatch.setattr(data, "built_in_texts", few_texts)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recorded_clip)
+    drawn = record(monkeypatch, data, "draw")
+    first_gradients = []
+    for coef in (0.0, 0.7):
+        gradients = []
+        log, _ = tiny.run(ppo, f"ptx_{coef}", steps=1, ptx_coef=coef, minibatch_size=32)
+        first_gradients.append(gradients[0])
+    texts = next(call.result for call in drawn if isinstance(call.result[0], tuple))
+    policy, _, _ = tiny.models()
+    inputs, targets, mask = data.collate(*zip(*texts))
+    loss = -masked_mean(token_logprobs(policy, inputs, targets, mask), mask)
+    loss.backward()
+    text_gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    plain, with_ptx = first_gradients
+    torch.testing.assert_close(with_ptx, plain + 0.7 * text_gradient, atol=1e-6, rtol=1e-4)
+    assert len(texts) == 32 and log[0]["ptx_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_a_beta_raised_a_hundredfold_keeps_the_policy_at_the_reference(finished_run, no_pictures):
-    low, high = (ppo.main(tiny_config(ppo, out=f"beta{beta}", base="tiny", kl_control="fixed",
-                                      beta=beta))["kl_ref"] for beta in (0.02, 2.0))
-    assert high < 0.5 * low
+def test_during_warm_up_the_critic_alone_learns(tiny):
+    log, _ = tiny.run(ppo, "warmed", steps=3, critic_warmup=3)
+    saved = tiny.checkpoint("warmed", ppo)
+    start = tiny.checkpoint("tiny", sft)
+    assert_same_bits(dict(saved["policy"]), dict(start["policy"]))
+    assert saved["critic"]["head.weight"].any()
+    for line in log:
+        assert line["kl_ref"] == line["grad_norm"] == 0 < line["critic_grad_norm"]
+    log, _ = tiny.run(ppo, "warmed-2", steps=3, critic_warmup=1)
+    assert log[1]["kl_ref"] == 0 != log[2]["kl_ref"]
+    assert log[0]["kl_old"] == 0 < log[1]["kl_old"]
 
 
-# ---- dpo.py and evaluate.py
+# ---- dpo.py
 
 def test_dpo_starts_at_the_reference_and_raises_gold_from_comparisons_alone(whole_run):
     folder = whole_run[0] / "dpo"
@@ -3893,73 +3882,47 @@ def test_dpo_starts_at_the_reference_and_raises_gold_from_comparisons_alone(whol
             assert stored == pytest.approx(token_logprobs(reference, *batch).sum().item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("changes", [
-    dict(loss="robust", label_smoothing=0.1),
-    dict(label_smoothing=0.1),
-    dict(loss="ipo"),
-    dict(loss="hinge"),
-    dict(loss="fidelity"),
-    dict(length_normalise=True),
-    dict(reference_free=True),
-    dict(margin=0.5),
-    dict(length_normalise=True, mask_shared_prefix=True),
-    dict(nll_coef=1.0),
-    dict(labels="soft"),
-    dict(labels="reward_model"),
-    dict(labels="annotators", rounds=2),
-    dict(beta=1.0),
-    dict(grad_clip=0.01),
-    dict(labels="soft", rounds=2, epochs=2),
-    dict(batch_size=1),
-    dict(missing_eos_score=None, labels="soft"),
-    dict(length_normalise=True, reference_free=True, margin=0.5, beta=2.0),
-    dict(score_clip=0.1, labels="soft")], ids=option_folder)
-def test_every_option_of_dpo_acts(changes, finished_run, no_pictures):
-    name = "dpo_" + option_folder(changes)
-    rounds = changes.get("rounds", 1)
-    n_pairs = 3 * changes.get("batch_size", 16) * rounds
-    results = dpo.main(tiny_config(dpo, out=name, base="tiny", n_pairs=n_pairs, **FEW, **changes))
-    log = stage_log(finished_run, name, dpo)
-    default_log = stage_log(finished_run, "tiny", dpo)
-    assert len(log) == 3 * rounds * changes.get("epochs", 1)
-    assert math.isfinite(results["score"]) and log[0]["kl_ref"] == 0
-    assert len(list((finished_run / name / "dpo").glob("pairs_*.json"))) == rounds
-    changed = {key for key in ("loss", "margin", "grad_norm", "chosen_logprobs", "nll")
-               for step in (0, 2)
-               if log[step][key] != pytest.approx(default_log[step][key], rel=1e-3, abs=1e-6)}
-    assert changed
+@pytest.mark.parametrize("changes, updates", [
+    (dict(labels="annotators"), 6),
+    (dict(labels="soft", epochs=2), 12)], ids=["annotators", "soft, two epochs"])
+def test_each_round_of_dpo_has_pairs_of_its_own(changes, updates, tiny):
+    """Only the first round can take the annotators' comparisons; the others sample the policy."""
+    name = f"rounds_{updates}"
+    log, _ = tiny.run(dpo, name, n_pairs=96, rounds=2, **changes)
+    assert len(log) == updates and log[0]["kl_ref"] == 0
+    comparisons, _ = files.read_json(tiny.out / "tiny" / "reward_model" / "comparisons.json")
+    collected = [ids for c in comparisons for ids in c["response_ids"]]
+    known = []                                           # pairs from the comparisons, by round
+    for path in sorted((tiny.out / name / "dpo").glob("pairs_*.json")):
+        pairs = files.read_json(path)
+        assert len(pairs) == 48
+        known.append(sum(pair["chosen_ids"] in collected for pair in pairs))
+    assert len(known) == 2 and known[1] < 24
+    assert (known[0] > 24) == (changes["labels"] == "annotators")
 
 
-def test_masking_the_shared_prefix_alone_changes_nothing_and_says_so(finished_run, capsys,
-                                                                     no_pictures):
+def test_soft_labels_are_made_of_the_scores_that_the_options_ask_for(tiny):
+    norms = []
+    for changes in ({}, dict(score_clip=0.1), dict(missing_eos_score=None)):
+        log, _ = tiny.run(dpo, "soft_" + option_folder(changes), n_pairs=48, labels="soft",
+                          **changes)
+        norms.append(log[0]["grad_norm"])
+    plain, clipped, unfinished = norms
+    assert plain > 2 * clipped and plain != pytest.approx(unfinished, rel=1e-3)
+
+
+def test_masking_the_shared_prefix_alone_changes_nothing_and_says_so(tiny, capsys):
     margins = []
     for masked in (False, True):
         assert "--mask_shared_prefix changes nothing" not in capsys.readouterr().out
-        out = f"prefix_{masked}"
-        dpo.main(tiny_config(dpo, out=out, base="tiny", n_pairs=48, mask_shared_prefix=masked,
-                             **FEW))
-        margins.append([line["margin"] for line in stage_log(finished_run, out, dpo)])
+        log, _ = tiny.run(dpo, f"prefix_{masked}", n_pairs=48, mask_shared_prefix=masked)
+        margins.append([line["margin"] for line in log])
     said = capsys.readouterr().out
     assert "--mask_shared_prefix changes nothing without --length_normalise" in said
     assert margins[0] == pytest.approx(margins[1], abs=1e-4)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(beta=0.0), "--beta got 0"),
-    (dict(label_smoothing=0.5), "--label_smoothing got 0.5"),
-    (dict(loss="ipo", label_smoothing=0.1),
-     "works only with --loss sigmoid or robust, this is --loss ipo"),
-    (dict(n_pairs=20, rounds=2), "less than one batch of 16 pairs"),
-    (dict(n_pairs=5000), "asks for 5000 of the annotators' comparisons, .*reward_model has 960"),
-    (dict(n_eval=500), "--n_eval 500 .* asks for more held-out prompts than the 197 that")])
-def test_dpo_refuses_what_cannot_be(changes, message, finished_run):
-    with pytest.raises(Stopped, match=message):
-        dpo.main(tiny_config(dpo, out="refused", base="tiny", **changes))
-    assert not (finished_run / "refused").exists()
-
-
-def test_pairs_of_identical_responses_are_left_out_and_counted(finished_run, monkeypatch, capsys,
-                                                               no_pictures):
+def test_pairs_of_identical_responses_are_left_out_and_counted(tiny, monkeypatch, capsys):
     original = dpo.pairs_of_rankings
 
     def with_identical(*args):
@@ -3968,141 +3931,13 @@ def test_pairs_of_identical_responses_are_left_out_and_counted(finished_run, mon
             pair["rejected_ids"] = pair["chosen_ids"]
         return pairs
     monkeypatch.setattr(dpo, "pairs_of_rankings", with_identical)
-    dpo.main(tiny_config(dpo, out="identical", base="tiny", n_pairs=48, **FEW))
+    tiny.run(dpo, "identical", n_pairs=48)
     said = capsys.readouterr().out
     assert "round 0: 32 pairs; 16 with identical responses are left out" in said
-    assert len(files.read_json(finished_run / "identical" / "dpo" / "pairs_0.json")) == 32
+    assert len(files.read_json(tiny.out / "identical" / "dpo" / "pairs_0.json")) == 32
 
 
-def test_nll_keeps_the_chosen_responses_likely(finished_run, no_pictures):
-    nll = []
-    for coef in (0.0, 3.0):
-        dpo.main(tiny_config(dpo, out=f"nll{coef}", base="tiny", nll_coef=coef, **FEW))
-        nll.append(stage_log(finished_run, f"nll{coef}", dpo)[-1]["nll"])
-    assert nll[1] < nll[0]
-
-
-@pytest.fixture(scope="module")
-def evaluated(whole_run):
-    """-> results, folder of an evaluation of the runs tiny and fixed"""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(whole_run[0].parent.parent)
-        ppo.main(tiny_config(ppo, out="fixed", base="tiny", kl_control="fixed", beta=0.5, **FEW))
-        results = evaluate.main(tiny_config(evaluate, runs="tiny,fixed", overoptimise=True))
-    return results, whole_run[0] / "evaluate"
-
-
-def test_evaluate_finds_every_policy_and_reports_where_it_landed(evaluated):
-    results, folder = evaluated
-    policies = ["fixed/ppo", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
-    assert list(results) == ["SFT", *policies, "overoptimisation"]
-    report = (folder / "report.md").read_text()
-    for heading in ("The limit", "Best of n", "Win rates", "Samples", "Over-optimisation"):
-        assert f"## {heading}" in report
-    for text in (report, (folder / "report.txt").read_text()):
-        assert "\ncommand     python evaluate.py --config tiny" in text
-        assert "\nmade with   commit " in text
-    for picture in ("frontier.png", "overoptimisation.png"):
-        assert (folder / picture).read_bytes()[:4] == b"\x89PNG" and f"({picture})" in report
-    assert results["SFT"]["kl_ref"] == 0 and results["SFT"]["elo_by_gold"] == 1000
-    assert "fraction" in results["fixed/ppo"] and "fraction" in results["tiny/dpo"]
-    assert "fraction" not in results["tiny/ppo"]
-    assert results["tiny/grpo"]["aims_at_optimum"] and results["tiny/grpo"]["fraction"] > 0.3
-    for name in policies:
-        assert -1 < results[name]["share"] < 1.3 and results[name]["kl_ref"] > 0.05
-    assert results["tiny/ppo"]["share"] > 0.3 and results["tiny/ppo"]["elo_by_score"] > 1000
-    log = stage_log(folder.parent.parent, "tiny-weak", ppo)
-    last = [line["score"] for line in log[-3:]]          # means over five updates, two on each side
-    assert results["overoptimisation"]["end_score"] == pytest.approx(sum(last) / 3)
-    assert results["overoptimisation"]["fall"] >= 0
-    json.dumps(results, allow_nan=False)
-
-
-def test_samples_carry_the_densities_scores_and_texts_of_their_policies(finished_run):
-    """Each policy is sampled again by itself, and measured under every policy."""
-    reference, tokenizer, scorer = tiny_models(finished_run)
-    actor, _ = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
-    policies = {"SFT": reference, "PPO": actor}
-    reward = reward_of(scorer, tiny_config(ppo))
-    prompts = held_out_prompts(tokenizer, 3)
-    samples = compare.collect(policies, reward, tokenizer, prompts, [4, 2],
-                              tiny_config(ppo, temperature=0.8, seed=9))
-    assert samples.columns("SFT") == slice(0, 4) and samples.columns("PPO") == slice(4, 6)
-    for (name, policy), n in zip(policies.items(), samples.counts, strict=True):
-        columns = samples.columns(name)
-
-        def check(ours, theirs):
-            torch.testing.assert_close(ours[:, columns].float(), theirs.view(3, n).float(),
-                                       atol=2e-4, rtol=1e-4)
-
-        repeated = [prompt for prompt in prompts for _ in range(n)]
-        tokens, mask = generate(policy, repeated, 24, tokenizer.eot_token, 0.8, seeded(9))
-        inputs, targets = data.shift(tokens)
-        batch = (inputs, targets, mask)
-        finished = data.met_eos(targets, mask, tokenizer.eot_token)
-        for logprobs, other in zip(samples.logprobs, policies.values(), strict=True):
-            check(logprobs, token_logprobs(other, *batch, 0.8).sum(1).detach())
-        _, entropy = token_logprobs(policy, *batch, 0.8, return_entropy=True)
-        check(samples.entropy, entropy.sum(1).detach())
-        check(samples.scores, reward(*batch, finished))
-        check(samples.lengths, mask.sum(1))
-        check(samples.finished, finished)
-        asked = [tokenizer.decode(prompt) for prompt in repeated]
-        texts = [tokenizers.decode_response(tokenizer, ids)
-                 for ids in data.responses_of(tokens, mask)]
-        gold = [reviews.gold(prompt, *text) for prompt, text in zip(asked, texts)]
-        grammatical = [reviews.grammatical(prompt, *text) for prompt, text in zip(asked, texts)]
-        check(samples.gold, torch.tensor(gold))
-        check(samples.grammatical, torch.tensor(grammatical))
-        assert [t for row in samples.texts for t in row[columns]] == [t for t, _ in texts]
-        assert samples.asked == asked[::n]
-
-
-def test_no_batch_of_samples_repeats_an_earlier_one(finished_run):
-    reference, tokenizer, _ = tiny_models(finished_run)
-
-    def length(inputs, targets, mask, finished):
-        return mask.sum(1)
-    samples = compare.collect({"SFT": reference}, length, tokenizer, held_out_prompts(tokenizer, 1),
-                              [1100], tiny_config(ppo, max_new_tokens=4, seed=9))
-    assert samples.texts[0][1024:] != samples.texts[0][:76]      # they are sampled 1024 at a time
-
-
-SMALL_EVALUATION = dict(n_eval=2, n_reference=8, n_samples=4)
-
-
-def test_evaluate_leaves_out_runs_from_a_different_sft_policy(finished_run, capsys, no_pictures):
-    sft.main(tiny_config(sft, out="elsewhere", steps=5))
-    ppo.main(tiny_config(ppo, out="elsewhere", base="tiny", steps=1, **FEW))
-    cfg = tiny_config(evaluate, out="tiny", runs="tiny,elsewhere", **SMALL_EVALUATION)
-    results = evaluate.main(cfg)
-    said = capsys.readouterr().out
-    assert "leaving out elsewhere/ppo: it started from a different SFT policy" in said
-    assert said.count("using out/tiny/reward_model (seed") == 2      # by elsewhere's PPO, then once
-    assert list(results) == ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
-    for stage in ("ppo", "sft"):                         # as an interrupted --overwrite leaves them
-        shutil.copytree(finished_run / "tiny" / stage, finished_run / "tiny" / f"{stage}.old")
-    again = evaluate.main(dataclasses.replace(cfg, runs="tiny"))
-    assert list(again) == ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
-
-
-@pytest.mark.parametrize("changes, message", [
-    (dict(n_reference=1), "--n_reference got 1"),
-    (dict(max_new_tokens=70), "lower --max_new_tokens to"),
-    (dict(runs="nowhere"), "--runs names nowhere, but out/nowhere has no finished stage")])
-def test_evaluate_refuses_what_cannot_be(changes, message, finished_run):
-    with pytest.raises(Stopped, match=message):
-        evaluate.main(tiny_config(evaluate, **{"runs": "tiny", **SMALL_EVALUATION, **changes}))
-
-
-def test_evaluate_without_any_policy_shows_the_limit_alone(finished_run, tmp_path, monkeypatch):
-    for stage in ("sft", "reward_model"):
-        shutil.copytree(finished_run / "tiny" / stage, tmp_path / "out" / "tiny" / stage)
-    monkeypatch.chdir(tmp_path)
-    assert list(evaluate.main(tiny_config(evaluate, n_eval=2, n_reference=8))) == ["SFT"]
-
-
-# ---- grpo.py and policy_gradient.py
+# ---- grpo.py
 
 def test_grpo_raises_the_score_and_starts_where_it_should(whole_run):
     log = log_of(whole_run[0] / "grpo")
@@ -4115,73 +3950,53 @@ def test_grpo_raises_the_score_and_starts_where_it_should(whole_run):
 
 
 @pytest.mark.parametrize("kl_in", ["reward", "loss"])
-def test_a_grpo_update_wires_groups_rewards_and_weights_together(kl_in, finished_run, monkeypatch):
+def test_a_grpo_update_wires_groups_rewards_and_weights_together(kl_in, tiny, monkeypatch):
     """One run, the calls of the maths in two updates compared with the definitions"""
-    calls = {}
-    backward = []                                # what .backward() was called on
-    original_backward = torch.Tensor.backward
-
-    def record(owner, name):
-        original = getattr(owner, name)
-
-        def recorded(*args, **kwargs):
-            result = original(*args, **kwargs)
-            calls.setdefault(name, []).append((args, result))
-            return result
-        monkeypatch.setattr(owner, name, recorded)
-
-    def recorded_backward(loss):
-        backward.append(loss.detach())
-        original_backward(loss)
-    monkeypatch.setattr(torch.Tensor, "backward", recorded_backward)
-    for name in ("roll_out", "score_rollout", "kl_estimate", "token_logprobs", "group_advantages",
-                 "token_weights", "grpo_loss"):
-        record(grpo, name)
-    record(reward_py.Reward, "__call__")
-    out = f"wired_{kl_in}"
-    grpo.main(tiny_config(grpo, out=out, base="tiny", steps=4, batch_size=12, minibatch_size=12,
-                          group_size=3, kl_in=kl_in, beta=0.4, advantage="rloo", normalise="fixed",
-                          clip_eps=0.1, clip_eps_high=0.3, **FEW))
-    reference, tokenizer, _ = tiny_models(finished_run)
-    log = stage_log(finished_run, out, grpo)
+    calls = {name: record(monkeypatch, grpo, name)
+             for name in ("roll_out", "score_rollout", "group_advantages", "grpo_loss")}
+    scored = record(monkeypatch, reward_py.Reward, "__call__")
+    backward = record(monkeypatch, torch.Tensor, "backward")
+    logprobs_calls = record(monkeypatch, grpo, "token_logprobs")
+    kl_calls = record(monkeypatch, grpo, "kl_estimate")
+    log, _ = tiny.run(grpo, f"wired_{kl_in}", steps=4, batch_size=12, minibatch_size=12,
+                         group_size=3, kl_in=kl_in, beta=0.4, advantage="rloo", normalise="fixed",
+                         clip_eps=0.1, clip_eps_high=0.3)
+    reference, tokenizer, _ = tiny.models()
+    k3_calls = [call.args for call in kl_calls if len(call.args) == 3]
     for update in range(2):
-        inputs, targets, mask, _ = calls["roll_out"][update][1]
+        call = {name: made[update] for name, made in calls.items()}
+        inputs, targets, mask, _ = call["roll_out"].result
         prompts, _ = data.texts_of(tokenizer, inputs, targets, mask)
-        groups = [set(prompts[i:i + 3]) for i in range(0, 12, 3)]
-        assert all(len(group) == 1 for group in groups) and len(set(prompts)) > 1
-        old_logprobs, _ = calls["score_rollout"][update][1]
-        ref_logprobs = calls["token_logprobs"][3 * update][1]    # then the update's, then kl_old's
+        assert prompts == [prompt for prompt in prompts[::3] for _ in range(3)]      # groups
+        assert len(set(prompts)) > 1
+        old_logprobs, _ = call["score_rollout"].result
+        ref_logprobs = logprobs_calls[3 * update].result       # then the update's, then kl_old's
         expected = token_logprobs(reference, inputs, targets, mask).detach()
         torch.testing.assert_close(ref_logprobs, expected)
 
-        scores = calls["__call__"][update][1]
-        (rewards, group_size, kind), advantages = calls["group_advantages"][update]
+        rewards, group_size, kind = call["group_advantages"].args
         assert (group_size, kind) == (3, "rloo")
         kl = (old_logprobs - ref_logprobs).sum(1)
         assert (kl.abs().max() > 0) == (update > 0)
+        scores = scored[update].result
         expected = scores - 0.4 * kl if kl_in == "reward" else scores
         torch.testing.assert_close(rewards, expected)
 
-        args, (loss, _) = calls["grpo_loss"][update]
-        assert log[update]["policy_loss"] == loss.item()
-        logprobs, loss_old, loss_advantages, weights, *clip = args
-        rows = [next(b for b in range(12) if torch.equal(old_logprobs[b], row))
-                for row in loss_old]
-        assert rows != list(range(12)) and clip == [0.1, 0.3]                  # shuffled
-        assert torch.equal(loss_advantages, advantages[rows])
+        logprobs, loss_old, loss_advantages, weights, *clip = call["grpo_loss"].args
+        loss, _ = call["grpo_loss"].result
+        assert log[update]["policy_loss"] == loss.item() and clip == [0.1, 0.3]
+        rows = places(loss_old, old_logprobs)
+        assert rows != sorted(rows)                              # shuffled
+        assert torch.equal(loss_advantages, call["group_advantages"].result[rows])
         torch.testing.assert_close(logprobs.detach(), loss_old, atol=1e-5, rtol=0)
         torch.testing.assert_close(weights, mask[rows] / (12 * 24))
 
-        k3_calls = [args for args, _ in calls["kl_estimate"] if len(args) == 3]
-        in_loss = [ref for actor, ref, _ in k3_calls if actor is logprobs]
-        assert len(in_loss) == (kl_in == "loss")
-        assert all(torch.equal(ref, ref_logprobs[rows]) for ref in in_loss)
         if kl_in == "loss":
             ratio = torch.exp(ref_logprobs[rows] - logprobs)
             loss = loss + 0.4 * (weights * (ratio - 1 - ratio.log())).sum()
-        torch.testing.assert_close(backward[update], loss.detach())
+        torch.testing.assert_close(backward[update].args[0].detach(), loss.detach())
         kl_old = [new for old, new, _ in k3_calls
-                  if old is not logprobs and torch.equal(old, old_logprobs[rows])]
+                  if torch.equal(old, old_logprobs[rows]) and old is not logprobs]
         assert len(kl_old) == 1                                  # KL(old, new), not the reverse
         assert not torch.equal(kl_old[0], old_logprobs[rows])
 
@@ -4189,82 +4004,37 @@ def test_a_grpo_update_wires_groups_rewards_and_weights_together(kl_in, finished
         assert log[update]["group_std"] == pytest.approx(group_std, rel=1e-5)
         equal = sum(len(set(group.tolist())) == 1 for group in scores.view(-1, 3))
         assert log[update]["equal_groups"] == equal / 4
-    saved = files.load_checkpoint(finished_run / out / "grpo")
+    saved = tiny.checkpoint(f"wired_{kl_in}", grpo)
     lr = saved["optimizer"]["param_groups"][0]["lr"]
     assert lr == pytest.approx(log[-1]["lr"]) and lr < 1.5e-3
 
 
-@pytest.mark.parametrize("changes, update, metric", [
-    (dict(advantage="dr_grpo"), 0, "grad_norm"),
-    (dict(advantage="rloo"), 0, "grad_norm"),
-    (dict(advantage="reinforce"), 0, "grad_norm"),
-    (dict(kl_in="loss"), 1, "group_std"),
-    (dict(normalise="sequence"), 0, "grad_norm"),
-    (dict(normalise="fixed"), 0, "grad_norm"),
-    (dict(clip_eps=0.01), 0, "clip_fraction"),
-    (dict(clip_eps=0.01, clip_eps_high=0.5), 0, "clip_fraction"),
-    (dict(group_size=2), 0, "group_std"),
-    (dict(beta=2.0), 1, "group_std"),
-    (dict(epochs=2), 0, "kl_old"),
-    (dict(temperature=0.7), 0, "entropy"),
-    (dict(missing_eos_score=None), 0, "score"),
-    (dict(score_clip=0.5), 0, "score"),
-    (dict(grad_clip=0.01), 1, "score"),
-    (dict(batch_size=1, minibatch_size=1, group_size=1, advantage="reinforce"), 0, "score"),
-    (dict(batch_size=6, minibatch_size=2, group_size=3, max_new_tokens=1), 0, "score")],
-    ids=option_id)
-def test_every_option_of_grpo_acts_on_the_quantity_it_names(changes, update, metric, finished_run,
-                                                            two_updates, no_pictures):
-    check_option_acts(grpo, changes, update, metric, finished_run, two_updates[grpo], **FEW)
-
-
-def test_a_beta_in_the_loss_keeps_the_policy_at_the_reference(finished_run, no_pictures):
-    low, high = (grpo.main(tiny_config(grpo, out=f"loss{beta}", base="tiny", kl_in="loss",
-                                       advantage="rloo", beta=beta, n_eval=8,
-                                       n_samples=8))["kl_ref"] for beta in (0.02, 5.0))
-    assert high < 0.5 * low
-
-
-@pytest.mark.parametrize("changes, message", [
-    (dict(batch_size=10, minibatch_size=2),
-     "--batch_size 10 is not a multiple of --group_size 4; every group must be whole"),
-    (dict(minibatch_size=64), "--minibatch_size 64 does not divide --batch_size 32, .*; try 32"),
-    (dict(group_size=1), "--group_size 1 leaves nothing to compare a response with, and "
-                         "--advantage grpo compares"),
-    (dict(reward="nowhere.py:f"), "but nowhere.py does not exist"),
-    (dict(max_new_tokens=70), "lower --max_new_tokens to")])
-def test_grpo_refuses_what_cannot_be(changes, message, finished_run):
-    with pytest.raises(Stopped, match=message):
-        grpo.main(tiny_config(grpo, out="refused", base="tiny", **changes))
-    assert not (finished_run / "refused").exists()
-
-
-def test_a_verifiable_reward_is_learned_and_equal_groups_are_counted(finished_run, capsys,
-                                                                     no_pictures):
+def test_a_verifiable_reward_is_learned_and_equal_groups_are_counted(tiny, capsys):
     """
     A simple rule is learned at once. The request of the built-in task is too hard for the tiny
     policy: few of its reviews keep it, so most groups are equal.
     """
-    (finished_run.parent / "rule.py").write_text(
+    (tiny.out.parent / "rule.py").write_text(
         "def short(prompts, responses):\n"
         "    return [float(len(r.split()) < 12) for r in responses]\n")
-    results = grpo.main(tiny_config(grpo, out="rule", base="tiny", reward="rule.py:short",
-                                    missing_eos_score=0.0, normalise_reward=False))
-    log = stage_log(finished_run, "rule", grpo)
+    given = dict(missing_eos_score=0.0, normalise_reward=False)
+    log, results = tiny.run(grpo, "rule", reward="rule.py:short", n_eval=16, n_samples=16,
+                               **given)
     assert results["score"] > results["sft"]["score"] + 0.15
     for line in log:                                     # eight groups, 32 responses
         assert (line["equal_groups"] * 8) % 1 == 0 and (line["score"] * 32) % 1 == 0
     assert 0 < log[0]["equal_groups"] < 1
     # Groups are equal if their scores are, although their KLs differ
     assert any(line["equal_groups"] > 0 < line["kl_ref"] for line in log[1:])
-    results = grpo.main(tiny_config(
-        grpo, out="request", base="tiny", reward=f"{HERE}/reviews.py:request_kept", steps=2,
-        missing_eos_score=0.0, normalise_reward=False, **FEW))
+    _, results = tiny.run(grpo, "request", reward=f"{HERE}/reviews.py:request_kept", steps=2,
+                             **given)
     assert 0 <= results["score"] < 0.3
-    evaluate.main(tiny_config(evaluate, out="tiny", runs="tiny,rule", **SMALL_EVALUATION))
+    tiny.evaluate("tiny,rule")
     said = capsys.readouterr().out
     assert "leaving out rule/grpo: it was trained for a different reward" in said
 
+
+# ---- policy_gradient.py
 
 LADDER = policy_gradient.LADDER
 
@@ -4308,36 +4078,34 @@ def test_the_ladder_reports_every_rung_and_its_noise(whole_run):
         assert variance[rung] == pytest.approx(variance["gae"], rel=1e-3)
     for rung in ("importance", "clip", "kl_penalty"):            # an update later they are not
         assert variance[f"{rung}, later"] != pytest.approx(variance["gae"], rel=1e-3)
-    for before, rung in zip(LADDER, LADDER[1:]):
+    for before, rung in [*zip(LADDER, LADDER[1:]), ("clip", "clip, later")]:
         change = variance[rung] - variance[before]
         assert noise[rung]["change"] == pytest.approx(change, abs=1e-9)
-    change = variance["clip, later"] - variance["clip"]
-    assert noise["clip, later"]["change"] == pytest.approx(change)
     assert variance["baseline"] != pytest.approx(variance["reward_to_go"], rel=1e-6)     # a critic
 
 
-def test_a_rung_alone_is_the_rung_in_the_ladder(finished_run):
+def test_a_rung_alone_is_the_rung_in_the_ladder(tiny):
     """
     So no rung leaves anything behind for the next: weights, critic, optimizers, coefficient,
     random numbers.
     """
-    policy_gradient.main(tiny_config(policy_gradient, out="alone", base="tiny", rung="kl_penalty"))
-    differs = re.compile("_seconds$|_per_second$|^step$")
-    lines = {}
-    for run in ("alone", "ladder"):
-        log = stage_log(finished_run, run, policy_gradient)
-        lines[run] = [{name: value for name, value in line.items() if not differs.search(name)}
-                      for line in log if line["rung"] == "kl_penalty"]
-    assert lines["alone"] == lines["ladder"] != []
+    alone, _ = tiny.run(policy_gradient, "alone", rung="kl_penalty")
+    ladder = [line for line in tiny.log("ladder", policy_gradient)
+              if line["rung"] == "kl_penalty"]
+    assert len(alone) == len(ladder) == 4
+    for line in alone + ladder:
+        for name in [name for name in line if re.search("_seconds$|_per_second$|^step$", name)]:
+            del line[name]
+    assert alone == ladder
 
 
 @pytest.mark.parametrize("rung", LADDER)
-def test_every_rung_climbs_on_the_samples_it_is_given(rung, finished_run):
+def test_every_rung_climbs_on_the_samples_it_is_given(rung, tiny):
     """The loss falls by so many gradient steps, or by one within its KL; at temperature 0.7"""
-    reference, tokenizer, scorer = tiny_models(finished_run)
+    reference, tokenizer, scorer = tiny.models()
     cfg = tiny_config(policy_gradient, temperature=0.7, batch_size=32, minibatch_size=8)
     critic = ScalarGPT(scorer.config, init_from=scorer).eval()       # one whose values are not 0
-    actor, _ = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
+    actor = tiny.policy(sft)
     rollout = policy_gradient.sample_rollout(
         actor, critic, reference, reward_of(scorer, cfg), tokenizer,
         held_out_prompts(tokenizer, 32, 1), cfg, seeded())
@@ -4354,10 +4122,9 @@ def test_every_rung_climbs_on_the_samples_it_is_given(rung, finished_run):
     class Run:                                           # the two methods that a climb calls
         taken = 0
 
-        def step(self, grad_clip, **optimizers):
-            for optimizer in optimizers.values():
-                optimizer.step()
-                optimizer.zero_grad()
+        def step(self, grad_clip, grad_norm):
+            grad_norm.step()
+            grad_norm.zero_grad()
             self.taken += 1
             return {}
 
@@ -4373,11 +4140,10 @@ def test_every_rung_climbs_on_the_samples_it_is_given(rung, finished_run):
         assert before - loss_now() == pytest.approx(taken["gain"], abs=1e-5)
         kl = policy_gradient.mean_kl(distributions(start), distributions(actor)).item()
         assert kl == pytest.approx(taken["kl_step"], rel=1e-3) and 1e-4 < kl <= 1e-3
-        assert run.taken == 1
     else:
         optimizer = torch.optim.SGD(actor.parameters(), lr=1e-3)
         policy_gradient.climb(rung, actor, optimizer, rollout, order, cfg, 0.1, run)
-        assert run.taken == (1 if rung in policy_gradient.PSI else 4)
+    assert run.taken == (1 if rung in (*policy_gradient.PSI, "trpo") else 4)
     assert loss_now() < before - 1e-4
 
 
@@ -4386,39 +4152,30 @@ def test_every_rung_climbs_on_the_samples_it_is_given(rung, finished_run):
     dict(rung="kl_penalty", kl_old_target=10.0),
     dict(rung="trpo", max_kl=1e-4),
     dict(rung="gae", lam=0.0, batch_size=1, minibatch_size=1, fisher_rows=1),
-    dict(rung="gae", beta=0.0)], ids=option_folder)
-def test_one_rung_runs_by_itself_and_its_options_act(changes, finished_run, monkeypatch):
-    bounds = []
-    original = policy_gradient.trpo_step
-
-    def recorded(parameters, measure, fisher_kl, max_kl, *args):
-        bounds.append(max_kl)
-        return original(parameters, measure, fisher_kl, max_kl, *args)
-    monkeypatch.setattr(policy_gradient, "trpo_step", recorded)
-    name = "rung_" + option_folder(changes)
+    dict(rung="gae", beta=0.0)], ids=option_id)
+def test_one_rung_runs_by_itself_and_its_options_act(changes, tiny, monkeypatch):
+    steps = record(monkeypatch, policy_gradient, "trpo_step")
     rung = changes["rung"]
-    results = policy_gradient.main(tiny_config(policy_gradient, out=name, base="tiny", **changes))
-    log = stage_log(finished_run, name, policy_gradient)
-    default_log = [line for line in stage_log(finished_run, "ladder", policy_gradient)
+    log, results = tiny.run(policy_gradient, option_folder(changes), **changes)
+    default_log = [line for line in tiny.log("ladder", policy_gradient)
                    if line["rung"] == rung]
     assert list(results) == ["SFT", rung] and math.isfinite(results[rung]["score"])
     assert (log[2]["score"] != default_log[2]["score"]
             or log[2]["objective"] != default_log[2]["objective"])
     if rung == "trpo":
         assert all(line["kl_step"] <= 1e-4 for line in log)
+        bounds = [call.args[3] for call in steps]        # max_kl
         expected = [1e-4 * (line["lr"] / 2e-3) ** 2 for line in log]
         assert bounds == pytest.approx(expected) and min(bounds) < 5e-5
     if rung == "kl_penalty":
         assert [line["kl_penalty_coef"] for line in log] == [1, 0.5, 0.25, 0.125]
 
 
-def test_every_rung_of_a_ladder_is_evaluated(finished_run):
-    small = dict(out="rungs", base="tiny", **SMALL_EVALUATION)
-    results = evaluate.main(tiny_config(evaluate, runs="ladder,tiny/dpo", **small))
-    assert list(results) == ["SFT", "tiny/dpo"]
-    results = evaluate.main(tiny_config(evaluate, runs="ladder/policy_gradient", **small))
+def test_every_rung_of_a_ladder_is_evaluated(tiny):
+    assert list(tiny.evaluate("ladder,tiny/dpo")) == ["SFT", "tiny/dpo"]
+    results = tiny.evaluate("ladder/policy_gradient")
     assert list(results) == ["SFT", *(f"ladder/policy_gradient/{rung}" for rung in LADDER)]
-    folder = finished_run / "ladder" / "policy_gradient"
+    folder = tiny.out / "ladder" / "policy_gradient"
     weights = files.load_checkpoint(folder)["policy_kl_penalty"]
     policy, _ = sft.load_policy(folder, "cpu", "policy_kl_penalty")
     assert torch.equal(policy.transformer.wte.weight, weights["transformer.wte.weight"])
@@ -4426,13 +4183,279 @@ def test_every_rung_of_a_ladder_is_evaluated(finished_run):
         sft.load_policy(folder, "cpu")
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(minibatch_size=12), "--minibatch_size 12 does not divide --batch_size 16, .*; try 8"),
-    (dict(fisher_rows=17), "--fisher_rows 17 is more than --batch_size 16"),
-    (dict(variance_rows=8), "--batch_size 16 is not a multiple of 4 times --variance_rows 8")])
-def test_the_ladder_refuses_what_cannot_be(changes, message, finished_run):
+# ---- evaluate.py and compare.py
+
+@pytest.fixture(scope="module")
+def evaluated(whole_run):
+    """-> results, folder of an evaluation of the runs tiny and fixed"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(whole_run[0].parent.parent)
+        ppo.main(tiny_config(ppo, out="fixed", base="tiny", kl_control="fixed", beta=0.5, **FEW))
+        results = evaluate.main(tiny_config(evaluate, runs="tiny,fixed", overoptimise=True))
+    return results, whole_run[0] / "evaluate"
+
+
+def test_evaluate_finds_every_policy_and_reports_where_it_landed(evaluated):
+    results, folder = evaluated
+    policies = ["fixed/ppo", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
+    assert list(results) == ["SFT", *policies, "overoptimisation"]
+    report = (folder / "report.md").read_text()
+    for heading in ("The limit", "Best of n", "Win rates", "Samples", "Over-optimisation"):
+        assert f"## {heading}" in report
+    for text in (report, (folder / "report.txt").read_text()):
+        assert "\ncommand     python evaluate.py --config tiny" in text
+        assert "\nmade with   commit " in text
+    for picture in ("frontier.png", "overoptimisation.png"):
+        assert (folder / picture).read_bytes()[:4] == b"\x89PNG" and f"({picture})" in report
+    assert results["SFT"]["kl_ref"] == 0 and results["SFT"]["elo_by_gold"] == 1000
+    assert "fraction" in results["fixed/ppo"] and "fraction" in results["tiny/dpo"]
+    assert "fraction" not in results["tiny/ppo"]
+    assert results["tiny/grpo"]["aims_at_optimum"] and results["tiny/grpo"]["fraction"] > 0.3
+    for name in policies:
+        assert -1 < results[name]["share"] < 1.3 and results[name]["kl_ref"] > 0.05
+    assert results["tiny/ppo"]["share"] > 0.3 and results["tiny/ppo"]["elo_by_score"] > 1000
+    log = stage_log(folder.parent.parent, "tiny-weak", ppo)
+    last = [line["score"] for line in log[-3:]]          # means over five updates, two on each side
+    assert results["overoptimisation"]["end_score"] == pytest.approx(sum(last) / 3)
+    assert results["overoptimisation"]["fall"] >= 0
+    json.dumps(results, allow_nan=False)
+
+
+def test_samples_carry_the_densities_scores_and_texts_of_their_policies(tiny):
+    """Each policy is sampled again by itself, and measured under every policy."""
+    reference, tokenizer, scorer = tiny.models()
+    policies = {"SFT": reference, "PPO": tiny.policy(ppo)}
+    reward = reward_of(scorer, tiny_config(ppo))
+    prompts = held_out_prompts(tokenizer, 3)
+    samples = compare.collect(policies, reward, tokenizer, prompts, [4, 2],
+                              tiny_config(ppo, temperature=0.8, seed=9))
+    assert samples.columns("SFT") == slice(0, 4) and samples.columns("PPO") == slice(4, 6)
+    for (name, policy), n in zip(policies.items(), samples.counts, strict=True):
+        columns = samples.columns(name)
+
+        def check(ours, theirs):
+            torch.testing.assert_close(ours[:, columns].float(), theirs.view(3, n).float(),
+                                       atol=2e-4, rtol=1e-4)
+
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        (*batch, finished), responses = sampled_batch(policy, tokenizer, repeated, 9, 0.8)
+        for logprobs, other in zip(samples.logprobs, policies.values(), strict=True):
+            check(logprobs, token_logprobs(other, *batch, 0.8).sum(1).detach())
+        _, entropy = token_logprobs(policy, *batch, 0.8, return_entropy=True)
+        check(samples.entropy, entropy.sum(1).detach())
+        check(samples.scores, reward(*batch, finished))
+        check(samples.lengths, batch[2].sum(1))
+        check(samples.finished, finished)
+        asked = [tokenizer.decode(prompt) for prompt in repeated]
+        texts = [tokenizers.decode_response(tokenizer, ids) for ids in responses]
+        gold = [reviews.gold(prompt, *text) for prompt, text in zip(asked, texts)]
+        grammatical = [reviews.grammatical(prompt, *text) for prompt, text in zip(asked, texts)]
+        check(samples.gold, torch.tensor(gold))
+        check(samples.grammatical, torch.tensor(grammatical))
+        assert [t for row in samples.texts for t in row[columns]] == [t for t, _ in texts]
+        assert samples.asked == asked[::n]
+
+
+def test_no_batch_of_samples_repeats_an_earlier_one(tiny):
+    reference, tokenizer, _ = tiny.models()
+
+    def length(inputs, targets, mask, finished):
+        return mask.sum(1)
+    samples = compare.collect({"SFT": reference}, length, tokenizer, held_out_prompts(tokenizer, 1),
+                              [1100], tiny_config(ppo, max_new_tokens=4, seed=9))
+    assert samples.texts[0][1024:] != samples.texts[0][:76]      # they are sampled 1024 at a time
+
+
+def test_evaluate_leaves_out_runs_from_a_different_sft_policy(tiny, capsys):
+    sft.main(tiny_config(sft, out="elsewhere", steps=5))
+    tiny.run(ppo, "elsewhere", steps=1)
+    found = ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
+    assert list(tiny.evaluate("tiny,elsewhere")) == found
+    said = capsys.readouterr().out
+    assert "leaving out elsewhere/ppo: it started from a different SFT policy" in said
+    for stage in ("ppo", "sft"):                         # as an interrupted --overwrite leaves them
+        shutil.copytree(tiny.out / "tiny" / stage, tiny.out / "tiny" / f"{stage}.old")
+    assert list(tiny.evaluate("tiny")) == found
+
+
+def test_evaluate_without_any_policy_shows_the_limit_alone(tiny, tmp_path, monkeypatch):
+    for stage in ("sft", "reward_model"):
+        shutil.copytree(tiny.out / "tiny" / stage, tmp_path / "out" / "tiny" / stage)
+    monkeypatch.chdir(tmp_path)
+    assert list(evaluate.main(tiny_config(evaluate, n_eval=2, n_reference=8))) == ["SFT"]
+
+
+def test_one_bad_stage_among_many_is_left_out_by_name(tiny, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    for stage in ("sft", "reward_model", "ppo"):
+        shutil.copytree(tiny.out / "tiny" / stage, out / "tiny" / stage)
+    for run in ("damaged", "foreign", "older", "unfinished"):
+        shutil.copytree(tiny.out / "tiny" / "ppo", out / run / "ppo")
+    monkeypatch.chdir(tmp_path)
+    damaged = out / "damaged" / "ppo" / "checkpoint.pt"
+    damaged.write_bytes(damaged.read_bytes()[:5000])
+    torch.save({"weights": torch.zeros(3)}, out / "foreign" / "ppo" / "checkpoint.pt")
+    older = out / "older" / "ppo" / "config.json"
+    config = files.read_json(older)
+    for name in ("score_clip", "ptx_coef", "ema", "text_prompt", "whiten_rewards"):
+        del config[name]
+    files.write(older, json.dumps(config))
+    (out / "unfinished" / "ppo" / "report.txt").unlink()
+    small = dict(out="among_bad", base="tiny", n_eval=2, n_reference=4, n_samples=2)
+    found = evaluate.main(tiny_config(evaluate, **small))
+    said = capsys.readouterr().out
+    assert set(found) == {"SFT", "tiny/ppo", "older/ppo"}
+    assert "leaving out damaged/ppo: error: cannot read out/damaged/ppo/checkpoint.pt as a" in said
+    assert "leaving out foreign/ppo: error: " in said
+    assert "leaving out unfinished/ppo: it is not finished" in said
+    with pytest.raises(Stopped, match="cannot read out/damaged/ppo/checkpoint.pt"):   # asked for
+        evaluate.main(tiny_config(evaluate, runs="tiny, damaged/ppo", **small))
+
+
+# ---- what is refused before any work
+
+NO_ROOM = "--max_new_tokens 70 exceed the model's block_size 72; lower --max_new_tokens to 5"
+REFUSED = [
+    (sft, dict(block_size=60, max_new_tokens=60),
+     "--max_new_tokens 60 exceed the model's block_size 60; lower --max_new_tokens to"),
+    (sft, dict(block_size=40, max_new_tokens=1), "exceed --block_size 40; raise it"),
+    (reward_model, dict(max_new_tokens=70), NO_ROOM),
+    (ppo, dict(max_new_tokens=70), NO_ROOM),
+    (dpo, dict(beta=0.0), "--beta got 0"),
+    (dpo, dict(label_smoothing=0.5), "--label_smoothing got 0.5"),
+    (dpo, dict(loss="ipo", label_smoothing=0.1),
+     "works only with --loss sigmoid or robust, this is --loss ipo"),
+    (dpo, dict(n_pairs=20, rounds=2), "less than one batch of 16 pairs"),
+    (dpo, dict(n_pairs=5000),
+     "asks for 5000 of the annotators' comparisons, .*reward_model has 960"),
+    (dpo, dict(n_eval=500), "--n_eval 500 .* asks for more held-out prompts than the 197 that"),
+    (grpo, dict(batch_size=10, minibatch_size=2),
+     "--batch_size 10 is not a multiple of --group_size 4; every group must be whole"),
+    (grpo, dict(minibatch_size=64),
+     "--minibatch_size 64 does not divide --batch_size 32, .*; try 32"),
+    (grpo, dict(group_size=1),
+     "--group_size 1 leaves nothing to compare a response with, and --advantage grpo compares"),
+    (grpo, dict(reward="nowhere.py:f"), "but nowhere.py does not exist"),
+    (grpo, dict(max_new_tokens=70), NO_ROOM),
+    (policy_gradient, dict(minibatch_size=12),
+     "--minibatch_size 12 does not divide --batch_size 16, .*; try 8"),
+    (policy_gradient, dict(fisher_rows=17), "--fisher_rows 17 is more than --batch_size 16"),
+    (policy_gradient, dict(variance_rows=8),
+     "--batch_size 16 is not a multiple of 4 times --variance_rows 8"),
+    (policy_gradient, dict(lora_rank=2), "the ladder compares gradients of all weights"),
+    (evaluate, dict(n_reference=1), "--n_reference got 1"),
+    (evaluate, dict(max_new_tokens=70), NO_ROOM),
+    (evaluate, dict(runs="nowhere"),
+     "--runs names nowhere, but out/nowhere has no finished stage"),
+    (sample, dict(stage="sft,pppo"),
+     "--stage names pppo, but neither out/tiny/pppo nor out/pppo has a checkpoint; there are: "
+     ".*tiny/ppo"),
+    (sample, dict(stage="ppo/emma"), "has no such policy; its policies: ppo"),
+    (sample, dict(stage="ppo", prompt="a long prompt " * 30),
+     "shorten the prompts, or train a model that reads more")]
+
+
+@pytest.mark.parametrize("script, changes, message", REFUSED, ids=option_id)
+def test_settings_that_cannot_work_are_refused_before_any_work(script, changes, message, tiny):
+    given = {"out": "refused", "base": "tiny"}
+    if script is sft:
+        del given["base"]
+    if script is evaluate:
+        given |= {"runs": "tiny", **SMALL_EVALUATION}
+    if script is sample:
+        given = {}
     with pytest.raises(Stopped, match=message):
-        policy_gradient.main(tiny_config(policy_gradient, out="refused", base="tiny", **changes))
+        script.main(tiny_config(script, **(given | changes)))
+    assert not (tiny.out / "refused").exists()
+
+
+# ---- parts of a batch, and precision
+
+@pytest.mark.parametrize("script, changes", [
+    (sft, dict(steps=2, weight_decay=0.0)),
+    (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4)),
+    (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4, token_wise=True)),
+    (ppo, dict(steps=2, entropy_coef=0.1, **FEW)),
+    (ppo, dict(steps=2, surrogate="kl_penalty", batch_size=30, minibatch_size=15, **FEW)),
+    (dpo, dict(n_pairs=32, nll_coef=3.0, **FEW)),
+    (grpo, dict(steps=2, kl_in="loss", normalise="sequence", **FEW)),
+    (policy_gradient, dict(steps=2, rung="clip")),
+    (policy_gradient, dict(steps=2, rung="gae"))], ids=option_id)
+def test_a_batch_in_parts_has_the_gradient_and_the_metrics_of_the_whole(
+        script, changes, tiny, monkeypatch):
+    """
+    Rows are ragged, so the mean of the parts' means would be wrong. Trained by SGD, since AdamW
+    makes much of small differences.
+    """
+    def sgd(parameters, lr, **others):
+        return torch.optim.SGD(parameters, lr=lr)
+    monkeypatch.setattr(torch.optim, "AdamW", sgd)
+    base = {} if script is sft else {"base": "tiny"}
+    key = {reward_model: "reward_model", policy_gradient: "actor"}.get(script, "policy")
+    logs, weights = [], []
+    for parts in (1, 4):
+        name = f"{script.__name__}_in_{parts}"
+        shutil.rmtree(tiny.out / name, ignore_errors=True)
+        script.main(tiny_config(script, out=name, accumulation=parts, **base, **changes))
+        logs.append(tiny.log(name, script))
+        weights.append(tiny.checkpoint(name, script)[key])
+    for whole, parts in zip(*logs, strict=True):
+        for metric in whole:
+            if metric.endswith(("_seconds", "_per_second", "rung")):
+                continue
+            # In the first minibatch the values are at the edge of the clip range, up to rounding
+            atol = 1e-2 if metric == "value_clip_fraction" else 1e-5
+            assert parts[metric] == pytest.approx(whole[metric], rel=2e-4, abs=atol), metric
+    whole, parts = weights
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], atol=2e-6, rtol=1e-4)
+    if script is not sft:                                # the others started from the SFT policy
+        start = tiny.checkpoint("tiny", sft)["policy"]
+        moved = sum((whole[name] - weight).abs().sum().item() for name, weight in start.items()
+                    if name in whole)
+        assert moved > 1e-3
+
+
+def test_parts_have_about_one_size_and_hold_every_row_once():
+    for n, parts in ((8, 1), (8, 3), (5, 4), (2, 7)):
+        rows = list(range(n))
+        split = [part for part, _ in data.microbatches(rows, parts)]
+        assert sum(split, []) == rows and len(split) <= parts
+        assert max(map(len, split)) == -(-n // parts)
+        tensors = [part for part, _ in data.microbatches(torch.arange(n), parts)]
+        assert torch.equal(torch.cat(tensors), torch.arange(n))
+
+
+def test_shares_of_parts_sum_to_one_and_follow_the_weights():
+    shares = [share.item() for _, share in data.microbatches([0, 1, 2, 3, 4], 3)]
+    assert shares == pytest.approx([0.4, 0.4, 0.2])
+    shares = [share.item() for _, share in data.microbatches([0, 1, 2], 2, [5, 1, 2])]
+    assert shares == pytest.approx([0.75, 0.25])
+
+
+def test_means_weigh_values_by_their_shares():
+    means = data.Means()
+    means.add({"loss": torch.tensor(1.0)}, torch.tensor(0.75))
+    means.add({"loss": 5.0}, 0.25)                       # a minibatch in two parts
+    means.add({"loss": 4.0, "lr": 0.1})                  # a second minibatch in one
+    assert means.result() == pytest.approx({"loss": 3.0, "lr": 0.1})
+
+
+@pytest.mark.parametrize("script, changes", [
+    (sft, dict(init="gpt2", steps=2, n_texts=None, n_eval=10, batch_size=8, lora_rank=0)),
+    (reward_model, dict(base="own", n_prompts=16, n_held_out=8)),
+    (ppo, dict(base="own", steps=2, **FEW)),
+    (dpo, dict(base="own", n_pairs=32, **FEW)),
+    (grpo, dict(base="own", steps=2, **FEW))], ids=option_id)
+def test_every_stage_runs_in_bfloat16_with_checkpointing(script, changes, user_folder):
+    name = f"half_{script.__name__}"
+    script.main(user_config(script, out=name, dtype="bfloat16", checkpointing=True, **changes))
+    saved = files.load_checkpoint(user_folder / name / script.__name__)
+    weights = saved.get("policy") or saved["reward_model"]
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    assert saved["gpt"]["dtype"] == "bfloat16"
+    if script in (ppo, grpo):                            # also in bfloat16: the same products
+        assert stage_log(user_folder, name, script)[0]["kl_ref"] == 0
 
 
 # ---- weights, tokenizers and data of the user's
@@ -4489,76 +4512,76 @@ def test_a_policy_that_lora_made_can_be_the_sft_policy_of_a_run(user_folder):
     assert stage_log(user_folder, "again", ppo)[0]["kl_ref"] == 0
 
 
-def test_lora_on_fresh_weights_and_on_the_ladder_is_refused(user_folder):
-    with pytest.raises(Stopped, match="fresh weights must all be trained. Give --init"):
-        sft.main(tiny_config(sft, out="fresh", lora_rank=2))
-    with pytest.raises(Stopped, match="the ladder compares gradients of all weights"):
-        policy_gradient.main(user_config(policy_gradient))
-
-
 @pytest.mark.parametrize("stage", ["sft", "ppo", "dpo", "grpo", "reward_model"])
 def test_every_stage_is_exported_for_transformers_with_its_tokenizer(stage, user_folder, tmp_path):
     from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
                               AutoTokenizer)
     own = user_folder / "own"
     exported = tmp_path / "exported"
-    kind = AutoModelForCausalLM
-    export = sft.export
-    if stage == "reward_model":
-        kind = AutoModelForSequenceClassification
-        export = reward_model.export
-    export(own / stage, str(exported))
-    theirs = kind.from_pretrained(exported).eval()
     prompt = forms.read_record(comparison(7))[0]
     response = " Number 7 is good!"
-    text = prompt + response + tokenizers.EOS
-    ids = AutoTokenizer.from_pretrained(exported)(text, return_tensors="pt")["input_ids"]
     tokenizer = tokenizers.load_tokenizer(own / stage)
-    response_ids = tokenizer.encode_ordinary(response) + [tokenizer.eot_token]
-    whole = tokenizer.encode_ordinary(prompt + response) + [tokenizer.eot_token]
-    assert ids[0].tolist() == whole
+    eos = [tokenizer.eot_token]
+    policy, _ = sft.load_policy(own / ("sft" if stage == "reward_model" else stage), "cpu")
+
+    def logits_of(folder, kind=AutoModelForCausalLM):
+        text = prompt + response + tokenizers.EOS
+        ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"]
+        assert ids[0].tolist() == tokenizer.encode_ordinary(prompt + response) + eos
+        return ids, kind.from_pretrained(folder).eval()(ids).logits
+
     if stage == "reward_model":
-        policy, _ = sft.load_policy(own / "sft", "cpu")
+        reward_model.export(own / stage, str(exported))
+        _, theirs = logits_of(exported, AutoModelForSequenceClassification)
         ours = reward_model.load_reward_model(own / stage, policy, tokenizer, "cpu")
-        batch = data.collate([tokenizer.encode_ordinary(prompt)], [response_ids])
-        torch.testing.assert_close(theirs(ids).logits[0], sequence_scores(ours, *batch),
-                                   atol=1e-4, rtol=0)
-    else:
-        policy, _ = sft.load_policy(own / stage, "cpu")
-        torch.testing.assert_close(theirs(ids).logits, policy(ids), atol=1e-4, rtol=1e-4)
-        assert GPT.from_pretrained(exported).config.vocab_size == tokenizer.n_vocab
+        batch = data.collate([tokenizer.encode_ordinary(prompt)],
+                             [tokenizer.encode_ordinary(response) + eos])
+        torch.testing.assert_close(theirs[0], sequence_scores(ours, *batch), atol=1e-4, rtol=0)
+        return
+    sft.export(own / stage, str(exported))
+    ids, theirs = logits_of(exported)
+    torch.testing.assert_close(theirs, policy(ids), atol=1e-4, rtol=1e-4)
+    assert GPT.from_pretrained(exported).config.vocab_size == tokenizer.n_vocab
     if stage == "ppo":
         averaged, _ = sft.load_policy(own / stage, "cpu", "policy_ema")
-        theirs = kind.from_pretrained(tmp_path / "exported-ema").eval()
-        torch.testing.assert_close(theirs(ids).logits, averaged(ids), atol=1e-4, rtol=1e-4)
+        _, theirs = logits_of(tmp_path / "exported-ema")
+        torch.testing.assert_close(theirs, averaged(ids), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(init="gpt2", block_size=97),
+@pytest.mark.parametrize("script, changes, message", [
+    (sft, dict(init="gpt2", block_size=97),
      "block_size 97 is longer than the 96 positions that gpt2 has weights for; lower it to that"),
-    (dict(init="nowhere"), "no tokenizer in nowhere: nowhere is not a folder here and could not be "
-                           "fetched from the hub .OSError.; check the spelling and the network"),
-    (dict(tokenizer="nowhere"), "no tokenizer in nowhere"),
-    (dict(n_texts=None, data="reviews"), "--n_texts none takes all"),
-    (dict(init="gpt2", tokenizer="other"),
+    (sft, dict(init="nowhere"),
+     "no tokenizer in nowhere: nowhere is not a folder here and could not be fetched from the hub "
+     ".OSError.; check the spelling and the network"),
+    (sft, dict(tokenizer="nowhere"), "no tokenizer in nowhere"),
+    (sft, dict(n_texts=None, data="reviews"), "--n_texts none takes all"),
+    (sft, dict(init="gpt2", tokenizer="other"),
      "the tokenizer has .* token ids, gpt2 has weights for .*; they do not belong together"),
-    (dict(batch_size=500, n_texts=None),
+    (sft, dict(batch_size=500, n_texts=None),
      "there are .* texts to train on, less than one batch; lower --batch_size 500"),
-    (dict(block_size=45),
+    (sft, dict(block_size=45),
      "prompts of up to 40 tokens and --max_new_tokens 12 exceed the model's block_size 45"),
-    (dict(init="gpt2", max_prompt_tokens=90), "block_size 102 is longer than the 96 positions")])
-def test_weights_and_tokenizers_that_do_not_fit_are_refused(changes, message, user_folder,
-                                                            monkeypatch):
+    (sft, dict(init="gpt2", max_prompt_tokens=90),
+     "block_size 102 is longer than the 96 positions"),
+    (sft, dict(lora_rank=2), "fresh weights must all be trained. Give --init"),
+    (reward_model, dict(base="own", n_prompts=None, batch_size=400),
+     "there are 1.. comparisons to train on, less than one batch; lower --batch_size"),
+    (dpo, dict(base="own", batch_size=300, n_pairs=400),
+     "there are 1.. pairs to train on, less than one batch; lower --batch_size")], ids=option_id)
+def test_weights_and_data_that_do_not_fit_are_refused(script, changes, message, user_folder,
+                                                      monkeypatch):
     import huggingface_hub
 
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
-    other = user_folder.parent / "other"
     if changes.get("tokenizer") == "other":
-        tokenizers.export_tokenizer(tokenizers.train_tokenizer(review_texts(200, 0), 600), other)
+        other = tokenizers.train_tokenizer(review_texts(200, 0), 600)
+        tokenizers.export_tokenizer(other, user_folder.parent / "other")
+    given = {"lora_rank": 0} if script is sft else {}
     with pytest.raises(Stopped, match=message):
-        sft.main(user_config(sft, **{"out": "refused", "lora_rank": 0, **changes}))
+        script.main(user_config(script, out="refused", **(given | changes)))
     assert not (user_folder / "refused").exists()
 
 
@@ -4584,12 +4607,10 @@ def test_weights_and_tokenizers_come_from_the_hub_by_name(user_folder, monkeypat
     assert fetched[-1] == ("someone/older", ["*.json", "pytorch_model*.bin"])
 
 
-def test_stages_start_from_a_checkpoint_of_nanogpt(user_folder):
-    nano = user_folder.parent / "nano"
-    nano.mkdir()
+def test_stages_start_from_a_checkpoint_of_nanogpt(user_folder, tmp_path):
     weights = nanogpt_weights(True, V=410, T=96, C=32)
-    save_nanogpt(nano / "ckpt.pt", weights, n_embd=32, block_size=96)
-    small = dict(out="nano", init="nano/ckpt.pt", lora_rank=0, batch_size=8)
+    save_nanogpt(tmp_path / "ckpt.pt", weights, n_embd=32, block_size=96)
+    small = dict(out="nano", init=str(tmp_path / "ckpt.pt"), lora_rank=0, batch_size=8)
     sft.main(user_config(sft, tokenizer="gpt2", steps=1, lr=1e-9, n_texts=None, n_eval=6, **small))
     policy, tokenizer = sft.load_policy(user_folder / "nano" / "sft", "cpu")
     assert policy.config.activation == "gelu"
@@ -4602,45 +4623,42 @@ def test_stages_start_from_a_checkpoint_of_nanogpt(user_folder):
     assert saved["gpt"]["activation"] == "gelu"
 
 
-def test_a_checkpoint_of_nanogpt_has_gpt2s_tokenizer_or_the_one_beside_it(user_folder, monkeypatch):
-    nano = user_folder.parent / "nano2"
-    nano.mkdir()
+def test_a_checkpoint_of_nanogpt_has_gpt2s_tokenizer_or_the_one_beside_it(user_folder, tmp_path,
+                                                                          monkeypatch):
+    path = tmp_path / "ckpt.pt"
     weights = nanogpt_weights(True, V=410, T=96, C=32)
-    save_nanogpt(nano / "ckpt.pt", weights, n_embd=32, block_size=96)
+    save_nanogpt(path, weights, n_embd=32, block_size=96)
     gpt2s = tokenizers.train_tokenizer(review_texts(200, 0), 500)        # for tiktoken's
     arguments = ("gpt2", gpt2s._pat_str, gpt2s._mergeable_ranks, gpt2s._special_tokens,
                  gpt2s.end_tokens)
     monkeypatch.setattr(tokenizers, "tiktoken_gpt2", lambda: arguments)
     with pytest.raises(Stopped, match="ckpt.pt has 410 token ids, fewer than GPT-2's 50257"):
-        sft.tokenizer_of("nano2/ckpt.pt")
-    save_nanogpt(nano / "ckpt.pt", weights, n_embd=32, block_size=96, vocab_size=50304)
-    for source in ("nano2/ckpt.pt", "nano2"):
-        found = sft.tokenizer_of(source)
+        sft.tokenizer_of(str(path))
+    save_nanogpt(path, weights, n_embd=32, block_size=96, vocab_size=50304)
+    for source in (path, tmp_path):
+        found = sft.tokenizer_of(str(source))
         assert tokenizers.tokenizer_id(found) == tokenizers.tokenizer_id(gpt2s)
     tokenizer = tokenizers.load_tokenizer(user_folder / "own" / "sft")
-    tokenizers.export_tokenizer(tokenizer, nano)
-    beside = sft.tokenizer_of("nano2/ckpt.pt")
+    tokenizers.export_tokenizer(tokenizer, tmp_path)
+    beside = sft.tokenizer_of(str(path))
     assert tokenizers.tokenizer_id(beside) == tokenizers.tokenizer_id(tokenizer)
 
-
-def test_characters_of_nanogpt_are_refused_since_they_are_in_a_pickle(user_folder):
-    folder = user_folder.parent / "characters"
-    folder.mkdir()
-    (folder / "meta.pkl").write_bytes(pickle.dumps(Malicious(user_folder / "owned")))
-    for source in ("characters", "characters/meta.pkl"):
+    pickled = tmp_path / "characters" / "meta.pkl"       # nanoGPT's list of characters
+    pickled.parent.mkdir()
+    pickled.write_bytes(pickle.dumps(Malicious(tmp_path / "owned")))
+    for source in (pickled.parent, pickled):
         with pytest.raises(Stopped, match="meta.pkl, which lists characters for nanoGPT, is not "
                                           "read, since a pickle can run code"):
-            sft.main(user_config(sft, out="refused", init="gpt2", tokenizer=source, lora_rank=0))
-    assert not (user_folder / "owned").exists() and not (user_folder / "refused").exists()
+            sft.main(user_config(sft, out="refused", init="gpt2", tokenizer=str(source),
+                                 lora_rank=0))
+    assert not (tmp_path / "owned").exists() and not (user_folder / "refused").exists()
 
 
 def test_a_reward_model_of_a_different_size_gives_the_critic_its_size(user_folder):
-    from transformers import GPT2Config, GPT2LMHeadModel
     wider = user_folder.parent / "wider"
     tokenizer = tokenizers.load_tokenizer(user_folder / "own" / "sft")
-    GPT2LMHeadModel(GPT2Config(
-        vocab_size=tokenizer.n_vocab + 3, n_positions=96, n_layer=2, n_head=2, n_embd=16,
-        bos_token_id=0, eos_token_id=0)).save_pretrained(wider)
+    sizes = dict(vocab_size=tokenizer.n_vocab + 3, n_positions=96, n_layer=2, n_head=2, n_embd=16)
+    random_gpt2(0.02, **sizes).save_pretrained(wider)
     tokenizers.export_tokenizer(tokenizer, wider)
     small = dict(out="sized", base="own", lora_rank=0)
     reward_model.main(user_config(reward_model, init="wider", n_prompts=40, n_held_out=10, **small))
@@ -4658,7 +4676,7 @@ def test_a_reward_model_of_a_different_size_gives_the_critic_its_size(user_folde
 
 
 def test_everything_trained_for_the_reward_is_evaluated(user_folder, capsys):
-    assert (user_folder / "tokens").is_dir()             # a folder in out/ that is not a run
+    (user_folder / "tokens").mkdir(exist_ok=True)        # a folder in out/ that is not a run
     small = dict(lora_rank=0, n_eval=2, n_reference=4, n_samples=2)
     found = evaluate.main(user_config(evaluate, **small))
     assert {"SFT", "own/ppo", "own/ppo/ema", "own/dpo", "own/grpo"} <= set(found)
@@ -4671,16 +4689,6 @@ def test_everything_trained_for_the_reward_is_evaluated(user_folder, capsys):
     evaluate.main(user_config(evaluate, runs="own,old", **small))
     said = capsys.readouterr().out
     assert "leaving out old/grpo: it was trained for a different reward" in said
-
-
-@pytest.mark.parametrize("script, changes, what", [
-    (reward_model, dict(n_prompts=None, batch_size=400), "comparisons"),
-    (dpo, dict(batch_size=300, n_pairs=400), "pairs")], ids=option_id)
-def test_too_few_rows_for_a_batch_are_refused_before_any_work(script, changes, what, user_folder):
-    message = f"there are 1.. {what} to train on, less than one batch; lower --batch_size"
-    with pytest.raises(Stopped, match=message):
-        script.main(user_config(script, out="few", base="own", **changes))
-    assert not (user_folder / "few").exists()
 
 
 def test_rl_takes_prompts_alone_from_a_base_and_sft_refuses_them_at_once(user_folder):
@@ -4701,179 +4709,6 @@ def test_rl_takes_prompts_alone_from_a_base_and_sft_refuses_them_at_once(user_fo
     assert "asked/ppo" in found
 
 
-# ---- parts of a batch
-
-@pytest.mark.parametrize("script, changes", [
-    (sft, dict(steps=2, weight_decay=0.0)),
-    (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4)),
-    (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4, token_wise=True)),
-    (ppo, dict(steps=2, entropy_coef=0.1)),
-    (ppo, dict(steps=2, surrogate="kl_penalty", batch_size=30, minibatch_size=15)),
-    (dpo, dict(n_pairs=32, nll_coef=3.0)),
-    (grpo, dict(steps=2, kl_in="loss", normalise="sequence")),
-    (policy_gradient, dict(steps=2, rung="clip")),
-    (policy_gradient, dict(steps=2, rung="gae"))], ids=option_id)
-def test_a_batch_in_parts_has_the_gradient_and_the_metrics_of_the_whole(
-        script, changes, finished_run, monkeypatch, no_pictures):
-    """
-    Rows are ragged, so the mean of the parts' means would be wrong. Trained by SGD, since AdamW
-    makes much of small differences.
-    """
-    def sgd(parameters, lr, **others):
-        return torch.optim.SGD(parameters, lr=lr)
-    monkeypatch.setattr(torch.optim, "AdamW", sgd)
-    small = {} if script is sft else {"base": "tiny"}
-    if script not in (sft, reward_model):
-        small |= dict(n_eval=2, n_samples=2)
-    logs, checkpoints = [], []
-    for parts in (1, 4):
-        name = f"{script.__name__}_in_{parts}"
-        shutil.rmtree(finished_run / name, ignore_errors=True)
-        script.main(tiny_config(script, out=name, accumulation=parts, **small, **changes))
-        logs.append(stage_log(finished_run, name, script))
-        checkpoints.append(files.load_checkpoint(finished_run / name / script.__name__))
-    for whole, parts in zip(*logs, strict=True):
-        for metric in whole:
-            if metric.endswith(("_seconds", "_per_second", "rung")):
-                continue
-            # In the first minibatch the values are at the edge of the clip range, up to rounding
-            atol = 1e-2 if metric == "value_clip_fraction" else 1e-5
-            assert parts[metric] == pytest.approx(whole[metric], rel=2e-4, abs=atol), metric
-    key = {reward_model: "reward_model", policy_gradient: "actor"}.get(script, "policy")
-    for name, weights in checkpoints[0][key].items():
-        torch.testing.assert_close(checkpoints[1][key][name], weights, atol=2e-6, rtol=1e-4)
-    if script is not sft:                                # the others started from the SFT policy
-        start = files.load_checkpoint(finished_run / "tiny" / "sft")["policy"]
-        trained = checkpoints[0][key]
-        moved = sum((trained[name] - weight).abs().sum().item() for name, weight in start.items()
-                    if name in trained)
-        assert moved > 1e-3
-
-
-def test_parts_have_about_one_size_and_hold_every_row_once():
-    for n, parts in ((8, 1), (8, 3), (5, 4), (2, 7)):
-        rows = list(range(n))
-        split = [part for part, _ in data.microbatches(rows, parts)]
-        assert sum(split, []) == rows and len(split) <= parts
-        assert max(map(len, split)) == -(-n // parts)
-        tensors = [part for part, _ in data.microbatches(torch.arange(n), parts)]
-        assert torch.equal(torch.cat(tensors), torch.arange(n))
-
-
-def test_shares_of_parts_sum_to_one_and_follow_the_weights():
-    shares = [share.item() for _, share in data.microbatches([0, 1, 2, 3, 4], 3)]
-    assert shares == pytest.approx([0.4, 0.4, 0.2])
-    shares = [share.item() for _, share in data.microbatches([0, 1, 2], 2, [5, 1, 2])]
-    assert shares == pytest.approx([0.75, 0.25])
-
-
-def test_means_weigh_values_by_their_shares():
-    means = data.Means()
-    means.add({"loss": torch.tensor(1.0)}, torch.tensor(0.75))
-    means.add({"loss": 5.0}, 0.25)                       # a minibatch in two parts
-    means.add({"loss": 4.0, "lr": 0.1})                  # a second minibatch in one
-    assert means.result() == pytest.approx({"loss": 3.0, "lr": 0.1})
-
-
-# ---- what PPO can do besides
-
-def test_the_average_follows_its_formula_and_is_evaluated_beside_the_actor(
-        finished_run, monkeypatch, no_pictures):
-    average, policy = small_gpt(seed=1), small_gpt(seed=2)
-    before = copy.deepcopy(average.state_dict())
-    ppo.move_average(average, policy, 0.9)
-    for name, weight in average.state_dict().items():
-        torch.testing.assert_close(weight, 0.9 * before[name] + 0.1 * policy.state_dict()[name])
-    actors = []                                          # the actor's weights at each call
-    original = ppo.move_average
-
-    def recorded(mean, actor, share):
-        actors.append(copy.deepcopy(actor.state_dict()))
-        original(mean, actor, share)
-    monkeypatch.setattr(ppo, "move_average", recorded)
-    results = ppo.main(tiny_config(ppo, out="averaged", base="tiny", steps=3, ema=0.6, **FEW))
-    assert len(actors) == 3                              # once an update
-    saved = files.load_checkpoint(finished_run / "averaged" / "ppo")
-    for name, expected in files.load_checkpoint(finished_run / "tiny" / "sft")["policy"].items():
-        for weights in actors:
-            expected = 0.6 * expected + 0.4 * weights[name]
-        torch.testing.assert_close(saved["policy_ema"][name], expected)
-    assert results["PPO, averaged"]["kl_ref"] != results["kl_ref"]
-    found = evaluate.main(tiny_config(evaluate, out="tiny", runs="averaged", **SMALL_EVALUATION))
-    assert list(found) == ["SFT", "averaged/ppo", "averaged/ppo/ema"]
-
-
-def test_the_gradient_with_ptx_is_the_sum_of_the_two(finished_run, monkeypatch, no_pictures):
-    """The actor's first gradient, unclipped: of the policy loss, plus coef times of the texts"""
-    first_gradients = []
-    texts = []                                           # of each gradient step
-    original_clip = torch.nn.utils.clip_grad_norm_
-    original_draw = data.draw
-    original_texts = data.built_in_texts
-
-    def few_texts(n, n_held_out, seed):                  # 20,000 take seconds to write
-        return original_texts(min(n, 500), n_held_out, seed)
-
-    def recorded_draw(items, n, generator):
-        rows = original_draw(items, n, generator)
-        if isinstance(rows[0], tuple):                   # texts, not prompts
-            texts.append(rows)
-        return rows
-
-    def recorded_clip(parameters, limit):
-        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
-        return original_clip(parameters, limit)
-    monkeypatch.setattr(data, "built_in_texts", few_texts)
-    monkeypatch.setattr(data, "draw", recorded_draw)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recorded_clip)
-    for coef in (0.0, 0.7):
-        gradients = []
-        ppo.main(tiny_config(ppo, out=f"ptx_{coef}", base="tiny", steps=1, ptx_coef=coef,
-                             minibatch_size=32, **FEW))
-        first_gradients.append(gradients[0])
-    policy, _, _ = tiny_models(finished_run)
-    inputs, targets, mask = data.collate(*zip(*texts[0]))
-    loss = -masked_mean(token_logprobs(policy, inputs, targets, mask), mask)
-    loss.backward()
-    text_gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
-    plain, with_ptx = first_gradients
-    torch.testing.assert_close(with_ptx, plain + 0.7 * text_gradient, atol=1e-6, rtol=1e-4)
-    logged = stage_log(finished_run, "ptx_0.7", ppo)[0]["ptx_loss"]
-    assert len(texts[0]) == 32 and logged == pytest.approx(loss.item(), rel=1e-5)
-
-
-def test_during_warm_up_the_critic_alone_learns(finished_run, no_pictures):
-    ppo.main(tiny_config(ppo, out="warmed", base="tiny", steps=3, critic_warmup=3, **FEW))
-    saved = files.load_checkpoint(finished_run / "warmed" / "ppo")
-    for name, weight in files.load_checkpoint(finished_run / "tiny" / "sft")["policy"].items():
-        assert torch.equal(saved["policy"][name], weight)
-    assert saved["critic"]["head.weight"].any()
-    for line in stage_log(finished_run, "warmed", ppo):
-        assert line["kl_ref"] == line["grad_norm"] == 0 < line["critic_grad_norm"]
-    ppo.main(tiny_config(ppo, out="warmed-2", base="tiny", steps=3, critic_warmup=1, **FEW))
-    log = stage_log(finished_run, "warmed-2", ppo)
-    assert log[1]["kl_ref"] == 0 != log[2]["kl_ref"]
-    assert log[0]["kl_old"] == 0 < log[1]["kl_old"]
-
-
-@pytest.mark.parametrize("script, changes", [
-    (sft, dict(init="gpt2", steps=2, n_texts=None, n_eval=10, batch_size=8, lora_rank=0)),
-    (reward_model, dict(base="own", n_prompts=16, n_held_out=8)),
-    (ppo, dict(base="own", steps=2, n_eval=2, n_samples=2)),
-    (dpo, dict(base="own", n_pairs=32, n_eval=2, n_samples=2)),
-    (grpo, dict(base="own", steps=2, n_eval=2, n_samples=2))],
-    ids=lambda x: getattr(x, "__name__", ""))
-def test_every_stage_runs_in_bfloat16_with_checkpointing(script, changes, user_folder):
-    name = f"half_{script.__name__}"
-    script.main(user_config(script, out=name, dtype="bfloat16", checkpointing=True, **changes))
-    saved = files.load_checkpoint(user_folder / name / script.__name__)
-    weights = saved.get("policy") or saved["reward_model"]
-    assert all(weight.dtype == torch.float32 for weight in weights.values())
-    assert saved["gpt"]["dtype"] == "bfloat16"
-    if script in (ppo, grpo):                            # also in bfloat16: the same products
-        assert stage_log(user_folder, name, script)[0]["kl_ref"] == 0
-
-
 # ---- rewards from classifiers and functions
 
 def classifier_batch(tokenizer, prompts, responses):
@@ -4882,44 +4717,33 @@ def classifier_batch(tokenizer, prompts, responses):
     return *batch, torch.ones(len(prompts), dtype=torch.bool)
 
 
-@pytest.mark.parametrize("labels", [1, 2])
-def test_a_classifier_scores_by_its_logit_or_the_difference_of_two(labels, classifiers, tokenizer):
+def classifier_logits(folder, texts):
+    """By transformers, one text at a time; a long text keeps its last 12 tokens -> (B, labels)"""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    folder = classifiers / str(labels)
-    reward = load_own(tokenizer, str(folder), missing_eos_score=None)
-    prompts = ["the plot", "a good acting . the plot is not good", "", "see it . " * 9]
-    responses = [" is good .", " is superb !", " superb", " the end is not good and far away ."]
-    scores = reward(*classifier_batch(tokenizer, prompts, responses))
     its_tokenizer = AutoTokenizer.from_pretrained(folder)
     theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    for prompt, response, score in zip(prompts, responses, scores):
-        ids = its_tokenizer(prompt + response)["input_ids"][-12:]    # a long text keeps its end
-        logits = theirs(torch.tensor([ids])).logits[0]
-        expected = logits[1] - logits[0] if labels == 2 else logits[0]
-        assert score.item() == pytest.approx(expected.item(), abs=1e-5)
-    assert scores.std() > 0.01 and reward.made_for.startswith(str(folder))
-    empty = data.collate([[tokenizer.eot_token]], [[tokenizer.eot_token]])
-    assert torch.isfinite(reward(*empty, torch.tensor([True]))).all()
+    ids = [its_tokenizer(text)["input_ids"][-12:] for text in texts]
+    return torch.cat([theirs(torch.tensor([x])).logits for x in ids]).detach()
 
 
 @pytest.mark.parametrize("problem", [None, "multi_label_classification"])
 @pytest.mark.parametrize("labels", [1, 2, 3])
 def test_a_classifier_rewards_the_label_that_is_named(labels, problem, classifiers, tokenizer,
                                                       tmp_path, capsys):
-    """log p / (1 - p) of the label: p by softmax, or by sigmoid if labels may hold together"""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    """
+    log p / (1 - p) of the label: p by softmax, or by sigmoid if labels may hold together. Without a
+    name, the one logit or the second of two less the first.
+    """
     folder = tmp_path / "c:d"                            # a colon that parts no label
     shutil.copytree(classifiers / str(labels), folder)
     names = ["mild", "not mild", "5 stars"][:labels]
     config = json.loads((folder / "config.json").read_text())
     config |= {"id2label": dict(enumerate(names)), "label2id": {}, "problem_type": problem}
     (folder / "config.json").write_text(json.dumps(config))
-    batch = classifier_batch(tokenizer, ["the plot", "a good"], [" is good .", " acting !"])
-    its_tokenizer = AutoTokenizer.from_pretrained(folder)
-    theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    logits = torch.stack([theirs(its_tokenizer(text, return_tensors="pt").input_ids).logits[0]
-                          for text in ("the plot is good .", "a good acting !")])
-    logits = logits.double().detach()
+    prompts = ["the plot", "a good acting . the plot is not good", "", "see it . " * 9]
+    responses = [" is good .", " is superb !", " superb", " the end is not good and far away ."]
+    batch = classifier_batch(tokenizer, prompts, responses)
+    logits = classifier_logits(folder, [x + y for x, y in zip(prompts, responses)]).double()
     p = logits.sigmoid() if problem or labels == 1 else logits.softmax(dim=1)
     made_for = set()
     for i, name in enumerate(names):
@@ -4936,10 +4760,13 @@ def test_a_classifier_rewards_the_label_that_is_named(labels, problem, classifie
     with pytest.raises(Stopped, match="c:d:mold, but that classifier has no label mold .did "
                                       "you mean mild.*; it has mild"):
         load_own(tokenizer, f"{folder}:mold")
-    if labels == 2 and not problem:
+    if labels < 3 and not problem:
         plain = load_own(tokenizer, str(folder), missing_eos_score=None)
-        assert torch.equal(plain(*batch), reward(*batch)) and plain.made_for == reward.made_for
+        assert torch.equal(plain(*batch), reward(*batch))
+        assert (plain.made_for == reward.made_for) == (labels == 2)
         assert re.fullmatch(re.escape(str(folder)) + " [0-9a-f]{16}", plain.made_for)
+        empty = data.collate([[tokenizer.eot_token]], [[tokenizer.eot_token]])
+        assert torch.isfinite(plain(*empty, torch.tensor([True]))).all()
 
 
 def test_only_a_colon_before_a_label_or_a_function_parts_a_reward(empty_folder):
@@ -4977,17 +4804,6 @@ def test_a_classifier_without_one_trained_number_to_give_is_refused(classifiers,
         load_own(tokenizer, str(tmp_path))
 
 
-def test_a_classifier_with_other_weights_is_a_different_reward(classifiers, tokenizer, tmp_path):
-    from transformers import BertForSequenceClassification
-    folder = tmp_path / "copy"
-    shutil.copytree(classifiers / "1", folder)
-    before = load_own(tokenizer, str(folder)).made_for
-    changed = BertForSequenceClassification.from_pretrained(folder)
-    changed.classifier.bias.data.add_(1.0)
-    changed.save_pretrained(folder)
-    assert load_own(tokenizer, str(folder)).made_for != before
-
-
 def with_weight(name, tensor):
     return lambda tensors: tensors | {name: tensor}
 
@@ -5014,7 +4830,7 @@ def without_queries(tensors):
 def test_a_classifiers_weights_all_load_or_are_refused_by_name(weights, message, classifiers,
                                                                tokenizer, tmp_path):
     batch = classifier_batch(tokenizer, ["the plot"], [" is good"])
-    expected = load_own(tokenizer, str(classifiers / "1"))(*batch)
+    expected = load_own(tokenizer, str(classifiers / "1"))
     folder = tmp_path / "x"
     shutil.copytree(classifiers / "1", folder)
     if isinstance(weights, str):
@@ -5026,23 +4842,23 @@ def test_a_classifiers_weights_all_load_or_are_refused_by_name(weights, message,
         with pytest.raises(Stopped, match=f"^error: --reward .*{message}"):
             load_own(tokenizer, str(folder))
     else:
-        assert torch.equal(load_own(tokenizer, str(folder))(*batch), expected)
+        reward = load_own(tokenizer, str(folder))
+        assert torch.equal(reward(*batch), expected(*batch))
+        changed = {"classifier.bias": tensors["classifier.bias"] + 1}
+        save_file(tensors | changed, folder / "model.safetensors", metadata={"format": "pt"})
+        assert load_own(tokenizer, str(folder)).made_for != reward.made_for     # other weights
 
 
-def test_an_exported_reward_model_is_the_same_reward_as_before(finished_run, tmp_path):
-    policy, tokenizer, scorer = tiny_models(finished_run)
+def test_an_exported_reward_model_is_the_same_reward_as_before(tiny, tmp_path):
+    policy, tokenizer, scorer = tiny.models()
     exported = str(tmp_path / "exported")
-    reward_model.export(finished_run / "tiny" / "reward_model", exported)
-    tokens, mask = generate(policy, held_out_prompts(tokenizer, 20), 24, tokenizer.eot_token,
-                            generator=seeded())
-    inputs, targets = data.shift(tokens)
-    finished = data.met_eos(targets, mask, tokenizer.eot_token)
-    batch = (inputs, targets, mask, finished)
+    reward_model.export(tiny.out / "tiny" / "reward_model", exported)
+    batch, responses = sampled_batch(policy, tokenizer, held_out_prompts(tokenizer, 20))
     theirs = load_own(tokenizer, exported, missing_eos_score=-3.0)(*batch)
     ours = reward_of(scorer, tiny_config(ppo))(*batch)
-    responses = [ids[:-1] for ids in data.responses_of(tokens, mask)]
-    same = torch.tensor([tokenizer.encode_ordinary(tokenizer.decode(ids)) == ids
-                         for ids in responses]) & finished       # the text gives the ids again
+    texts = [ids[:-1] for ids in responses]
+    same = torch.tensor([tokenizer.encode_ordinary(tokenizer.decode(ids)) == ids for ids in texts])
+    same = same & batch[3]                               # finished, the text gives the ids again
     assert same.sum() > 4
     torch.testing.assert_close(theirs[same], ours[same], atol=1e-4, rtol=0)
 
@@ -5050,22 +4866,18 @@ def test_an_exported_reward_model_is_the_same_reward_as_before(finished_run, tmp
 LENGTH = "def length(prompts, responses):\n    return [1000 + 7 * len(r) for r in responses]\n"
 
 
-def test_any_reward_is_normalised_on_samples_of_the_sft_policy(finished_run, capsys, no_pictures):
-    (finished_run.parent / "length.py").write_text(LENGTH)
-    policy, tokenizer, _ = tiny_models(finished_run)
-    cfg = tiny_config(ppo, out="length", base="tiny", reward="length.py:length", steps=2,
-                      n_eval=8, n_samples=8)
-    train, _ = data.prompts(cfg, tokenizer, 72)
+def test_any_reward_is_normalised_on_samples_of_the_sft_policy(tiny, capsys):
+    (tiny.out.parent / "length.py").write_text(LENGTH)
+    policy, tokenizer, _ = tiny.models()
+    train, _ = data.prompts(tiny_config(ppo), tokenizer, 72)
 
     def load(**changes):
-        changed = dataclasses.replace(cfg, **changes)
-        return reward_py.load_reward(changed, policy, tokenizer, train, "cpu")
+        cfg = tiny_config(ppo, reward="length.py:length", **changes)
+        return reward_py.load_reward(cfg, policy, tokenizer, train, "cpu")
 
     reward = load(missing_eos_score=None)
-    tokens, mask = generate(policy, data.draw(train, 2000, seeded(5)), 24, tokenizer.eot_token,
-                            generator=seeded(6))
-    inputs, targets = data.shift(tokens)
-    finished = data.met_eos(targets, mask, tokenizer.eot_token)
+    prompts = data.draw(train, 2000, seeded(5))
+    (inputs, targets, mask, finished), _ = sampled_batch(policy, tokenizer, prompts, 6)
     scores = reward(inputs, targets, mask, finished)
     assert abs(scores.mean()) < 4 * (1 / 512 + 1 / 2000) ** 0.5
     assert scores.std().item() == pytest.approx(1, abs=0.1)
@@ -5073,16 +4885,14 @@ def test_any_reward_is_normalised_on_samples_of_the_sft_policy(finished_run, cap
     raw = torch.tensor([1000.0 + 7 * len(response) for response in responses])
     torch.testing.assert_close(scores, reward.gain * raw + reward.bias, atol=1e-3, rtol=1e-4)
 
-    ppo.main(cfg)
+    tiny.run(ppo, "length", reward="length.py:length", steps=2)
     said = capsys.readouterr().out
     assert "length.py:length has mean 1" in said
     assert "the critic starts from the SFT policy" in said       # although --critic_init is rm
-    saved = files.load_checkpoint(finished_run / "length" / "ppo")["reward"]
+    saved = tiny.checkpoint("length", ppo)["reward"]
     assert (saved["gain"], saved["bias"]) == (reward.gain, reward.bias)
     assert load(seed=3).state_dict() == saved            # the same for each seed, as evaluate needs
-    found = evaluate.main(tiny_config(evaluate, out="tiny", runs="length",
-                                      reward="length.py:length", **SMALL_EVALUATION))
-    assert list(found) == ["SFT", "length/ppo"]
+    assert list(tiny.evaluate("length", reward="length.py:length")) == ["SFT", "length/ppo"]
     plain = load(normalise_reward=False)
     assert (plain.gain, plain.bias) == (1.0, 0.0)
     assert reward.matches(saved) and not plain.matches(saved)
@@ -5093,55 +4903,51 @@ def test_any_reward_is_normalised_on_samples_of_the_sft_policy(finished_run, cap
     (ppo, dict(steps=2)),
     (grpo, dict(steps=2)),
     (policy_gradient, dict(steps=2, rung="clip")),
-    (dpo, dict(n_pairs=32, labels="soft"))], ids=lambda x: getattr(x, "__name__", ""))
-def test_every_stage_follows_a_reward_of_the_users(script, changes, finished_run, no_pictures):
-    (finished_run.parent / "length.py").write_text(LENGTH)
-    cfg = tiny_config(script, out="by_length", base="tiny", reward="length.py:length", **FEW,
-                      **changes)
-    script.main(cfg)
-    folder = finished_run / "by_length" / script.__name__
+    (dpo, dict(n_pairs=32, labels="soft"))], ids=option_id)
+def test_every_stage_follows_a_reward_of_the_users(script, changes, tiny):
+    (tiny.out.parent / "length.py").write_text(LENGTH)
+    given = dict(reward="length.py:length", **changes)
+    log, _ = tiny.run(script, "by_length", **given)
+    folder = tiny.out / "by_length" / script.__name__
     made_for = files.load_checkpoint(folder)["reward"]["made_for"]
     assert made_for.startswith("length.py:length ")
-    assert abs(log_of(folder)[0]["score"]) < 3           # normalised: raw ones are above 1000
-    (finished_run.parent / "length.py").write_text(LENGTH.replace("1000 + 7 *", "-"))
+    assert abs(log[0]["score"]) < 3                      # normalised: raw ones are above 1000
+    (tiny.out.parent / "length.py").write_text(LENGTH.replace("1000 + 7 *", "-"))
     (folder / "report.txt").unlink()                     # as if it had been interrupted
     with pytest.raises(Stopped, match="started with a different reward .length.py:length"):
-        script.main(dataclasses.replace(cfg, resume=True))
+        tiny.run(script, "by_length", resume=True, **given)
 
 
 # ---- sample.py
 
-def sampled_responses(policy, tokenizer, prompts, **options):
-    """What sample.py samples by default -> tokens, mask, response token lists"""
-    tokens, mask = generate(policy, prompts, 24, tokenizer.eot_token, **options)
-    return tokens, mask, data.responses_of(tokens, mask)
-
-
-def test_samples_are_shown_side_by_side_with_scores(finished_run, capsys):
-    sample.main(tiny_config(sample, stage="sft,ppo,ladder/policy_gradient/clip", score=True, n=3))
+def test_samples_are_shown_side_by_side_with_scores(tiny, capsys):
+    sample.main(tiny_config(sample, stage="sft,ppo,ladder/policy_gradient/clip", score=True, n=8,
+                            max_new_tokens=12))
     said = capsys.readouterr().out
-    _, tokenizer, scorer = tiny_models(finished_run)
-    policy, _ = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
-    prompts = held_out_prompts(tokenizer, 3, 1337)
-    tokens, mask, responses = sampled_responses(policy, tokenizer, prompts, generator=seeded(1337))
-    inputs, targets = data.shift(tokens)
-    finished = data.met_eos(targets, mask, tokenizer.eot_token)
-    scores = reward_of(scorer, tiny_config(ppo))(inputs, targets, mask, finished)
-    for prompt, ids, score in zip(prompts, responses, scores):
-        text, ended = tokenizers.decode_response(tokenizer, ids)
-        shown = text if ended else f"{text} .."
+    _, tokenizer, scorer = tiny.models()
+    prompts = held_out_prompts(tokenizer, 8, 1337)
+    batch, responses = sampled_batch(tiny.policy(ppo), tokenizer, prompts, 1337, longest=12)
+    scores = reward_of(scorer, tiny_config(ppo))(*batch)
+    for prompt, ids, score, ended in zip(prompts, responses, scores, batch[3], strict=True):
+        text, _ = tokenizers.decode_response(tokenizer, ids)
+        shown = text if ended else f"{text} .."          # cut at --max_new_tokens
         assert f"    ppo  score {score:.2f} {shown}\n" in said
         assert tokenizer.decode(prompt) in said
-    assert said.count("\n    sft  score") == said.count("ladder/policy_gradient/clip  score") == 3
+    assert batch[3].any() and not batch[3].all()
+    assert said.count("\n    sft  score") == said.count("ladder/policy_gradient/clip  score") == 8
 
 
-def test_a_prompt_of_the_users_is_answered_greedily_the_same_way_each_time(finished_run, capsys):
-    sample.main(tiny_config(sample, stage="ppo", prompt=TINY_PROMPT, temperature=0.0, n=2))
+def test_a_prompt_of_the_users_is_answered_greedily_the_same_way_each_time(tiny, capsys):
+    shutil.copytree(tiny.out / "tiny", tiny.out / "half_damaged")
+    (tiny.out / "half_damaged" / "dpo" / "config.json").write_text("{")    # is not asked
+    sample.main(tiny_config(sample, out="half_damaged", stage="ppo", prompt=TINY_PROMPT,
+                            temperature=0.0, n=2))
+    shutil.rmtree(tiny.out / "half_damaged")
     prompt, *answers = capsys.readouterr().out.strip("\n").split("\n")
     assert prompt == TINY_PROMPT and len(answers) == 2 and answers[0] == answers[1]
-    policy, tokenizer = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
+    policy, tokenizer = sft.load_policy(tiny.out / "tiny" / "ppo", "cpu")
     ids = tokenizers.encode_prompt(tokenizer, TINY_PROMPT)
-    _, _, responses = sampled_responses(policy, tokenizer, [ids], temperature=0)
+    _, responses = sampled_batch(policy, tokenizer, [ids], temperature=0)
     text, _ = tokenizers.decode_response(tokenizer, responses[0])
     assert answers[0].startswith("    ppo ") and text in answers[0]
 
@@ -5153,22 +4959,20 @@ def test_only_sampling_takes_a_temperature_of_zero():
 
 
 @pytest.mark.parametrize("quantity", ["kl", "value", "advantage"])
-def test_tokens_are_shown_with_what_ppo_computes_of_them(quantity, finished_run, capsys):
+def test_tokens_are_shown_with_what_ppo_computes_of_them(quantity, tiny, capsys):
     sample.main(tiny_config(sample, stage="sft,ppo", tokens=quantity, n=2))
     said = capsys.readouterr().out
-    reference, tokenizer, scorer = tiny_models(finished_run)
-    policy, _ = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
-    saved = files.load_checkpoint(finished_run / "tiny" / "ppo")
+    reference, tokenizer, scorer = tiny.models()
+    policy = tiny.policy(ppo)
+    saved = tiny.checkpoint("tiny", ppo)
     critic = ScalarGPT(GPTConfig(**saved["critic_gpt"])).eval()
     critic.load_state_dict(saved["critic"])
     prompts = held_out_prompts(tokenizer, 2, 1337)
-    tokens, mask, responses = sampled_responses(policy, tokenizer, prompts, generator=seeded(1337))
-    inputs, targets = data.shift(tokens)
-    logprobs, ref_logprobs = (token_logprobs(p, inputs, targets, mask).detach()
-                              for p in (policy, reference))
+    (*batch, finished), responses = sampled_batch(policy, tokenizer, prompts, 1337)
+    inputs, _, mask = batch
+    logprobs, ref_logprobs = (token_logprobs(p, *batch).detach() for p in (policy, reference))
     values = critic(inputs).detach() * mask
-    finished = data.met_eos(targets, mask, tokenizer.eot_token)
-    scores = reward_of(scorer, tiny_config(ppo))(inputs, targets, mask, finished)
+    scores = reward_of(scorer, tiny_config(ppo))(*batch, finished)
     beta = saved["control"]["beta"]
     rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, mask, beta)
     shown = {"kl": logprobs - ref_logprobs, "value": values,
@@ -5195,17 +4999,6 @@ def test_colours_tell_size_and_sign_and_are_for_terminals_that_have_them(monkeyp
     assert not sample.in_colour(terminal)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(stage="sft,pppo"), "--stage names pppo, but neither out/tiny/pppo nor out/pppo has a "
-                             "checkpoint; there are: .*tiny/ppo"),
-    (dict(stage="ppo/emma"), "has no such policy; its policies: ppo"),
-    (dict(stage="ppo", prompt="a long prompt " * 30),
-     "shorten the prompts, or train a model that reads more")])
-def test_sample_refuses_what_it_cannot_sample(changes, message, finished_run):
-    with pytest.raises(Stopped, match=message):
-        sample.main(tiny_config(sample, **changes))
-
-
 def test_a_stage_is_sampled_with_the_data_and_the_reward_it_was_made_with(user_folder, capsys):
     for names, run in (("sft,ppo,ppo/ema", "own"), ("own/sft,own/ppo,own/ppo/ema", "")):
         sample.main(tiny_config(sample, out=run, stage=names, score=True, tokens="value", n=2))
@@ -5230,32 +5023,29 @@ SMALL_STAGES = {
     sample: dict(stage="sft,ppo", n=1)}
 
 
-@pytest.mark.parametrize("script, name", [
-    (script, name) for script in (*SCRIPTS, sample) for name in script.Config.presets
-    if name not in ("small", "tiny")], ids=lambda x: getattr(x, "__name__", x))
-def test_every_preset_runs_on_a_small_model_and_a_small_file(script, name, user_folder,
-                                                             classifiers, monkeypatch):
-    """Only sizes and sources are changed; the rest is the preset's."""
+@pytest.mark.parametrize("name", sorted(set(presets.PRESETS) - {"small", "tiny"}))
+def test_every_preset_runs_on_a_small_model_and_a_small_file(name, user_folder, classifiers,
+                                                             monkeypatch):
+    """All its stages. Only sizes and sources are changed; the rest is the preset's."""
     source = "pairs.jsonl"
     if name == "imdb":
         rows = [{"text": f"{i} is a good film of many" + "!" * (i % 5), "label": 1}
                 for i in range(160)]
         source = write_rows(user_folder.parent / "imdb.jsonl", rows)
-    preset = script.Config(config=name)
-    small = dict(config=name, out=f"preset_{name}", data=source, device="cpu", max_new_tokens=12,
-                 max_prompt_tokens=min(preset.max_prompt_tokens, 40))
-    for stage in (sft, reward_model):                    # these are made on the way
-        presets_of_stage = stage.Config.presets
-        if name in presets_of_stage:
-            changed = presets_of_stage[name] | SMALL_STAGES[stage]
-            monkeypatch.setitem(presets_of_stage, name, changed)
-    if getattr(preset, "reward", "reward_model") != "reward_model":
-        small["reward"] = str(classifiers / "2")
-    if script is evaluate:
-        small["runs"] = f"preset_{name}"
-    if script is sample and not (user_folder / f"preset_{name}" / "ppo").exists():
-        ppo.main(ppo.Config(**small, **SMALL_STAGES[ppo]))
-    script.main(script.Config(**small, **SMALL_STAGES[script]))
+    scripts = [script for script in SMALL_STAGES if name in script.Config.presets]
+    for script in scripts:                               # some stages are made by later ones
+        changed = script.Config.presets[name] | SMALL_STAGES[script]
+        monkeypatch.setitem(script.Config.presets, name, changed)
+    for script in scripts:
+        preset = script.Config(config=name)
+        small = dict(out=f"preset_{name}", data=source, device="cpu", max_new_tokens=12,
+                     max_prompt_tokens=min(preset.max_prompt_tokens, 40))
+        if getattr(preset, "reward", "reward_model") != "reward_model":
+            small["reward"] = str(classifiers / "2")
+        if script is evaluate:
+            small["runs"] = f"preset_{name}"
+        script.main(dataclasses.replace(preset, **small))
+    assert {"all", *(script.__name__ for script in scripts)} == set(presets.PRESETS[name])
 
 
 @pytest.mark.slow
@@ -5306,17 +5096,14 @@ def imports_of(path):
     return names
 
 
-@pytest.mark.parametrize("path", LAB, ids=lambda path: path.name)
-def test_the_workshop_imports_nothing_of_the_project_but_itself(path):
-    assert not imports_of(path) & {*ORDER, "conftest", "test_all"}
-
-
 def test_imports_point_one_way():
     """Each file imports only from those before it; the workshop, lab, is before all."""
     assert sorted(ORDER) == sorted(module.__name__ for module in MODULES)
-    for i, path in enumerate(ROOT):
-        later = imports_of(path) & {*ORDER[i:], "conftest", "test_all"}
-        assert not later, f"{path.name} imports {later}"
+    later_files = {path: ORDER for path in LAB}
+    later_files |= {path: ORDER[i:] for i, path in enumerate(ROOT)}
+    for path, later in later_files.items():
+        wrong = imports_of(path) & {*later, "conftest", "test_all"}
+        assert not wrong, f"{path.name} imports {wrong}"
 
 
 def long_lines(path, limit=100):
@@ -5326,16 +5113,13 @@ def long_lines(path, limit=100):
     In Markdown not those that cannot be broken: tables, lines with a URL, pictures, formulas, and
     what a program printed, in ```text blocks.
     """
-    found = []
     block = ""
+    found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        allowed = False
-        if path.suffix == ".md":
-            if line.startswith("```"):
-                block = "" if block else line
-            unbroken = line.lstrip().startswith(("|", "![", "$$")) or "://" in line
-            allowed = unbroken or block == "```text"
-        if len(line) > limit and not allowed:
+        if line.startswith("```"):
+            block = "" if block else line
+        unbroken = block == "```text" or re.match(r"\s*(\||!\[|\$\$)|.*://", line)
+        if len(line) > limit and not (path.suffix == ".md" and unbroken):
             found.append(f"{path.relative_to(HERE)}:{number}")
     return found
 
@@ -5375,17 +5159,6 @@ def test_no_file_of_the_project_can_run_what_it_reads(path):
             assert called != "np.load" or "allow_pickle" not in keywords
 
 
-def fields_read(sources):
-    """The names of the attributes of anything called cfg in some source -> set"""
-    found = set()
-    for node in ast.walk(ast.parse(sources)):
-        if isinstance(node, ast.Attribute):
-            owner = node.value                           # cfg, or self.cfg, or run.cfg
-            if "cfg" in (getattr(owner, "id", ""), getattr(owner, "attr", "")):
-                found.add(node.attr)
-    return found
-
-
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 def test_every_config_field_is_read_and_has_a_comment_that_help_prints(script, capsys):
     sources = "".join(map(inspect.getsource, (script, runs, process, settings)))
@@ -5393,7 +5166,8 @@ def test_every_config_field_is_read_and_has_a_comment_that_help_prints(script, c
                  ppo.score_rollout, ppo.check_kl_ref, ppo.check_first_ratio):
         if part.__name__ in sources:                     # these are given the whole cfg
             sources += inspect.getsource(part)
-    read = fields_read(sources + inspect.getsource(data) + inspect.getsource(corpus))
+    sources += inspect.getsource(data) + inspect.getsource(corpus)
+    read = set(re.findall(r"\bcfg\.(\w+)", sources))
     if "cfg.compute_options()" in sources:
         read |= {"dtype", "checkpointing"}
     fields = {field.name for field in dataclasses.fields(script.Config)}
@@ -5408,11 +5182,11 @@ def test_every_config_field_is_read_and_has_a_comment_that_help_prints(script, c
 
 def test_the_sampler_uses_no_attention_that_plans_for_each_length(monkeypatch):
     enabled = []                                         # whether cuDNN may be used, at each call
-    original = torch.nn.functional.scaled_dot_product_attention
+    attention = torch.nn.functional.scaled_dot_product_attention
 
     def recorded(*args, **kwargs):
         enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
-        return original(*args, **kwargs)
+        return attention(*args, **kwargs)
     monkeypatch.setattr(model.F, "scaled_dot_product_attention", recorded)
     before = torch.backends.cuda.cudnn_sdp_enabled()
     for _ in range(2):
@@ -5520,21 +5294,20 @@ def commands_in_blocks(text):
     commands = []
     for block in re.findall(r"```bash\n(.*?)```", text, re.S):
         for line in block.replace("\\\n", " ").splitlines():
-            command = []
-            for word in shlex.split(line, comments=True):
-                if word in ("&&", "|", ";"):
-                    commands.append(command)
-                    command = []
-                else:
-                    command.append(word)
-            commands.append(command)
-    return [command for command in commands if command]
+            words = shlex.split(line, comments=True)
+            for is_break, command in itertools.groupby(words, ("&&", "|", ";").__contains__):
+                if not is_break:
+                    commands.append(list(command))
+    return commands
+
+
+def without_blocks(text):
+    return re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
 
 
 def code_in_lines(text):
     """The `code` within a page's paragraphs and tables -> list of texts"""
-    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
-    return re.findall(r"`([^`]+)`", text)
+    return re.findall(r"`([^`]+)`", without_blocks(text))
 
 
 def commands_in_lines(text):
@@ -5600,11 +5373,11 @@ def test_the_way_to_the_first_nan_finds_it_and_else_nothing(finished_run):
         "def f(prompts, responses):\n"
         "    x = torch.tensor([float(len(r)) for r in responses])\n"
         "    return (x - 20).log().tolist() if len(x) == 32 else x.tolist()\n")
-    command = [sys.executable, "first_nan.py", str(HERE / "ppo.py"), "--config", "tiny",
-               "--base", "tiny", "--steps", "1", "--n_eval", "2", "--n_samples", "2"]
+    command = [sys.executable, "first_nan.py", HERE / "ppo.py",
+               *"--config tiny --base tiny --steps 1 --n_eval 2 --n_samples 2 --out".split()]
+    reward = "--reward score.py:f --normalise_reward 0".split()
     processes = []
-    reward = ["--reward", "score.py:f", "--normalise_reward", "0"]
-    for options in (["--out", "no_nan"], ["--out", "first_nan", *reward]):
+    for options in (["no_nan"], ["first_nan", *reward]):
         processes.append(subprocess.Popen(
             command + options, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             text=True, env=os.environ | {"PYTHONPATH": str(HERE)}))
@@ -5634,21 +5407,16 @@ def test_every_metric_that_is_logged_is_on_a_page(whole_run):
 
 # ---- links
 
-def without_code(text):
-    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
-    return re.sub(r"`[^`]*`", "`code`", text)
-
-
 def anchors_of(text):
     """The anchors that GitHub gives to the headings of a page"""
-    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
-    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    headings = re.findall(r"^#+ (.+)$", without_blocks(text), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_anchors_and_pictures_of_a_page_exist(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(PAGES[page])):
+    text = re.sub(r"`[^`]*`", "`code`", without_blocks(PAGES[page]))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if "://" in target:
             continue
         path, _, anchor = target.partition("#")
