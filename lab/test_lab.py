@@ -334,7 +334,7 @@ def test_every_field_is_typed_and_range_checked_before_any_work(script, empty_fo
             checked.add(name)
         if base is float and ranges.get(name) != settings.BELOW_1:
             settings.check_fields(dataclasses.replace(tiny_config(script), **{name: 1}))
-    assert checked == kinds.keys()
+    assert checked == kinds.keys() and script.main.__wrapped__                 # self-contained
     if script is not sample:                             # which has no folder of its own
         with refused("--seed got -1; it takes a whole number, 0 or more"):
             script.main(tiny_config(script, seed=-1))
@@ -631,29 +631,6 @@ def test_a_tokenizer_is_stored_whole_and_its_id_differs_from_others(tokenizer, t
         tokenizers.load_tokenizer(tmp_path)
 
 
-def test_gpt2_tokenizer_from_local_files_equals_transformers(tmp_path):
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import GPT2TokenizerFast
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(review_texts(300, seed=1), vocab_size=600, special_tokens=[],
-                            show_progress=False)
-    bpe.save_model(str(tmp_path))
-    vocab = json.loads((tmp_path / "vocab.json").read_text())
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {tokenizers.EOS: len(vocab)}))
-    theirs = GPT2TokenizerFast.from_pretrained(tmp_path)
-    ours = tokenizers.gpt2_tokenizer(tmp_path)
-    assert ours.eot_token == theirs.eos_token_id
-    for text in AWKWARD:
-        wanted = theirs(text, split_special_tokens=True)["input_ids"]
-        assert ours.encode_ordinary(text) == wanted, text
-    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
-    with pytest.raises(ValueError, match="does not number the merges"):
-        tokenizers.gpt2_tokenizer(tmp_path)
-    (tmp_path / "merges.txt").unlink()
-    with pytest.raises(ValueError, match="merges.txt does not exist"):
-        tokenizers.gpt2_tokenizer(tmp_path)
-
-
 @pytest.fixture(scope="module")
 def bpe():
     """A tokenizer.json: three special tokens first, as trainers number them; a gap in the ids"""
@@ -669,7 +646,7 @@ def bpe():
 def bpe_folder(folder, content, **extra_files):
     """A folder with tokenizer.json and other files, given by their names without .json"""
     folder.mkdir(exist_ok=True)
-    for name, x in {"tokenizer": content, **extra_files}.items():
+    for name, x in ({"tokenizer": content} | extra_files).items():
         (folder / f"{name}.json").write_text(json.dumps(x))
     return folder
 
@@ -806,24 +783,21 @@ DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "By
     (["added_tokens", -1], ADDED | {"id": 10 ** 9},
      "token with the id 1000000000; wanted ids below"),
     (["model", "merges"], [["t", "h"]], "number the merges in their order"),
-    (["model", "vocab", "a▁"], 610, "number the merges in their order")])
+    (["model", "vocab", "a▁"], 610, "number the merges in their order"),
+    ("tokenizer_config", {"add_prefix_space": True}, "add_prefix_space"),
+    ("tokenizer_config", {"add_bos_token": True}, "add_bos_token"),
+    ("tokenizer_config", {"eos_token": "</s>"}, "special tokens ends a text.* got </s>"),
+    ("tokenizer_config", {"eos_token": "a"}, "which of its special tokens ends a text.* got a"),
+    ("tokenizer", [1], "holds a list"),
+    ("config", [1], "config.json holds a list")])
 def test_tokenizer_features_beyond_gpt2s_are_refused_by_name(path, to, message, bpe, tmp_path):
-    folder = bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))
+    """A change of tokenizer.json at a path, or the content of a file beside it or in its place"""
+    if isinstance(path, str):
+        folder = bpe_folder(tmp_path / "x", bpe, **{path: to})
+    else:
+        folder = bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))
     with refused(f"no tokenizer in .*{message}"):
         sft.tokenizer_of(str(folder))
-
-
-@pytest.mark.parametrize("extra_files, message", [
-    (dict(tokenizer_config={"add_prefix_space": True}), "add_prefix_space"),
-    (dict(tokenizer_config={"add_bos_token": True}), "add_bos_token"),
-    (dict(tokenizer_config={"eos_token": "</s>"}),
-     "which of its special tokens ends a text.* got </s>"),
-    (dict(tokenizer_config={"eos_token": "a"}), "which of its special tokens ends a text.* got a"),
-    (dict(tokenizer=[1]), "holds a list"),
-    (dict(config=[1]), "config.json holds a list")])
-def test_impossible_settings_beside_a_tokenizer_are_refused(extra_files, message, bpe, tmp_path):
-    with refused(f"no tokenizer in .*{message}"):
-        sft.tokenizer_of(str(bpe_folder(tmp_path / "x", bpe, **extra_files)))
 
 
 @pytest.mark.parametrize("merges", [
@@ -866,6 +840,10 @@ def test_vocab_and_merges_files_know_their_special_tokens_too(bpe, tmp_path):
     merges = "\n".join(" ".join(pair) for pair in bpe["model"]["merges"])
     (folder / "merges.txt").write_text("#version: 0.2\n" + merges + "\n")
     assert tokenizers.tokenizer_id(tokenizers.gpt2_tokenizer(folder)) == wanted
+    (folder / "merges.txt").rename(folder / "merges")
+    with pytest.raises(ValueError, match="merges.txt does not exist"):
+        tokenizers.gpt2_tokenizer(folder)
+    (folder / "merges").rename(folder / "merges.txt")
     (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 607}))
     assert tokenizers.gpt2_tokenizer(folder).decode([607, 2]) == "<pad><|end|>"
 
@@ -1077,6 +1055,9 @@ def written_out(token):
     ({**comparison(0), "messages": [USER("a")]}, [" Number 0 is good", " I do not like 0."],
      [(UNUSED, "messages")]),
     ({"text": "a film", "label": 1}, ["a film"], [(UNUSED, "label")]),
+    ({"prompt": "p", "chosen": " a", "rejected": " b", "label": 0}, [" a", " b"],
+     [(UNUSED, "label")]),
+    ({"prompt": "p", "label": 0}, [], [(UNUSED, "label")]),
     ({"prompt": "a\x00b", "completion": " c"}, [" c"], [(KEPT, "with control characters")]),
     ({"prompt": "p", "completion": "\x9b"}, ["\x9b"], [(KEPT, "with control characters")]),
     ({"prompt": "tab\t", "completion": " line\r\n"}, [" line\r\n"], []),
@@ -1667,6 +1648,16 @@ def toy_config(**changes):
     return ToyConfig(config="tiny", **changes)
 
 
+def after_each_update(monkeypatch, act):
+    """From now on act(step) is called when an update has been logged."""
+    original = runs.Run.log
+
+    def logged(run, step, *args, **kwargs):
+        original(run, step, *args, **kwargs)
+        act(step)
+    monkeypatch.setattr(runs.Run, "log", logged)
+
+
 @pytest.fixture
 def toy_folder(empty_folder):
     """The folder that toy(toy_config()) writes to"""
@@ -1732,19 +1723,20 @@ def test_a_run_that_looked_before_a_different_one_finished_is_refused(toy_folder
 def test_a_second_run_in_a_folder_is_refused_and_told_of_the_first(toy_folder, monkeypatch):
     told = (rf"process {os.getpid()} on .* .python \S*.py --config tiny --seed 3., started 20\d\d-"
             ".*, is writing to out/tiny/toy; wait until it has ended, or give a different --out")
-    original = runs.Run.log
 
     def second():
         for changes in (dict(resume=True), dict(overwrite=True)):
             with refused(told):
                 toy(toy_config(seed=3, **changes))
 
-    def log_and_try(run, step, *args, **kwargs):
-        original(run, step, *args, **kwargs)
+    def at_update_3(step):
         if step == 3:
             assert in_a_child(second) == 0
-    monkeypatch.setattr(runs.Run, "log", log_and_try)
-    assert toy(toy_config(seed=3)) == toy(toy_config(seed=3)) and log_lines(toy_folder) == 5
+    with monkeypatch.context() as patch:
+        after_each_update(patch, at_update_3)
+        first = toy(toy_config(seed=3))
+    assert toy(toy_config(seed=3)) == first
+    assert in_a_child(lambda: toy(toy_config(seed=3, overwrite=True))) == 0    # the folder is free
 
 
 def test_stages_that_do_not_belong_together_are_noticed(finished_run, capsys, no_pictures):
@@ -1837,21 +1829,6 @@ def test_copies_and_exports_in_out_do_not_confuse_the_readers(finished_run, caps
 
 
 # ---- killed and resumed
-
-@pytest.mark.parametrize("script, at", [
-    (sft, 33), (reward_model, 17), (ppo, 4), (dpo, 9), (grpo, 4), (policy_gradient, 16)],
-    ids=name_of)
-def test_an_interrupted_and_resumed_stage_ends_with_the_same_bits(script, at, finished_run,
-                                                                  monkeypatch):
-    """Stopped between two checkpoints, as by a crash: updates since the last one are repeated."""
-    cfg = tiny_config(script, out=f"resumed_{script.__name__}", base=base_of(script))
-    with crash_at(at, monkeypatch):
-        script.main(cfg)
-    with refused(".* unfinished stage; --resume continues it, --overwrite start"):
-        script.main(cfg)
-    script.main(dataclasses.replace(cfg, resume=True))
-    assert_same_run(finished_run / cfg.out / script.__name__, uninterrupted(finished_run, script))
-
 
 @pytest.mark.parametrize("script, at, changes", [
     pytest.param(sft, 23, dict(init="gpt2", steps=30, n_texts=None, n_eval=10, batch_size=8,
@@ -2040,6 +2017,8 @@ def test_files_of_a_different_run_are_refused_on_resume(toy_folder, monkeypatch)
     wrong_log = ("out/tiny/toy/log.jsonl does not have the updates 0 to 3 that come before the "
                  "checkpoint: it was changed since")
     random_wrong = "out/tiny/toy/checkpoint.pt holds random states that cannot be set "
+    with refused("out/tiny/toy holds an unfinished stage; --resume continues it, --overwrite"):
+        toy(toy_config())
     for name, content, message in (
             ("checkpoint.pt", checkpoint(config=saved["config"] | {"lr": 0.5}),
              "out/tiny/toy holds a run with lr 0.5, this one has lr 0.1"),
@@ -2210,6 +2189,10 @@ def test_a_weight_that_is_not_finite_is_never_saved(toy_folder):
     gpt.transformer.wte.weight.data[1, 1] = math.inf
     with refused(".*weight of the policy after 3 updates is inf"):
         run.save(3)
+    for _ in run.steps(0, 1):
+        run.taken = 1                                    # so this update cannot be saved either
+        with refused("loss in update 0 is nan; a hint. No checkpoint had been written yet. docs/"):
+            run.must_be_finite("a hint", loss=math.nan)
     assert not (toy_folder / "checkpoint.pt").exists()
 
 
@@ -2276,14 +2259,9 @@ def test_a_signal_saves_and_says_how_to_resume_and_a_second_one_leaves_at_once(
 
 def test_ctrl_c_in_the_last_update_leaves_before_the_report(toy_folder, monkeypatch):
     """It comes with --resume. After a run, and in a thread, signals are the caller's."""
-    original = runs.Run.log
-
-    def interrupted(run, step, *args, **kwargs):
-        original(run, step, *args, **kwargs)
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Run, "log", interrupted)
+        after_each_update(
+            patch, lambda step: step == 4 and os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(Stopped, match="^saved after 5 of 5 updates in out/tiny/toy; the same "
                                           "command with --resume"):
             toy(toy_config())
@@ -2297,13 +2275,8 @@ def test_ctrl_c_in_the_last_update_leaves_before_the_report(toy_folder, monkeypa
 
 def test_a_hangup_that_nohup_ignores_stays_ignored(empty_folder, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    original = runs.Run.log
     seen = []
-
-    def noted(*args, **kwargs):
-        seen.append(signal.getsignal(signal.SIGHUP))
-        original(*args, **kwargs)
-    monkeypatch.setattr(runs.Run, "log", noted)
+    after_each_update(monkeypatch, lambda step: seen.append(signal.getsignal(signal.SIGHUP)))
     try:
         toy(toy_config())
     finally:
@@ -2462,7 +2435,7 @@ def test_a_log_is_drawn_whatever_the_runs_name_and_the_gaps_in_it(tmp_path, caps
     folder.mkdir()
     files.write_lines(folder / "log.jsonl", [{"step": 0, "loss": 1.0}, {"step": 1, "loss": None}])
     assert reports.curves(folder, [("loss", "", ["loss"])]) == folder / "curves.png"
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "" and "matplotlib.pyplot" not in sys.modules
 
 
 def test_without_matplotlib_a_stage_finishes_without_pictures(finished_run, monkeypatch, capsys):
@@ -2579,21 +2552,6 @@ def test_copies_links_and_profilers_run_under_their_own_name(finished_run, tmp_p
         report = (finished_run / name / "ppo" / "report.txt").read_text()
         assert f"\ncommand     python {script}.py --config tiny --out {name}" in report
         assert (tmp_path / name / "model.safetensors").exists()
-
-
-def test_a_stage_called_from_python_can_be_refused_and_called_again(finished_run, no_pictures):
-    cfg = short_config(sft, out="from_python")
-    state = torch.get_rng_state()
-    with refused("--vocab_size got 5"):
-        sft.main(dataclasses.replace(cfg, vocab_size=5))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs.Run, "checkpoint", lambda run, done: files.stop("in the middle"))
-        with refused("in the middle") as stopped:
-            sft.main(cfg)
-    results = sft.main(cfg)
-    assert results == sft.main(cfg) and torch.equal(torch.get_rng_state(), state)
-    assert stopped.value                                 # its traceback keeps the first Run alive
-    assert "matplotlib.pyplot" not in sys.modules
 
 
 # ---- exports, and weights of the user's
