@@ -98,6 +98,11 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(content, tmp_path):
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
     with refused("could not write .*log.jsonl: No space left on device"):
         files.append(tmp_path / "log.jsonl", "{}\n")
+    try:
+        raise KeyboardInterrupt                          # a disk that fails while this is handled
+    except KeyboardInterrupt:
+        with refused("could not write .*log.jsonl: No such file or directory"):
+            files.append(tmp_path / "gone" / "log.jsonl", "{}\n")
 
 
 def calls_of(monkeypatch, *names):
@@ -166,9 +171,9 @@ def test_one_process_at_a_time_has_a_lock_and_a_killed_one_gives_it_back(tmp_pat
     readable, writable = os.pipe()
 
     def hold():
-        lock = files.one_process(tmp_path / "lock", lambda: "taken")           # as long as this is
-        os.write(writable, b"held")
-        time.sleep(60)
+        with files.one_process(tmp_path / "lock", lambda: "taken"):
+            os.write(writable, b"held")
+            time.sleep(60)
     child = torch.multiprocessing.get_context("fork").Process(target=hold)
     child.start()
     assert os.read(readable, 4) == b"held"
@@ -908,21 +913,16 @@ SYSTEM_FROM, HUMAN_FROM, GPT_FROM = (
     ({"chosen": f"{HI} hello", "rejected": f"{HI} go away"}, HI, [" hello", " go away"]),
     ({"chosen": f"{HUMAN}a{TURN} b{HI} d", "rejected": f"{HUMAN}a{TURN} b{HI} e"},
      f"{HUMAN}a{TURN} b{HI}", [" d", " e"]),
-    ({"chosen": f"{HI} same", "rejected": f"{HI} same"}, HI, [" same", " same"]),
     ({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}, "2 + 2 =", [" 4", " 5"]),
     ({"prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 =", [" 4"]),
-    ({"prompt": "", "completion": " 4"}, "", [" 4"]),
     ({"text": "Once upon a time", "label": 1}, "", ["Once upon a time"]),
     ({"text": "2 + 2 = 4", "prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 =", [" 4"]),
     ({"messages": [SYSTEM("Be kind."), *YES]}, KIND_HI, [" yes"]),
-    ({"messages": [USER("a"), ASSISTANT("b"), USER("c"), ASSISTANT("d")]},
-     f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d"]),
     ({"prompt": [USER("hi")], "chosen": [ASSISTANT("yes")], "rejected": [ASSISTANT("no")]},
      HI, [" yes", " no"]),
     ({"prompt": "hi", "chosen": YES, "rejected": NO}, HI, [" yes", " no"]),
     ({"chosen": YES, "rejected": NO}, HI, [" yes", " no"]),
     ({"prompt": [USER("hi")], "completion": " as text"}, HI, [" as text"]),
-    ({"prompt": [USER("hi")], "chosen": "yes", "rejected": " no"}, HI, [" yes", " no"]),
     ({"info": {"id": "t3", "post": "I did it.", "title": "TIFU", "subreddit": "tifu"},
       "summaries": [{"text": " worse", "policy": "a"}, {"text": " better", "policy": "b"}],
       "choice": 1, "worker": "w", "split": "train"},
@@ -947,14 +947,9 @@ SYSTEM_FROM, HUMAN_FROM, GPT_FROM = (
     # messages keep their turns, and nothing of a prompt is dropped
     ({"messages": [USER(f"a{TURN} b"), ASSISTANT(f"c{HUMAN}d{TURN} e")]},
      f"{HUMAN}a{TURN} b{TURN}", [f" c{HUMAN}d{TURN} e"]),
-    ({"chosen": [USER("a"), ASSISTANT(f"b{HUMAN}x")],
-      "rejected": [USER("a"), ASSISTANT(f"b{TURN} y")]},
-     f"{HUMAN}a{TURN}", [f" b{HUMAN}x", f" b{TURN} y"]),
     ({"messages": [USER("a"), ASSISTANT("b"), ASSISTANT("c")]}, f"{HUMAN}a{TURN} b{TURN}", [" c"]),
     ({"messages": [USER("a"), ASSISTANT("b"), USER("c")]}, f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", []),
     ({"prompt": [SYSTEM("Be kind.")], "chosen": YES, "rejected": NO}, KIND_HI, [" yes", " no"]),
-    ({"prompt": [SYSTEM("Be kind."), USER("hi")], "chosen": YES, "rejected": "no"},
-     KIND_HI, [" yes", " no"]),
     ({"prompt": [USER("a"), ASSISTANT("b")], "completion": [USER("c"), ASSISTANT("d")]},
      f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d"]),
     ({"prompt": [USER("a"), ASSISTANT("b"), USER("a")], "completion": [USER("a"), ASSISTANT("d")]},
@@ -989,7 +984,6 @@ UNREADABLE = [                                           # lines and records, an
     ([1, 2], "not a JSON object"),
     ({}, "none of the known forms: keys "),
     ({"question": "?", "answer": "!"}, "none of the known forms: keys answer, question"),
-    ({"text": None}, "none of the known forms: keys "),
     ({"prompt": "p", "completion": 3}, "a text is not a string"),
     ({"prompt": 0, "completion": " c"}, "a text is not a string"),
     ({"messages": [USER("a")], "prompt": 5}, "a text is not a string"),
@@ -1000,7 +994,6 @@ UNREADABLE = [                                           # lines and records, an
     ({"prompt": "", "answer": "4"}, "an empty prompt and no response"),
     ({"prompt": []}, "an empty prompt and no response"),
     ('{"prompt": "p \\ud800", "completion": " c"}', "a lone surrogate, which is not valid text"),
-    ('{"prompt": "p", "completion": " \\udfff"}', "a lone surrogate, which is not valid text"),
     ({"messages": [ASSISTANT(None)]}, "a message by assistant whose content is not a text"),
     ({"messages": [USER([{"type": "image_url"}])]}, "a message by user whose content is not a"),
     ({"messages": "hello"}, "no prompt, and the texts share no assistant turn"),
@@ -1008,14 +1001,12 @@ UNREADABLE = [                                           # lines and records, an
      "a message by tool; the role must be user, assistant or system"),
     ({"messages": [by(["user"])("x")]}, "a message by ['user']; the role"),
     ({"messages": ["hi"]}, "a message without a role and content"),
-    ({"text": ["a"]}, "a message without a role and content"),
     ({"messages": []}, "messages without a turn; there must be at least one"),
     ({"chosen": [USER("a")], "rejected": [USER("a")]},
      "a comparison that does not end in an assistant turn"),
     ({"info": {"post": None, "title": "t", "subreddit": "s"},
       "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0},
      "a comparison of summaries without its texts"),
-    ({"info": {"post": "p"}, "summaries": [], "choice": 0}, "a comparison of summaries without"),
     ({"info": [], "summaries": [], "choice": "x"}, "a comparison of summaries without its texts"),
     ({"chosen": "a", "rejected": "b"}, "no prompt, and the texts share no assistant turn"),
     ({"chosen": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} d", "rejected": f"{HUMAN}a{TURN} x"},
@@ -1068,7 +1059,7 @@ def written_out(token):
      list(map(written_out, ["<|eot_id|>", "<|im_end|>", "<｜end▁of▁sentence｜>"]))),
     ({"prompt": "Is it?", "chosen": "Is it? Yes.", "rejected": "Is it? No."}, [" Yes.", " No."],
      [REPEATED]),
-    ({"prompt": "1 +", "text": "1 + 1 = 2"}, [" 1 = 2"], [REPEATED]),
+    ({"prompt": "1 + 1", "text": "1 + 1 = 2"}, [" = 2"], [REPEATED]),
     ({"prompt": "Is it?", "chosen": "Is it? Yes.", "rejected": " No."}, ["Is it? Yes.", " No."],
      [(KEPT, "with one response that repeats the prompt")]),
     ({"prompt": "He", "completion": "Hello"}, ["Hello"], []),
@@ -1703,8 +1694,10 @@ def test_an_overwritten_run_is_kept_until_the_new_one_is_complete(toy_folder, mo
     first = toy(toy_config())
     assert (toy_folder / "notes.txt").exists()
     crash_overwriting(lr=0.2)
+    (toy_folder / "picture.png").write_text("")
     crash_overwriting(lr=0.3)                            # over an unfinished one: still the same
     assert files.read_json(old / "results.json") == first
+    assert not (toy_folder / "picture.png").exists()
     assert toy(toy_config(overwrite=True, resume=True, lr=0.3)) != first       # resume wins
     assert "resuming at update 2" in capsys.readouterr().out and not old.exists()
     shutil.rmtree(toy_folder)
@@ -1732,11 +1725,13 @@ def test_a_second_run_in_a_folder_is_refused_and_told_of_the_first(toy_folder, m
     def at_update_3(step):
         if step == 3:
             assert in_a_child(second) == 0
-    with monkeypatch.context() as patch:
+            files.stop("enough")
+    with monkeypatch.context() as patch, refused("enough") as stopped:
         after_each_update(patch, at_update_3)
-        first = toy(toy_config(seed=3))
-    assert toy(toy_config(seed=3)) == first
-    assert in_a_child(lambda: toy(toy_config(seed=3, overwrite=True))) == 0    # the folder is free
+        toy(toy_config(seed=3))
+    # Now the folder is free, although the traceback keeps the run alive
+    assert in_a_child(lambda: toy(toy_config(seed=3, resume=True))) == 0 and stopped.value
+    assert log_lines(toy_folder) == 5
 
 
 def test_stages_that_do_not_belong_together_are_noticed(finished_run, capsys, no_pictures):
@@ -2135,7 +2130,7 @@ ADVICE = " is (nan|inf); try a lower --lr, --critic_lr or --beta, with a differe
     (sft, dict(steps=1, **RUINED), "the held-out loss is nan"),
     (reward_model, dict(n_prompts=4, lora_rank=0, **RUINED), "the score of a held-out response is"),
     (dpo, dict(n_pairs=16, **RUINED), "a log-probability of DPO is nan"),
-    (grpo, dict(steps=1, minibatch_size=32, epochs=1, **RUINED), "kl_old in update 0 is (nan|inf)")],
+    (grpo, dict(steps=1, minibatch_size=32, epochs=1, **RUINED), "kl_old in update 0 is")],
     ids=id_of_case)
 def test_a_setting_that_ruins_the_weights_is_noticed_and_blamed(script, changes, message,
                                                                 finished_run, no_pictures):
