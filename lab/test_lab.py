@@ -197,8 +197,7 @@ def test_a_file_system_without_locks_still_keeps_a_second_process_out(code, tmp_
     files.one_process(tmp_path / ".lock", lambda: "taken").release()
 
 
-def test_damaged_foreign_and_malicious_checkpoints_are_refused_and_run_nothing(
-        tmp_path, monkeypatch):
+def test_damaged_and_malicious_checkpoints_are_refused_and_run_nothing(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     owned = tmp_path / "owned"
     unreadable = "cannot read .*/checkpoint.pt as a checkpoint .{}"
@@ -969,8 +968,8 @@ SYSTEM_FROM, HUMAN_FROM, GPT_FROM = (
      KIND_HI, [" yes", " c"]),
     ({"system": "Be kind.", "messages": [SYSTEM("Be kind."), *YES]}, KIND_HI, [" yes"]),
     ({"system": "", "prompt": "p", "completion": " c"}, "p", [" c"])])
-def test_every_form_of_a_record_becomes_a_prompt_and_responses_better_first(
-        record, prompt, responses):
+def test_every_form_becomes_a_prompt_and_responses(record, prompt, responses):
+    """The better response comes first."""
     assert forms.read_record(record) == (prompt, responses)
 
 
@@ -1113,8 +1112,7 @@ def mixed_rows():
     return rows
 
 
-def test_rows_are_cut_to_fit_and_counted_as_is_everything_left_out(
-        empty_folder, tokenizer, capsys):
+def test_rows_are_cut_to_fit_and_what_is_left_out_is_counted(empty_folder, tokenizer, capsys):
     rows = mixed_rows()
     ours = rows_for(empty_folder, tokenizer, rows)
     said = capsys.readouterr().out
@@ -1230,8 +1228,7 @@ def test_rows_come_in_a_shuffled_order_that_is_the_same_for_every_seed(empty_fol
     assert len(set(map(tuple, taken[0][:20]))) == 2      # both kinds are among the first
 
 
-def test_stored_rows_are_used_until_the_data_or_a_setting_changes(
-        empty_folder, tokenizer, capsys, monkeypatch):
+def test_stored_rows_are_used_until_something_changes(empty_folder, tokenizer, capsys, monkeypatch):
     cfg = cfg_for(empty_folder, mixed_rows())
     ours = list(corpus.rows_of(cfg, tokenizer, 90))
     said = capsys.readouterr().out
@@ -1263,8 +1260,7 @@ def test_stored_rows_that_were_damaged_are_made_again(empty_folder, tokenizer, c
     assert list((empty_folder / "out" / "tokens").iterdir()) == [stored]
 
 
-def test_a_folders_files_are_read_and_named_and_rows_in_two_of_them_counted(
-        empty_folder, tokenizer):
+def test_files_of_a_folder_are_named_and_repeated_rows_counted(empty_folder, tokenizer):
     rows = [json.dumps(comparison(i)) for i in range(60)]
     write_rows(empty_folder / "a" / "x.jsonl", [*rows, rows[0]])               # twice in one file
     for name in (".x.jsonl", ".cache/x.jsonl", "b/._x.json", "notes.txt"):     # not read
@@ -1413,8 +1409,7 @@ def test_csv_and_parquet_are_named_with_a_command_that_converts_them(empty_folde
     (80, dict(max_new_tokens=31), "prompts of up to 60 tokens and --max_new_tokens 31 exceed .* "
                                   "90; lower --max_new_tokens to 30")],
     ids=["nowhere", "pipe", "void", "empty", "broken", "one", "prompts", "responses"])
-def test_data_that_cannot_be_used_ends_with_one_clear_message(
-        content, changes, message, empty_folder, tokenizer):
+def test_data_that_cannot_be_used_are_refused(content, changes, message, empty_folder, tokenizer):
     path = empty_folder / "rows.jsonl"
     if callable(content):
         content(path)
@@ -1676,8 +1671,7 @@ def test_a_finished_stage_is_shown_again_and_not_run_again(whole_run, finished_r
     (ppo, dict(out="other", base="nowhere"), "--base nowhere has no finished"),
     (sft, dict(block_size=20, overwrite=True), ".*exceed --block_size 20")],
     ids=["one field", "two fields", "a different preset", "no such base", "overwriting"])
-def test_settings_that_do_not_fit_are_refused_and_change_nothing(script, changes, message,
-                                                                 finished_run):
+def test_settings_that_do_not_fit_change_nothing(script, changes, message, finished_run):
     before = sorted(finished_run.rglob("*"))
     with refused(message):
         script.main(tiny_config(script, **changes))
@@ -1752,8 +1746,7 @@ def test_stages_that_do_not_belong_together_are_noticed(finished_run, capsys, no
         ppo.main(dataclasses.replace(cfg, overwrite=True))
 
 
-def test_an_unfinished_earlier_stage_is_finished_with_its_own_settings(finished_run, monkeypatch,
-                                                                       no_pictures):
+def test_an_unfinished_stage_keeps_its_settings(finished_run, monkeypatch, no_pictures):
     """Even if it was killed before its first checkpoint"""
     folder = finished_run / "early" / "sft"
     with crash_at(1, monkeypatch):
@@ -1790,8 +1783,7 @@ def test_stages_that_run_first_inherit_data_lengths_and_dtype(user_folder):
         assert {name: config[name] for name in shared} == shared, stage
 
 
-def test_a_run_may_be_a_path_beside_which_others_are_found(finished_run, tmp_path, capsys,
-                                                           no_pictures):
+def test_a_run_may_be_a_path(finished_run, tmp_path, capsys, no_pictures):
     few = dict(n_eval=2, n_samples=2)
     disk = tmp_path / "disk"
     run = str(disk / "cost$_$")                          # and its name is not a formula
@@ -1858,8 +1850,7 @@ def test_a_stage_on_data_of_the_users_resumes_to_the_same_bits(script, at, chang
     assert_same_run(user_folder / again / stage, user_folder / whole / stage)
 
 
-def test_killed_at_every_moment_of_writing_a_run_resumes_to_the_same_bits(empty_folder,
-                                                                          monkeypatch):
+def test_killed_at_any_write_a_run_resumes_to_the_same_bits(empty_folder, monkeypatch):
     """SIGKILL before and after each flush and each renaming, each in a process of its own"""
     whole, folder = empty_folder / "out" / "whole" / "toy", empty_folder / "out" / "killed" / "toy"
     with monkeypatch.context() as patch:
@@ -1927,8 +1918,7 @@ def test_the_log_is_on_the_disk_before_the_checkpoint_after_it(empty_folder, mon
     assert len(checkpoints) == 3 and all(flushed[i - 1] == "log.jsonl" for i in checkpoints)
 
 
-def test_the_same_seed_gives_the_same_bits_whatever_hashes_and_threads_do(empty_folder,
-                                                                          no_pictures):
+def test_hashes_and_threads_do_not_change_the_bits(empty_folder, no_pictures):
     """In this process, and in one with a different PYTHONHASHSEED and more threads that tokenise"""
     write_rows(empty_folder / "pairs.jsonl", [comparison(i) for i in range(150)])
     cfg = tiny_config(sft, out="here", data="pairs.jsonl", max_prompt_tokens=40, steps=4, n_eval=5,
@@ -1946,8 +1936,7 @@ def test_the_same_seed_gives_the_same_bits_whatever_hashes_and_threads_do(empty_
     assert cached.read_bytes() == before
 
 
-def test_accumulation_and_checkpointing_may_change_on_resume(finished_run, monkeypatch,
-                                                             no_pictures):
+def test_accumulation_and_checkpointing_may_change(finished_run, monkeypatch, no_pictures):
     """A run that was out of memory can continue with them."""
     cfg = tiny_config(ppo, out="changed", base="tiny", steps=4, save_every=2, n_eval=2, n_samples=2)
     with crash_at(2, monkeypatch):
@@ -1979,8 +1968,7 @@ def test_a_run_of_an_earlier_version_is_known(user_folder, capsys):
     assert "resuming at update 3" in capsys.readouterr().out
 
 
-def test_a_run_whose_data_have_changed_is_refused_and_keeps_its_tokenizer(empty_folder, monkeypatch,
-                                                                          no_pictures):
+def test_changed_data_are_refused_and_the_tokenizer_is_kept(empty_folder, monkeypatch, no_pictures):
     path = empty_folder / "rows.jsonl"
     folder = empty_folder / "out" / "changing" / "sft"
     rows = [comparison(i) for i in range(120)]
@@ -2134,8 +2122,7 @@ ADVICE = " is (nan|inf); try a lower --lr, --critic_lr or --beta, with a differe
     (dpo, dict(n_pairs=16, **RUINED), "a log-probability of DPO is nan"),
     (grpo, dict(steps=1, minibatch_size=32, epochs=1, **RUINED), "kl_old in update 0 is")],
     ids=id_of_case)
-def test_a_setting_that_ruins_the_weights_is_noticed_and_blamed(script, changes, message,
-                                                                finished_run, no_pictures):
+def test_settings_that_ruin_weights_are_blamed(script, changes, message, finished_run, no_pictures):
     """Even in the last update: before the report"""
     with refused(message):
         script.main(tiny_config(script, out=f"ruined_{script.__name__}", base=base_of(script),
@@ -2224,8 +2211,7 @@ def test_out_of_memory_is_one_message_that_names_what_needs_less(script, functio
     (signal.SIGINT, signal.SIGINT,
      "stopped; what was saved is intact, --resume continues an unfinished stage")],
     ids=["Ctrl-C", "a plain kill", "a closed terminal", "Ctrl-C twice"])
-def test_a_signal_saves_and_says_how_to_resume_and_a_second_one_leaves_at_once(
-        first, second, told, finished_run, monkeypatch):
+def test_a_signal_saves_a_second_one_leaves_at_once(first, second, told, finished_run, monkeypatch):
     original = ppo.roll_out
 
     def slow(*args):
@@ -2459,8 +2445,7 @@ def test_without_matplotlib_a_stage_finishes_without_pictures(finished_run, monk
 full_disk = failing(OSError(errno.ENOSPC, "No space left on device"))
 
 
-def test_a_run_on_a_full_disk_keeps_its_checkpoint_and_resumes(finished_run, monkeypatch,
-                                                               no_pictures):
+def test_a_full_disk_keeps_the_last_checkpoint(finished_run, monkeypatch, no_pictures):
     """By the kernel's limit on the size of a file, then by an error of fsync"""
     cfg = short_config(sft, out="no_room")
     stage = finished_run / "no_room" / "sft"
@@ -2653,8 +2638,7 @@ def test_a_reward_beside_our_scripts_may_import_them(empty_folder, tokenizer, mo
     ("few", "return [1.0]", ".* returned 1 numbers; it should return one for each"),
     ("broken", "raise ValueError('no judge today')",
      "the reward function broken ended in the ValueError above")])
-def test_a_reward_that_cannot_be_used_stops_before_anything_is_written(name, body, message,
-                                                                       finished_run, tmp_path):
+def test_a_reward_that_cannot_be_used_stops_first(name, body, message, finished_run, tmp_path):
     (tmp_path / "judge.py").write_text(f"def {name}(prompts, responses):\n    {body}\n")
     with refused(message):
         ppo.main(tiny_config(ppo, out="unrewarded", base="tiny",
