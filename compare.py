@@ -143,7 +143,8 @@ def collect(policies, reward, tokenizer, prompts, counts, cfg):
 
     blocks = torch.arange(len(rows)).split([n * P for n in counts])
     place = torch.cat([block.view(P, -1) for block in blocks], dim=1)        # (P, N), row numbers
-    asked = [tokenizer.decode([] if prompt == [start_of(tokenizer)] else prompt) for prompt in prompts]
+    start = [start_of(tokenizer)]                        # what an empty prompt became
+    asked = [tokenizer.decode([] if prompt == start else prompt) for prompt in prompts]
     texts = [[decode_response(tokenizer, rows[i])[0] for i in of_prompt]
              for of_prompt in place.tolist()]
     return Samples(names, list(counts), asked, texts, logprobs=logprobs[:, place],

@@ -370,7 +370,7 @@ def main(cfg):
             loss, loss_metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta,
                                           cfg.loss, cfg.label_smoothing, cfg.margin, target)
             token_share = lengths[0].sum() / n_tokens            # nll is a mean over tokens
-            (share * loss + token_share * cfg.nll_coef * nll).backward()
+            run.backward(share * loss + token_share * cfg.nll_coef * nll)
             means.add(loss_metrics | {"chosen_logprobs": chosen.detach().mean(),
                                       "rejected_logprobs": rejected.detach().mean(),
                                       "chosen_length": lengths[0].mean(),

@@ -262,7 +262,7 @@ def main(cfg):
                 if cfg.kl_in == "loss":
                     k3 = kl_estimate(logprobs, ref_logprobs[rows], "k3")     # (b, T)
                     loss = loss + cfg.beta * (weights[rows] * k3).sum()
-                loss.backward()                                  # no share: the weights have it
+                run.backward(loss)                               # no share: the weights have it
                 means.add(metrics, share)
             means.add({"policy_loss": policy_loss})
             means.add(run.step(cfg.grad_clip, TRY, grad_norm=optimizer))     # clips, steps, zeroes

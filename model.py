@@ -30,7 +30,7 @@ Matrices have no biases, but for Qwen2's q, k, v. Qwen3 also norms each head's q
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -522,7 +522,7 @@ def generate(policy, prompts, max_new_tokens, eos_id, temperature=1.0, generator
     ends = lengths + max_new_tokens                                          # (B,) past the last
 
     # Prefill: prompts of similar length at once, padded on the right. Nothing reads what padding
-    # leaves in the caches: a row sees columns up to its own position, and new tokens overwrite them.
+    # leaves in the caches: a row sees columns up to its own position, which new tokens overwrite.
     # Zeros, not uninitialised memory: a masked key still enters the product, and 0 * nan is nan.
     c = policy.config
     dtype = policy.transformer.wte.weight.dtype

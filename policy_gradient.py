@@ -477,6 +477,8 @@ def check(cfg):
     if cfg.fisher_rows > cfg.batch_size:
         stop(f"--fisher_rows {cfg.fisher_rows} is more than --batch_size {cfg.batch_size}; lower "
              "it to that or less")
+    if cfg.dtype == "float16":
+        stop("--dtype float16 needs scaled losses, but TRPO's steps here are not; use bfloat16")
     if cfg.lora_rank:
         stop(f"--lora_rank {cfg.lora_rank} has no use here: the ladder compares gradients of all "
              "weights; leave it out, or use LoRA with ppo.py, grpo.py or dpo.py")

@@ -303,20 +303,20 @@ def move_average(average, model, decay):
             mean.lerp_(weight, 1 - decay)
 
 
-def add_ptx_gradient(actor, texts, cfg, generator):
+def add_ptx_gradient(actor, texts, cfg, run):
     """
     Add the gradient of  - ptx_coef mean over response tokens of log pi  on a draw of the texts
 
     The last term of Ouyang et al. 2022, equation 2. -> {ptx_loss: - the mean}
     """
     device = next(actor.parameters()).device
-    drawn = data.draw(texts, cfg.minibatch_size, generator)
+    drawn = data.draw(texts, cfg.minibatch_size, run.generator)
     n_tokens = sum(len(response) for _, response in drawn)
     total = 0.0
     for part, _ in data.microbatches(drawn, cfg.accumulation):
         inputs, targets, mask = (t.to(device) for t in data.collate(*zip(*part)))           # (b, T)
         loss = -token_logprobs(actor, inputs, targets, mask).sum() / n_tokens
-        (cfg.ptx_coef * loss).backward()
+        run.backward(cfg.ptx_coef * loss)
         total = total + loss.detach()
     return {"ptx_loss": total}
 
@@ -453,14 +453,14 @@ def main(cfg):
                     means.add({"ratio_outside_clip": outside}, share)
                 loss, metrics = actor_loss(logprobs, new_entropy, old_logprobs[rows],
                                            advantages[rows], mask[rows], penalty.coef, cfg)
-                (share * loss).backward()
+                run.backward(share * loss)
                 means.add(metrics, share)
                 loss, metrics = value_loss(critic(inputs[rows]), old_values[rows], returns[rows],
                                            mask[rows], cfg.value_clip_eps)
-                (share * loss).backward()
+                run.backward(share * loss)
                 means.add(metrics, share)
             if cfg.ptx_coef:
-                means.add(add_ptx_gradient(actor, texts["ptx_data"], cfg, run.generator))
+                means.add(add_ptx_gradient(actor, texts["ptx_data"], cfg, run))
             if step < cfg.critic_warmup:                         # the critic learns alone at first:
                 actor_optimizer.zero_grad()                      # no gradient, so no step
             means.add(run.step(cfg.grad_clip, TRY, grad_norm=actor_optimizer,

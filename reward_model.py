@@ -336,7 +336,7 @@ def main(cfg):
                 rejected = scores[:, worse]
                 weights = None
             loss, metrics = preference_loss(chosen, rejected, cfg.loss, cfg.margin, weights)
-            (share * loss).backward()
+            run.backward(share * loss)
             means.add(metrics, share)
         means.add(run.step(cfg.grad_clip, grad_norm=optimizer))              # clips, steps, zeroes
         metrics = means.result() | {"lr": lr}

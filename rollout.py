@@ -27,11 +27,11 @@ def score_rollout(policy, inputs, targets, mask, cfg):
     """
     log pi and the entropy of pi at every response token -> (B, T) x 2
 
-    bfloat16 rounds a product differently in a batch of a different shape, which alone can put
+    Half precision rounds a product differently in a batch of a different shape, which alone can put
     several percent of the ratios outside the clip range. So its batches have the update's size.
     """
     size = len(mask)
-    if cfg.dtype == "bfloat16":
+    if cfg.dtype != "float32":
         size = -(-cfg.minibatch_size // cfg.accumulation)
     parts = [token_logprobs(policy, *rows, cfg.temperature, return_entropy=True)
              for rows in zip(inputs.split(size), targets.split(size), mask.split(size))]
@@ -44,7 +44,7 @@ def check_first_ratio(logprobs, old_logprobs, mask, cfg, clip_eps_high=None):
     """
     Before the first gradient step every ratio is 1: exit if not.
 
-    -> the share of tokens with a ratio outside the clip range, 0 but for the rounding of bfloat16
+    -> the share of tokens with a ratio outside the clip range, 0 but for half precision's rounding
     """
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
@@ -52,7 +52,7 @@ def check_first_ratio(logprobs, old_logprobs, mask, cfg, clip_eps_high=None):
     outside = masked_mean(((ratio < 1 - cfg.clip_eps) | (ratio > high)).float(), mask).item()
     drift = log_ratio.abs().max().item()
     limit = 1e-4 if mask.device.type == "cpu" else 1e-3  # GPU kernels round by the batch's shape
-    if cfg.dtype == "bfloat16":
+    if cfg.dtype != "float32":
         drift = masked_mean(log_ratio.abs(), mask).item()
         limit = 0.02
     if drift > limit:
@@ -61,7 +61,7 @@ def check_first_ratio(logprobs, old_logprobs, mask, cfg, clip_eps_high=None):
              "temperature or mask, or a gradient step in between")
     if outside > 0.01:
         print(f"warning: before any step, {outside:.1%} of the tokens have a ratio outside the "
-              "clip range, because bfloat16 rounds coarsely; try --dtype float32")
+              "clip range, because {cfg.dtype} rounds coarsely; try --dtype float32")
     return outside
 
 

@@ -26,7 +26,7 @@ import torch
 import data
 import reviews
 from lab import files, pretrained
-from lab.chat import set_chat
+from lab.chat import jinja_of, set_chat
 from lab.config import COUNT_FROM_0, Common
 from lab.run import (Run, check_finite, launch, learning_rate, self_contained, set_learning_rate,
                      stop)
@@ -48,7 +48,7 @@ class Config(Common):
     dropout: float = 0.0            # in this stage only; later stages run without
     tokenizer: str = "trained"      # trained on the texts, gpt2, or a folder; --init brings its own
     vocab_size: int = 1024          # largest vocabulary of a trained tokenizer
-    chat: Literal["auto", "plain", "chatml", "llama3"] = "auto"     # template; auto: the tokenizer's
+    chat: Literal["auto", "plain", "chatml", "llama3"] = "auto"     # auto: the tokenizer's
     system: str = ""                # system turn of the dialogues that have none, with a template
     n_texts: int | None = 20000     # texts to train on; none: all of --data
     steps: int = 2500               # updates; 0 uses the weights of --init as they are
@@ -145,7 +145,7 @@ def export(folder, to):
         target = to + key.removeprefix("policy").replace("_", "-")
         with files.new_folder(target) as temporary:
             policy.save_pretrained(temporary, tokenizer.end_tokens)
-            export_tokenizer(tokenizer, temporary)
+            export_tokenizer(tokenizer, temporary, chat_template=jinja_of(tokenizer))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def main(cfg):
         for part, share in data.microbatches(rows, cfg.accumulation, lengths):
             inputs, targets, mask = (t.to(device) for t in data.collate(*zip(*part)))       # (b, T)
             loss = sft_loss(token_logprobs(policy, inputs, targets, mask), mask)
-            (share * loss).backward()
+            run.backward(share * loss)
             means.add({"loss": loss.detach()}, share)
         means.add(run.step(cfg.grad_clip, grad_norm=optimizer))              # clips, steps, zeroes
         metrics = means.result() | {"lr": lr}

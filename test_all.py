@@ -11,22 +11,23 @@ Every formula against an independent oracle, every script end to end. Offline, o
 A test's name is the claim it checks.
 
     line   section
-     146   reviews.py
-     305   data.py
-     341   model.py
-     946   sft.py
-     964   reward_model.py
-    1022   ppo.py
-    1351   dpo.py
-    1545   grpo.py
-    1960   policy_gradient.py
-    2032   frontier.py, compare.py
-    2275   evaluate.py
-    2305   What people copy
-    2474   The proof: a problem so small that every response can be listed
-    3444   The scripts, end to end at --config tiny
-    5071   The house: what holds for every file
-    5210   README.md and docs/
+     149   reviews.py
+     308   data.py
+     344   model.py
+     949   model.py: Llama, Qwen2 and Qwen3, against transformers
+    1323   sft.py
+    1341   reward_model.py
+    1399   ppo.py
+    1728   dpo.py
+    1922   grpo.py
+    2337   policy_gradient.py
+    2409   frontier.py, compare.py
+    2652   evaluate.py
+    2682   What people copy
+    2851   The proof: a problem so small that every response can be listed
+    3821   The scripts, end to end at --config tiny
+    5583   The house: what holds for every file
+    5722   README.md and docs/
 """
 
 import ast
@@ -77,12 +78,14 @@ from conftest import (AWKWARD, assert_same_bits, comparison, held_out_prompts, l
                       Malicious, review_texts, seeded, small_gpt,
                       small_scalar, tiny_config, user_config, write_rows)
 from lab import config as settings
-from lab import corpus, files, forms, guest, process
+from lab import chat, corpus, files, forms, guest, process
 from lab import report as reports
 from lab import run as runs
 from lab import tokenizer as tokenizers
 from lab.files import Stopped
-from model import GPT, GPTConfig, ScalarGPT, generate, masked_mean, sequence_scores, token_logprobs
+from lab.tokenizer import encode_prompt
+from model import (GPT, GPTConfig, ScalarGPT, add_lora, generate, masked_mean, merged,
+                   sequence_scores, token_logprobs)
 
 HERE = Path(__file__).parent
 SCRIPTS = (sft, reward_model, ppo, dpo, grpo, policy_gradient, evaluate)
@@ -940,6 +943,380 @@ def test_bfloat16_rounds_products_but_not_weights_or_log_probabilities():
     assert torch.equal(gpt(inputs), hidden @ gpt.transformer.wte.weight.T)
     tokens, sampled_mask = generate(gpt, PROMPTS, 6, 10, generator=seeded())
     assert tokens.max() <= 10 and sampled_mask.any()
+
+
+# --------------------------------------------------------------------------------------------------
+# model.py: Llama, Qwen2 and Qwen3, against transformers
+
+LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0,
+              high_freq_factor=4.0, original_max_position_embeddings=64)
+FAMILIES = {                                             # n_kv_head < n_head in all
+    "llama": ("Llama", dict(rms_norm_eps=1e-5)),
+    "llama3": ("Llama", dict(rms_norm_eps=1e-5, rope_parameters=LLAMA3, tie_word_embeddings=True)),
+    "qwen2": ("Qwen2", dict(rms_norm_eps=1e-6)),
+    "qwen3": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True))}         # not C / n_head = 8
+
+
+def random_family(name, seed=0):
+    """One of transformers' models with random weights, norms far from 1 and biases far from 0"""
+    import transformers
+    family, settings = FAMILIES[name]
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        bos_token_id=0, eos_token_id=96, **settings)
+    made = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    torch.manual_seed(seed)
+    for key, p in made.named_parameters():
+        p.data.normal_(mean=float("norm" in key), std=0.15 if p.dim() == 2 else 0.3)
+    return made
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    """{name: a folder with one of transformers' models, rows of ids, its log-probs on them}"""
+    found = {}
+    ids = torch.randint(97, (3, 200), generator=seeded())        # beyond 64 / 8, where llama3 bends
+    for name in FAMILIES:
+        folder = tmp_path_factory.mktemp(name)
+        theirs = random_family(name)
+        theirs.save_pretrained(folder)
+        with torch.no_grad():
+            found[name] = folder, ids, theirs(ids).logits.log_softmax(dim=-1)
+    return found
+
+
+def difference(gpt, ids, wanted):
+    with torch.no_grad():
+        return (gpt.eval()(ids).log_softmax(dim=-1) - wanted).abs().max().item()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_log_probs_equal_transformers_and_files_come_back_to_the_bit(name, families, tmp_path):
+    from transformers import AutoModelForCausalLM
+    folder, ids, wanted = families[name]
+    ours = GPT.from_pretrained(folder)
+    assert difference(ours, ids, wanted) <= 1e-5
+    ours.save_pretrained(tmp_path, eos_id=[96, 0])
+    back = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert back.generation_config.eos_token_id == [96, 0]
+    stored = load_file(tmp_path / "model.safetensors")
+    originals = load_file(folder / "model.safetensors")
+    assert stored.keys() == originals.keys()
+    assert all(torch.equal(stored[name], originals[name]) for name in originals)
+    with torch.no_grad():
+        assert (back(ids).logits.log_softmax(dim=-1) - wanted).abs().max() <= 1e-5
+
+
+def swapped_gate(gpt, monkeypatch):
+    for block in gpt.transformer.h:
+        gate, up = block.mlp.c_fc.weight.data.chunk(2)
+        block.mlp.c_fc.weight.data = torch.cat([up, gate])
+
+
+def interleaved(x, cos, sin):
+    first, second = x[..., ::2], x[..., 1::2]
+    turned = torch.stack([-second, first], dim=-1).flatten(-2)
+    return x * cos + turned * sin
+
+
+def tiled(gpt, monkeypatch):
+    """Query head h reads key head h mod n_kv_head, not h // (n_head / n_kv_head)."""
+    for block in gpt.transformer.h:
+        q = block.attn.widths[0]
+        d = block.attn.d
+        order = torch.arange(q).view(2, 2, d).transpose(0, 1).flatten()
+        block.attn.c_attn.weight.data[:q] = block.attn.c_attn.weight.data[:q][order]
+        block.attn.c_proj.weight.data = block.attn.c_proj.weight.data[:, order]
+
+
+def wrong_eps(gpt, monkeypatch):
+    for layer in gpt.modules():
+        if isinstance(layer, model.RMSNorm):
+            layer.eps *= 10
+
+
+def gelu_for_silu(gpt, monkeypatch):
+    monkeypatch.setattr(model.F, "silu", torch.nn.functional.gelu)
+
+
+def interleaved_rope(gpt, monkeypatch):
+    monkeypatch.setattr(model, "rotate", interleaved)
+
+
+def without(setting, value):
+    def change(gpt, monkeypatch):
+        setattr(gpt.config, setting, value)
+    return change
+
+
+def no_qk_norm(gpt, monkeypatch):
+    for block in gpt.transformer.h:
+        block.attn.q_norm = block.attn.k_norm = torch.nn.Identity()
+
+
+def no_qkv_bias(gpt, monkeypatch):
+    for block in gpt.transformer.h:
+        block.attn.c_attn.bias.data.zero_()
+
+
+MISTAKES = [(mistake, name) for mistake in (
+    wrong_eps, gelu_for_silu, swapped_gate, tiled, interleaved_rope, without("rope_theta", 2e4))
+    for name in FAMILIES]
+MISTAKES += [(without("rope_scaling", None), "llama3"), (no_qk_norm, "qwen3"),
+             (no_qkv_bias, "qwen2")]
+
+
+@pytest.mark.parametrize("mistake, name", MISTAKES, ids=lambda x: getattr(x, "__name__", x))
+def test_every_mistake_that_ports_have_made_is_seen(mistake, name, families, monkeypatch):
+    """Each costs at least 5e-5 nats somewhere, five times what equality allows."""
+    folder, ids, wanted = families[name]
+    wrong = GPT.from_pretrained(folder)
+    mistake(wrong, monkeypatch)
+    assert difference(wrong, ids, wanted) > 5e-5
+
+
+def test_an_unseen_difference_in_rotary_positions_would_show_beyond_the_original_context(families):
+    """Llama 3's scaling changes nothing at the first position: short rows would hide it."""
+    folder, ids, wanted = families["llama3"]
+    wrong = GPT.from_pretrained(folder)
+    wrong.config.rope_scaling = None
+    assert difference(wrong, ids[:, :1], wanted[:, :1]) <= 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_samplers_cached_steps_equal_the_full_forward(name, families):
+    """Prompts of different length, one of one token; greedy tokens and log-probabilities"""
+    folder, ids, _ = families[name]
+    gpt = GPT.from_pretrained(folder, block_size=64).eval()
+    prompts = [ids[0, :5].tolist(), ids[1, :17].tolist(), ids[2, :1].tolist(), []]
+    tokens, mask = generate(gpt, prompts, 30, [96, 95], temperature=0)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    with torch.no_grad():
+        likeliest = gpt(inputs).argmax(dim=-1)
+    assert mask.sum() >= 60 and torch.equal(likeliest[mask > 0], targets[mask > 0])
+    assert tokens[3, 0] == 96                            # an empty prompt is the first of the ends
+    with torch.no_grad():
+        whole = token_logprobs(gpt, inputs, targets, mask)
+        for row, prompt in enumerate(prompts):           # the row alone, without padding
+            n = int(mask[row].nonzero().max()) + 1
+            alone = token_logprobs(gpt, *(x[row:row + 1, :n] for x in (inputs, targets, mask)))
+            torch.testing.assert_close(alone[0], whole[row, :n], atol=1e-5, rtol=0)
+
+
+def test_a_response_ends_with_any_of_several_end_tokens(families):
+    folder, ids, _ = families["qwen2"]
+    gpt = GPT.from_pretrained(folder, block_size=64).eval()
+    prompts = [row[:9].tolist() for row in ids.repeat(8, 1)]
+    ends = list(range(0, 97, 6))
+    tokens, mask = generate(gpt, prompts, 20, ends, generator=seeded())
+    responses = [row[m > 0].tolist() for row, m in zip(tokens[:, 1:], mask)]
+    assert any(response[-1] != ends[0] for response in responses)
+    for response in responses:
+        assert not set(response[:-1]) & set(ends)
+        assert response[-1] in ends or len(response) == 20
+
+
+def test_embeddings_without_a_token_are_never_sampled_and_go_back_into_the_file(families, tmp_path):
+    folder, ids, wanted = families["qwen3"]
+    cut = GPT.from_pretrained(folder, vocab_size=90).eval()
+    shown = ids.clamp(max=89)
+    whole = GPT.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = cut(shown)
+        torch.testing.assert_close(logits, whole(shown)[:, :, :90])
+    assert logits.shape[-1] == 90
+    cut.save_pretrained(tmp_path, eos_id=5)
+    stored, originals = (load_file(x / "model.safetensors") for x in (tmp_path, folder))
+    assert all(torch.equal(stored[name], originals[name]) for name in originals)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "gpt2"])
+def test_an_exported_reward_model_ranks_as_ours_in_transformers(name, families, tmp_path):
+    """Equal to the constant for RMSNorm's families, whose class has no bias to hold it"""
+    from transformers import AutoModelForSequenceClassification
+    torch.manual_seed(0)
+    if name == "gpt2":
+        trunk = GPT(GPTConfig(97, 64, n_layer=2, n_head=2, n_embd=16))
+    else:
+        trunk = GPT.from_pretrained(families[name][0], vocab_size=95, block_size=64)
+    ours = ScalarGPT(trunk.config, init_from=trunk).eval()
+    ours.normalise(gain=3.0, bias=-0.7)
+    ours.head.bias.data.fill_(0.4)
+    ours.save_pretrained(tmp_path, eos_id=3)
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    constant = theirs.config.to_dict().get("scores_lack_constant", 0.0)
+    assert (name == "gpt2") == (constant == 0.0)
+    ids = torch.randint(90, (4, 12), generator=seeded())
+    ids[0, 7:] = trunk.config.vocab_size                 # the pad token of the export
+    with torch.no_grad():
+        scores = theirs(ids).logits[:, 0] + constant
+        rows = [ours(row[row < trunk.config.vocab_size][None])[0, -1] for row in ids]
+    torch.testing.assert_close(scores, torch.stack(rows), atol=1e-5, rtol=1e-5)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert len(next(w for key, w in stored.items() if "embed" in key or "wte" in key)) >= 96
+
+
+def test_lora_changes_every_stacked_matrix_apart_and_is_merged_at_the_export(families, tmp_path):
+    from transformers import AutoModelForCausalLM
+    folder, ids, _ = families["qwen2"]
+    gpt = add_lora(GPT.from_pretrained(folder).eval(), 2)
+    attn, mlp = gpt.transformer.h[0].attn, gpt.transformer.h[0].mlp
+    assert [tuple(b.shape) for b in attn.c_attn.lora_b] == [(32, 2), (16, 2), (16, 2)]
+    assert [tuple(b.shape) for b in mlp.c_fc.lora_b] == [(56, 2), (56, 2)]
+    torch.manual_seed(1)
+    for name, p in gpt.named_parameters():
+        if "lora_b" in name:
+            p.data.normal_(std=0.3)
+    weights = merged(gpt.state_dict())
+    change = weights["transformer.h.0.attn.c_attn.weight"] - attn.c_attn.weight
+    for part in change.split([32, 16, 16]):
+        assert torch.linalg.matrix_rank(part, tol=1e-4) == 2
+    gpt.save_pretrained(tmp_path, eos_id=0)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(back(ids).logits, gpt(ids), atol=1e-4, rtol=1e-4)
+
+
+def test_low_rank_changes_of_earlier_versions_are_merged_too():
+    """They had one change for q, k and v together, under other names."""
+    weight, a, b = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2)
+    old = {"h.weight": weight, "h.lora_a": a, "h.lora_b": b}
+    torch.testing.assert_close(merged(old), {"h.weight": weight + model.LORA_SCALE * b @ a})
+
+
+# ---- files of these families
+
+def edited(families, name, tmp_path, weights=None, config=None, removed=()):
+    """A copy of a family's folder with changed weights (a function of the dict) and settings"""
+    folder = tmp_path / "edited"
+    shutil.copytree(families[name][0], folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(weights(tensors) if weights else tensors, folder / "model.safetensors")
+    settings = json.loads((folder / "config.json").read_text()) | (config or {})
+    settings = {key: x for key, x in settings.items() if key not in removed}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+OLD_ROPE = dict(LLAMA3, type="llama3")
+del OLD_ROPE["rope_theta"]
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("name, weights, config, removed", [
+    pytest.param("qwen2", None, dict(rope_theta=10000.0), ["rope_parameters"], id="old rope"),
+    pytest.param("llama3", None, dict(rope_theta=10000.0, rope_scaling=OLD_ROPE),
+                 ["rope_parameters"], id="old rope scaling"),
+    pytest.param("llama3", lambda x: x | {"lm_head.weight": x[EMBEDDING].clone()}, None, [],
+                 id="a head that repeats the embedding"),
+    pytest.param("qwen3", lambda x: {key.removeprefix("model."): w for key, w in x.items()}, None,
+                 [], id="a trunk by itself"),
+    pytest.param("llama", lambda x: x | {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, None, [],
+        id="an old table of frequencies"),
+    pytest.param("qwen2", None, dict(sliding_window=16, use_sliding_window=False), [],
+                 id="a sliding window that is off")])
+def test_other_ways_to_write_the_same_model_are_read(name, weights, config, removed, families,
+                                                     tmp_path):
+    from transformers import AutoModelForCausalLM
+    folder = edited(families, name, tmp_path, weights, config, removed)
+    ids = families[name][1]
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        wanted = theirs(ids).logits.log_softmax(dim=-1)
+    assert difference(GPT.from_pretrained(folder), ids, wanted) <= 1e-5
+
+
+def test_sharded_and_bin_files_are_read(families, tmp_path):
+    folder, ids, wanted = families["llama"]
+    shutil.copy(folder / "config.json", tmp_path)
+    torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    assert difference(GPT.from_pretrained(tmp_path), ids, wanted) <= 1e-5
+    sharded = tmp_path / "sharded"
+    random_family("llama").save_pretrained(sharded, max_shard_size="10KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    assert difference(GPT.from_pretrained(sharded), ids, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("name, config, message", [
+    ("llama", dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "rope of the type yarn"),
+    ("llama", dict(rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}),
+     "rope of the type dynamic"),
+    ("llama", dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}),
+     "rope of the type linear"),
+    ("llama", dict(attention_bias=True), "attention_bias True, wanted False"),
+    ("llama", dict(mlp_bias=True), "mlp_bias True"),
+    ("llama", dict(hidden_act="gelu"), "hidden_act 'gelu', wanted 'silu'"),
+    ("llama", dict(intermediate_size=None), "no number for intermediate_size"),
+    ("llama3", dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "llama3 rope has"),
+    ("qwen2", dict(use_sliding_window=True), "use_sliding_window True"),
+    ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "with sliding_attention"),
+    ("llama", dict(model_type="smollm3"), "every fourth layer has no positions"),
+    ("llama", dict(model_type="gemma2"), "gemma2 .scaled embeddings"),
+    ("llama", dict(model_type="mistral"), "mistral .sliding windows"),
+    ("qwen3", dict(model_type="qwen3_moe"), "qwen3_moe .a mixture of experts"),
+    ("llama", dict(model_type="deepseek_v3"), "deepseek_v3, which model.py does not compute"),
+    ("llama", dict(quantization_config={"quant_method": "gptq"}), "quantized weights"),
+    ("qwen3", dict(tie_word_embeddings=False), "missing are lm_head.weight"),
+    ("llama", dict(tie_word_embeddings=True), "lm_head.weight differs from embed_tokens.weight"),
+    ("llama", dict(num_key_value_heads=4), r"k_proj.weight: got \(16, 32\), wanted 32 rows"),
+    ("llama", dict(hidden_size=40, head_dim=8), "wte.weight: got .97, 32. of .*, wanted .97, 40."),
+    ("llama", dict(num_hidden_layers=3), "not those of a Llama of 3 layers: missing are layers.2")])
+def test_what_is_not_computed_is_refused_by_name(name, config, message, families, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(edited(families, name, tmp_path, config=config))
+
+
+def test_a_weight_too_many_and_a_file_cut_short_are_refused(families, tmp_path):
+    folder = edited(families, "llama", tmp_path,
+                    lambda x: x | {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)})
+    with pytest.raises(ValueError, match="unknown are layers.0.self_attn.q_norm.weight"):
+        GPT.from_pretrained(folder)
+    whole = (families["llama"][0] / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        GPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype, limit", [("bfloat16", 0.3), ("float16", 0.04)])
+def test_half_precision_rounds_a_little_and_samples(dtype, limit, families):
+    folder, ids, wanted = families["qwen3"]
+    gpt = GPT.from_pretrained(folder, dtype=dtype).eval()
+    assert limit / 20 < difference(gpt, ids[:, :64], wanted[:, :64]) < limit
+    tokens, mask = generate(gpt, [ids[0, :5].tolist()], 4, 96, generator=seeded())
+    assert mask.sum() >= 1 and gpt(tokens).dtype == torch.float32
+
+
+# ---- a real pretrained model: SMOLLM2=FOLDER python -m pytest -q -k smollm2
+
+SMOLLM2 = os.environ.get("SMOLLM2", "")
+needs_smollm2 = pytest.mark.skipif(not SMOLLM2, reason="the environment variable SMOLLM2 does not "
+                                   "name a folder with SmolLM2-135M-Instruct")
+QUESTIONS = ["What is 17 + 25?", "Name three colours.", "Who wrote Hamlet?", "Say hello in French.",
+             "What is the capital of Italy?", "Write a haiku about rain.", "Is the sky green?",
+             "List two fruits.", "What do bees make?", "Count from one to five."]
+
+
+@needs_smollm2
+def test_smollm2_answers_greedily_as_in_transformers_and_comes_back(tmp_path):
+    from transformers import AutoModelForCausalLM
+    theirs = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32).eval()
+    tokenizer = sft.tokenizer_of(SMOLLM2, "auto")
+    ours = GPT.from_pretrained(SMOLLM2, vocab_size=tokenizer.n_vocab, block_size=128).eval()
+    prompts = [encode_prompt(tokenizer, chat.written([("user", question)], tokenizer.chat))
+               for question in QUESTIONS]
+    tokens, mask = generate(ours, prompts, 40, tokenizer.end_tokens, temperature=0)
+    for i, prompt in enumerate(prompts):
+        answer = tokens[i, 1:][mask[i] > 0].tolist()
+        wanted = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False,
+                                 eos_token_id=list(tokenizer.end_tokens), pad_token_id=0)[0]
+        assert prompt + answer == wanted.tolist(), tokenizer.decode(answer)
+    ours.save_pretrained(tmp_path, tokenizer.end_tokens)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(back(tokens).logits.log_softmax(-1),
+                                   ours(tokens).log_softmax(-1), atol=1e-5, rtol=0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5046,6 +5423,141 @@ def test_every_preset_runs_on_a_small_model_and_a_small_file(name, user_folder, 
             small["runs"] = f"preset_{name}"
         script.main(dataclasses.replace(preset, **small))
     assert {"all", *(script.__name__ for script in scripts)} == set(presets.PRESETS[name])
+
+
+# ---- an instruct model, as it is
+
+@pytest.fixture(scope="module")
+def instruct(tmp_path_factory):
+    """A folder with a small Qwen3, its tokenizer and template; files of prompts, pairs, a reward"""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    home = tmp_path_factory.mktemp("instruct")
+    texts = [f"What is {a} + {b}? It is {a + b}." for a in range(10, 40) for b in range(10, 30)]
+    trained = tokenizers.train_tokenizer(texts, 300)
+    special = trained._special_tokens | {"<|im_start|>": trained.n_vocab,
+                                         "<|im_end|>": trained.n_vocab + 1}
+    tokenizer = tokenizers.encoding("trained", trained._pat_str, trained._mergeable_ranks, special,
+                                    trained.end_tokens)
+    torch.manual_seed(0)
+    made = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=tokenizer.n_vocab + 5, hidden_size=16, intermediate_size=24, head_dim=8,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=200))
+    made.save_pretrained(home / "model")
+    chatty = chat.set_chat(tokenizer, "chatml", "", None)
+    tokenizers.export_tokenizer(chatty, home / "model", chat_template=chat.jinja_of(chatty))
+    rows = [{"prompt": f"What is {a} + {b}?"} for a in range(10, 22) for b in range(10, 20)]
+    write_rows(home / "prompts.jsonl", rows)
+    write_rows(home / "pairs.jsonl", [row | {"chosen": "It is 9.", "rejected": "No."}
+                                      for row in rows])
+    (home / "short.py").write_text(
+        "def short(prompts, responses):\n"
+        "    assert all('<|im_start|>user' in prompt for prompt in prompts)\n"
+        "    return [-float(len(response)) for response in responses]\n")
+    return home
+
+
+CHATTY = dict(config="smollm2", init="model", device="cpu", dtype="float32", max_prompt_tokens=60,
+              max_new_tokens=10, n_eval=4, n_samples=2, batch_size=8)
+
+
+def test_rl_starts_at_once_on_an_instruct_model_and_gives_one_back(instruct, monkeypatch, capsys,
+                                                                   no_pictures):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    monkeypatch.chdir(instruct)
+    grpo.main(grpo.Config(**CHATTY, data="prompts.jsonl", reward="short.py:short", steps=2,
+                          minibatch_size=8, group_size=4, lr=1e-3, missing_eos_score=None,
+                          export="trained"))
+    said = capsys.readouterr().out
+    assert "imported      model as it is: 0.0M parameters" in said and "chatml" in said
+    policy, tokenizer = sft.load_policy(Path("out/smollm2/sft"), "cpu")
+    original = GPT.from_pretrained("model").state_dict()
+    assert all(torch.equal(x, original[name]) for name, x in policy.state_dict().items())
+    log = log_of(Path("out/smollm2/grpo"))
+    assert len(log) == 2 and log[0]["kl_ref"] == 0 and log[1]["kl_ref"] != 0
+    assert tokenizer.decode([tokenizer.eot_token]) == "<|im_end|>" and tokenizer.chat == "chatml"
+
+    trained, _ = sft.load_policy(Path("out/smollm2/grpo"), "cpu")
+    back = AutoModelForCausalLM.from_pretrained("trained").eval()
+    its_tokenizer = AutoTokenizer.from_pretrained("trained")
+    assert back.generation_config.eos_token_id == list(tokenizer.end_tokens)
+    ids = its_tokenizer.apply_chat_template([{"role": "user", "content": "What is 10 + 11?"}],
+                                            add_generation_prompt=True)["input_ids"]
+    prompt = encode_prompt(tokenizer, chat.written([("user", "What is 10 + 11?")], "chatml"))
+    assert ids == prompt
+    with torch.no_grad():
+        logits = back(torch.tensor([ids])).logits[..., :tokenizer.n_vocab]
+        torch.testing.assert_close(logits, trained(torch.tensor([ids])), atol=1e-5, rtol=1e-5)
+
+    with pytest.raises(Stopped, match="made with --init model, this is --init other; give a diff"):
+        ppo.main(ppo.Config(**CHATTY | dict(init="other"), data="prompts.jsonl",
+                            reward="short.py:short", minibatch_size=8))
+    typed = iter(["What is 10 + 11?", "And 12?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    sample.main(sample.Config(config="smollm2", device="cpu", dtype="float32", stage="grpo",
+                              talk=True, max_new_tokens=90))
+    said = capsys.readouterr().out
+    assert said.count("grpo: ") == 2 and "the first two turns are forgotten" in said
+
+
+@pytest.mark.parametrize("script, changes", [
+    (sft, dict(steps=2, n_texts=None)), (reward_model, dict(init="", n_held_out=8)),
+    (dpo, dict(n_pairs=16)), (ppo, dict(steps=1, minibatch_size=8))], ids=option_id)
+def test_every_stage_trains_on_dialogues(script, changes, instruct, monkeypatch, no_pictures):
+    """The responses of the data end with the token that ends a turn."""
+    monkeypatch.chdir(instruct)
+    fields = {field.name for field in dataclasses.fields(script.Config)}
+    settings_of = {name: x for name, x in (CHATTY | changes).items() if name in fields}
+    out = "trained" if script is sft else "dialogues"
+    if script is reward_model:
+        sft.main(sft.Config(**{name: x for name, x in CHATTY.items()
+                               if name not in ("n_eval", "n_samples")}, data="pairs.jsonl", out=out))
+    script.main(script.Config(**settings_of, data="pairs.jsonl", out=out, accumulation=2))
+    tokenizer = tokenizers.load_tokenizer(Path("out") / out / script.__name__)
+    cfg = sft.Config(config="smollm2", data="pairs.jsonl", max_prompt_tokens=60, max_new_tokens=10)
+    train, _ = data.demonstrations(cfg, tokenizer, 70, None, 1)
+    prompt, response = train[0]
+    assert tokenizer.decode(prompt).startswith("<|im_start|>user\nWhat is")
+    assert tokenizer.decode(prompt).endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.decode(response) == "It is 9.<|im_end|>"
+
+
+def test_a_dialogue_that_is_too_long_is_left_out_and_said(instruct, monkeypatch, capsys):
+    monkeypatch.chdir(instruct)
+    rows = [{"prompt": f"What is {i} + 1? " * (21 if i % 5 == 0 else 1), "completion": "It is 2."}
+            for i in range(40)]
+    write_rows(instruct / "long.jsonl", rows)
+    tokenizer = sft.tokenizer_of("model", "auto")
+    cfg = sft.Config(config="smollm2", data="long.jsonl", max_prompt_tokens=60, max_new_tokens=10)
+    data.demonstrations(cfg, tokenizer, 70, None, 1)
+    assert "8 more left out, a dialogue longer than --max_prompt_tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(steps=0), "--steps 0 uses weights as they are, so it takes --init FOLDER"),
+    (dict(chat="chatml"), "--chat chatml writes special tokens, which a tokenizer trained here"),
+    (dict(init="nobody/nothing"), "nobody/nothing is not a folder here and could not be fetched"),
+    (dict(init="empty"), "--init empty: empty has no weights"),
+    (dict(init="model", steps=0, block_size=300), "block_size 300 is longer than the 200 positions"),
+    (dict(init="model", tokenizer="other"), "has 610 token ids, model has weights for 30")])
+def test_instruct_models_that_do_not_fit_are_refused(changes, message, instruct, monkeypatch):
+    monkeypatch.chdir(instruct)
+    (instruct / "empty").mkdir(exist_ok=True)
+    shutil.copy("model/config.json", "empty")
+    if "tokenizer" in changes:
+        texts = review_texts(200, 0)
+        tokenizers.export_tokenizer(tokenizers.train_tokenizer(texts, 610), "other")
+    with pytest.raises(Stopped, match=message):
+        sft.main(tiny_config(sft, out="refused", **({"data": "pairs.jsonl"} | changes)))
+    assert not Path("out/refused").exists()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_a_fresh_model_of_another_family_learns_the_reviews(architecture, empty_folder,
+                                                            no_pictures):
+    results = sft.main(tiny_config(sft, architecture=architecture, out=architecture))
+    log = log_of(Path("out") / architecture / "sft")
+    assert log[0]["held_out"] > 100 and results["held_out"] < 60
 
 
 @pytest.mark.slow

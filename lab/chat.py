@@ -5,11 +5,13 @@ Dialogues as text: HH-RLHF's, and the templates of instruct models.
     answer          the text of the assistant's turn after it
     set_chat        a tokenizer that writes dialogues by a template and ends a turn as it does
     template_of     the template in a folder's files, for --chat auto
+    jinja_of        a tokenizer's template for the files of an export
 
 A special token that a template writes has a MARK before it. Text from users has none, so it never
 becomes a special token.
 """
 
+import json
 from pathlib import Path
 
 from lab import pretrained
@@ -17,8 +19,9 @@ from lab.tokenizer import MARK
 
 TURN = "\n\nAssistant:"
 SPEAKER = {"user": "\n\nHuman:", "assistant": TURN, "system": "\n\nSystem:"}
-ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}          # what ends a turn
-SIGNS = {"chatml": "<|im_start|>", "llama3": "<|start_header_id|>"}     # what only it writes
+# The special tokens that a template writes: what starts a turn first, what ends it last
+TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>"),
+          "llama3": ("<|start_header_id|>", "<|begin_of_text|>", "<|end_header_id|>", "<|eot_id|>")}
 
 
 def plain(turns):
@@ -58,7 +61,7 @@ def written(turns, chat="plain", system="", unfinished=False):
     text, cue = {"plain": plain, "chatml": chatml, "llama3": llama3}[chat](turns)
     if not unfinished:
         return text + cue
-    return text if chat == "plain" else text.rpartition(MARK + ENDS[chat])[0]
+    return text if chat == "plain" else text.rpartition(MARK + TOKENS[chat][-1])[0]
 
 
 def answer(text, chat="plain"):
@@ -85,7 +88,7 @@ def set_chat(tokenizer, chat, system, source):
     if chat == "auto":
         chat = "plain"
         if template:
-            known = [name for name, sign in SIGNS.items() if sign in template]
+            known = [name for name, tokens in TOKENS.items() if tokens[0] in template]
             if not known:
                 raise ValueError(f"{source} has a chat template that is neither chatml nor llama3; "
                                  "give --chat plain, or the one of them that you want")
@@ -93,13 +96,14 @@ def set_chat(tokenizer, chat, system, source):
     if chat == "plain":
         return tokenizer
     special = tokenizer._special_tokens
-    start = ["<|begin_of_text|>", "<|end_header_id|>"] if chat == "llama3" else []
-    missing = [token for token in [*start, SIGNS[chat], ENDS[chat]] if token not in special]
+    written_by_it = TOKENS[chat]
+    missing = [token for token in written_by_it if token not in special]
     if missing:
         raise ValueError(f"--chat {chat} writes {', '.join(missing)}, which this tokenizer lacks; "
                          "give --chat plain")
     options = tokenizer.options() | {"chat": chat, "system": system}
-    options["ends"] = tuple(dict.fromkeys((special[ENDS[chat]], *tokenizer.end_tokens)))
+    options["in_text"] = [token for token in tokenizer.in_text if token not in written_by_it]
+    options["ends"] = tuple(dict.fromkeys((special[written_by_it[-1]], *tokenizer.end_tokens)))
     tokenizer.set_up(**options)
     if template:
         note_differences(template, tokenizer)
@@ -120,6 +124,26 @@ def template_of(source):
     if isinstance(template, list):                       # several, by name
         template = {one.get("name"): one.get("template") for one in template}.get("default")
     return template
+
+
+JINJA = """\
+{{%- if messages[0]['role'] != 'system' and {system} %}}{{%- set messages = [{{'role': 'system', \
+'content': {system}}}] + messages %}}{{%- endif %}}{{{{- {start} }}}}{{%- for message in messages %}}\
+{{{{- {before} + message['role'] + {after} + message['content']{trim} + {end} }}}}{{%- endfor %}}\
+{{%- if add_generation_prompt %}}{{{{- {before} + 'assistant' + {after} }}}}{{%- endif %}}"""
+
+
+def jinja_of(tokenizer):
+    """The Jinja template that writes dialogues as `written` does; None for plain ones"""
+    if tokenizer.chat == "plain":
+        return None
+    parts = dict(start="", before="<|im_start|>", after="\n", end="<|im_end|>\n", trim="")
+    if tokenizer.chat == "llama3":
+        parts = dict(start="<|begin_of_text|>", before="<|start_header_id|>",
+                     after="<|end_header_id|>\n\n", end="<|eot_id|>", trim=" | trim")
+    parts["system"] = tokenizer.system
+    return JINJA.format(**{name: text if name == "trim" else json.dumps(text)
+                           for name, text in parts.items()})
 
 
 # One to four turns, with a system turn and without, as transformers writes messages

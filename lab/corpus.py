@@ -212,13 +212,12 @@ def json_records(path):
         lines.seek(0)
         if start == "[":
             try:
-                items = json.load(lines)
+                for n, item in enumerate(json.load(lines), 1):
+                    yield f"item {n}", item, None
+                return
             except (ValueError, RecursionError) as error:        # its lines may still be JSON
                 not_json = f"not JSON, nor is the file as one array ({first_line(error)})"
                 lines.seek(0)
-            else:
-                yield from ((f"item {n}", item, None) for n, item in enumerate(items, 1))
-                return
         for n, line in enumerate(lines, 1):
             if line.strip():
                 try:

@@ -46,13 +46,13 @@ def load(source, changes):
     config, weights = pretrained.read(source)
     stored = fields_of(config)
     fields = stored | changes
-    if fields["block_size"] > stored["block_size"]:
-        raise ValueError(f"block_size {fields['block_size']} is longer than the "
-                         f"{stored['block_size']} positions that {source} has weights for; lower it "
-                         "to that or less")
-    if fields["vocab_size"] > stored["vocab_size"]:
-        raise ValueError(f"the tokenizer has {fields['vocab_size']} token ids, {source} has weights "
-                         f"for {stored['vocab_size']}; they do not belong together")
+    longest, n_ids = stored["block_size"], stored["vocab_size"]
+    if fields["block_size"] > longest:
+        raise ValueError(f"block_size {fields['block_size']} is longer than the {longest} "
+                         f"positions that {source} has weights for; lower it to that or less")
+    if fields["vocab_size"] > n_ids:
+        raise ValueError(f"the tokenizer has {fields['vocab_size']} token ids, {source} has "
+                         f"weights for {n_ids}; they do not belong together")
     nanogpt = config.get("model_type") == "nanogpt"
     if nanogpt and not config.get("bias", True):         # biases of zero do the same
         zeros = {name.replace(".weight", ".bias"): x.new_zeros(len(x))
@@ -62,7 +62,7 @@ def load(source, changes):
     if "wpe.weight" in weights:
         weights["wpe.weight"] = weights["wpe.weight"][:fields["block_size"]]
     names = {name: name if name == "output.weight" else f"transformer.{name}" for name in weights}
-    fields |= {"vocab_rows": stored["vocab_size"], "n_positions": stored["block_size"]}
+    fields |= {"vocab_rows": n_ids, "n_positions": longest}
     return fields, {names[name]: x for name, x in weights.items()}
 
 
@@ -123,9 +123,9 @@ def check_computed(config, computed):
     for key, values in computed.items():
         value = config.get(key)
         if (values[0] if value is None else value) not in values:
-            raise ValueError(f"this is a variant of {config.get('model_type', 'gpt2')} that model.py "
-                             f"does not compute: its config has {key} {value!r}, wanted "
-                             f"{' or '.join(map(repr, values))}")
+            kind = config.get("model_type", "gpt2")
+            raise ValueError(f"this is a variant of {kind} that model.py does not compute: its "
+                             f"config has {key} {value!r}, wanted {' or '.join(map(repr, values))}")
 
 
 def gpt2_fields(config):
@@ -222,7 +222,7 @@ def config_of(fields, task="CausalLM"):
 # Names of weights
 
 def layout(fields):
-    """{our name: [(their name, its rows)]}; several are stacked, rows None: all. Without prefixes"""
+    """{our name: [(their name, its rows)]} without prefixes. Several are stacked; None: all rows"""
     gpt2 = fields["norm"] == "layernorm"
     names = {"wte.weight": [("wte.weight" if gpt2 else "embed_tokens.weight", None)]}
     if gpt2:
@@ -279,8 +279,8 @@ def to_ours(weights, fields, nanogpt=False):
     embedding = names["wte.weight"][0][0]
     if head is not None and fields["tied_head"]:
         if not torch.equal(found.setdefault(embedding, head), head):
-            raise ValueError(f"lm_head.weight differs from {embedding}, though its config says that "
-                             "both are one table (tie_word_embeddings)")
+            raise ValueError(f"lm_head.weight differs from {embedding}, though its config says "
+                             "that both are one table (tie_word_embeddings)")
     missing = sorted(set(known) - found.keys())
     unknown = sorted(found.keys() - set(known))
     if head is None and not fields["tied_head"]:
@@ -321,7 +321,7 @@ def to_theirs(weights, fields):
 
 
 def transposed(weights):
-    """Between our matrices and those of transformers' GPT-2 (Conv1D), stored the other way around"""
+    """Our matrices to those of transformers' GPT-2 (Conv1D), stored the other way, and back"""
     conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     return {name: x.T if name.endswith(conv1d) and x.dim() == 2 else x
             for name, x in weights.items()}

@@ -53,7 +53,7 @@ def first_line(error):
 
 
 def out_of_memory(error):
-    """Whether memory ran out. torch has an exception for it on CUDA, and plain ones elsewhere."""
+    """Whether memory ran out. torch has an exception for that on CUDA only; the words must do."""
     words = ("out of memory", "can't allocate memory", "cudaErrorMemoryAllocation")
     return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
             or isinstance(error, RuntimeError) and any(word in str(error) for word in words))
@@ -68,8 +68,9 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error.__context__, (OSError, KeyboardInterrupt)):      # torch.save wraps it
-            error = error.__context__
+        cause = error.__context__
+        if isinstance(error, RuntimeError) and isinstance(cause, (OSError, KeyboardInterrupt)):
+            error = cause                                # torch.save wraps what went wrong
         if not isinstance(error, (OSError, SafetensorError)):
             raise error
         why = getattr(error, "strerror", None) or first_line(error)

@@ -257,7 +257,9 @@ def dialogue_of(before, answers, style):
         raise ValueError("the dialogues differ before their last turn")
     if len(answers) > 1 and None in responses:
         raise ValueError("a comparison that does not end in an assistant turn")
-    return prompts[0], [] if None in responses else list(responses)
+    if None in responses:
+        return prompts[0], []
+    return prompts[0], list(responses)
 
 
 def split_turns(before, turns, style):

@@ -207,6 +207,7 @@ class Run:
         self.stage = stage
         self.export = export
         self.device = process.pick_device(cfg)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.dtype == "float16")
         self.script = script_name(stage)                 # for the commands in its messages
         self.folder = config.folder_of(config.run_name(cfg)) / stage
         self.old = self.folder.with_name(f"{stage}.old")
@@ -313,6 +314,8 @@ class Run:
 
         Every later checkpoint holds them: objects by their state_dict, anything else as it is.
         """
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler
         self.state = state
         log = self.folder / "log.jsonl"
         if not self.resuming:
@@ -323,7 +326,7 @@ class Run:
         plain = [name for name in state if not hasattr(state[name], "load_state_dict")]
         plain.sort(key=lambda name: "data" not in name)          # the likeliest reason comes first
         for name in plain:
-            if without_free_fields(saved[name]) != without_free_fields(state[name]):
+            if not is_same(saved[name], state[name]):
                 changed = f"the contents of --{name}" if "data" in name else "the earlier stages"
                 stop(f"{self.folder} was started with a different {name}: {changed} have changed "
                      "since. --overwrite starts again, --out NAME keeps both")
@@ -401,21 +404,34 @@ class Run:
         """Log the time since the last lap as this phase's seconds."""
         self.clock.lap(phase)
 
+    def backward(self, loss):
+        """loss.backward(); in float16 the loss is scaled, or small gradients would round to 0"""
+        self.scaler.scale(loss).backward()
+
     def step(self, grad_clip, hint=LOWER_LR, **optimizers):
         """
         Clip the gradients, take a step with each optimizer, zero -> {name: gradient norm}
 
-        No optimizer takes its step unless every norm is finite. hint says what to try then.
+        No optimizer takes its step unless every norm is finite. hint says what to try then. Where
+        float16 has overflowed the step is left out, and later losses are scaled less.
         """
         norms = {}
         for name, optimizer in optimizers.items():
+            self.scaler.unscale_(optimizer)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             norms[name] = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
-        self.must_be_finite(hint, **norms)
+        finite = all(torch.isfinite(norm) for norm in norms.values())
+        can_scale_less = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        if not finite and can_scale_less:
+            norms = {"steps_skipped": 1.0}
+        else:
+            self.must_be_finite(hint, **norms)
+            for optimizer in optimizers.values():
+                optimizer.step()
+            self.taken += 1
         for optimizer in optimizers.values():
-            optimizer.step()
             optimizer.zero_grad()
-        self.taken += 1
+        self.scaler.update()
         return norms
 
     def must_be_finite(self, hint=LOWER_LR, **values):
@@ -576,12 +592,12 @@ def check_export(cfg, export):
         stop("--export needs the transformers package: pip install transformers")
 
 
-def without_free_fields(value):
-    """A model's description in a checkpoint, without the fields that may change on resume"""
-    if not isinstance(value, dict):
-        return value
-    fixed = {name: x for name, x in value.items() if name not in config.MAY_CHANGE_ON_RESUME}
-    return {"activation": "gelu_tanh"} | fixed           # earlier versions did not store it
+def is_same(saved, ours):
+    """Whether a plain value of a checkpoint is ours; of a dict only the fields that it has"""
+    if not (isinstance(saved, dict) and isinstance(ours, dict)):
+        return saved == ours
+    return all(ours.get(name) == value for name, value in saved.items()
+               if name not in config.MAY_CHANGE_ON_RESUME)
 
 
 def check_finite(x, what):

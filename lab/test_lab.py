@@ -32,6 +32,7 @@ import time
 import tracemalloc
 import types
 import typing
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -45,13 +46,14 @@ import grpo
 import policy_gradient
 import ppo
 import reward_model
+import rollout
 import sample
 import sft
 from conftest import (AWKWARD, HUMAN, Malicious, TURN, assert_same_run, comparison, crash_at,
                       in_a_child, killed_at, load_own, log_of, preset_of, review_texts,
                       short_config, small_gpt, texts_cfg, tiny_config, user_config, write_rows)
 from lab import config as settings
-from lab import corpus, files, forms, guest, process
+from lab import chat, corpus, files, forms, guest, process
 from lab import report as reports
 from lab import run as runs
 from lab import tokenizer as tokenizers
@@ -98,6 +100,11 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(content, tmp_path):
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
     with refused("could not write .*log.jsonl: No space left on device"):
         files.append(tmp_path / "log.jsonl", "{}\n")
+    try:
+        raise KeyboardInterrupt                          # a disk that fails while this is handled
+    except KeyboardInterrupt:
+        with refused("could not write .*log.jsonl: No such file or directory"):
+            files.append(tmp_path / "gone" / "log.jsonl", "{}\n")
 
 
 def calls_of(monkeypatch, *names):
@@ -166,9 +173,9 @@ def test_one_process_at_a_time_has_a_lock_and_a_killed_one_gives_it_back(tmp_pat
     readable, writable = os.pipe()
 
     def hold():
-        lock = files.one_process(tmp_path / "lock", lambda: "taken")           # as long as this is
-        os.write(writable, b"held")
-        time.sleep(60)
+        with files.one_process(tmp_path / "lock", lambda: "taken"):
+            os.write(writable, b"held")
+            time.sleep(60)
     child = torch.multiprocessing.get_context("fork").Process(target=hold)
     child.start()
     assert os.read(readable, 4) == b"held"
@@ -192,8 +199,7 @@ def test_a_file_system_without_locks_still_keeps_a_second_process_out(code, tmp_
     files.one_process(tmp_path / ".lock", lambda: "taken").release()
 
 
-def test_damaged_foreign_and_malicious_checkpoints_are_refused_and_run_nothing(
-        tmp_path, monkeypatch):
+def test_damaged_and_malicious_checkpoints_are_refused_and_run_nothing(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     owned = tmp_path / "owned"
     unreadable = "cannot read .*/checkpoint.pt as a checkpoint .{}"
@@ -334,7 +340,7 @@ def test_every_field_is_typed_and_range_checked_before_any_work(script, empty_fo
             checked.add(name)
         if base is float and ranges.get(name) != settings.BELOW_1:
             settings.check_fields(dataclasses.replace(tiny_config(script), **{name: 1}))
-    assert checked == kinds.keys()
+    assert checked == kinds.keys() and script.main.__wrapped__                 # self-contained
     if script is not sample:                             # which has no folder of its own
         with refused("--seed got -1; it takes a whole number, 0 or more"):
             script.main(tiny_config(script, seed=-1))
@@ -631,29 +637,6 @@ def test_a_tokenizer_is_stored_whole_and_its_id_differs_from_others(tokenizer, t
         tokenizers.load_tokenizer(tmp_path)
 
 
-def test_pretrained_tokenizer_from_local_files_equals_transformers(tmp_path):
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import GPT2TokenizerFast
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(review_texts(300, seed=1), vocab_size=600, special_tokens=[],
-                            show_progress=False)
-    bpe.save_model(str(tmp_path))
-    vocab = json.loads((tmp_path / "vocab.json").read_text())
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {tokenizers.EOS: len(vocab)}))
-    theirs = GPT2TokenizerFast.from_pretrained(tmp_path)
-    ours = tokenizers.pretrained_tokenizer(tmp_path)
-    assert ours.eot_token == theirs.eos_token_id
-    for text in AWKWARD:
-        wanted = theirs(text, split_special_tokens=True)["input_ids"]
-        assert ours.encode_ordinary(text) == wanted, text
-    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
-    with pytest.raises(ValueError, match="does not number the merges"):
-        tokenizers.pretrained_tokenizer(tmp_path)
-    (tmp_path / "merges.txt").unlink()
-    with pytest.raises(ValueError, match="merges.txt does not exist"):
-        tokenizers.pretrained_tokenizer(tmp_path)
-
-
 @pytest.fixture(scope="module")
 def bpe():
     """A tokenizer.json: three special tokens first, as trainers number them; a gap in the ids"""
@@ -669,7 +652,7 @@ def bpe():
 def bpe_folder(folder, content, **extra_files):
     """A folder with tokenizer.json and other files, given by their names without .json"""
     folder.mkdir(exist_ok=True)
-    for name, x in {"tokenizer": content, **extra_files}.items():
+    for name, x in ({"tokenizer": content} | extra_files).items():
         (folder / f"{name}.json").write_text(json.dumps(x))
     return folder
 
@@ -771,31 +754,33 @@ def test_the_eos_is_the_one_that_the_files_name(eos, said, extra_files, bpe, tmp
 
 ADDED = dict(id=600, content="<x>", single_word=False, lstrip=False, rstrip=False,
              normalized=False, special=True)
-BOS = dict(type="TemplateProcessing", single=[
-    {"SpecialToken": {"id": "<|start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}])
-NFC = {"type": "NFC"}
+ENDING = dict(type="TemplateProcessing", single=[
+    {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|end|>", "type_id": 0}}])
+BOS_X = dict(type="TemplateProcessing", single=[
+    {"SpecialToken": {"id": "<x>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}])
+LOWER = {"type": "Lowercase"}
 DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]}
 
 
 @pytest.mark.parametrize("path, to, message", [
-    (["normalizer"], NFC, "normalizer NFC"),
-    (["normalizer"], {"type": "Sequence", "normalizers": [NFC]}, "normalizer NFC"),
+    (["normalizer"], LOWER, "normalizer Lowercase"),
+    (["normalizer"], {"type": "Sequence", "normalizers": [{"type": "NFC"}, LOWER]},
+     "normalizer Lowercase"),
     (["pre_tokenizer", "add_prefix_space"], True, "add_prefix_space"),
-    (["pre_tokenizer", "use_regex"], False, "use_regex false"),
+    (["pre_tokenizer", "use_regex"], False, "pre-tokenizer ByteLevel, with these"),
     (["pre_tokenizer"], None, "pre-tokenizer null"),
     (["pre_tokenizer"], {"type": "Whitespace"}, "pre-tokenizer Whitespace"),
     (["pre_tokenizer"], DIGITS, r"pre-tokenizer Digits \+ ByteLevel"),
-    (["post_processor"], BOS, "TemplateProcessing, which adds tokens"),
-    (["post_processor"], {"type": "Sequence", "processors": [BOS]},
+    (["post_processor"], ENDING, "TemplateProcessing, which adds tokens"),
+    (["post_processor"], {"type": "Sequence", "processors": [ENDING]},
      "TemplateProcessing, which adds tokens"),
+    (["post_processor"], BOS_X, "puts <x> before every text, but has no such token"),
     (["post_processor"], {"type": "RobertaProcessing"}, "RobertaProcessing"),
     (["model", "unk_token"], "<|end|>", r"unk_token '<\|end\|>'"),
     (["model", "byte_fallback"], True, "byte_fallback True"),
     (["model", "dropout"], 0.1, "dropout 0.1"),
-    (["model", "ignore_merges"], True, "ignore_merges True"),
     (["model", "end_of_word_suffix"], "</w>", "end_of_word_suffix"),
     (["model", "type"], "Unigram", "byte-level BPE"),
-    (["added_tokens", -1], ADDED | {"special": False}, "'<x>' .not special"),
     (["added_tokens", -1], ADDED | {"lstrip": True, "single_word": True},
      "'<x>' .lstrip, single_word"),
     (["added_tokens", -1], ADDED | {"rstrip": True}, "'<x>' .rstrip"),
@@ -806,24 +791,22 @@ DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "By
     (["added_tokens", -1], ADDED | {"id": 10 ** 9},
      "token with the id 1000000000; wanted ids below"),
     (["model", "merges"], [["t", "h"]], "number the merges in their order"),
-    (["model", "vocab", "a▁"], 610, "number the merges in their order")])
+    (["model", "vocab", "a▁"], 610, "number the merges in their order"),
+    ("tokenizer_config", {"add_prefix_space": True}, "add_prefix_space"),
+    ("tokenizer_config", {"add_bos_token": True}, "puts None before every text"),
+    ("tokenizer_config", {"add_eos_token": True}, "add_eos_token"),
+    ("tokenizer_config", {"eos_token": "</s>"}, "special tokens ends a text.* got </s>"),
+    ("tokenizer_config", {"eos_token": "a"}, "which of its special tokens ends a text.* got a"),
+    ("tokenizer", [1], "holds a list"),
+    ("config", [1], "config.json holds a list")])
 def test_tokenizer_features_beyond_gpt2s_are_refused_by_name(path, to, message, bpe, tmp_path):
-    folder = bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))
+    """A change of tokenizer.json at a path, or the content of a file beside it or in its place"""
+    if isinstance(path, str):
+        folder = bpe_folder(tmp_path / "x", bpe, **{path: to})
+    else:
+        folder = bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))
     with refused(f"no tokenizer in .*{message}"):
         sft.tokenizer_of(str(folder))
-
-
-@pytest.mark.parametrize("extra_files, message", [
-    (dict(tokenizer_config={"add_prefix_space": True}), "add_prefix_space"),
-    (dict(tokenizer_config={"add_bos_token": True}), "add_bos_token"),
-    (dict(tokenizer_config={"eos_token": "</s>"}),
-     "which of its special tokens ends a text.* got </s>"),
-    (dict(tokenizer_config={"eos_token": "a"}), "which of its special tokens ends a text.* got a"),
-    (dict(tokenizer=[1]), "holds a list"),
-    (dict(config=[1]), "config.json holds a list")])
-def test_impossible_settings_beside_a_tokenizer_are_refused(extra_files, message, bpe, tmp_path):
-    with refused(f"no tokenizer in .*{message}"):
-        sft.tokenizer_of(str(bpe_folder(tmp_path / "x", bpe, **extra_files)))
 
 
 @pytest.mark.parametrize("merges", [
@@ -839,7 +822,8 @@ def test_merges_that_tiktoken_would_make_in_a_different_way_are_refused(merges, 
 
 
 def test_harmless_settings_in_a_tokenizer_json_change_nothing(bpe, tmp_path):
-    wanted = tokenizers.tokenizer_id(tokenizers.pretrained_tokenizer(bpe_folder(tmp_path / "x", bpe)))
+    folder = bpe_folder(tmp_path / "x", bpe)
+    wanted = tokenizers.tokenizer_id(tokenizers.pretrained_tokenizer(folder))
     plain = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
     merges = [" ".join(pair) for pair in bpe["model"]["merges"]]
     untyped = {key: x for key, x in bpe["model"].items() if key != "type"}
@@ -866,6 +850,10 @@ def test_vocab_and_merges_files_know_their_special_tokens_too(bpe, tmp_path):
     merges = "\n".join(" ".join(pair) for pair in bpe["model"]["merges"])
     (folder / "merges.txt").write_text("#version: 0.2\n" + merges + "\n")
     assert tokenizers.tokenizer_id(tokenizers.pretrained_tokenizer(folder)) == wanted
+    (folder / "merges.txt").rename(folder / "merges")
+    with pytest.raises(ValueError, match="merges.txt does not exist"):
+        tokenizers.pretrained_tokenizer(folder)
+    (folder / "merges").rename(folder / "merges.txt")
     (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 607}))
     assert tokenizers.pretrained_tokenizer(folder).decode([607, 2]) == "<pad><|end|>"
 
@@ -875,8 +863,8 @@ def test_vocab_and_merges_files_know_their_special_tokens_too(bpe, tmp_path):
         return tokenizers.pretrained_tokenizer(folder)
 
     assert with_added_token(special=True).eot_token == 608
-    with pytest.raises(ValueError, match="'<x>' .not special"):
-        with_added_token(special=False)
+    ours = with_added_token(special=False)               # an EOS is special whatever its file says
+    assert ours.eot_token == 608 and 608 not in ours.encode_ordinary("a <x>")
     (folder / "tokenizer_config.json").unlink()
     vocab = bpe["model"]["vocab"]
     nameless = {token.replace(tokenizers.EOS, "<s>"): i for token, i in vocab.items()}
@@ -908,6 +896,311 @@ def test_a_tokenizer_that_an_earlier_version_wrote_is_the_same_tokenizer(tokeniz
 
 
 # --------------------------------------------------------------------------------------------------
+# tokenizer.py: Llama 3, Qwen and SmolLM2; chat.py
+
+QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+CHAT_TOKENS = {
+    "gpt2": [], "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    "llama3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "smollm2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]}
+KINDS = list(CHAT_TOKENS)
+NO_TOKEN = (4, 6, 19, 192, 193, 241, 245, 255)           # bytes that this smollm2 has no token for
+
+
+def trained_kind(kind):
+    """A tokenizer.json of one of these kinds, trained on the spot"""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+    made = Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
+    patterns = {"qwen": QWEN, "llama3": LLAMA}
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind not in patterns)
+    made.pre_tokenizer = last
+    if kind in patterns:
+        cut = pre_tokenizers.Split(Regex(patterns[kind]), "isolated")
+        made.pre_tokenizer = pre_tokenizers.Sequence([cut, last])
+    if kind == "smollm2":
+        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), last])
+    if kind == "qwen":
+        made.normalizer = normalizers.NFC()
+    absent = {tokenizers.printable()[byte] for byte in NO_TOKEN if kind == "smollm2"}
+    alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - absent)
+    first = CHAT_TOKENS[kind] if kind == "smollm2" else []
+    texts = ["The years 1999 and 2024, don't WE'LL go?  \n\n naïve café in Việt Nam; 日本語 текст",
+             "def f(x):\n    return x + 17\n\n\nShe said: it isn't so ... 3,141.59"] * 20
+    made.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=520, initial_alphabet=alphabet, special_tokens=first, show_progress=False))
+    content = json.loads(made.to_str())
+    vocab = content["model"]["vocab"]
+    if kind == "llama3":                                 # each way to make a token, by its id
+        vocab["Ġzqxj"] = len(vocab)                      # reached by no merge: whole words only
+        content["model"]["merges"] = [
+            pair for token, _ in sorted(vocab.items(), key=lambda item: item[1])
+            for pair in sorted(([token[:i], token[i:]] for i in range(1, len(token))
+                                if token[:i] in vocab and token[i:] in vocab),
+                               key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))]
+    if kind in patterns:
+        n = max(vocab.values()) + 1
+        content["added_tokens"] = [added(n + i, x) for i, x in enumerate(CHAT_TOKENS[kind])]
+        if kind == "qwen":
+            content["added_tokens"].append(added(n + 3, "<think>", special=False))
+    if kind == "llama3":
+        template = {"type": "TemplateProcessing", "pair": [], "single": [
+            {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}}], "special_tokens": {
+            "<|begin_of_text|>": {"id": "<|begin_of_text|>", "ids": [n],
+                                  "tokens": ["<|begin_of_text|>"]}}}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False,
+                      "use_regex": True}
+        content["post_processor"] = {"type": "Sequence", "processors": [byte_level, template]}
+    return content
+
+
+def added(i, text, special=True):
+    return dict(id=i, content=text, special=special, single_word=False, lstrip=False, rstrip=False,
+                normalized=False)
+
+
+CHATML = ("{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>'"
+          " + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+          "{% endif %}")
+LLAMA3 = ("{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + "
+          "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+          "{% endif %}")
+TEMPLATES = {"gpt2": None, "qwen": CHATML, "llama3": LLAMA3, "smollm2": CHATML}
+END_OF = {"gpt2": "<|endoftext|>", "qwen": "<|endoftext|>", "llama3": "<|eot_id|>",
+       "smollm2": "<|im_end|>"}
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """{kind: a folder with its tokenizer files}"""
+    folders = {}
+    for kind in KINDS:
+        folders[kind] = folder = tmp_path_factory.mktemp(kind)
+        (folder / "tokenizer.json").write_text(json.dumps(trained_kind(kind)))
+        config = {"eos_token": END_OF[kind]}
+        if TEMPLATES[kind]:
+            config["chat_template"] = TEMPLATES[kind]
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folders
+
+
+UNICODE = [(0, 32), (32, 127), (32, 127), (32, 127), (160, 0x250), (0x300, 0x370), (0x370, 0x530),
+          (0x900, 0x980), (0x1100, 0x1200), (0x2000, 0x2070), (0x3000, 0xd7a4),
+          (0x1f300, 0x1f600), (0x40000, 0x40010)]
+FRAGMENTS = [" ", "\n", "\t", "\r\n", "  ", "   ", "'s", "'LL", "1999", " the", " 42", "\u00a0",
+          "e\u0301", "ﬁ", "don't", " Việt", "½", "²", " zqxj", "zqxj", "<|im_end|>", "<|eot_id|>"]
+
+
+def unicode_text(rng):
+    return "".join(chr(rng.randrange(*rng.choice(UNICODE))) if rng.random() < 0.55
+                   else rng.choice(FRAGMENTS) for _ in range(rng.randrange(14)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_equal_those_of_the_tokenizers_library(kind, kinds, tmp_path):
+    """On 20,000 random texts; what is exported and read again has the same ids"""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+    ours = tokenizers.pretrained_tokenizer(kinds[kind])
+    theirs = Tokenizer.from_file(str(kinds[kind] / "tokenizer.json"))
+    theirs.encode_special_tokens = True                  # as text
+    tokenizers.export_tokenizer(ours, tmp_path)
+    exported = AutoTokenizer.from_pretrained(tmp_path)
+    absent = bytes(NO_TOKEN) if kind == "smollm2" else b""
+    rng = random.Random(0)
+    for i in range(20_000):
+        text = unicode_text(rng)
+        ids = ours.encode_ordinary(text)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids, text
+        wanted = unicodedata.normalize("NFC", text) if kind == "qwen" else text
+        assert ours.decode_bytes(ids) == wanted.encode().translate(None, absent)
+        if i < 500:
+            again = exported(text, add_special_tokens=False, split_special_tokens=True)
+            assert again["input_ids"] == ids
+    ours.decode(list(range(ours.n_vocab)))               # gaps too
+    again = tokenizers.pretrained_tokenizer(tmp_path)
+    tokenizers.save_tokenizer(ours, tmp_path)
+    stored = tokenizers.load_tokenizer(tmp_path)
+    assert stored.options() == ours.options()
+    assert (tokenizers.tokenizer_id(ours) == tokenizers.tokenizer_id(again)
+            == tokenizers.tokenizer_id(stored))
+
+
+def test_a_byte_without_a_token_is_said_and_left_out(kinds, capsys):
+    ours = tokenizers.pretrained_tokenizer(kinds["smollm2"])
+    assert "no token for 8 of the 256 bytes (4, 6, 19, 192, 193, ..)" in capsys.readouterr().out
+    assert ours.decode(ours.encode_ordinary("a\x04b\x06")) == "ab"
+    assert ours.encode_ordinary("\x04") == [] and tokenizers.encode_prompt(ours, "\x04") == [2]
+
+
+def test_added_tokens_that_are_not_special_are_read_in_text(kinds):
+    ours = tokenizers.pretrained_tokenizer(kinds["qwen"])
+    think = ours._special_tokens["<think>"]
+    ids = ours.encode_ordinary("so <think>\n17")
+    assert ids.count(think) == 1 and ours.decode(ids) == "so <think>\n17"
+    assert ours._special_tokens["<|im_end|>"] not in ours.encode_ordinary("<|im_end|>")
+
+
+def test_a_prompt_starts_with_exactly_one_bos_where_the_model_uses_one(kinds):
+    ours = tokenizers.pretrained_tokenizer(kinds["llama3"])
+    bos = ours._special_tokens["<|begin_of_text|>"]
+    assert tokenizers.encode_prompt(ours, "") == [bos]
+    ids = tokenizers.encode_prompt(ours, "some words in a row")
+    assert ids[0] == bos and ids.count(bos) == 1
+    cut = tokenizers.cut_start(ours, ids, 3)
+    assert cut == [bos, *ids[-2:]] and tokenizers.cut_start(ours, ids, 1) == ids[-1:]
+    ours = chat.set_chat(ours, "auto", "", kinds["llama3"])
+    ids = tokenizers.encode_prompt(ours, chat.written([("user", "Hi")], ours.chat))
+    assert ids[0] == bos and ids.count(bos) == 1
+    plain = tokenizers.pretrained_tokenizer(kinds["gpt2"])
+    assert tokenizers.cut_start(plain, [5, 6, 7], 2) == [6, 7]
+
+
+def test_the_sampler_stops_at_every_end_that_generation_config_names(kinds, tmp_path):
+    for path in kinds["qwen"].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    n = tokenizers.pretrained_tokenizer(tmp_path).eot_token
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [n + 2, n]}))
+    ours = tokenizers.pretrained_tokenizer(tmp_path)
+    assert ours.end_tokens == (n, n + 2)
+    ours = chat.set_chat(ours, "auto", "", tmp_path)     # now the END_OF is what ends a turn
+    assert ours.eot_token == n + 2 and ours.end_tokens == (n + 2, n)
+    text = ours.encode_ordinary("yes")
+    assert tokenizers.decode_response(ours, text + [n]) == ("yes", True)
+    assert tokenizers.decode_response(ours, text + [n + 2]) == ("yes", True)
+    assert tokenizers.decode_response(ours, text) == ("yes", False)
+
+
+# ---- chat templates
+
+DIALOGUES = [[("user", "Hi")], [("system", "Be brief."), ("user", " 2 + 2?\n")],
+             [("user", "a"), ("assistant", "b"), ("user", "c")],
+             [("system", "S"), ("user", "a"), ("assistant", "b\n\nc"), ("user", "<|im_end|> 1999")]]
+
+
+@pytest.mark.parametrize("kind", ["qwen", "llama3", "smollm2"])
+def test_dialogues_are_the_ids_that_the_models_own_template_gives(kind, kinds, capsys):
+    from tokenizers import Tokenizer
+    ours = chat.set_chat(tokenizers.pretrained_tokenizer(kinds[kind]), "auto", "", kinds[kind])
+    assert "note: the model's" not in capsys.readouterr().out
+    theirs = Tokenizer.from_file(str(kinds[kind] / "tokenizer.json"))
+    for turns in DIALOGUES:
+        if "<|im_end|>" in turns[-1][1]:                 # there theirs takes it for the token
+            turns = [*turns[:-1], ("user", "1999")]
+        text = chat.rendered(TEMPLATES[kind], turns, ours)
+        ids = ours.encode_ordinary(chat.written(turns, ours.chat))
+        assert ids == theirs.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ids) == text == chat.rendered(chat.jinja_of(ours), turns, ours)
+
+
+@pytest.mark.parametrize("kind", ["qwen", "llama3", "smollm2"])
+def test_text_never_ends_a_turn_or_starts_one(kind, kinds):
+    ours = chat.set_chat(tokenizers.pretrained_tokenizer(kinds[kind]), "auto", "", kinds[kind])
+    special = set(ours._special_tokens.values())
+    clean = ours.encode_ordinary(chat.written([("user", "hi")], ours.chat))
+    for token in ours._special_tokens:
+        forged = f"hi{token}{tokenizers.MARK}{token}"
+        ids = ours.encode_ordinary(chat.written([("user", forged)], ours.chat))
+        n_special = sum(i in special for i in ids)
+        assert n_special == sum(i in special for i in clean) or token == "<think>"
+
+
+def test_an_exported_tokenizer_writes_dialogues_as_ours_does(kinds, tmp_path, capsys):
+    """With the default system turn, whose quotes and line ends are kept"""
+    from transformers import AutoTokenizer
+    ours = tokenizers.pretrained_tokenizer(kinds["qwen"])
+    ours = chat.set_chat(ours, "chatml", 'Say "so".\n', kinds["qwen"])
+    tokenizers.export_tokenizer(ours, tmp_path, chat_template=chat.jinja_of(ours))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for turns in DIALOGUES[:3]:
+        messages = [{"role": role, "content": text} for role, text in turns]
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert ids == ours.encode_ordinary(chat.written(turns, ours.chat, ours.system))
+    capsys.readouterr()
+    again = chat.set_chat(tokenizers.pretrained_tokenizer(tmp_path), "auto", 'Say "so".\n', tmp_path)
+    assert again.chat == "chatml" and again.eot_token == ours.eot_token
+    assert capsys.readouterr().out == ""
+    assert chat.jinja_of(tokenizers.pretrained_tokenizer(kinds["gpt2"])) is None
+
+
+def test_a_note_says_where_the_models_template_differs(kinds, tmp_path, capsys):
+    for path in kinds["qwen"].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    own = ("{% if messages[0]['role'] != 'system' %}"
+           "{{ '<|im_start|>system\nBe nice.<|im_end|>\n' }}{% endif %}" + CHATML)
+    (tmp_path / "chat_template.jinja").write_text(own)   # wins over tokenizer_config.json
+    ours = tokenizers.pretrained_tokenizer(tmp_path)
+    chat.set_chat(ours, "auto", "", tmp_path)
+    note = capsys.readouterr().out
+    assert "own chat template writes '<|im_start|>system\\nBe nice.<|im_end|>" in note
+    chat.set_chat(ours, "auto", "Be nice.", tmp_path)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "chat_template.jinja").write_text("{{ broken")
+    chat.set_chat(ours, "chatml", "", tmp_path)
+    assert "could not be compared" in capsys.readouterr().out
+
+
+def test_templates_and_tokens_that_are_not_known_are_refused(kinds, tmp_path):
+    for path in kinds["gpt2"].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    ours = tokenizers.pretrained_tokenizer(tmp_path)
+    assert chat.set_chat(ours, "auto", "", tmp_path).chat == "plain"
+    with pytest.raises(ValueError, match="writes <.im_start.>, <.im_end.>, which this tokenizer"):
+        chat.set_chat(ours, "chatml", "", tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("[INST] {{ messages[0].content }} [/INST]")
+    with pytest.raises(ValueError, match="neither chatml nor llama3; give --chat plain"):
+        chat.set_chat(ours, "auto", "", tmp_path)
+    assert chat.set_chat(ours, "plain", "", tmp_path).chat == "plain"
+
+
+SHOWN = {"\ufdd0<|im_start|>": "[", "\ufdd0<|im_end|>\n": "]"}
+
+
+def chatml_record(record, system=""):
+    prompt, responses = forms.read_record(record, [], "chatml", system)
+    for token, short in SHOWN.items():
+        prompt = prompt.replace(token, short)
+    return prompt, responses
+
+
+HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Hello. "}]
+MARKED = "a\ufdd0<|im_end|>"
+
+
+@pytest.mark.parametrize("record, prompt, responses", [
+    ({"prompt": "Hi", "completion": " Hello."}, "[user\nHi][assistant\n", ["Hello."]),
+    ({"prompt": "Hi"}, "[user\nHi][assistant\n", []),
+    ({"system": "S", "prompt": "Hi"}, "[system\nS][user\nHi][assistant\n", []),
+    ({"messages": HELLO}, "[user\nHi][assistant\n", [" Hello. "]),
+    ({"system": "S", "messages": HELLO}, "[system\nS][user\nHi][assistant\n", [" Hello. "]),
+    ({"chosen": "\n\nHuman: Hi\n\nAssistant: Yes", "rejected": "\n\nHuman: Hi\n\nAssistant: No"},
+     "[user\nHi][assistant\n", ["Yes", "No"]),
+    ({"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", "completion": " d"},
+     "[user\na][assistant\nb][user\nc][assistant\n", ["d"]),
+    ({"prompt": "Hi", "completion": "Hi there"}, "[user\nHi][assistant\n", ["there"]),
+    ({"prompt": HELLO[:1] + [{"role": "assistant", "content": "Hel"}], "completion": "lo"},
+     "[user\nHi][assistant\nHel", ["lo"]),
+    ({"text": "as it is"}, "", ["as it is"]),
+    ({"text": MARKED}, "", ["a\ufffd<|im_end|>"]),
+    ({"prompt": MARKED, "completion": MARKED}, "[user\na\ufffd<|im_end|>][assistant\n",
+     ["a\ufffd<|im_end|>"]),
+    ({"messages": [{"role": "user", "content": MARKED}, {"role": "assistant", "content": MARKED}]},
+     "[user\na\ufffd<|im_end|>][assistant\n", ["a\ufffd<|im_end|>"])])
+def test_records_are_written_by_the_template(record, prompt, responses):
+    assert chatml_record(record) == (prompt, responses)
+
+
+def test_a_system_turn_is_added_only_where_there_is_none():
+    assert chatml_record({"prompt": "Hi"}, "S")[0] == "[system\nS][user\nHi][assistant\n"
+    assert (chatml_record({"system": "T", "prompt": "Hi"}, "S")[0]
+            == "[system\nT][user\nHi][assistant\n")
+    assert chatml_record({"text": "x"}, "S")[0] == ""
+
+
+# --------------------------------------------------------------------------------------------------
 # forms.py, corpus.py
 
 def by(role):
@@ -930,21 +1223,16 @@ SYSTEM_FROM, HUMAN_FROM, GPT_FROM = (
     ({"chosen": f"{HI} hello", "rejected": f"{HI} go away"}, HI, [" hello", " go away"]),
     ({"chosen": f"{HUMAN}a{TURN} b{HI} d", "rejected": f"{HUMAN}a{TURN} b{HI} e"},
      f"{HUMAN}a{TURN} b{HI}", [" d", " e"]),
-    ({"chosen": f"{HI} same", "rejected": f"{HI} same"}, HI, [" same", " same"]),
     ({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}, "2 + 2 =", [" 4", " 5"]),
     ({"prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 =", [" 4"]),
-    ({"prompt": "", "completion": " 4"}, "", [" 4"]),
     ({"text": "Once upon a time", "label": 1}, "", ["Once upon a time"]),
     ({"text": "2 + 2 = 4", "prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 =", [" 4"]),
     ({"messages": [SYSTEM("Be kind."), *YES]}, KIND_HI, [" yes"]),
-    ({"messages": [USER("a"), ASSISTANT("b"), USER("c"), ASSISTANT("d")]},
-     f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d"]),
     ({"prompt": [USER("hi")], "chosen": [ASSISTANT("yes")], "rejected": [ASSISTANT("no")]},
      HI, [" yes", " no"]),
     ({"prompt": "hi", "chosen": YES, "rejected": NO}, HI, [" yes", " no"]),
     ({"chosen": YES, "rejected": NO}, HI, [" yes", " no"]),
     ({"prompt": [USER("hi")], "completion": " as text"}, HI, [" as text"]),
-    ({"prompt": [USER("hi")], "chosen": "yes", "rejected": " no"}, HI, [" yes", " no"]),
     ({"info": {"id": "t3", "post": "I did it.", "title": "TIFU", "subreddit": "tifu"},
       "summaries": [{"text": " worse", "policy": "a"}, {"text": " better", "policy": "b"}],
       "choice": 1, "worker": "w", "split": "train"},
@@ -969,14 +1257,9 @@ SYSTEM_FROM, HUMAN_FROM, GPT_FROM = (
     # messages keep their turns, and nothing of a prompt is dropped
     ({"messages": [USER(f"a{TURN} b"), ASSISTANT(f"c{HUMAN}d{TURN} e")]},
      f"{HUMAN}a{TURN} b{TURN}", [f" c{HUMAN}d{TURN} e"]),
-    ({"chosen": [USER("a"), ASSISTANT(f"b{HUMAN}x")],
-      "rejected": [USER("a"), ASSISTANT(f"b{TURN} y")]},
-     f"{HUMAN}a{TURN}", [f" b{HUMAN}x", f" b{TURN} y"]),
     ({"messages": [USER("a"), ASSISTANT("b"), ASSISTANT("c")]}, f"{HUMAN}a{TURN} b{TURN}", [" c"]),
     ({"messages": [USER("a"), ASSISTANT("b"), USER("c")]}, f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", []),
     ({"prompt": [SYSTEM("Be kind.")], "chosen": YES, "rejected": NO}, KIND_HI, [" yes", " no"]),
-    ({"prompt": [SYSTEM("Be kind."), USER("hi")], "chosen": YES, "rejected": "no"},
-     KIND_HI, [" yes", " no"]),
     ({"prompt": [USER("a"), ASSISTANT("b")], "completion": [USER("c"), ASSISTANT("d")]},
      f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d"]),
     ({"prompt": [USER("a"), ASSISTANT("b"), USER("a")], "completion": [USER("a"), ASSISTANT("d")]},
@@ -996,8 +1279,8 @@ SYSTEM_FROM, HUMAN_FROM, GPT_FROM = (
      KIND_HI, [" yes", " c"]),
     ({"system": "Be kind.", "messages": [SYSTEM("Be kind."), *YES]}, KIND_HI, [" yes"]),
     ({"system": "", "prompt": "p", "completion": " c"}, "p", [" c"])])
-def test_every_form_of_a_record_becomes_a_prompt_and_responses_better_first(
-        record, prompt, responses):
+def test_every_form_becomes_a_prompt_and_responses(record, prompt, responses):
+    """The better response comes first."""
     assert forms.read_record(record) == (prompt, responses)
 
 
@@ -1011,7 +1294,6 @@ UNREADABLE = [                                           # lines and records, an
     ([1, 2], "not a JSON object"),
     ({}, "none of the known forms: keys "),
     ({"question": "?", "answer": "!"}, "none of the known forms: keys answer, question"),
-    ({"text": None}, "none of the known forms: keys "),
     ({"prompt": "p", "completion": 3}, "a text is not a string"),
     ({"prompt": 0, "completion": " c"}, "a text is not a string"),
     ({"messages": [USER("a")], "prompt": 5}, "a text is not a string"),
@@ -1022,7 +1304,6 @@ UNREADABLE = [                                           # lines and records, an
     ({"prompt": "", "answer": "4"}, "an empty prompt and no response"),
     ({"prompt": []}, "an empty prompt and no response"),
     ('{"prompt": "p \\ud800", "completion": " c"}', "a lone surrogate, which is not valid text"),
-    ('{"prompt": "p", "completion": " \\udfff"}', "a lone surrogate, which is not valid text"),
     ({"messages": [ASSISTANT(None)]}, "a message by assistant whose content is not a text"),
     ({"messages": [USER([{"type": "image_url"}])]}, "a message by user whose content is not a"),
     ({"messages": "hello"}, "no prompt, and the texts share no assistant turn"),
@@ -1030,14 +1311,12 @@ UNREADABLE = [                                           # lines and records, an
      "a message by tool; the role must be user, assistant or system"),
     ({"messages": [by(["user"])("x")]}, "a message by ['user']; the role"),
     ({"messages": ["hi"]}, "a message without a role and content"),
-    ({"text": ["a"]}, "a message without a role and content"),
     ({"messages": []}, "messages without a turn; there must be at least one"),
     ({"chosen": [USER("a")], "rejected": [USER("a")]},
      "a comparison that does not end in an assistant turn"),
     ({"info": {"post": None, "title": "t", "subreddit": "s"},
       "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0},
      "a comparison of summaries without its texts"),
-    ({"info": {"post": "p"}, "summaries": [], "choice": 0}, "a comparison of summaries without"),
     ({"info": [], "summaries": [], "choice": "x"}, "a comparison of summaries without its texts"),
     ({"chosen": "a", "rejected": "b"}, "no prompt, and the texts share no assistant turn"),
     ({"chosen": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} d", "rejected": f"{HUMAN}a{TURN} x"},
@@ -1077,6 +1356,9 @@ def written_out(token):
     ({**comparison(0), "messages": [USER("a")]}, [" Number 0 is good", " I do not like 0."],
      [(UNUSED, "messages")]),
     ({"text": "a film", "label": 1}, ["a film"], [(UNUSED, "label")]),
+    ({"prompt": "p", "chosen": " a", "rejected": " b", "label": 0}, [" a", " b"],
+     [(UNUSED, "label")]),
+    ({"prompt": "p", "label": 0}, [], [(UNUSED, "label")]),
     ({"prompt": "a\x00b", "completion": " c"}, [" c"], [(KEPT, "with control characters")]),
     ({"prompt": "p", "completion": "\x9b"}, ["\x9b"], [(KEPT, "with control characters")]),
     ({"prompt": "tab\t", "completion": " line\r\n"}, [" line\r\n"], []),
@@ -1087,7 +1369,7 @@ def written_out(token):
      list(map(written_out, ["<|eot_id|>", "<|im_end|>", "<｜end▁of▁sentence｜>"]))),
     ({"prompt": "Is it?", "chosen": "Is it? Yes.", "rejected": "Is it? No."}, [" Yes.", " No."],
      [REPEATED]),
-    ({"prompt": "1 +", "text": "1 + 1 = 2"}, [" 1 = 2"], [REPEATED]),
+    ({"prompt": "1 + 1", "text": "1 + 1 = 2"}, [" = 2"], [REPEATED]),
     ({"prompt": "Is it?", "chosen": "Is it? Yes.", "rejected": " No."}, ["Is it? Yes.", " No."],
      [(KEPT, "with one response that repeats the prompt")]),
     ({"prompt": "He", "completion": "Hello"}, ["Hello"], []),
@@ -1141,8 +1423,7 @@ def mixed_rows():
     return rows
 
 
-def test_rows_are_cut_to_fit_and_counted_as_is_everything_left_out(
-        empty_folder, tokenizer, capsys):
+def test_rows_are_cut_to_fit_and_what_is_left_out_is_counted(empty_folder, tokenizer, capsys):
     rows = mixed_rows()
     ours = rows_for(empty_folder, tokenizer, rows)
     said = capsys.readouterr().out
@@ -1216,6 +1497,8 @@ def test_a_prompt_is_held_out_by_its_whole_text_wherever_it_is_cut(empty_folder,
     for n in (12, 30, 60):
         read = rows_for(empty_folder, tokenizer, rows, max_prompt_tokens=n)
         assert read.held_out.tolist() == wanted
+    # The first byte of the hash is 31, and 32: as in runs of earlier versions
+    assert corpus.held_out(b"number 26") and not corpus.held_out(b"number 202")
 
 
 def test_prompts_that_a_cut_makes_equal_are_on_one_side(empty_folder, tokenizer):
@@ -1256,8 +1539,7 @@ def test_rows_come_in_a_shuffled_order_that_is_the_same_for_every_seed(empty_fol
     assert len(set(map(tuple, taken[0][:20]))) == 2      # both kinds are among the first
 
 
-def test_stored_rows_are_used_until_the_data_or_a_setting_changes(
-        empty_folder, tokenizer, capsys, monkeypatch):
+def test_stored_rows_are_used_until_something_changes(empty_folder, tokenizer, capsys, monkeypatch):
     cfg = cfg_for(empty_folder, mixed_rows())
     ours = list(corpus.rows_of(cfg, tokenizer, 90))
     said = capsys.readouterr().out
@@ -1289,8 +1571,7 @@ def test_stored_rows_that_were_damaged_are_made_again(empty_folder, tokenizer, c
     assert list((empty_folder / "out" / "tokens").iterdir()) == [stored]
 
 
-def test_a_folders_files_are_read_and_named_and_rows_in_two_of_them_counted(
-        empty_folder, tokenizer):
+def test_files_of_a_folder_are_named_and_repeated_rows_counted(empty_folder, tokenizer):
     rows = [json.dumps(comparison(i)) for i in range(60)]
     write_rows(empty_folder / "a" / "x.jsonl", [*rows, rows[0]])               # twice in one file
     for name in (".x.jsonl", ".cache/x.jsonl", "b/._x.json", "notes.txt"):     # not read
@@ -1439,8 +1720,7 @@ def test_csv_and_parquet_are_named_with_a_command_that_converts_them(empty_folde
     (80, dict(max_new_tokens=31), "prompts of up to 60 tokens and --max_new_tokens 31 exceed .* "
                                   "90; lower --max_new_tokens to 30")],
     ids=["nowhere", "pipe", "void", "empty", "broken", "one", "prompts", "responses"])
-def test_data_that_cannot_be_used_ends_with_one_clear_message(
-        content, changes, message, empty_folder, tokenizer):
+def test_data_that_cannot_be_used_are_refused(content, changes, message, empty_folder, tokenizer):
     path = empty_folder / "rows.jsonl"
     if callable(content):
         content(path)
@@ -1657,7 +1937,7 @@ def toy(cfg):
         theirs = random.random() + random.gauss(0, 1) + np.random.randn()      # as a reward may
         x = torch.randn(4, 1, generator=run.generator) + torch.randn(4, 1) + theirs
         loss = ((model(x) - 2 * x) ** 2).mean()
-        loss.backward()
+        run.backward(loss)
         run.log(step, {"loss": loss} | run.step(1.0, grad_norm=optimizer), ["loss"])
         run.checkpoint(step + 1)
     return run.finish("it learned to double", {"weight": model.weight.item()})
@@ -1665,6 +1945,16 @@ def toy(cfg):
 
 def toy_config(**changes):
     return ToyConfig(config="tiny", **changes)
+
+
+def after_each_update(monkeypatch, act):
+    """From now on act(step) is called when an update has been logged."""
+    original = runs.Run.log
+
+    def logged(run, step, *args, **kwargs):
+        original(run, step, *args, **kwargs)
+        act(step)
+    monkeypatch.setattr(runs.Run, "log", logged)
 
 
 @pytest.fixture
@@ -1692,8 +1982,7 @@ def test_a_finished_stage_is_shown_again_and_not_run_again(whole_run, finished_r
     (ppo, dict(out="other", base="nowhere"), "--base nowhere has no finished"),
     (sft, dict(block_size=20, overwrite=True), ".*exceed --block_size 20")],
     ids=["one field", "two fields", "a different preset", "no such base", "overwriting"])
-def test_settings_that_do_not_fit_are_refused_and_change_nothing(script, changes, message,
-                                                                 finished_run):
+def test_settings_that_do_not_fit_change_nothing(script, changes, message, finished_run):
     before = sorted(finished_run.rglob("*"))
     with refused(message):
         script.main(tiny_config(script, **changes))
@@ -1712,8 +2001,10 @@ def test_an_overwritten_run_is_kept_until_the_new_one_is_complete(toy_folder, mo
     first = toy(toy_config())
     assert (toy_folder / "notes.txt").exists()
     crash_overwriting(lr=0.2)
+    (toy_folder / "picture.png").write_text("")
     crash_overwriting(lr=0.3)                            # over an unfinished one: still the same
     assert files.read_json(old / "results.json") == first
+    assert not (toy_folder / "picture.png").exists()
     assert toy(toy_config(overwrite=True, resume=True, lr=0.3)) != first       # resume wins
     assert "resuming at update 2" in capsys.readouterr().out and not old.exists()
     shutil.rmtree(toy_folder)
@@ -1732,19 +2023,22 @@ def test_a_run_that_looked_before_a_different_one_finished_is_refused(toy_folder
 def test_a_second_run_in_a_folder_is_refused_and_told_of_the_first(toy_folder, monkeypatch):
     told = (rf"process {os.getpid()} on .* .python \S*.py --config tiny --seed 3., started 20\d\d-"
             ".*, is writing to out/tiny/toy; wait until it has ended, or give a different --out")
-    original = runs.Run.log
 
     def second():
         for changes in (dict(resume=True), dict(overwrite=True)):
             with refused(told):
                 toy(toy_config(seed=3, **changes))
 
-    def log_and_try(run, step, *args, **kwargs):
-        original(run, step, *args, **kwargs)
+    def at_update_3(step):
         if step == 3:
             assert in_a_child(second) == 0
-    monkeypatch.setattr(runs.Run, "log", log_and_try)
-    assert toy(toy_config(seed=3)) == toy(toy_config(seed=3)) and log_lines(toy_folder) == 5
+            files.stop("enough")
+    with monkeypatch.context() as patch, refused("enough") as stopped:
+        after_each_update(patch, at_update_3)
+        toy(toy_config(seed=3))
+    # Now the folder is free, although the traceback keeps the run alive
+    assert in_a_child(lambda: toy(toy_config(seed=3, resume=True))) == 0 and stopped.value
+    assert log_lines(toy_folder) == 5
 
 
 def test_stages_that_do_not_belong_together_are_noticed(finished_run, capsys, no_pictures):
@@ -1763,8 +2057,7 @@ def test_stages_that_do_not_belong_together_are_noticed(finished_run, capsys, no
         ppo.main(dataclasses.replace(cfg, overwrite=True))
 
 
-def test_an_unfinished_earlier_stage_is_finished_with_its_own_settings(finished_run, monkeypatch,
-                                                                       no_pictures):
+def test_an_unfinished_stage_keeps_its_settings(finished_run, monkeypatch, no_pictures):
     """Even if it was killed before its first checkpoint"""
     folder = finished_run / "early" / "sft"
     with crash_at(1, monkeypatch):
@@ -1801,8 +2094,7 @@ def test_stages_that_run_first_inherit_data_lengths_and_dtype(user_folder):
         assert {name: config[name] for name in shared} == shared, stage
 
 
-def test_a_run_may_be_a_path_beside_which_others_are_found(finished_run, tmp_path, capsys,
-                                                           no_pictures):
+def test_a_run_may_be_a_path(finished_run, tmp_path, capsys, no_pictures):
     few = dict(n_eval=2, n_samples=2)
     disk = tmp_path / "disk"
     run = str(disk / "cost$_$")                          # and its name is not a formula
@@ -1838,21 +2130,6 @@ def test_copies_and_exports_in_out_do_not_confuse_the_readers(finished_run, caps
 
 # ---- killed and resumed
 
-@pytest.mark.parametrize("script, at", [
-    (sft, 33), (reward_model, 17), (ppo, 4), (dpo, 9), (grpo, 4), (policy_gradient, 16)],
-    ids=name_of)
-def test_an_interrupted_and_resumed_stage_ends_with_the_same_bits(script, at, finished_run,
-                                                                  monkeypatch):
-    """Stopped between two checkpoints, as by a crash: updates since the last one are repeated."""
-    cfg = tiny_config(script, out=f"resumed_{script.__name__}", base=base_of(script))
-    with crash_at(at, monkeypatch):
-        script.main(cfg)
-    with refused(".* unfinished stage; --resume continues it, --overwrite start"):
-        script.main(cfg)
-    script.main(dataclasses.replace(cfg, resume=True))
-    assert_same_run(finished_run / cfg.out / script.__name__, uninterrupted(finished_run, script))
-
-
 @pytest.mark.parametrize("script, at, changes", [
     pytest.param(sft, 23, dict(init="gpt2", steps=30, n_texts=None, n_eval=10, batch_size=8,
                                lora_rank=0, dropout=0.3), id="sft"),
@@ -1884,8 +2161,7 @@ def test_a_stage_on_data_of_the_users_resumes_to_the_same_bits(script, at, chang
     assert_same_run(user_folder / again / stage, user_folder / whole / stage)
 
 
-def test_killed_at_every_moment_of_writing_a_run_resumes_to_the_same_bits(empty_folder,
-                                                                          monkeypatch):
+def test_killed_at_any_write_a_run_resumes_to_the_same_bits(empty_folder, monkeypatch):
     """SIGKILL before and after each flush and each renaming, each in a process of its own"""
     whole, folder = empty_folder / "out" / "whole" / "toy", empty_folder / "out" / "killed" / "toy"
     with monkeypatch.context() as patch:
@@ -1953,8 +2229,7 @@ def test_the_log_is_on_the_disk_before_the_checkpoint_after_it(empty_folder, mon
     assert len(checkpoints) == 3 and all(flushed[i - 1] == "log.jsonl" for i in checkpoints)
 
 
-def test_the_same_seed_gives_the_same_bits_whatever_hashes_and_threads_do(empty_folder,
-                                                                          no_pictures):
+def test_hashes_and_threads_do_not_change_the_bits(empty_folder, no_pictures):
     """In this process, and in one with a different PYTHONHASHSEED and more threads that tokenise"""
     write_rows(empty_folder / "pairs.jsonl", [comparison(i) for i in range(150)])
     cfg = tiny_config(sft, out="here", data="pairs.jsonl", max_prompt_tokens=40, steps=4, n_eval=5,
@@ -1972,8 +2247,7 @@ def test_the_same_seed_gives_the_same_bits_whatever_hashes_and_threads_do(empty_
     assert cached.read_bytes() == before
 
 
-def test_accumulation_and_checkpointing_may_change_on_resume(finished_run, monkeypatch,
-                                                             no_pictures):
+def test_accumulation_and_checkpointing_may_change(finished_run, monkeypatch, no_pictures):
     """A run that was out of memory can continue with them."""
     cfg = tiny_config(ppo, out="changed", base="tiny", steps=4, save_every=2, n_eval=2, n_samples=2)
     with crash_at(2, monkeypatch):
@@ -2005,8 +2279,7 @@ def test_a_run_of_an_earlier_version_is_known(user_folder, capsys):
     assert "resuming at update 3" in capsys.readouterr().out
 
 
-def test_a_run_whose_data_have_changed_is_refused_and_keeps_its_tokenizer(empty_folder, monkeypatch,
-                                                                          no_pictures):
+def test_changed_data_are_refused_and_the_tokenizer_is_kept(empty_folder, monkeypatch, no_pictures):
     path = empty_folder / "rows.jsonl"
     folder = empty_folder / "out" / "changing" / "sft"
     rows = [comparison(i) for i in range(120)]
@@ -2040,6 +2313,8 @@ def test_files_of_a_different_run_are_refused_on_resume(toy_folder, monkeypatch)
     wrong_log = ("out/tiny/toy/log.jsonl does not have the updates 0 to 3 that come before the "
                  "checkpoint: it was changed since")
     random_wrong = "out/tiny/toy/checkpoint.pt holds random states that cannot be set "
+    with refused("out/tiny/toy holds an unfinished stage; --resume continues it, --overwrite"):
+        toy(toy_config())
     for name, content, message in (
             ("checkpoint.pt", checkpoint(config=saved["config"] | {"lr": 0.5}),
              "out/tiny/toy holds a run with lr 0.5, this one has lr 0.1"),
@@ -2077,7 +2352,8 @@ def test_a_checkpoint_with_a_model_of_a_different_version_is_refused(finished_ru
                    {"gpt": gpt | {"n_embd": "x"}}, {"gpt": gpt | {"n_embd": -8}}, {"gpt": 5},
                    {"policy": 5}, {"policy": {"a.lora_a": torch.zeros(1, 1)}}):
         torch.save(saved | change, folder / "checkpoint.pt")
-        with refused(".*/sft/checkpoint.pt describes a model that model.py does not know"):
+        with refused(".*/sft/checkpoint.pt( describes a model that model.py does not know|: the "
+                     "policy in it does not fit)"):
             sft.load_policy(folder, "cpu")
 
 
@@ -2156,10 +2432,9 @@ ADVICE = " is (nan|inf); try a lower --lr, --critic_lr or --beta, with a differe
     (sft, dict(steps=1, **RUINED), "the held-out loss is nan"),
     (reward_model, dict(n_prompts=4, lora_rank=0, **RUINED), "the score of a held-out response is"),
     (dpo, dict(n_pairs=16, **RUINED), "a log-probability of DPO is nan"),
-    (grpo, dict(steps=1, minibatch_size=32, epochs=1, **RUINED), "kl_old in update 0 is (nan|inf)")],
+    (grpo, dict(steps=1, minibatch_size=32, epochs=1, **RUINED), "kl_old in update 0 is")],
     ids=id_of_case)
-def test_a_setting_that_ruins_the_weights_is_noticed_and_blamed(script, changes, message,
-                                                                finished_run, no_pictures):
+def test_settings_that_ruin_weights_are_blamed(script, changes, message, finished_run, no_pictures):
     """Even in the last update: before the report"""
     with refused(message):
         script.main(tiny_config(script, out=f"ruined_{script.__name__}", base=base_of(script),
@@ -2210,7 +2485,44 @@ def test_a_weight_that_is_not_finite_is_never_saved(toy_folder):
     gpt.transformer.wte.weight.data[1, 1] = math.inf
     with refused(".*weight of the policy after 3 updates is inf"):
         run.save(3)
+    for _ in run.steps(0, 1):
+        run.taken = 1                                    # so this update cannot be saved either
+        with refused("loss in update 0 is nan; a hint. No checkpoint had been written yet. docs/"):
+            run.must_be_finite("a hint", loss=math.nan)
     assert not (toy_folder / "checkpoint.pt").exists()
+
+
+def test_where_float16_overflows_the_step_is_left_out_and_losses_are_scaled_less(toy_folder):
+    run = runs.Run(toy_config(dtype="float16"), "toy")
+    run.begin()
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    run.restore(model=model, optimizer=optimizer)
+    for step in run.steps(0, 1):
+        before = model.weight.item()
+        scale = run.scaler.get_scale()
+        run.backward(model.weight.sum() * 1e36)          # times the scale it is beyond float32
+        assert run.step(1.0, grad_norm=optimizer) == {"steps_skipped": 1.0}
+        assert model.weight.item() == before and model.weight.grad is None and run.taken == 0
+        assert run.scaler.get_scale() == scale / 2
+        run.backward(model.weight.sum() * 3)             # the norm is that of the loss itself
+        assert run.step(9.0, grad_norm=optimizer)["grad_norm"].item() == pytest.approx(3)
+        assert model.weight.item() != before and run.taken == 1
+        run.scaler.update(1.0)                           # nothing left to scale less
+        run.backward(model.weight.sum() * math.nan)
+        with refused("grad_norm in update 0 is nan"):
+            run.step(1.0, grad_norm=optimizer)
+
+
+def test_a_float16_run_resumes_to_the_same_bits(toy_folder, monkeypatch):
+    whole = toy(toy_config(dtype="float16", out="whole"))
+    after_each_update(monkeypatch, lambda step: crash() if step == 3 else None)
+    with pytest.raises(RuntimeError, match="crash"):
+        toy(toy_config(dtype="float16"))
+    assert files.load_checkpoint(toy_folder)["scaler"]["scale"] == 2.0 ** 16
+    monkeypatch.undo()
+    monkeypatch.chdir(toy_folder.parents[2])
+    assert toy(toy_config(dtype="float16", resume=True)) == whole
 
 
 def crash(*args, **kwargs):
@@ -2218,7 +2530,7 @@ def crash(*args, **kwargs):
 
 
 @pytest.mark.parametrize("script, function, error, told", [
-    (ppo, "generate", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+    (rollout, "generate", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
      "CUDA out of memory. Tried to allocate 20 GiB"),
     (sft, "sft_loss", MemoryError(), "MemoryError")], ids=["CUDA", "Python"])
 def test_out_of_memory_is_one_message_that_names_what_needs_less(script, function, error, told,
@@ -2244,8 +2556,7 @@ def test_out_of_memory_is_one_message_that_names_what_needs_less(script, functio
     (signal.SIGINT, signal.SIGINT,
      "stopped; what was saved is intact, --resume continues an unfinished stage")],
     ids=["Ctrl-C", "a plain kill", "a closed terminal", "Ctrl-C twice"])
-def test_a_signal_saves_and_says_how_to_resume_and_a_second_one_leaves_at_once(
-        first, second, told, finished_run, monkeypatch):
+def test_a_signal_saves_a_second_one_leaves_at_once(first, second, told, finished_run, monkeypatch):
     original = ppo.roll_out
 
     def slow(*args):
@@ -2276,14 +2587,9 @@ def test_a_signal_saves_and_says_how_to_resume_and_a_second_one_leaves_at_once(
 
 def test_ctrl_c_in_the_last_update_leaves_before_the_report(toy_folder, monkeypatch):
     """It comes with --resume. After a run, and in a thread, signals are the caller's."""
-    original = runs.Run.log
-
-    def interrupted(run, step, *args, **kwargs):
-        original(run, step, *args, **kwargs)
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Run, "log", interrupted)
+        after_each_update(
+            patch, lambda step: step == 4 and os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(Stopped, match="^saved after 5 of 5 updates in out/tiny/toy; the same "
                                           "command with --resume"):
             toy(toy_config())
@@ -2297,13 +2603,8 @@ def test_ctrl_c_in_the_last_update_leaves_before_the_report(toy_folder, monkeypa
 
 def test_a_hangup_that_nohup_ignores_stays_ignored(empty_folder, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    original = runs.Run.log
     seen = []
-
-    def noted(*args, **kwargs):
-        seen.append(signal.getsignal(signal.SIGHUP))
-        original(*args, **kwargs)
-    monkeypatch.setattr(runs.Run, "log", noted)
+    after_each_update(monkeypatch, lambda step: seen.append(signal.getsignal(signal.SIGHUP)))
     try:
         toy(toy_config())
     finally:
@@ -2343,7 +2644,6 @@ def test_ctrl_c_in_a_reward_drops_the_update_which_resume_repeats(script, call, 
             script.main(dataclasses.replace(cfg, out="stopped"))
     finally:
         (home / "stop").unlink()
-    assert not any(run.looping for run in process.OPENED.runs)
     script.main(dataclasses.replace(cfg, out="stopped", resume=True))
     assert_same_run(*(finished_run / out / script.__name__ for out in ("stopped", "unstopped")))
 
@@ -2446,6 +2746,16 @@ def test_a_reader_that_goes_away_makes_a_run_save_and_leave(finished_run):
     assert 0 < files.load_checkpoint(folder)["step"] == log_lines(folder)
 
 
+def test_a_reader_that_goes_away_before_the_report_ends_the_command(toy_folder, monkeypatch):
+    def write(text):
+        if "learned" in text:
+            raise BrokenPipeError
+    reader = types.SimpleNamespace(write=write, flush=lambda: None)
+    monkeypatch.setattr(sys, "stdout", reader)
+    with pytest.raises(BrokenPipeError):
+        toy(toy_config())
+
+
 @pytest.mark.parametrize("redirection", [">/dev/full", ">&-", ">&- 2>&-"])
 def test_an_output_that_is_full_or_closed_changes_nothing(redirection, finished_run):
     """Python writes what is left in the buffer when it exits; a closed output's number is reused"""
@@ -2462,7 +2772,7 @@ def test_a_log_is_drawn_whatever_the_runs_name_and_the_gaps_in_it(tmp_path, caps
     folder.mkdir()
     files.write_lines(folder / "log.jsonl", [{"step": 0, "loss": 1.0}, {"step": 1, "loss": None}])
     assert reports.curves(folder, [("loss", "", ["loss"])]) == folder / "curves.png"
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "" and "matplotlib.pyplot" not in sys.modules
 
 
 def test_without_matplotlib_a_stage_finishes_without_pictures(finished_run, monkeypatch, capsys):
@@ -2480,8 +2790,7 @@ def test_without_matplotlib_a_stage_finishes_without_pictures(finished_run, monk
 full_disk = failing(OSError(errno.ENOSPC, "No space left on device"))
 
 
-def test_a_run_on_a_full_disk_keeps_its_checkpoint_and_resumes(finished_run, monkeypatch,
-                                                               no_pictures):
+def test_a_full_disk_keeps_the_last_checkpoint(finished_run, monkeypatch, no_pictures):
     """By the kernel's limit on the size of a file, then by an error of fsync"""
     cfg = short_config(sft, out="no_room")
     stage = finished_run / "no_room" / "sft"
@@ -2581,21 +2890,6 @@ def test_copies_links_and_profilers_run_under_their_own_name(finished_run, tmp_p
         assert (tmp_path / name / "model.safetensors").exists()
 
 
-def test_a_stage_called_from_python_can_be_refused_and_called_again(finished_run, no_pictures):
-    cfg = short_config(sft, out="from_python")
-    state = torch.get_rng_state()
-    with refused("--vocab_size got 5"):
-        sft.main(dataclasses.replace(cfg, vocab_size=5))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs.Run, "checkpoint", lambda run, done: files.stop("in the middle"))
-        with refused("in the middle") as stopped:
-            sft.main(cfg)
-    results = sft.main(cfg)
-    assert results == sft.main(cfg) and torch.equal(torch.get_rng_state(), state)
-    assert stopped.value                                 # its traceback keeps the first Run alive
-    assert "matplotlib.pyplot" not in sys.modules
-
-
 # ---- exports, and weights of the user's
 
 def test_export_works_on_a_finished_stage_and_never_overwrites(user_folder, monkeypatch, capsys):
@@ -2689,8 +2983,7 @@ def test_a_reward_beside_our_scripts_may_import_them(empty_folder, tokenizer, mo
     ("few", "return [1.0]", ".* returned 1 numbers; it should return one for each"),
     ("broken", "raise ValueError('no judge today')",
      "the reward function broken ended in the ValueError above")])
-def test_a_reward_that_cannot_be_used_stops_before_anything_is_written(name, body, message,
-                                                                       finished_run, tmp_path):
+def test_a_reward_that_cannot_be_used_stops_first(name, body, message, finished_run, tmp_path):
     (tmp_path / "judge.py").write_text(f"def {name}(prompts, responses):\n    {body}\n")
     with refused(message):
         ppo.main(tiny_config(ppo, out="unrewarded", base="tiny",

@@ -30,7 +30,7 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 # are then at the end of a piece
 DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 USUAL = {"bos": None, "nfc": False, "in_text": [], "chat": "plain", "system": ""}
-MARK = "\ufdd0"        # before a special token that a chat template writes; no character of any text
+MARK = "\ufdd0"        # before a special token that a chat template writes; it is no character
 
 
 def train_tokenizer(texts, vocab_size=1024):
@@ -84,12 +84,12 @@ def pretrained_tokenizer(source=None):
     special, ends = special_tokens(folder, vocab, merges, added)
     ordinary = {token: i for token, i in vocab.items() if token not in special}
     check_merges(folder, ordinary, merges, options.pop("ignore_merges"))
-    if options["bos"]:
-        if options["bos"] not in special:
-            raise ValueError(f"{folder} puts {options['bos']} before every text, but has no such "
-                             "token")
-        options["bos"] = special[options["bos"]]
-    options["in_text"] = [token["content"] for token in added if not token.get("special")]
+    bos = options.pop("bos")
+    if bos != "" and bos not in special:
+        raise ValueError(f"{folder} puts {bos} before every text, but has no such token")
+    options["bos"] = special.get(bos)
+    options["in_text"] = [token["content"] for token in added
+                          if not token.get("special") and token["id"] not in ends]
     made = make_encoding("gpt2", ordinary, special, ends, **options)
     if made.absent:
         print(f"note: the tokenizer in {folder} has no token for {len(made.absent)} of the 256 "
@@ -134,7 +134,7 @@ def read_bpe(folder):
     """
     settings = read_optional(folder / "tokenizer_config.json")
     refused = [name for name in ("add_prefix_space", "add_eos_token") if settings.get(name)]
-    options = {"pattern": PATTERN, "nfc": False, "bos": None, "ignore_merges": False}
+    options = {"pattern": PATTERN, "nfc": False, "bos": "", "ignore_merges": False}
     path = folder / "tokenizer.json"
     if path.is_file():
         content = pretrained.read_json(path)
@@ -434,7 +434,7 @@ def load_tokenizer(folder):
                    f"checkpoint has one beside it; {files.recovery_hint(folder)}")
 
 
-def export_tokenizer(tokenizer, folder, pad=False):
+def export_tokenizer(tokenizer, folder, pad=False, chat_template=None):
     """Write it for transformers' AutoTokenizer; pad adds a special token with the next id."""
     from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers,
                             pre_tokenizers, processors)
@@ -473,7 +473,9 @@ def export_tokenizer(tokenizer, folder, pad=False):
             single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos)])
     bpe.add_special_tokens([token for token in special if token not in tokenizer.in_text])
     bpe.add_tokens([AddedToken(token, normalized=False) for token in tokenizer.in_text])
-    PreTrainedTokenizerFast(tokenizer_object=bpe, **roles).save_pretrained(folder)
+    made = PreTrainedTokenizerFast(tokenizer_object=bpe, **roles)
+    made.chat_template = chat_template
+    made.save_pretrained(folder)
 
 
 # --------------------------------------------------------------------------------------------------
