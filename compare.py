@@ -20,7 +20,8 @@ import reviews
 from lab.report import progress, table
 from lab.run import check_finite
 from lab.tokenizer import decode_response, start_of
-from model import generate, token_logprobs
+from model import token_logprobs
+from sampler import generate
 
 # --------------------------------------------------------------------------------------------------
 # The built-in task's true utility

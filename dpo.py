@@ -49,9 +49,10 @@ from lab.config import ABOVE_0
 from lab.report import progress
 from lab.run import (Run, check_finite, ensure, launch, learning_rate, self_contained,
                      set_learning_rate, stop, stored_config)
-from model import add_lora, generate, masked_mean, reference_of, token_logprobs, trained
+from model import add_lora, masked_mean, reference_of, token_logprobs, trained
 from presets import presets_of
 from reward import REWARD_HINT, Rewarded, check_reward, load_reward
+from sampler import generate
 
 
 @dataclass

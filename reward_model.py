@@ -40,8 +40,9 @@ from lab.run import (Run, check_finite, ensure, launch, learning_rate, self_cont
                      set_learning_rate, stop)
 from lab.tokenizer import (check_vocabulary, decode_response, export_tokenizer, load_tokenizer,
                            tokenizer_id)
-from model import GPTConfig, ScalarGPT, add_lora, generate, masked_mean, sequence_scores, trained
+from model import GPTConfig, ScalarGPT, add_lora, masked_mean, sequence_scores, trained
 from presets import presets_of
+from sampler import generate
 
 
 @dataclass

@@ -11,7 +11,8 @@ import torch
 
 import data
 from lab.run import stop
-from model import generate, masked_mean, token_logprobs
+from model import masked_mean, token_logprobs
+from sampler import generate
 
 
 @torch.no_grad()
@@ -61,7 +62,7 @@ def check_first_ratio(logprobs, old_logprobs, mask, cfg, clip_eps_high=None):
              "temperature or mask, or a gradient step in between")
     if outside > 0.01:
         print(f"warning: before any step, {outside:.1%} of the tokens have a ratio outside the "
-              "clip range, because {cfg.dtype} rounds coarsely; try --dtype float32")
+              f"clip range, because {cfg.dtype} rounds coarsely; try --dtype float32")
     return outside
 
 

@@ -44,9 +44,10 @@ from lab.process import pick_device
 from lab.run import (Stopped, check_export, ensure, launch, self_contained, stop,
                      stored_config)
 from lab.tokenizer import check_vocabulary, decode_response, encode_prompt, start_of
-from model import ScalarGPT, generate, token_logprobs
+from model import ScalarGPT, token_logprobs
 from presets import presets_of
 from reward import Rewarded, load_reward
+from sampler import generate
 
 
 @dataclass

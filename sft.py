@@ -32,9 +32,10 @@ from lab.run import (Run, check_finite, launch, learning_rate, self_contained, s
                      stop)
 from lab.tokenizer import (check_vocabulary, decode_response, export_tokenizer, load_tokenizer,
                            pretrained_tokenizer, train_tokenizer)
-from model import (ARCHITECTURES, GPT, GPTConfig, add_lora, generate, masked_mean, merged,
-                   token_logprobs, trained)
+from model import (ARCHITECTURES, GPT, GPTConfig, add_lora, masked_mean, merged, token_logprobs,
+                   trained)
 from presets import presets_of
+from sampler import generate
 
 
 @dataclass

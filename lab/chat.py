@@ -127,23 +127,25 @@ def template_of(source):
 
 
 JINJA = """\
-{{%- if messages[0]['role'] != 'system' and {system} %}}{{%- set messages = [{{'role': 'system', \
-'content': {system}}}] + messages %}}{{%- endif %}}{{{{- {start} }}}}{{%- for message in messages %}}\
-{{{{- {before} + message['role'] + {after} + message['content']{trim} + {end} }}}}{{%- endfor %}}\
-{{%- if add_generation_prompt %}}{{{{- {before} + 'assistant' + {after} }}}}{{%- endif %}}"""
+{%- if messages[0]['role'] != 'system' and SYSTEM %}\
+{%- set messages = [{'role': 'system', 'content': SYSTEM}] + messages %}{%- endif %}\
+{{- START }}{%- for message in messages %}\
+{{- BEFORE + message['role'] + AFTER + message['content']TRIM + END }}{%- endfor %}\
+{%- if add_generation_prompt %}{{- BEFORE + 'assistant' + AFTER }}{%- endif %}"""
 
 
 def jinja_of(tokenizer):
     """The Jinja template that writes dialogues as `written` does; None for plain ones"""
     if tokenizer.chat == "plain":
         return None
-    parts = dict(start="", before="<|im_start|>", after="\n", end="<|im_end|>\n", trim="")
+    parts = {"START": "", "BEFORE": "<|im_start|>", "AFTER": "\n", "END": "<|im_end|>\n"}
     if tokenizer.chat == "llama3":
-        parts = dict(start="<|begin_of_text|>", before="<|start_header_id|>",
-                     after="<|end_header_id|>\n\n", end="<|eot_id|>", trim=" | trim")
-    parts["system"] = tokenizer.system
-    return JINJA.format(**{name: text if name == "trim" else json.dumps(text)
-                           for name, text in parts.items()})
+        parts = {"START": "<|begin_of_text|>", "BEFORE": "<|start_header_id|>",
+                 "AFTER": "<|end_header_id|>\n\n", "END": "<|eot_id|>"}
+    template = JINJA.replace("TRIM", " | trim" if tokenizer.chat == "llama3" else "")
+    for name, text in (parts | {"SYSTEM": tokenizer.system}).items():
+        template = template.replace(name, json.dumps(text))
+    return template
 
 
 # One to four turns, with a system turn and without, as transformers writes messages

@@ -93,14 +93,17 @@ def save(folder, fields, weights, eos_id=None, score=None, constant=0.0):
         trunk["wte.weight"] = F.pad(trunk["wte.weight"], (0, 0, 0, more_rows))
         config |= {"vocab_size": len(trunk["wte.weight"]), "pad_token_id": pad, "reads_eos": True,
                    "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-        if constant:
-            config["scores_lack_constant"] = constant
     theirs = to_theirs(trunk, fields)
     if score is not None:
         theirs["score.weight"] = score
     elif not fields["tied_head"]:
         theirs["lm_head.weight"] = weights["output.weight"]
-    pretrained.write(folder, config, theirs, eos_id)
+    note = ""
+    if constant:
+        config["scores_lack_constant"] = constant
+        note = (f"The scores lack the constant {constant:g}, which no weight of this class can "
+                "hold: add it for the normalised reward. The ranking is the same without it.\n")
+    pretrained.write(folder, config, theirs, eos_id, note)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -164,12 +164,15 @@ def unwrapped(weights, source):
     return plain
 
 
-def write(folder, config, weights, eos_id=None):
-    """config.json, generation_config.json and model.safetensors; eos_id: one or several"""
+def write(folder, config, weights, eos_id=None, note=""):
+    """config.json, generation_config.json, model.safetensors, a note as README.md; eos_id: one or
+    several"""
     ids = {} if eos_id is None else {"eos_token_id": eos_id}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("config.json", config | ids), ("generation_config.json", ids)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if note:
+        (folder / "README.md").write_text(note, encoding="utf-8")
     save_file({name: weight.contiguous() for name, weight in weights.items()},
               folder / "model.safetensors", metadata={"format": "pt"})

@@ -1120,7 +1120,8 @@ def test_an_exported_tokenizer_writes_dialogues_as_ours_does(kinds, tmp_path, ca
         ids = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         assert ids == ours.encode_ordinary(chat.written(turns, ours.chat, ours.system))
     capsys.readouterr()
-    again = chat.set_chat(tokenizers.pretrained_tokenizer(tmp_path), "auto", 'Say "so".\n', tmp_path)
+    again = tokenizers.pretrained_tokenizer(tmp_path)
+    again = chat.set_chat(again, "auto", ours.system, tmp_path)
     assert again.chat == "chatml" and again.eot_token == ours.eot_token
     assert capsys.readouterr().out == ""
     assert chat.jinja_of(tokenizers.pretrained_tokenizer(kinds["gpt2"])) is None
