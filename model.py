@@ -79,7 +79,8 @@ class GPTConfig:
         self.vocab_rows = self.vocab_rows or self.vocab_size
         self.n_positions = self.n_positions or self.block_size
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} must be a multiple of {self.n_kv_head}, n_kv_head")
+            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head "
+                             f"{self.n_kv_head}")
 
 
 # Fresh models of these dialects: sft.py --architecture
@@ -435,9 +436,9 @@ def token_logprobs(policy, inputs, targets, mask, temperature=1.0, return_entrop
     """
     log pi(targets[:, t] | inputs[:, :t+1]) -> (B, T), 0 where the mask is 0
 
-    pi is the softmax of logits / temperature over the whole vocabulary, the distribution that
-    `sampler.generate` draws from, in fp32. Only masked columns go through the output head. If they make
-    more than LOGITS_AT_ONCE logits they go in parts, which the backward pass computes again. With
+    pi is the softmax of logits / temperature over the whole vocabulary, the distribution that the
+    sampler draws from, in fp32. Only masked columns go through the output head. If they make more
+    than LOGITS_AT_ONCE logits they go in parts, which the backward pass computes again. With
     return_entropy also the entropy of pi in nats -> (B, T). Both carry gradients.
     """
     if temperature <= 0:

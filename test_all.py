@@ -26,8 +26,8 @@ A test's name is the claim it checks.
     2685   What people copy
     2854   The proof: a problem so small that every response can be listed
     3824   The scripts, end to end at --config tiny
-    5586   The house: what holds for every file
-    5726   README.md and docs/
+    5612   The house: what holds for every file
+    5752   README.md and docs/
 """
 
 import ast
@@ -763,7 +763,7 @@ def test_empty_prompts_become_eos_and_a_prompt_may_fill_the_room_there_is():
 def test_pick_never_takes_a_token_without_probability():
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]]).expand(4, 5)
     uniforms = torch.tensor([0.0, 0.4999, 0.5, 1 - 2 ** -24])
-    assert model.pick(logits, 1.0, uniforms).tolist() == [1, 1, 3, 3]
+    assert sampler.pick(logits, 1.0, uniforms).tolist() == [1, 1, 3, 3]
 
 
 def test_the_score_is_read_after_the_last_token_of_every_row_the_longest_too():
@@ -5553,6 +5553,32 @@ def test_instruct_models_that_do_not_fit_are_refused(changes, message, instruct,
     with pytest.raises(Stopped, match=message):
         sft.main(tiny_config(sft, out="refused", **({"data": "pairs.jsonl"} | changes)))
     assert not Path("out/refused").exists()
+
+
+@needs_smollm2
+def test_smollm2_lowers_its_loss_in_sft_dpo_and_grpo(tmp_path, monkeypatch, no_pictures):
+    """On eight rows, which are every batch, so the loss of update 1 is after one step on them"""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"What is {i} + {i}?", "chosen": f"{2 * i}", "rejected": "I do not know."}
+            for i in range(10, 22)]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    (tmp_path / "short.py").write_text("def short(p, r):\n    return [-float(len(x)) for x in r]\n")
+    small = dict(config="smollm2", init=SMOLLM2, data="pairs.jsonl", device="cpu", dtype="float32",
+                 max_prompt_tokens=40, max_new_tokens=8, n_eval=1, batch_size=8)
+    sft.main(sft.Config(**small, steps=2, warmup=0, n_texts=8, out="sft"))
+    log = log_of(tmp_path / "out" / "sft" / "sft")
+    assert log[1]["loss"] < log[0]["loss"]
+    few = small | dict(n_samples=1, reward="short.py:short", missing_eos_score=None)
+    dpo.main(dpo.Config(**few, n_pairs=8, epochs=2, lr=1e-5, warmup=0, accumulation=2, out="dpo"))
+    log = log_of(tmp_path / "out" / "dpo" / "dpo")
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert log[1]["loss"] < log[0]["loss"]
+    means = []                                           # of the loss, over the epochs
+    for epochs in (1, 2):
+        grpo.main(grpo.Config(**few, steps=1, minibatch_size=8, epochs=epochs, group_size=8,
+                              warmup=0, accumulation=2, out=f"grpo{epochs}"))
+        means.append(log_of(tmp_path / "out" / f"grpo{epochs}" / "grpo")[0]["policy_loss"])
+    assert 2 * means[1] - means[0] < means[0]            # the second epoch's below the first's
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
