@@ -19,15 +19,16 @@ import frontier
 import reviews
 from lab.report import progress, table
 from lab.run import check_finite
-from lab.tokenizer import decode_response
-from model import generate, token_logprobs
+from lab.tokenizer import decode_response, start_of
+from model import token_logprobs
+from sampler import generate
 
 # --------------------------------------------------------------------------------------------------
 # The built-in task's true utility
 
 def read_gold(tokenizer, inputs, targets, mask):
     """The true utility of reviews, and whether each is grammatical -> (B,), (B,)"""
-    finished = data.met_eos(targets, mask, tokenizer.eot_token).tolist()
+    finished = data.met_eos(targets, mask, tokenizer.end_tokens).tolist()
     rows = list(zip(*data.texts_of(tokenizer, inputs, targets, mask), finished))
     return (torch.tensor([reviews.gold(*row) for row in rows]),
             torch.tensor([reviews.grammatical(*row) for row in rows]))
@@ -46,7 +47,6 @@ def true_utility(cfg, tokenizer, inputs, targets, mask):
 @dataclass
 class Samples:
     """Responses to P prompts, N to each: the reference's first, then each other policy's in turn"""
-    prompts: list               # P token lists
     names: list                 # K policies, the reference first
     counts: list                # responses of each policy to a prompt; they sum to N
     asked: list                 # P texts, the prompts
@@ -63,6 +63,11 @@ class Samples:
         """The columns with one policy's responses -> slice"""
         k = self.names.index(name)
         return slice(sum(self.counts[:k]), sum(self.counts[:k + 1]))
+
+    def rewards(self):
+        """{score: (P, N)}, with the gold if it is known"""
+        known = {"score": self.scores, "gold": self.gold}
+        return {what: values for what, values in known.items() if values is not None}
 
     def log_ratios(self, name):
         """log pi / pi_ref of all responses -> (P, N)"""
@@ -82,24 +87,22 @@ class Samples:
 
 
 @torch.no_grad()
-def collect(policies, reward, tokenizer, ids, counts, cfg):
+def collect(policies, reward, tokenizer, prompts, counts, cfg):
     """
     counts[k] responses of the k-th policy to each prompt, under every policy -> Samples (float64)
 
     policies is {name: GPT}, the reference first; reward(inputs, targets, mask, finished) -> (B,);
-    ids are prompts as token lists. The samples are on the CPU.
+    prompts are token lists. The samples are on the CPU.
     """
     names = list(policies)
-    eos_id = tokenizer.eot_token
+    eos_id = tokenizer.end_tokens
     temperature = getattr(cfg, "temperature", 1.0)
     device = next(policies[names[0]].parameters()).device
-    P = len(ids)
+    P = len(prompts)
 
-    # Rows in the order policy, prompt, response: what each row answers, and who wrote it
-    prompt_of = [p for n in counts for p in range(P) for _ in range(n)]
-    author = torch.tensor([k for k, n in enumerate(counts) for _ in range(n * P)])
+    # Rows in the order policy, prompt, response
     c = policies[names[0]].config
-    longest = max(map(len, ids)) + cfg.max_new_tokens
+    longest = max(map(len, prompts)) + cfg.max_new_tokens
     cache = 8 * longest * c.n_layer * c.n_embd           # bytes a row; 1 GiB of them at once
     at_once = max(16, min(1024, 2 ** 30 // cache))
     batches = [(k, i) for k, n in enumerate(counts) for i in range(0, n * P, at_once)]
@@ -108,47 +111,45 @@ def collect(policies, reward, tokenizer, ids, counts, cfg):
     for k, i in progress(batches, told):
         if i == 0:                           # every policy's uniforms start from the same seed
             generator = torch.Generator().manual_seed(cfg.seed)
-        size = min(at_once, counts[k] * P - i)
-        batch = [ids[p] for p in prompt_of[len(rows):len(rows) + size]]
-        tokens, mask = generate(policies[names[k]], batch, cfg.max_new_tokens, eos_id, temperature,
-                                generator)
+            repeated = [prompt for prompt in prompts for _ in range(counts[k])]
+        tokens, mask = generate(policies[names[k]], repeated[i:i + at_once], cfg.max_new_tokens,
+                                eos_id, temperature, generator)
         rows += data.responses_of(tokens, mask)
 
     # Every row under every policy. Rows of about one length share a batch: there is little padding
-    known = ["gold", "grammatical"] if cfg.data == "reviews" else []
-    flat = {key: torch.zeros(len(rows), dtype=torch.float64)
-            for key in ("scores", "entropy", "lengths", "finished", *known)}
+    asked_by_row = [prompt for n in counts for prompt in prompts for _ in range(n)]
+    author = torch.tensor([k for k, n in enumerate(counts) for _ in range(n * P)])
+    flat = {}                                                                # {quantity: (rows,)}
     logprobs = torch.zeros(len(policies), len(rows), dtype=torch.float64)
-    texts = [decode_response(tokenizer, row)[0] for row in rows]
-    lengths = torch.tensor([len(ids[p]) + len(row) for p, row in zip(prompt_of, rows)])
+    lengths = torch.tensor([len(prompt) + len(row) for prompt, row in zip(asked_by_row, rows)])
     for at in progress(lengths.argsort(stable=True).split(128), "scoring them under every policy"):
-        batch = data.collate([ids[prompt_of[i]] for i in at], [rows[i] for i in at])
+        batch = data.collate([asked_by_row[i] for i in at], [rows[i] for i in at])
         inputs, targets, mask = (t.to(device) for t in batch)                # (b, T) each
         finished = data.met_eos(targets, mask, eos_id)
+        own_entropy = torch.zeros(len(at), dtype=torch.float64)
         for k, policy in enumerate(policies.values()):
             by_token, entropy = token_logprobs(policy, inputs, targets, mask, temperature,
                                                return_entropy=True)
             logprobs[k, at] = by_token.cpu().double().sum(dim=1)
             check_finite(logprobs[k, at], f"a log-probability of {names[k]}")
-            flat["entropy"][at] += entropy.cpu().double().sum(dim=1) * (author[at] == k)
+            own_entropy += entropy.cpu().double().sum(dim=1) * (author[at] == k)
         scores = reward(inputs, targets, mask, finished)
         check_finite(scores, "the reward of a sampled response")
-        measured = {"scores": scores, "lengths": mask.sum(dim=1), "finished": finished}
-        if known:
-            gold, grammatical = read_gold(tokenizer, inputs, targets, mask)
-            measured |= {"gold": gold, "grammatical": grammatical}
+        measured = {"scores": scores, "entropy": own_entropy, "lengths": mask.sum(dim=1),
+                    "finished": finished}
+        if cfg.data == "reviews":
+            measured["gold"], measured["grammatical"] = read_gold(tokenizer, inputs, targets, mask)
         for key, x in measured.items():
-            flat[key][at] = x.cpu().double()
+            flat.setdefault(key, torch.zeros(len(rows), dtype=torch.float64))[at] = x.cpu().double()
 
-    def by_prompt(x):
-        """(.., rows) -> (.., P, N)"""
-        blocks = x.split([n * P for n in counts], dim=-1)
-        return torch.cat([block.unflatten(-1, (P, -1)) for block in blocks], dim=-1)
-
-    place = by_prompt(torch.arange(len(rows))).tolist()
-    asked = [tokenizer.decode([] if prompt == [eos_id] else prompt) for prompt in ids]
-    return Samples(ids, names, list(counts), asked, [[texts[i] for i in row] for row in place],
-                   logprobs=by_prompt(logprobs), **{key: by_prompt(x) for key, x in flat.items()})
+    blocks = torch.arange(len(rows)).split([n * P for n in counts])
+    place = torch.cat([block.view(P, -1) for block in blocks], dim=1)        # (P, N), row numbers
+    start = [start_of(tokenizer)]                        # what an empty prompt became
+    asked = [tokenizer.decode([] if prompt == start else prompt) for prompt in prompts]
+    texts = [[decode_response(tokenizer, rows[i])[0] for i in of_prompt]
+             for of_prompt in place.tolist()]
+    return Samples(names, list(counts), asked, texts, logprobs=logprobs[:, place],
+                   **{key: x[place] for key, x in flat.items()})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -157,19 +158,16 @@ def collect(policies, reward, tokenizer, ids, counts, cfg):
 def measure(samples, name):
     """A policy's own responses -> {metric: mean}, {metric: standard error, over prompts}"""
     at = samples.columns(name)
-    tokens = samples.lengths[:, at]                                          # (P, n)
-    by_prompt = {"score": samples.scores[:, at].mean(1)}                     # (P,) each
-    if samples.gold is not None:
-        by_prompt["gold"] = samples.gold[:, at].mean(1)
-    by_prompt |= {
-        "kl_ref": samples.log_ratios(name)[:, at].mean(1),
-        "entropy": samples.entropy[:, at].sum(1) / tokens.sum(1),
-        "response_length": tokens.mean(1),
-        "eos_rate": samples.finished[:, at].mean(1)}
-    if samples.gold is not None:
-        by_prompt["grammatical"] = samples.grammatical[:, at].mean(1)
+    quantities = {
+        "score": samples.scores, "gold": samples.gold, "kl_ref": samples.log_ratios(name),
+        "entropy": samples.entropy, "response_length": samples.lengths,
+        "eos_rate": samples.finished, "grammatical": samples.grammatical}
+    by_prompt = {metric: x[:, at].mean(1) for metric, x in quantities.items() if x is not None}
+    entropy = samples.entropy[:, at]                                         # (P, n)
+    tokens = samples.lengths[:, at]
+    by_prompt["entropy"] = entropy.sum(1) / tokens.sum(1)                    # a mean over tokens
     means = {metric: x.mean().item() for metric, x in by_prompt.items()}
-    means["entropy"] = (samples.entropy[:, at].sum() / tokens.sum()).item()  # a mean over tokens
+    means["entropy"] = (entropy.sum() / tokens.sum()).item()
     errors = {metric: x.std(correction=0).item() / max(1, len(x) - 1) ** 0.5
               for metric, x in by_prompt.items()}
     return means, errors
@@ -208,15 +206,19 @@ def fraction_of_optimum(samples, name, beta, rewards=None):
     best = frontier.optimum(rewards, samples.log_weights(), beta)
     start = by_reference.mean(1).mean()
     greatest_gain = best["objective"] - start
-    noise = (by_reference.var(dim=1).sum() / by_reference.shape[1]).sqrt() / len(rewards)
-    if not greatest_gain > 3 * noise:
-        return {"fraction": None, "standard_error": None, "objective": best["objective"].item(),
-                "optimum_trusted": False}
-    fraction = (by_policy.mean(1).mean() - start) / greatest_gain
-    error = (by_policy.var(dim=1).sum() / by_policy.shape[1]).sqrt() / len(rewards) / greatest_gain
-    return {"fraction": fraction.item(), "standard_error": error.item(),
-            "objective": best["objective"].item(),
-            "optimum_trusted": bool(frontier.trusted(best))}
+    found = {"fraction": None, "standard_error": None, "objective": best["objective"].item(),
+             "optimum_trusted": False}
+    if greatest_gain > 3 * response_error(by_reference):
+        fraction = (by_policy.mean(1).mean() - start) / greatest_gain
+        found |= {"fraction": fraction.item(),
+                  "standard_error": (response_error(by_policy) / greatest_gain).item(),
+                  "optimum_trusted": bool(frontier.trusted(best))}
+    return found
+
+
+def response_error(x):
+    """Standard error of the mean over responses to these prompts: (P, n) -> 0-d"""
+    return (x.var(dim=1).sum() / x.shape[1]).sqrt() / len(x)
 
 
 def misfit(samples, name, on, beta, rewards=None):
@@ -238,17 +240,16 @@ def compare(policies, reward, tokenizer, prompts, cfg):
     policies is {name: GPT}, the reference first. The results are those of the second, with the
     others' under their names.
     """
-    counts = [cfg.n_samples] * len(policies)
-    samples = collect(policies, reward, tokenizer, prompts, counts, cfg)
+    samples = collect(policies, reward, tokenizer, prompts, [cfg.n_samples] * len(policies), cfg)
     before, after, *others = samples.names
     means = {name: measure(samples, name)[0] for name in samples.names}
     limit = share_of_frontier(samples, after)
-    rows = [[f"{len(prompts)} held-out prompts x {cfg.n_samples}", *samples.names]]
-    rows += [[metric, *(means[name][metric] for name in samples.names)] for metric in means[after]]
-    lines = [table(rows), ""]
     results = means[after] | limit | {before.lower(): means[before]}
     for name in others:
         results[name] = means[name]
+    rows = [[f"{len(prompts)} held-out prompts x {cfg.n_samples}", *samples.names]]
+    rows += [[metric, *(means[name][metric] for name in samples.names)] for metric in means[after]]
+    lines = [table(rows), ""]
     if samples.gold is not None:
         spread = samples.gold[:, samples.columns(before)].std(correction=0).item()
         if spread > 1e-6:                                # more than one sample
@@ -270,6 +271,6 @@ def compare(policies, reward, tokenizer, prompts, cfg):
         for name in samples.names:
             i = samples.columns(name).start
             gold = "" if samples.gold is None else f"  gold {samples.gold[p, i]:5.2f}"
-            score = f"score {samples.scores[p, i]:5.2f}{gold}"
-            lines.append(f"    {name}  {score} {samples.texts[p][i]}")
+            lines.append(f"    {name}  score {samples.scores[p, i]:5.2f}{gold} "
+                         f"{samples.texts[p][i]}")
     return "\n".join(lines), results

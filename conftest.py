@@ -6,6 +6,7 @@ python -m pytest --slow also runs the tests that take minutes each.
 
 import contextlib
 import dataclasses
+import faulthandler
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")    # for small models a second thread only waits
 os.environ.setdefault("HF_HUB_OFFLINE", "1")     # no test asks the network for anything
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")         # its threads do not survive a fork
 
 import pytest
 import torch
@@ -131,6 +133,7 @@ def in_a_child(work):
     child = os.fork()
     if child == 0:
         code = 1
+        faulthandler.dump_traceback_later(120, exit=True)        # a child that hangs would hang all
         try:
             work()
             code = 0

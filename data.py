@@ -19,7 +19,7 @@ import torch
 import reviews
 from lab import corpus
 from lab.files import stop
-from lab.tokenizer import decode_response, encode_prompt, encode_texts
+from lab.tokenizer import decode_response, encode_prompt, encode_texts, start_of
 
 # --------------------------------------------------------------------------------------------------
 # Tensors
@@ -69,7 +69,7 @@ def texts_of(tokenizer, inputs, targets, mask):
     prompts, responses = [], []
     for row, chosen, m in zip(inputs.tolist(), targets.tolist(), (mask > 0).tolist()):
         prompt = row[:m.index(True) + 1]
-        if prompt == [tokenizer.eot_token]:              # an empty prompt
+        if prompt == [start_of(tokenizer)]:              # an empty prompt
             prompt = []
         response = [token for token, in_response in zip(chosen, m) if in_response]
         prompts.append(tokenizer.decode(prompt))
@@ -79,7 +79,8 @@ def texts_of(tokenizer, inputs, targets, mask):
 
 def met_eos(targets, mask, eos_id):
     """Whether each row's response has an EOS; one in the prompt does not count -> (B,) bool"""
-    return ((targets == eos_id) & (mask > 0)).any(dim=1)
+    ends = torch.as_tensor(eos_id, device=targets.device)                    # one id or several
+    return (torch.isin(targets, ends) & (mask > 0)).any(dim=1)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -31,7 +31,9 @@ half a million weights, and pairs without a difference are left out.
         -> out/small/dpo: checkpoint.pt, log.jsonl, curves.png, report.txt
 """
 
+import itertools
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -43,12 +45,14 @@ import reward_model as rm
 import sft
 from compare import compare, read_gold, true_utility
 from lab import files
+from lab.config import ABOVE_0
 from lab.report import progress
 from lab.run import (Run, check_finite, ensure, launch, learning_rate, self_contained,
                      set_learning_rate, stop, stored_config)
-from model import add_lora, generate, masked_mean, reference_of, token_logprobs, trained
+from model import add_lora, masked_mean, reference_of, token_logprobs, trained
 from presets import presets_of
 from reward import REWARD_HINT, Rewarded, check_reward, load_reward
+from sampler import generate
 
 
 @dataclass
@@ -74,6 +78,7 @@ class Config(Rewarded):              # Rewarded adds --reward and the options fo
     n_eval: int = 64                # held-out prompts for these samples and the final comparison
     n_samples: int = 32             # responses to each in the final comparison, per policy
     presets = presets_of("dpo")
+    ranges = {"beta": ABOVE_0}      # the optimum is at r / beta
 
 
 # --------------------------------------------------------------------------------------------------
@@ -158,13 +163,10 @@ def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_reject
 
 def pairs_of_rankings(comparisons, generator):
     """All pairs of the annotators' rankings, which are best first, in a random order"""
-    pairs = []
-    for c in comparisons:
-        responses = c["response_ids"]
-        for i, chosen in enumerate(responses):
-            for rejected in responses[i + 1:]:
-                pairs.append({"prompt_ids": c["prompt_ids"], "chosen_ids": chosen,
-                              "rejected_ids": rejected, "target": 1.0})
+    pairs = [{"prompt_ids": c["prompt_ids"], "chosen_ids": chosen, "rejected_ids": rejected,
+              "target": 1.0}
+             for c in comparisons
+             for chosen, rejected in itertools.combinations(c["response_ids"], 2)]
     return [pairs[i] for i in torch.randperm(len(pairs), generator=generator).tolist()]
 
 
@@ -200,12 +202,12 @@ def sample_pairs(policy, reward, tokenizer, prompts, cfg, annotator_temperature,
     return pairs
 
 
+@torch.no_grad()
 def add_reference(pairs, reference, cfg):
     """Store log pi_ref of both responses in every pair: ref_logprobs"""
     for i in range(0, len(pairs), 256):
         chunk = pairs[i:i + 256]
-        with torch.no_grad():
-            logprobs, _, _ = pair_logprobs(reference, chunk, cfg)            # (2, b)
+        logprobs, _, _ = pair_logprobs(reference, chunk, cfg)                # (2, b)
         for pair, both in zip(chunk, logprobs.T.tolist()):
             pair["ref_logprobs"] = both
 
@@ -230,10 +232,10 @@ def pair_logprobs(policy, pairs, cfg):
 @torch.no_grad()
 def sample_policy(policy, reference, reward, tokenizer, prompts, cfg):
     """Metrics that only samples show: {metric: mean} over one response to each prompt"""
-    tokens, mask = generate(policy, prompts, cfg.max_new_tokens, tokenizer.eot_token,
+    tokens, mask = generate(policy, prompts, cfg.max_new_tokens, tokenizer.end_tokens,
                             generator=torch.Generator().manual_seed(cfg.seed))
     inputs, targets = data.shift(tokens)
-    finished = data.met_eos(targets, mask, tokenizer.eot_token)
+    finished = data.met_eos(targets, mask, tokenizer.end_tokens)
     logprobs, entropy = token_logprobs(policy, inputs, targets, mask, return_entropy=True)
     ref_logprobs = token_logprobs(reference, inputs, targets, mask)
     metrics = {"kl_ref": (logprobs - ref_logprobs).sum(dim=1).mean(),
@@ -261,8 +263,6 @@ def check(cfg):
     check_reward(cfg)
     if cfg.labels == "annotators":
         data.check_comparisons(cfg)
-    if cfg.beta == 0:
-        stop("--beta got 0; DPO divides by it: it takes a number above 0")
     if cfg.label_smoothing >= 0.5:
         stop(f"--label_smoothing got {cfg.label_smoothing}; at 0.5 labels say nothing, above it "
              "the opposite: it takes a number below 0.5")
@@ -280,20 +280,17 @@ def check(cfg):
               "difference of sums the shared tokens cancel")
 
 
-def load_comparisons(cfg, tokenizer, block_size, n):
-    """-> the labelled comparisons to train on, or None; the built-in annotators' temperature"""
+def load_comparisons(cfg, reward, tokenizer, block_size, n):
+    """-> the annotators' comparisons, or None; the built-in annotators' temperature, or None"""
+    if cfg.labels != "annotators":
+        return None, None
     if cfg.data != "reviews":
-        if cfg.labels != "annotators":
-            return None, None
         comparisons, _ = data.comparisons(cfg, tokenizer, block_size, n, 1)
         return comparisons, None
-    if cfg.labels != "annotators" and cfg.reward != "reward_model":
-        return None, None
-    folder = ensure(cfg, rm)
+    folder = reward.folder or ensure(cfg, rm)
     comparisons, _ = rm.read_comparisons(folder)
-    sizes = [len(c["response_ids"]) for c in comparisons]
-    available = sum(size * (size - 1) // 2 for size in sizes)
-    if cfg.labels == "annotators" and n > available:
+    available = sum(math.comb(len(c["response_ids"]), 2) for c in comparisons)
+    if n > available:
         stop(f"--n_pairs asks for {n} of the annotators' comparisons, {folder} has {available}; "
              "lower it, or let reward_model.py collect more (--n_prompts)")
     return comparisons, stored_config(folder)["annotator_temperature"]
@@ -306,12 +303,13 @@ def main(cfg):
         return run.show()
     check(cfg)
     device = run.device
-    policy, tokenizer = sft.load_policy(ensure(cfg, sft), device, **cfg.compute_options())
+    sft_folder = ensure(cfg, sft, init=cfg.init)
+    policy, tokenizer = sft.load_policy(sft_folder, device, **cfg.compute_options())
     block_size = policy.config.block_size
     train_prompts, eval_prompts = data.prompts(cfg, tokenizer, block_size, cfg.n_eval)
     reward = load_reward(cfg, policy, tokenizer, train_prompts, device)
     n = cfg.n_pairs // cfg.rounds                                            # pairs in a round
-    comparisons, annotator_temperature = load_comparisons(cfg, tokenizer, block_size, n)
+    comparisons, temperature = load_comparisons(cfg, reward, tokenizer, block_size, n)
     if cfg.labels == "annotators" and cfg.data != "reviews":
         n = len(comparisons)
     data.check_enough(n, cfg.batch_size, "pairs")
@@ -339,7 +337,7 @@ def main(cfg):
                 pairs = pairs_of_rankings(comparisons, run.generator)[:n]
             else:
                 prompts = data.draw(train_prompts, n, run.generator)
-                pairs = sample_pairs(policy, reward, tokenizer, prompts, cfg, annotator_temperature,
+                pairs = sample_pairs(policy, reward, tokenizer, prompts, cfg, temperature,
                                      run.generator)
             total = len(pairs)
             pairs = [pair for pair in pairs if pair["chosen_ids"] != pair["rejected_ids"]]
@@ -373,12 +371,11 @@ def main(cfg):
             loss, loss_metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta,
                                           cfg.loss, cfg.label_smoothing, cfg.margin, target)
             token_share = lengths[0].sum() / n_tokens            # nll is a mean over tokens
-            (share * loss + token_share * cfg.nll_coef * nll).backward()
-            means.add(loss_metrics, share)
-            means.add({"chosen_logprobs": chosen.detach().mean(),
-                       "rejected_logprobs": rejected.detach().mean(),
-                       "chosen_length": lengths[0].mean(),
-                       "rejected_length": lengths[1].mean()}, share)
+            run.backward(share * loss + token_share * cfg.nll_coef * nll)
+            means.add(loss_metrics | {"chosen_logprobs": chosen.detach().mean(),
+                                      "rejected_logprobs": rejected.detach().mean(),
+                                      "chosen_length": lengths[0].mean(),
+                                      "rejected_length": lengths[1].mean()}, share)
             means.add({"nll": nll.detach()}, token_share)
         lr = learning_rate(step, steps, cfg.lr, cfg.warmup, cfg.lr_floor)
         set_learning_rate(optimizer, lr)

@@ -71,9 +71,9 @@ def win_rate(ours, theirs):
     return by_prompt.mean().item(), error
 
 
-def elo_fit(wins, anchor=1000.0, rounds=100_000):
+def elo_fit(wins):
     """
-    Elo ratings of maximum likelihood: P(i beats j) = 1 / (1 + 10^((R_j - R_i) / 400)), R_0 = anchor
+    Elo ratings of maximum likelihood: P(i beats j) = 1 / (1 + 10^((R_j - R_i) / 400)), R_0 = 1000
 
     wins (K, K) counts i's wins over j, a draw as half to both. Bradley-Terry by minorisation
     (Hunter 2004): s_i <- sum_j w_ij / sum_j n_ij / (s_i + s_j), R = 400 log10 s. Each pair also
@@ -83,12 +83,11 @@ def elo_fit(wins, anchor=1000.0, rounds=100_000):
     [1000, 1147]
     """
     K = len(wins)
-    one = torch.eye(K, dtype=torch.float64, device=wins.device)
-    wins = wins.double() + 0.5 * (1 - one)
-    wins = wins - torch.diag(wins.diag())
+    others = 1 - torch.eye(K, dtype=torch.float64, device=wins.device)
+    wins = (wins.double() + 0.5) * others                # no games against oneself
     games = wins + wins.T
-    strength = torch.ones(K, dtype=torch.float64, device=wins.device)
-    for _ in range(rounds):
+    strength = torch.ones_like(wins[0])
+    for _ in range(100_000):
         if K == 1:                                       # there are no games
             break
         before = strength
@@ -96,64 +95,59 @@ def elo_fit(wins, anchor=1000.0, rounds=100_000):
         strength = strength / strength[0]
         if (strength / before).log().abs().max() < 1e-12:
             break
-    return anchor + 400 * torch.log10(strength)
+    return 1000 + 400 * torch.log10(strength)
 
 
-def distinct(texts, n=2):
-    """Share of distinct n-grams among all word n-grams of the texts"""
-    grams = []
+def distinct(texts):
+    """Distinct-2: the share of different word pairs among all word pairs of the texts"""
+    pairs = []
     for text in texts:
         words = text.split()
-        grams += [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / max(1, len(grams))
+        pairs += zip(words, words[1:])
+    return len(set(pairs)) / max(1, len(pairs))
 
 
 # --------------------------------------------------------------------------------------------------
 # What to evaluate
 
-def runs_folder(cfg):
-    """The folder that this run and those it is compared with are in, out/ by default"""
-    return folder_of(run_name(cfg)).parent
+def stages_beside(cfg):
+    """
+    -> {run/stage: folder} of the stages in out/ that --runs names, or of all; the names in --runs
 
-
-def finished_stages(cfg):
-    """Folders of finished stages beside this run, and the names in --runs, all of them known"""
-    runs_in = runs_folder(cfg)
-    folders = sorted(path.parent for path in runs_in.glob("*/*/report.txt")
-                     if (path.parent / "checkpoint.pt").exists())
+    Exit if --runs names something that has no finished stage.
+    """
+    runs_in = folder_of(run_name(cfg)).parent
+    folders = [path.parent for path in sorted(runs_in.glob("*/*/checkpoint.pt"))]
+    stages = {f"{folder.parent.name}/{folder.name}": folder for folder in folders}
+    finished = {name for name, folder in stages.items() if (folder / "report.txt").exists()}
+    runs = {stages[name].parent.name for name in finished}
     wanted = [name.strip() for name in cfg.runs.split(",") if name.strip()]
-    runs = {folder.parent.name for folder in folders}
-    known = runs | {f"{folder.parent.name}/{folder.name}" for folder in folders}
-    for run in wanted:
-        if run not in known:
-            stop(f"--runs names {run}, but {runs_in}/{run} has no finished stage"
-                 f"{nearest(run, known)}; there are: {', '.join(sorted(runs))}")
-    return folders, wanted
+    for name in wanted:
+        if name not in runs | finished:
+            stop(f"--runs names {name}, but {runs_in}/{name} has no finished stage"
+                 f"{nearest(name, runs | finished)}; there are: {', '.join(sorted(runs))}")
+    if wanted:
+        stages = {name: folder for name, folder in stages.items()
+                  if name in wanted or folder.parent.name in wanted}
+    return stages, wanted
 
 
 def find_policies(cfg, reference, reward, device):
     """
     {run/stage: (GPT, its config)} of finished stages with policies, trained from this SFT policy
 
-    One that cannot be used is left out by name, unless --runs asks for it.
+    One that cannot be used is left out by name. A damaged one that --runs names is an error.
     """
-    found = {}
-    folders, wanted = finished_stages(cfg)
-    runs_in = runs_folder(cfg)
-    for path in sorted(runs_in.glob("*/*/checkpoint.pt")):
-        if path.parent not in folders:
-            print(f"leaving out {path.parent.relative_to(runs_in)}: it is not finished")
     sft_id = files.fingerprint(reference)
-    for folder in folders:
-        name = f"{folder.parent.name}/{folder.name}"
-        earlier = folder.name in ("sft", "reward_model", "evaluate") or folder.suffix == ".old"
-        named = folder.parent.name in wanted or name in wanted
-        if earlier or (wanted and not named):
+    stages, wanted = stages_beside(cfg)
+    found = {}
+    for name, folder in stages.items():
+        if folder.name in ("sft", "reward_model") or folder.suffix == ".old":
             continue
         try:
-            policies, why_not = policies_of(folder, sft_id, reward, name in wanted, device, cfg)
+            policies, why_not = policies_of(name, folder, sft_id, reward, wanted, device, cfg)
         except Stopped as error:                         # damaged, or from a different version
-            if named:
+            if wanted:
                 raise
             policies, why_not = {}, error
         if why_not:
@@ -162,8 +156,10 @@ def find_policies(cfg, reference, reward, device):
     return found
 
 
-def policies_of(folder, sft_id, reward, whole_ladder, device, cfg):
-    """-> {run/stage: (GPT, its config)} of a finished stage; {} and the reason if it is left out"""
+def policies_of(name, folder, sft_id, reward, wanted, device, cfg):
+    """-> {run/stage: (GPT, its config)} of one stage; {} and the reason if it is left out"""
+    if not (folder / "report.txt").exists():
+        return {}, "it is not finished"
     saved = files.load_checkpoint(folder)
     keys = sft.policies_in(saved)
     if not keys or not {"sft", "reward"} <= saved.keys():
@@ -172,8 +168,7 @@ def policies_of(folder, sft_id, reward, whole_ladder, device, cfg):
         return {}, "it started from a different SFT policy"
     if not reward.matches(saved["reward"]):
         return {}, "it was trained for a different reward"
-    name = f"{folder.parent.name}/{folder.name}"
-    if folder.name == "policy_gradient" and len(keys) > 1 and not whole_ladder:
+    if folder.name == "policy_gradient" and len(keys) > 1 and name not in wanted:
         return {}, f"it has {len(keys)} policies; to include them, name it: --runs {name}"
     config = asdict(Rewarded()) | stored_config(folder)  # an older version may have lacked a field
     policies = {}
@@ -223,95 +218,89 @@ def plus_minus(mean, error):
     return f"{mean:.3f} ±{error:.3f}"
 
 
+def doubt(trusted):
+    """The mark of an estimate from too few effective samples"""
+    return "" if trusted else "*"
+
+
+def rows_of(records):
+    """Dicts {heading: cell} -> rows for report.table; a cell that a dict lacks stays empty"""
+    headings = list(dict.fromkeys(heading for record in records for heading in record))
+    return [headings] + [[record.get(heading, "") for heading in headings] for record in records]
+
+
 def limit_table(samples, rewards, what, betas):
     """The optimum for a reward (P, N) at each beta, with the gold it would earn if that is known"""
     log_weights = samples.log_weights()
     columns, quarter_weights = samples.every_fourth()
-    header = [f"beta, for r = {what}", "J*", "by a quarter", "E*[r]", "KL*"]
-    if samples.gold is not None:
-        header.append("gold there")
-    rows = [header + ["effective samples: median", "least"]]
+    records = []
     for beta in betas:
         point = frontier.optimum(rewards, log_weights, beta, samples.gold)
         quarter = frontier.optimum(rewards[:, columns], quarter_weights, beta)["objective"]
-        doubt = "" if frontier.trusted(point) else "*"
         moved = "!" if (quarter / point["objective"] - 1).abs() > 0.01 else ""
-        row = [f"{beta:g}{doubt}", point["objective"].item(), f"{quarter:.3f}{moved}",
-               point["reward"].item(), point["kl"].item()]
+        record = {f"beta, for r = {what}": f"{beta:g}{doubt(frontier.trusted(point))}",
+                  "J*": point["objective"].item(), "by a quarter": f"{quarter:.3f}{moved}",
+                  "E*[r]": point["reward"].item(), "KL*": point["kl"].item()}
         if samples.gold is not None:
-            row.append(point["value"].item())
-        rows.append(row + [f"{point['ess'].median():.0f}", f"{point['ess'].min():.0f}"])
-    return rows
+            record["gold there"] = point["value"].item()
+        record["effective samples: median"] = f"{point['ess'].median():.0f}"
+        record["least"] = f"{point['ess'].min():.0f}"
+        records.append(record)
+    return rows_of(records)
 
 
-def best_of_sizes(samples):
-    """2, 4, 8, .. up to the number of the reference's responses to a prompt"""
-    return [2 ** i for i in range(1, samples.counts[0].bit_length())]
-
-
-def best_of_n_table(samples):
+def best_of_n_records(samples):
+    """The best by score of n = 2, 4, 8, .. responses of the reference -> dicts {heading: cell}"""
     at = samples.columns(samples.names[0])
-    values = {"score": samples.scores[:, at]}
-    if samples.gold is not None:
-        values["gold"] = samples.gold[:, at]
-    rows = [["best of n", *values, "KL at most"]]
-    for n in best_of_sizes(samples):
-        best = [frontier.best_of_n(values["score"], n, x).item() for x in values.values()]
-        rows.append([str(n), *best, frontier.best_of_n_kl(n)])
-    return rows
+    records = []
+    for n in [2 ** i for i in range(1, samples.counts[0].bit_length())]:
+        record = {"best of n": str(n)}
+        for what, values in samples.rewards().items():
+            record[what] = frontier.best_of_n(samples.scores[:, at], n, values[:, at]).item()
+        records.append(record | {"KL at most": frontier.best_of_n_kl(n)})
+    return records
 
 
-def landed_table(samples, configs, annotator_temperature, cfg):
-    """-> table, {policy: results}"""
-    plus = ["score", "gold", "kl_ref"]
-    plain = ["entropy", "response_length", "eos_rate", "grammatical", "distinct_2"]
-    if samples.gold is None:
-        plus.remove("gold")
-        plain.remove("grammatical")
-    rows = [["policy", *plus, *plain, "share of frontier", "beta", "fraction of optimum",
-             "misfit on SFT's", "on its own"]]
-    results = {}
+def landed_table(samples, aims):
+    """-> table, {policy: results}. aims are what own_objective says of each trained policy."""
     n = min(samples.counts)                              # distinct-2 falls with the number of texts
+    records, results = [], {}
     for name in samples.names:
         means, errors = measure(samples, name)
         at = samples.columns(name).start
         by_prompt = [distinct(texts[at:at + n]) for texts in samples.texts]
         means["distinct_2"] = sum(by_prompt) / len(by_prompt)
         limit = share_of_frontier(samples, name)
-        results[name] = means | limit | {"standard_errors": errors}
-        share = ""
+        cells, reached = optimum_cells(samples, name, aims.get(name))
+        results[name] = means | limit | {"standard_errors": errors} | reached
+
+        record = {"policy": name} | means
+        for metric in ("kl_ref", *samples.rewards()):
+            record[metric] = plus_minus(means[metric], errors[metric])
+        record["share of frontier"] = ""
         if limit["share"] is not None:
-            doubt = "" if limit["trusted"] else "*"
-            share = f"{limit['share']:.3f}{doubt}"
-        row = [name, *(plus_minus(means[k], errors[k]) for k in plus), *(means[k] for k in plain),
-               share]
-        aim = None
-        if name in configs:
-            aim = own_objective(configs[name], samples, annotator_temperature, cfg)
-        cells, more = optimum_cells(samples, name, aim)
-        rows.append(row + cells)
-        results[name] |= more
-    return rows, results
+            record["share of frontier"] = f"{limit['share']:.3f}{doubt(limit['trusted'])}"
+        records.append(record | cells)
+    return rows_of(records), results
 
 
 def optimum_cells(samples, name, aim):
-    """How near a policy is to the optimum of what it maximised -> its last cells, results"""
+    """How near a policy is to the optimum of what it maximised -> {heading: cell}, results"""
     if aim is None:
-        return ["", "", "", ""], {}
+        return {}, {}
     rewards, beta, aims_at_optimum = aim
     reached = fraction_of_optimum(samples, name, beta, rewards)
     if reached["fraction"] is None:
-        return ["", "", "", ""], {}
+        return {}, {}
+    of_gold = "" if rewards is samples.scores else " (gold)"
+    marks = doubt(reached["optimum_trusted"]) + ("" if aims_at_optimum else "~")
+    fraction = plus_minus(reached["fraction"], reached["standard_error"])
     on_reference = misfit(samples, name, samples.names[0], beta, rewards)
     on_own = misfit(samples, name, name, beta, rewards)
-    of_gold = "" if rewards is samples.scores else " (gold)"
-    marks = "" if reached["optimum_trusted"] else "*"
-    if not aims_at_optimum:
-        marks += "~"
-    fraction = plus_minus(reached["fraction"], reached["standard_error"])
-    more = {"aims_at_optimum": aims_at_optimum, "misfit_on_reference": on_reference,
-            "misfit_on_own": on_own}
-    return [f"{beta:g}{of_gold}", fraction + marks, on_reference, on_own], reached | more
+    cells = {"beta": f"{beta:g}{of_gold}", "fraction of optimum": fraction + marks,
+             "misfit on SFT's": on_reference, "on its own": on_own}
+    return cells, reached | {"aims_at_optimum": aims_at_optimum,
+                             "misfit_on_reference": on_reference, "misfit_on_own": on_own}
 
 
 def win_table(samples, values, what):
@@ -343,101 +332,82 @@ def side_by_side(samples, n):
 # The pictures
 
 MARKERS = "osD^vP*X"
+TITLES = {"score": "what was trained for", "gold": "what was wanted"}
+UNITS = {"score": "score (standard deviations of SFT's)", "gold": "true utility, gold"}
 
 
 @report.optional
-def draw_frontier(samples, path):
+def draw_frontier(samples, results, best_of, path):
     """Reward against KL: the frontier, best of n, and where each policy landed -> path"""
-    units = {"score": "score (standard deviations of SFT's)", "gold": "true utility, gold"}
-    titles = {"score": "what was trained for", "gold": "what was wanted"}
-    rewards = {"score": samples.scores}
-    if samples.gold is not None:
-        rewards["gold"] = samples.gold
-    points = {}                                          # {reward: trusted points of its frontier}
+    rewards = samples.rewards()
+    log_weights = samples.log_weights()
+    curves = {}                                          # {reward: trusted points of its frontier}
     for what, values in rewards.items():
-        everything = [frontier.optimum(values, samples.log_weights(), beta, samples.gold)
-                      for beta in frontier.BETAS[::4]]
-        points[what] = [point for point in reversed(everything) if frontier.trusted(point)]
-    best_of = best_of_sizes(samples)
-    best_kl = [frontier.best_of_n_kl(n) for n in best_of]
-    kls = [point["kl"].item() for curve in points.values() for point in curve]
+        points = [frontier.optimum(values, log_weights, beta, samples.gold)
+                  for beta in reversed(frontier.BETAS[::4])]
+        curves[what] = [point for point in points if frontier.trusted(point)]
+    best_kl = [record["KL at most"] for record in best_of]
+    kls = [point["kl"].item() for curve in curves.values() for point in curve]
     widest = 1.1 * max(kls + best_kl)
-    at = samples.columns(samples.names[0])
-    size = 5.5 * len(rewards), 5.0
-    figure, axes = report.subplots(1, len(rewards), figsize=size, squeeze=False)
-    for axis, (what, values) in zip(axes[0], rewards.items()):
-        start = values[:, at].mean().item()
-        lines = [("the best possible", "-", "black", points[what], "reward")]
+    figure, axes = report.subplots(1, len(rewards), figsize=(5.5 * len(rewards), 5.0),
+                                   squeeze=False)
+    for axis, what in zip(axes[0], rewards):
+        start = results[samples.names[0]][what]
+        lines = [("the best possible", "-", "black", curves[what], "reward")]
         if what == "gold":
-            lines.append(("gold on the score's frontier", "--", "0.5", points["score"], "value"))
+            lines.append(("gold on the score's frontier", "--", "0.5", curves["score"], "value"))
         for label, style, colour, curve, key in lines:
             x = [0.0] + [point["kl"].item() for point in curve]
             y = [start] + [point[key].item() for point in curve]
             axis.plot(x, y, style, color=colour, linewidth=2.0, label=label)
-        best = [frontier.best_of_n(samples.scores[:, at], n, values[:, at]).item() for n in best_of]
-        axis.plot(best_kl, best, ":", color="0.5", marker=".", linewidth=1.5,
-                  label=f"best of n, 2 to {best_of[-1]}")
-        labels, beyond = [], []
-        for i, name in enumerate(samples.names):
-            means, errors = measure(samples, name)
-            if means["kl_ref"] > widest:
-                beyond.append(f"{name} ({means['kl_ref']:.0f} nats)")
-                continue
-            colour = report.COLOURS[i % len(report.COLOURS)]
-            axis.errorbar(means["kl_ref"], means[what], xerr=1.96 * errors["kl_ref"],
-                          yerr=1.96 * errors[what], fmt=MARKERS[i % len(MARKERS)], color=colour,
-                          markersize=8, capsize=2, linewidth=1.0)
-            labels.append((means[what], means["kl_ref"], name, colour))
-        axis.set_title(titles[what], fontsize=13)
-        axis.set_xlabel("KL to the reference (nats per response)", fontsize=11)
-        axis.set_ylabel(units[what], fontsize=11)
-        axis.set_xlim(-0.1, widest)
+        axis.plot(best_kl, [record[what] for record in best_of], ":", color="0.5", marker=".",
+                  linewidth=1.5, label=f"best of n, 2 to {best_of[-1]['best of n']}")
+        draw_policies(axis, results, what, widest)
+        axis.set_title(TITLES[what], fontsize=13)
+        axis.set(xlabel="KL to the reference (nats per response)", ylabel=UNITS[what])
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=10, loc="upper left", frameon=False)
-        low, high = axis.get_ylim()
-        axis.set_ylim(low, high + 0.25 * (high - low))   # room for the legend
-        label_points(axis, labels)
-        if beyond:
-            axis.annotate("\n".join(map(report.no_math, ["off the right edge:", *beyond])),
-                          (0.98, 0.62), xycoords="axes fraction", ha="right", fontsize=8)
+        axis.legend(loc="upper left", frameon=False)
     figure.tight_layout()
     return report.save_figure(figure, path, dpi=120)
 
 
-def label_points(axis, labels):
-    """Name points (y, x, name, colour) in a column at the lower right, with a thin line to each"""
-    gap = min(0.07, 0.5 / len(labels))
-    for place, (y, x, name, colour) in enumerate(sorted(labels)):
+def draw_policies(axis, results, what, widest):
+    """Each policy as a point with 95 % intervals; its name at the lower right, with a thin line"""
+    named, beyond = [], ["off the right edge:"]
+    for i, (name, found) in enumerate(results.items()):
+        x, y = found["kl_ref"], found[what]
+        if x > widest:
+            beyond.append(f"{name} ({x:.0f} nats)")
+            continue
+        colour = report.COLOURS[i % len(report.COLOURS)]
+        errors = found["standard_errors"]
+        axis.errorbar(x, y, xerr=1.96 * errors["kl_ref"], yerr=1.96 * errors[what],
+                      fmt=MARKERS[i % len(MARKERS)], color=colour, markersize=8, capsize=2,
+                      linewidth=1.0)
+        named.append((y, x, name, colour))
+    axis.set_xlim(-0.1, widest)
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.25 * (high - low))       # room for the legend
+    gap = min(0.07, 0.5 / len(named))
+    for place, (y, x, name, colour) in enumerate(sorted(named)):
         line = dict(arrowstyle="-", color=colour, linewidth=0.8, relpos=(0, 0.5), shrinkA=0,
                     shrinkB=5)
         axis.annotate(report.no_math(name), (x, y), xytext=(0.68, 0.05 + gap * place),
                       textcoords="axes fraction", color=colour, fontsize=11, va="center",
                       arrowprops=line)
-
-
-def overoptimisation(log, gold_mean, gold_std):
-    """
-    Score and gold against sqrt(KL), in standard deviations of SFT's -> {peak, end, fall}, curves
-
-    The curves are means over five updates: the peak of single ones would be the luckiest.
-    """
-    root = report.smooth([math.sqrt(max(0.0, line["kl_ref"])) for line in log])
-    score = report.smooth([line["score"] for line in log])
-    gold = report.smooth([(line["gold"] - gold_mean) / gold_std for line in log])
-    peak = gold.index(max(gold))
-    found = {"peak_gold": gold[peak], "peak_kl": root[peak] ** 2, "peak_score": score[peak],
-             "end_gold": gold[-1], "end_kl": root[-1] ** 2, "end_score": score[-1],
-             "fall": gold[peak] - gold[-1]}
-    return found, (root, score, gold)
+    if len(beyond) > 1:
+        axis.annotate(report.no_math("\n".join(beyond)), (0.98, 0.62), xycoords="axes fraction",
+                      ha="right", fontsize=8)
 
 
 @report.optional
 def draw_overoptimisation(root, score, gold, path):
+    """Score and gold, in standard deviations of SFT's, against the root of KL -> path"""
     figure, axis = report.subplots(figsize=(6.4, 4.2))
-    axis.plot(root, score, "--", color=report.COLOURS[0], marker="o", markersize=3, linewidth=1.2,
-              label="score of the weak reward model")
-    axis.plot(root, gold, "-", color=report.COLOURS[1], marker="s", markersize=3, linewidth=1.2,
-              label="gold, the true utility")
+    style = dict(markersize=3, linewidth=1.2)
+    axis.plot(root, score, "o--", color=report.COLOURS[0], label="score of the weak reward model",
+              **style)
+    axis.plot(root, gold, "s-", color=report.COLOURS[1], label="gold, the true utility", **style)
     peak = gold.index(max(gold))
     axis.annotate("peak", (root[peak], gold[peak]), xytext=(0, 9), textcoords="offset points",
                   ha="center", fontsize=9)
@@ -449,19 +419,33 @@ def draw_overoptimisation(root, score, gold, path):
     return report.save_figure(figure, path, dpi=120)
 
 
-def overoptimise(cfg, sft_run, held_out):
-    """Train a weak reward model, and a policy for it with little KL -> log, gold's mean and std"""
+def overoptimise(cfg, sft_folder, rm_folder):
+    """
+    Train a policy with little KL for a weak reward model -> {peak, end, fall}, curves
+
+    The curves are sqrt(KL), score and gold in standard deviations of SFT's samples, as means over
+    five updates: the peak of single updates would be the luckiest.
+    """
     name = f"{run_name(cfg)}-weak"
-    shared = dict(config=cfg.config, out=name, base=sft_run, seed=cfg.seed, device=cfg.device,
-                  resume=True, overwrite=cfg.overwrite)
+    shared = dict(config=cfg.config, out=name, base=sft_folder.parent.name, seed=cfg.seed,
+                  device=cfg.device, resume=True, overwrite=cfg.overwrite)
     rm.main(rm.Config(n_prompts=cfg.weak_rankings, warmup=2, **shared))
     print()
     ppo.main(ppo.Config(kl_control="fixed", beta=cfg.weak_beta, steps=cfg.weak_steps, kl_bound=1e9,
                         **shared))
     print()
-    gold = torch.tensor([ranking["gold"] for ranking in held_out])           # of SFT's samples
     log = files.read_lines(folder_of(name) / "ppo" / "log.jsonl")
-    return log, gold.mean().item(), gold.std().item()
+    _, held_out = rm.read_comparisons(rm_folder)
+    sft_gold = torch.tensor([ranking["gold"] for ranking in held_out])
+    mean, std = sft_gold.mean().item(), sft_gold.std().item()
+    root = report.smooth([math.sqrt(max(0.0, line["kl_ref"])) for line in log])
+    score = report.smooth([line["score"] for line in log])
+    gold = report.smooth([(line["gold"] - mean) / std for line in log])
+    peak = gold.index(max(gold))
+    found = {}
+    for when, at in (("peak", peak), ("end", -1)):
+        found |= {f"{when}_gold": gold[at], f"{when}_kl": root[at] ** 2, f"{when}_score": score[at]}
+    return found | {"fall": gold[peak] - gold[-1]}, (root, score, gold)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -475,8 +459,9 @@ REPORT = """\
 {n_eval} held-out prompts; {n_reference} responses of SFT and {n_samples} of each other policy to
 every prompt; ± is one standard error. Share of frontier: gain in score over the greatest gain
 possible at that KL. Fraction of optimum: (J - J_ref) / (J* - J_ref), J = E[r] - beta KL, for runs
-with a fixed beta. {about_gold}Misfit: standard deviation within a prompt of
-r - beta log pi / pi_ref, which is 0 at the optimum, on SFT's samples and on the policy's own.
+with a fixed beta.{about_gold}
+Misfit: standard deviation within a prompt of r - beta log pi / pi_ref, which is 0 at the optimum,
+on SFT's samples and on the policy's own.
 *: fewer than {median_ess} effective samples at the median prompt or {least_ess} at the least.
 ~: the run itself maximises something else (GRPO with the KL in the loss).
 
@@ -529,7 +514,7 @@ def check(cfg):
         if cfg.weak_rankings < batch:
             stop(f"--weak_rankings {cfg.weak_rankings} is less than one batch of {batch} rankings; "
                  "raise it")
-    finished_stages(cfg)                                 # those of --runs must be among them
+    stages_beside(cfg)                                   # those of --runs must be among them
 
 
 @self_contained
@@ -537,16 +522,14 @@ def main(cfg):
     run = Run(replace(cfg, overwrite=True), "evaluate")          # always anew
     device = run.device
     check(cfg)
-    sft_folder = ensure(cfg, sft)
+    sft_folder = ensure(cfg, sft, init=cfg.init)
     reference, tokenizer = sft.load_policy(sft_folder, device, **cfg.compute_options())
     block_size = reference.config.block_size
     train_prompts, prompts = data.prompts(cfg, tokenizer, block_size, cfg.n_eval)
     reward = load_reward(cfg, reference, tokenizer, train_prompts, device)
-    known = cfg.data == "reviews"                                # the true utility
     temperature = rm.Config.annotator_temperature
-    if known and cfg.reward == "reward_model":
-        rm_folder = ensure(cfg, rm)
-        temperature = stored_config(rm_folder)["annotator_temperature"]
+    if cfg.data == "reviews" and reward.folder:
+        temperature = stored_config(reward.folder)["annotator_temperature"]
 
     # ---- 1. policies
     found = find_policies(cfg, reference, reward, device)
@@ -557,8 +540,7 @@ def main(cfg):
     else:
         print("found no policy to evaluate: this is the limit only, from the SFT policy's samples")
     if cfg.overoptimise:
-        _, held_out = rm.read_comparisons(rm_folder)
-        fall, curves = overoptimisation(*overoptimise(cfg, sft_folder.parent.name, held_out))
+        fall, curves = overoptimise(cfg, sft_folder, reward.folder)
     run.begin()
 
     # ---- 2. samples
@@ -572,32 +554,32 @@ def main(cfg):
             betas.add(config["beta"])
     betas = sorted(betas, reverse=True)
     limits = [limit_table(samples, samples.scores, "score", betas)]
-    if known:
+    about_gold = ""
+    if samples.gold is not None:
         what = f"gold / {temperature:g}"
         limits.append(limit_table(samples, samples.gold / temperature, what, betas))
+        about_gold = f"\n(gold): r = {what}, which the annotators' labels follow."
 
     # ---- 4. best of n, 5. landed, 6. win rates
-    best_of_n = best_of_n_table(samples)
-    landed, results = landed_table(samples, configs, temperature, cfg)
-    wins = {}
-    if known:
-        wins["gold"] = win_table(samples, samples.gold, "gold")
-    wins["score"] = win_table(samples, samples.scores, "score")
-    for what, (_, elo) in wins.items():
+    best_of = best_of_n_records(samples)
+    aims = {name: own_objective(config, samples, temperature, cfg)
+            for name, config in configs.items()}
+    landed, results = landed_table(samples, aims)
+    draw_frontier(samples, results, best_of, run.folder / "frontier.png")
+    wins = []
+    for what, values in samples.rewards().items():
+        rows, elo = win_table(samples, values, what)
+        wins.append(rows)
         for name in samples.names:
             results[name][f"elo_by_{what}"] = elo[name]
 
     # ---- 7. samples, and the report
-    draw_frontier(samples, run.folder / "frontier.png")
     table = functools.partial(report.table, markdown=True)
-    about_gold = ""
-    if known:
-        about_gold = f"(gold): r = gold / {temperature:g}, which the annotators' labels follow. "
     text = REPORT.format(
         run=run.folder.parent.name, seed=cfg.seed, n_eval=cfg.n_eval, n_reference=cfg.n_reference,
         n_samples=cfg.n_samples, about_gold=about_gold, median_ess=frontier.MEDIAN_ESS,
         least_ess=frontier.LEAST_ESS, landed=table(landed), limits="\n\n".join(map(table, limits)),
-        best_of_n=table(best_of_n), wins="\n\n".join(table(rows) for rows, _ in wins.values()),
+        best_of_n=table(rows_of(best_of)), wins="\n\n".join(map(table, wins)),
         samples="\n".join(side_by_side(samples, cfg.n_shown)))
 
     # ---- 8. over-optimisation

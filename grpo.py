@@ -44,13 +44,14 @@ from typing import Literal
 import torch
 
 import data
-import ppo
 import sft
 from compare import compare, true_utility
 from lab.run import Run, ensure, launch, learning_rate, self_contained, set_learning_rate, stop
 from model import add_lora, masked_mean, reference_of, token_logprobs, trained
+from ppo import kl_estimate
 from presets import presets_of
 from reward import REWARD_HINT, Rewarded, check_reward, load_reward
+from rollout import check_first_ratio, check_kl_ref, roll_out, score_rollout
 
 
 @dataclass
@@ -191,14 +192,13 @@ def main(cfg):
     if run.finished:
         return run.show()
     check(cfg)
-    device = run.device
     G = cfg.group_size
 
     # ---- two models and a reward, always in eval mode: with dropout the first ratio would not be 1
-    actor, tokenizer = sft.load_policy(ensure(cfg, sft), device, **cfg.compute_options())
-    block_size = actor.config.block_size
-    train_prompts, eval_prompts = data.prompts(cfg, tokenizer, block_size, cfg.n_eval)
-    reward = load_reward(cfg, actor, tokenizer, train_prompts, device)
+    sft_folder = ensure(cfg, sft, init=cfg.init)
+    actor, tokenizer = sft.load_policy(sft_folder, run.device, **cfg.compute_options())
+    train_prompts, eval_prompts = data.prompts(cfg, tokenizer, actor.config.block_size, cfg.n_eval)
+    reward = load_reward(cfg, actor, tokenizer, train_prompts, run.device)
     run.begin()
     sources = run.sources(tokenizer, actor, data=train_prompts)
     add_lora(actor, cfg.lora_rank)
@@ -212,8 +212,8 @@ def main(cfg):
         # ---- 1. roll out
         drawn = data.draw(train_prompts, cfg.batch_size // G, run.generator)
         prompts = [prompt for prompt in drawn for _ in range(G)]             # groups are contiguous
-        inputs, targets, mask, finished = ppo.roll_out(
-            actor, prompts, cfg, tokenizer.eot_token, run.generator)         # (B, T) x 3, (B,)
+        inputs, targets, mask, finished = roll_out(
+            actor, prompts, cfg, tokenizer.end_tokens, run.generator)         # (B, T) x 3, (B,)
         run.lap("rollout")
 
         # ---- 2. score
@@ -221,12 +221,12 @@ def main(cfg):
         run.must_be_finite(REWARD_HINT, scores=scores)
 
         # ---- 3. logprobs
-        old_logprobs, entropy = ppo.score_rollout(actor, inputs, targets, mask, cfg)    # (B, T) x 2
+        old_logprobs, entropy = score_rollout(actor, inputs, targets, mask, cfg)        # (B, T) x 2
         with torch.no_grad():
             ref_logprobs = token_logprobs(reference, inputs, targets, mask, cfg.temperature)
-        kl_ref = ppo.kl_estimate(old_logprobs, ref_logprobs).sum(dim=1)      # (B,)
+        kl_ref = kl_estimate(old_logprobs, ref_logprobs).sum(dim=1)          # (B,)
         run.must_be_finite(TRY, kl_ref=kl_ref)
-        ppo.check_kl_ref(kl_ref, cfg, first=step == 0)
+        check_kl_ref(kl_ref, cfg, first=step == 0)
         run.lap("score")
 
         # ---- 4. rewards
@@ -237,8 +237,6 @@ def main(cfg):
         # ---- 5. advantages
         advantages = group_advantages(rewards, G, cfg.advantage)             # (B,)
         run.must_be_finite(TRY, advantages=advantages)
-        group_std = rewards.view(-1, G).std(dim=1, correction=min(1, G - 1))            # (B / G,)
-        equal = (scores.view(-1, G) == scores.view(-1, G)[:, :1]).all(dim=1)            # (B / G,)
 
         # ---- 6. update
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.lr_floor)
@@ -255,15 +253,16 @@ def main(cfg):
                 logprobs = token_logprobs(actor, inputs[rows], targets[rows], mask[rows],
                                           cfg.temperature)                   # (b, T)
                 if step == 0 and run.taken == 0:
-                    outside = ppo.check_first_ratio(logprobs, old_logprobs[rows], mask[rows], cfg,
-                                                    cfg.clip_eps_high)
+                    outside = check_first_ratio(logprobs, old_logprobs[rows], mask[rows], cfg,
+                                                cfg.clip_eps_high)
+                    means.add({"ratio_outside_clip": outside}, share)
                 loss, metrics = grpo_loss(logprobs, old_logprobs[rows], advantages[rows],
                                           weights[rows], cfg.clip_eps, cfg.clip_eps_high)
                 policy_loss = policy_loss + metrics.pop("policy_loss")       # a sum over tokens
                 if cfg.kl_in == "loss":
-                    k3 = ppo.kl_estimate(logprobs, ref_logprobs[rows], "k3")                # (b, T)
+                    k3 = kl_estimate(logprobs, ref_logprobs[rows], "k3")     # (b, T)
                     loss = loss + cfg.beta * (weights[rows] * k3).sum()
-                loss.backward()                                  # no share: the weights have it
+                run.backward(loss)                               # no share: the weights have it
                 means.add(metrics, share)
             means.add({"policy_loss": policy_loss})
             means.add(run.step(cfg.grad_clip, TRY, grad_norm=optimizer))     # clips, steps, zeroes
@@ -272,22 +271,22 @@ def main(cfg):
         with torch.no_grad():
             logprobs = token_logprobs(actor, inputs[rows], targets[rows], mask[rows],
                                       cfg.temperature)
-            k3 = ppo.kl_estimate(old_logprobs[rows], logprobs, "k3")         # (b, T)
-            kl_old = masked_mean(k3, mask[rows])                             # 0-d
+            kl_old = masked_mean(kl_estimate(old_logprobs[rows], logprobs, "k3"), mask[rows])
         run.must_be_finite(TRY, kl_old=kl_old)
         run.lap("control")
 
         # ---- 7. log
+        groups = scores.view(-1, G)                                          # (B / G, G)
+        group_std = rewards.view(-1, G).std(dim=1, correction=min(1, G - 1))            # (B / G,)
         metrics = means.result() | {
             "score": scores.mean(), "kl_ref": kl_ref.mean(),
-            "kl_ref_k3": ppo.kl_estimate(old_logprobs, ref_logprobs, "k3").sum(dim=1).mean(),
+            "kl_ref_k3": kl_estimate(old_logprobs, ref_logprobs, "k3").sum(dim=1).mean(),
             "kl_old": kl_old, "beta": cfg.beta, "entropy": masked_mean(entropy, mask),
-            "equal_groups": equal.float().mean(), "group_std": group_std.mean(),
-            "response_length": lengths.mean(), "eos_rate": finished.float().mean(), "lr": lr,
+            "equal_groups": (groups == groups[:, :1]).all(dim=1).float().mean(),
+            "group_std": group_std.mean(), "response_length": lengths.mean(),
+            "eos_rate": finished.float().mean(), "lr": lr,
             "tokens_per_second": lengths.sum().item() / run.clock.total()}
         metrics |= true_utility(cfg, tokenizer, inputs, targets, mask)
-        if step == 0:
-            metrics["ratio_outside_clip"] = outside
         run.log(step, metrics, ["score", "gold", "kl_ref", "kl_old", "entropy", "clip_fraction",
                                 "equal_groups", "group_std", "response_length"])
         run.checkpoint(step + 1)

@@ -42,7 +42,6 @@ of trpo shrinks during training, with the square of the other rungs' learning ra
 """
 
 import copy
-import itertools
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -59,6 +58,7 @@ from lab.run import Run, ensure, launch, learning_rate, self_contained, set_lear
 from model import ScalarGPT, masked_mean, token_logprobs
 from presets import presets_of
 from reward import REWARD_HINT, Rewarded, check_reward, load_reward
+from rollout import check_kl_ref, roll_out, score_rollout
 
 LADDER = ("plain_value", "total_return", "reward_to_go", "baseline", "a2c", "gae", "importance",
           "clip", "kl_penalty", "trpo")
@@ -269,17 +269,18 @@ def rung_loss(rung, logprobs, rows, cfg, coef):
 
 @torch.no_grad()
 def sample_rollout(actor, critic, reference, reward, tokenizer, prompts, cfg, generator):
-    """Steps 1 to 4 of ppo.py: responses, scores, logprobs, KL-shaped rewards -> dict of tensors"""
-    inputs, targets, mask, finished = ppo.roll_out(actor, prompts, cfg, tokenizer.eot_token,
-                                                   generator)
+    """Steps 1 to 5 of ppo.py: responses, scores, logprobs, rewards, returns -> dict of tensors"""
+    inputs, targets, mask, finished = roll_out(
+        actor, prompts, cfg, tokenizer.end_tokens, generator)                 # (B, T) x 3, (B,)
     scores = reward(inputs, targets, mask, finished)                         # (B,)
-    old_logprobs, entropy = ppo.score_rollout(actor, inputs, targets, mask, cfg)        # (B, T) x 2
+    old_logprobs, entropy = score_rollout(actor, inputs, targets, mask, cfg)            # (B, T) x 2
     ref_logprobs = token_logprobs(reference, inputs, targets, mask, cfg.temperature)
+    values = critic(inputs) * mask                                           # (B, T)
     rewards = ppo.shape_rewards(scores, old_logprobs, ref_logprobs, mask, cfg.beta)         # (B, T)
     return {"inputs": inputs, "targets": targets, "mask": mask, "finished": finished,
-            "scores": scores, "old_logprobs": old_logprobs, "entropy": entropy,
-            "values": critic(inputs) * mask, "rewards": rewards,
-            "kl_ref": ppo.kl_estimate(old_logprobs, ref_logprobs).sum(dim=1)}               # (B,)
+            "scores": scores, "old_logprobs": old_logprobs, "entropy": entropy, "values": values,
+            "rewards": rewards, "kl_ref": ppo.kl_estimate(old_logprobs, ref_logprobs).sum(dim=1),
+            "returns": ppo.gae(rewards, values, mask, cfg.gamma, cfg.lam)[1]}               # (B, T)
 
 
 def select(rollout, rows):
@@ -331,13 +332,13 @@ def climb_by_trpo(actor, rollout, order, cfg, max_kl, run):
     return taken
 
 
-def train_critic(critic, optimizer, rollout, returns, order, cfg, run):
+def train_critic(critic, optimizer, rollout, order, cfg, run):
     """One epoch on the rollout, a step per minibatch, without the value clip"""
     lengths = rollout["mask"].sum(dim=1)                                     # (B,)
     for minibatch in order.split(cfg.minibatch_size):
         for part, share in data.microbatches(minibatch, cfg.accumulation, lengths[minibatch]):
             rows = select(rollout, part)
-            loss, _ = ppo.value_loss(critic(rows["inputs"]), rows["values"], returns[part],
+            loss, _ = ppo.value_loss(critic(rows["inputs"]), rows["values"], rows["returns"],
                                      rows["mask"], clip_eps=0)
             (share * loss).backward()
         run.step(cfg.grad_clip, TRY, critic_grad_norm=optimizer)
@@ -371,9 +372,11 @@ def measure_variance(actor, moved, rollouts, cfg):
     an update later. -> {name: {variance; change: from the rung before, or from where the ratio was
     1; their standard errors; enough: responses with which a gradient's noise equals its signal}}
     """
+    batches = [select(rollout, slice(i, i + cfg.variance_rows))
+               for rollout in rollouts for i in range(0, cfg.batch_size, cfg.variance_rows)]
+
     def gradients(rung, policy):
-        for rollout, i in itertools.product(rollouts, range(0, cfg.batch_size, cfg.variance_rows)):
-            rows = select(rollout, slice(i, i + cfg.variance_rows))
+        for rows in batches:
             loss = rung_loss(rung, logprobs_of(policy, rows, cfg), rows, cfg, cfg.kl_penalty_coef)
             gradient = torch.autograd.grad(loss, list(policy.parameters()))
             yield torch.cat([g.flatten() for g in gradient])
@@ -417,8 +420,7 @@ STYLES = ("-", "--", "-.", ":", (0, (1, 3)))
 @report.optional
 def draw_ladder(log, cfg, best, path):
     """What every rung earned, rewards summed over a response, against the responses sampled"""
-    rungs = dict.fromkeys(line["rung"] for line in log)
-    panels = PANELS if len(rungs) > 1 else [(cfg.rung, (cfg.rung,))]
+    panels = PANELS if cfg.rung == "all" else [(cfg.rung, (cfg.rung,))]
     colours = dict(zip(LADDER, report.COLOURS + report.COLOURS))         # a rung's, in every panel
     figure, axes = report.subplots(1, len(panels), figsize=(4.4 * len(panels), 4.0), sharey=True,
                                    squeeze=False)
@@ -446,16 +448,15 @@ def draw_ladder(log, cfg, best, path):
 def draw_variance(noise, cfg, path):
     """The variance of every rung's gradient, and what the rung changed, with 95 % intervals"""
     figure, axes = report.subplots(1, 2, figsize=(11, 4.2))
-    now = {name: LADDER.index(name) for name in noise if name in LADDER}     # name: place
-    later = {name: LADDER.index(name.removesuffix(", later")) + 0.2
-             for name in noise if name not in LADDER}
-    kinds = [(now, "o", "at the policy that sampled"),
-             (later, "s", "an update later, on the same samples")]
+    kinds = [("", 0.0, "o", "at the policy that sampled"),
+             (", later", 0.2, "s", "an update later, on the same samples")]
     for axis, quantity in zip(axes, ("variance", "change")):
-        for (places, marker, label), colour in zip(kinds, report.COLOURS):
-            values = [noise[name][quantity] for name in places]
-            errors = [1.96 * noise[name][f"{quantity}_error"] for name in places]
-            axis.errorbar(places.values(), values, yerr=errors, fmt=marker, color=colour, capsize=3,
+        for (suffix, shift, marker, label), colour in zip(kinds, report.COLOURS):
+            rungs = [rung for rung in LADDER if rung + suffix in noise]
+            places = [LADDER.index(rung) + shift for rung in rungs]
+            values = [noise[rung + suffix][quantity] for rung in rungs]
+            errors = [1.96 * noise[rung + suffix][f"{quantity}_error"] for rung in rungs]
+            axis.errorbar(places, values, yerr=errors, fmt=marker, color=colour, capsize=3,
                           markersize=5, linewidth=1.2, label=label)
         axis.set_xticks(range(len(LADDER)), LADDER, rotation=30, ha="right", fontsize=8)
         axis.grid(alpha=0.3)
@@ -476,6 +477,8 @@ def check(cfg):
     if cfg.fisher_rows > cfg.batch_size:
         stop(f"--fisher_rows {cfg.fisher_rows} is more than --batch_size {cfg.batch_size}; lower "
              "it to that or less")
+    if cfg.dtype == "float16":
+        stop("--dtype float16 needs scaled losses, but TRPO's steps here are not; use bfloat16")
     if cfg.lora_rank:
         stop(f"--lora_rank {cfg.lora_rank} has no use here: the ladder compares gradients of all "
              "weights; leave it out, or use LoRA with ppo.py, grpo.py or dpo.py")
@@ -485,11 +488,10 @@ def check(cfg):
 
 
 def compare_rungs(policies, reward, tokenizer, prompts, cfg):
-    """Every rung's policy on the same prompts, the SFT policy first -> table, results"""
+    """Every rung's policy on the same prompts, the SFT policy first -> text, results"""
     samples = collect(policies, reward, tokenizer, prompts, [cfg.n_samples] * len(policies), cfg)
-    shown = ["score", "kl_ref", "objective"]
-    if samples.gold is not None:
-        shown.insert(1, "gold")
+    known = [] if samples.gold is None else ["gold"]
+    shown = ["score", *known, "kl_ref", "objective"]
     rows = [[f"{cfg.n_eval} held-out prompts x {cfg.n_samples}", *shown, "fraction of optimum"]]
     results = {}
     for name in samples.names:
@@ -505,7 +507,9 @@ def compare_rungs(policies, reward, tokenizer, prompts, cfg):
             doubt = "" if limit["optimum_trusted"] else "*"
             fraction = f"{limit['fraction']:.3f} ±{limit['standard_error']:.3f}{doubt}"
         rows.append([name, *(means[metric] for metric in shown), fraction])
-    return report.table(rows), results
+    note = ("*: too few effective samples to know the optimum well. The objective is score - "
+            f"{cfg.beta:g} KL; its optimum is an estimate, if anything too low.")
+    return f"{report.table(rows)}\n\n{note}", results
 
 
 @self_contained
@@ -514,16 +518,15 @@ def main(cfg):
     if run.finished:
         return run.show()
     check(cfg)
-    device = run.device
-    actor, tokenizer = sft.load_policy(ensure(cfg, sft), device, **cfg.compute_options())
-    block_size = actor.config.block_size
-    train_prompts, eval_prompts = data.prompts(cfg, tokenizer, block_size, cfg.n_eval)
-    reward = load_reward(cfg, actor, tokenizer, train_prompts, device)
+    sft_folder = ensure(cfg, sft, init=cfg.init)
+    actor, tokenizer = sft.load_policy(sft_folder, run.device, **cfg.compute_options())
+    train_prompts, eval_prompts = data.prompts(cfg, tokenizer, actor.config.block_size, cfg.n_eval)
+    reward = load_reward(cfg, actor, tokenizer, train_prompts, run.device)
     run.begin()
     sources = run.sources(tokenizer, actor, data=train_prompts)
     reference = copy.deepcopy(actor).requires_grad_(False)
     trunk = reward.model or actor
-    critic = ScalarGPT(trunk.config, init_from=trunk, zero_head=True).to(device).eval()
+    critic = ScalarGPT(trunk.config, init_from=trunk, zero_head=True).to(run.device).eval()
     first_critic = copy.deepcopy(critic).requires_grad_(False)
     rungs = LADDER if cfg.rung == "all" else (cfg.rung,)
     policies = {rung: copy.deepcopy(actor).cpu() for rung in rungs}          # where each rung ended
@@ -537,6 +540,11 @@ def main(cfg):
                  penalty=penalty, probe=probe, reward=reward, gpt=asdict(actor.config), **sources)
     for rung, policy in policies.items():
         state[f"policy_{rung}"] = policy
+
+    def new_rollout(actor, critic):
+        prompts = data.draw(train_prompts, cfg.batch_size, run.generator)
+        return sample_rollout(actor, critic, reference, reward, tokenizer, prompts, cfg,
+                              run.generator)
 
     for step in run.steps(run.restore(**state), len(rungs) * cfg.steps):
         rung = rungs[step // cfg.steps]
@@ -555,14 +563,12 @@ def main(cfg):
             probe["moved"].load_state_dict(actor.state_dict())
 
         # ---- 1. roll out
-        prompts = data.draw(train_prompts, cfg.batch_size, run.generator)
-        rollout = sample_rollout(actor, critic, reference, reward, tokenizer, prompts, cfg,
-                                 run.generator)
+        rollout = new_rollout(actor, critic)
         mask = rollout["mask"]                                               # (B, T)
         run.must_be_finite(REWARD_HINT, scores=rollout["scores"])
         run.must_be_finite(TRY, kl_ref=rollout["kl_ref"], values=rollout["values"],
                            rewards=rollout["rewards"])
-        ppo.check_kl_ref(rollout["kl_ref"], cfg, first=update == 0)
+        check_kl_ref(rollout["kl_ref"], cfg, first=update == 0)
         run.lap("rollout")
 
         # ---- 2. climb
@@ -570,21 +576,18 @@ def main(cfg):
         set_learning_rate(optimizer, lr_factor * cfg.lr)
         set_learning_rate(critic_optimizer, lr_factor * cfg.critic_lr)
         order = torch.randperm(cfg.batch_size, generator=run.generator)
-        coef = penalty.coef                                      # the value that this update uses
         if rung == "trpo":                   # a step's KL grows with the square of its length
             metrics = climb_by_trpo(actor, rollout, order, cfg, lr_factor ** 2 * cfg.max_kl, run)
         else:
-            metrics = climb(rung, actor, optimizer, rollout, order, cfg, coef, run)
-        _, returns = ppo.gae(rollout["rewards"], rollout["values"], mask, cfg.gamma,
-                             cfg.lam)                                        # (B, T)
-        train_critic(critic, critic_optimizer, rollout, returns, order, cfg, run)
+            metrics = climb(rung, actor, optimizer, rollout, order, cfg, penalty.coef, run)
+        train_critic(critic, critic_optimizer, rollout, order, cfg, run)
         rows = select(rollout, order[:cfg.minibatch_size])
         with torch.no_grad():
             k3 = ppo.kl_estimate(rows["old_logprobs"], logprobs_of(actor, rows, cfg), "k3")
             kl_old = masked_mean(k3, rows["mask"])                           # 0-d
         run.must_be_finite(kl_old=kl_old)
         if rung == "kl_penalty":
-            metrics["kl_penalty_coef"] = coef
+            metrics["kl_penalty_coef"] = penalty.coef            # the value that this update used
             penalty.update(kl_old.item())
         run.lap("update")
 
@@ -593,7 +596,8 @@ def main(cfg):
             "rung": rung, "score": rollout["scores"].mean(), "kl_ref": rollout["kl_ref"].mean(),
             "objective": rollout["rewards"].sum(dim=1).mean(), "kl_old": kl_old,
             "entropy": masked_mean(rollout["entropy"], mask),
-            "explained_variance": ppo.explained_variance(rollout["values"], returns, mask),
+            "explained_variance": ppo.explained_variance(
+                rollout["values"], rollout["returns"], mask),
             "response_length": mask.sum(dim=1).mean(),
             "eos_rate": rollout["finished"].float().mean(), "lr": lr_factor * cfg.lr}
         metrics |= true_utility(cfg, tokenizer, rollout["inputs"], rollout["targets"], mask)
@@ -604,27 +608,25 @@ def main(cfg):
         run.checkpoint(step + 1)
 
     # ---- 4. variance
-    lines, pictures, noise = [], [], {}
+    noise = {}
     if cfg.rung == "all":
-        rollouts = []
-        for _ in range(cfg.variance_rollouts):
-            prompts = data.draw(train_prompts, cfg.batch_size, run.generator)
-            rollouts.append(sample_rollout(probe["actor"], probe["critic"], reference, reward,
-                                           tokenizer, prompts, cfg, run.generator))
-        noise = {"noise": measure_variance(probe["actor"], probe["moved"], rollouts, cfg)}
-        pictures = [draw_variance(noise["noise"], cfg, run.folder / "variance.png")]
-        lines = [noise_table(noise["noise"], cfg), ""]
+        rollouts = [new_rollout(probe["actor"], probe["critic"])
+                    for _ in range(cfg.variance_rollouts)]
+        noise = measure_variance(probe["actor"], probe["moved"], rollouts, cfg)
 
     # ---- 5. compare
-    policies = {"SFT": reference} | {rung: policy.to(device) for rung, policy in policies.items()}
-    table, results = compare_rungs(policies, reward, tokenizer, eval_prompts, cfg)
+    policies = {rung: policy.to(run.device) for rung, policy in policies.items()}
+    policies = {"SFT": reference} | policies
+    text, results = compare_rungs(policies, reward, tokenizer, eval_prompts, cfg)
     log = read_lines(run.folder / "log.jsonl")
     best = results["SFT"].get("best_objective")
-    pictures.insert(0, draw_ladder(log, cfg, best, run.folder / "ladder.png"))
-    lines += [table, "", "*: too few effective samples to know the optimum well. The objective is "
-              f"score - {cfg.beta:g} KL; its optimum is an estimate, if anything too low.", "",
-              f"pictures    {', '.join(map(str, pictures))}"]
-    return run.finish("\n".join(lines), results | noise,
+    pictures = [draw_ladder(log, cfg, best, run.folder / "ladder.png")]
+    if noise:
+        text = f"{noise_table(noise, cfg)}\n\n{text}"
+        results["noise"] = noise
+        pictures.append(draw_variance(noise, cfg, run.folder / "variance.png"))
+    text += f"\n\npictures    {', '.join(map(str, pictures))}"
+    return run.finish(text, results,
                       then=f"evaluate --runs {run.folder.parent.name}/policy_gradient")
 
 

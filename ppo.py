@@ -42,9 +42,10 @@ import data
 import sft
 from compare import compare, true_utility
 from lab.run import Run, ensure, launch, learning_rate, self_contained, set_learning_rate, stop
-from model import ScalarGPT, add_lora, generate, masked_mean, reference_of, token_logprobs, trained
+from model import ScalarGPT, add_lora, masked_mean, reference_of, token_logprobs, trained
 from presets import presets_of
 from reward import REWARD_HINT, Rewarded, check_reward, load_reward
+from rollout import check_first_ratio, check_kl_ref, roll_out, score_rollout
 
 
 @dataclass
@@ -221,6 +222,17 @@ def value_loss(values, old_values, returns, mask, clip_eps=0.2):
                   "value_clip_fraction": masked_mean((clipped_errors > errors).float(), mask)}
 
 
+def actor_loss(logprobs, entropy, old_logprobs, advantages, mask, coef, cfg):
+    """The surrogate, minus entropy_coef times the mean entropy if there is one -> loss, metrics"""
+    if cfg.surrogate == "clip":
+        loss, metrics = policy_loss(logprobs, old_logprobs, advantages, mask, cfg.clip_eps)
+    else:
+        loss, metrics = kl_penalty_loss(logprobs, old_logprobs, advantages, mask, coef)
+    if entropy is not None:
+        loss = loss - cfg.entropy_coef * masked_mean(entropy, mask)
+    return loss, metrics
+
+
 def explained_variance(values, returns, mask):
     """1 - Var(G - V) / Var(G): 1 for a perfect critic, 0 for a constant one -> 0-d"""
     def variance(x):
@@ -291,91 +303,22 @@ def move_average(average, model, decay):
             mean.lerp_(weight, 1 - decay)
 
 
-def add_ptx_gradient(actor, texts, coef, accumulation):
+def add_ptx_gradient(actor, texts, cfg, run):
     """
-    Add the gradient of  - coef mean over response tokens of log pi  on (prompt, response) rows
+    Add the gradient of  - ptx_coef mean over response tokens of log pi  on a draw of the texts
 
-    The last term of Ouyang et al. 2022, equation 2. -> the mean, 0-d
+    The last term of Ouyang et al. 2022, equation 2. -> {ptx_loss: - the mean}
     """
     device = next(actor.parameters()).device
-    n_tokens = sum(len(response) for _, response in texts)
+    drawn = data.draw(texts, cfg.minibatch_size, run.generator)
+    n_tokens = sum(len(response) for _, response in drawn)
     total = 0.0
-    for part, _ in data.microbatches(texts, accumulation):
+    for part, _ in data.microbatches(drawn, cfg.accumulation):
         inputs, targets, mask = (t.to(device) for t in data.collate(*zip(*part)))           # (b, T)
         loss = -token_logprobs(actor, inputs, targets, mask).sum() / n_tokens
-        (coef * loss).backward()
+        run.backward(cfg.ptx_coef * loss)
         total = total + loss.detach()
-    return total
-
-
-# --------------------------------------------------------------------------------------------------
-# The rollout
-
-@torch.no_grad()
-def roll_out(actor, prompts, cfg, eos_id, generator):
-    """Responses to prompts (token lists) -> inputs, targets, mask (B, T), finished (B,): met EOS"""
-    tokens, mask = generate(actor, prompts, cfg.max_new_tokens, eos_id, cfg.temperature, generator)
-    inputs, targets = data.shift(tokens)
-    return inputs, targets, mask, data.met_eos(targets, mask, eos_id)
-
-
-@torch.no_grad()
-def score_rollout(policy, inputs, targets, mask, cfg):
-    """
-    log pi and the entropy of pi at every response token -> (B, T) x 2
-
-    bfloat16 rounds a product differently in a batch of a different shape, which alone can put
-    several percent of the ratios outside the clip range. So its batches have the update's size.
-    """
-    size = len(mask)
-    if cfg.dtype == "bfloat16":
-        size = -(-cfg.minibatch_size // cfg.accumulation)
-    parts = [token_logprobs(policy, *rows, cfg.temperature, return_entropy=True)
-             for rows in zip(inputs.split(size), targets.split(size), mask.split(size))]
-    logprobs, entropy = zip(*parts)
-    return torch.cat(logprobs), torch.cat(entropy)
-
-
-@torch.no_grad()
-def check_first_ratio(logprobs, old_logprobs, mask, cfg, clip_eps_high=None):
-    """
-    Before the first gradient step every ratio is 1: exit if not.
-
-    -> the share of tokens with a ratio outside the clip range, 0 but for the rounding of bfloat16
-    """
-    log_ratio = logprobs - old_logprobs
-    ratio = log_ratio.exp()
-    high = 1 + (cfg.clip_eps if clip_eps_high is None else clip_eps_high)
-    outside = masked_mean(((ratio < 1 - cfg.clip_eps) | (ratio > high)).float(), mask).item()
-    drift = log_ratio.abs().max().item()
-    limit = 1e-4 if mask.device.type == "cpu" else 1e-3  # GPU kernels round by the batch's shape
-    if cfg.dtype == "bfloat16":
-        drift = masked_mean(log_ratio.abs(), mask).item()
-        limit = 0.02
-    if drift > limit:
-        stop(f"at the first minibatch the log ratio should be 0, but it is off by {drift:.1e}: "
-             "old_logprobs and logprobs were computed differently. Look for dropout, a different "
-             "temperature or mask, or a gradient step in between")
-    if outside > 0.01:
-        print(f"warning: before any step, {outside:.1%} of the tokens have a ratio outside the "
-              "clip range, because bfloat16 rounds coarsely; try --dtype float32")
-    return outside
-
-
-def check_kl_ref(kl_ref, cfg, first):
-    """Exit or warn if kl_ref (B,) cannot be right. At the first update it is 0, up to rounding."""
-    limit = 1e-4 if cfg.dtype == "float32" else 1.0
-    if first and kl_ref.abs().max() > limit:
-        stop(f"at the first update kl_ref should be 0, but reaches {kl_ref.abs().max():.1e} nats: "
-             "actor and reference do not start from the same weights")
-    mean = kl_ref.mean()
-    standard_error = kl_ref.std(correction=0) / len(kl_ref) ** 0.5
-    if mean < -3 * standard_error - 1e-4 and len(kl_ref) >= 16:
-        print(f"warning: kl_ref is {mean:.2f} +- {standard_error:.2f} nats, but a KL is never "
-              "negative: the policy scored is not the one that sampled")
-    if mean > cfg.kl_bound:
-        print(f"warning: kl_ref is {mean:.1f} nats a response, above --kl_bound {cfg.kl_bound}: "
-              "the policy is leaving what the reward model knows; raise --beta or lower --lr")
+    return {"ptx_loss": total}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -406,12 +349,15 @@ def check(cfg):
         data.check_source(cfg.ptx_data, "--ptx_data")
 
 
-def trunk_of_critic(cfg, actor, reward):
-    """The model whose weights the critic starts from"""
-    if cfg.critic_init == "rm" and reward.model is None:
+def new_critic(cfg, actor, reward, device):
+    """V_psi: the trunk of the reward model or of the SFT policy, and a head that starts at zero"""
+    trunk = actor
+    if cfg.critic_init == "rm" and reward.model:
+        trunk = reward.model
+    elif cfg.critic_init == "rm":
         print(f"--critic_init rm: {cfg.reward} is not one of this project's reward models, so the "
               "critic starts from the SFT policy")
-    return reward.model if cfg.critic_init == "rm" and reward.model else actor
+    return ScalarGPT(trunk.config, init_from=trunk, zero_head=True).to(device).eval()
 
 
 def load_ptx_texts(cfg, tokenizer, block_size):
@@ -427,20 +373,18 @@ def main(cfg):
     if run.finished:
         return run.show()
     check(cfg)
-    device = run.device
 
     # ---- the four models, always in eval mode: with dropout the first ratio would not be 1
-    actor, tokenizer = sft.load_policy(ensure(cfg, sft), device, **cfg.compute_options())
-    block_size = actor.config.block_size
-    train_prompts, eval_prompts = data.prompts(cfg, tokenizer, block_size, cfg.n_eval)
-    reward = load_reward(cfg, actor, tokenizer, train_prompts, device)
-    trunk = trunk_of_critic(cfg, actor, reward)
+    sft_folder = ensure(cfg, sft, init=cfg.init)
+    actor, tokenizer = sft.load_policy(sft_folder, run.device, **cfg.compute_options())
+    train_prompts, eval_prompts = data.prompts(cfg, tokenizer, actor.config.block_size, cfg.n_eval)
+    reward = load_reward(cfg, actor, tokenizer, train_prompts, run.device)
     texts = {"data": train_prompts}
     if cfg.ptx_coef:
-        texts["ptx_data"] = load_ptx_texts(cfg, tokenizer, block_size)
+        texts["ptx_data"] = load_ptx_texts(cfg, tokenizer, actor.config.block_size)
     run.begin()                                          # nothing is written before this line
     sources = run.sources(tokenizer, actor, **texts)     # what the run is made from, for resume
-    critic = ScalarGPT(trunk.config, init_from=trunk, zero_head=True).to(device).eval()
+    critic = new_critic(cfg, actor, reward, run.device)
     add_lora(actor, cfg.lora_rank)
     add_lora(critic, cfg.lora_rank)
     reference = reference_of(actor)
@@ -459,7 +403,7 @@ def main(cfg):
         # ---- 1. roll out
         prompts = data.draw(train_prompts, cfg.batch_size, run.generator)    # token lists
         inputs, targets, mask, finished = roll_out(
-            actor, prompts, cfg, tokenizer.eot_token, run.generator)         # (B, T) x 3, (B,)
+            actor, prompts, cfg, tokenizer.end_tokens, run.generator)         # (B, T) x 3, (B,)
         run.lap("rollout")
 
         # ---- 2. score
@@ -503,36 +447,24 @@ def main(cfg):
                 bonus = cfg.entropy_coef > 0
                 scored = token_logprobs(actor, inputs[rows], targets[rows], mask[rows],
                                         cfg.temperature, return_entropy=bonus)
-                if bonus:
-                    logprobs, new_entropy = scored                           # (b, T) each
-                else:
-                    logprobs = scored                                        # (b, T)
+                logprobs, new_entropy = scored if bonus else (scored, None)  # (b, T) each
                 if step == 0 and run.taken == 0:
                     outside = check_first_ratio(logprobs, old_logprobs[rows], mask[rows], cfg)
-                if cfg.surrogate == "clip":
-                    actor_loss, actor_metrics = policy_loss(
-                        logprobs, old_logprobs[rows], advantages[rows], mask[rows], cfg.clip_eps)
-                else:
-                    actor_loss, actor_metrics = kl_penalty_loss(
-                        logprobs, old_logprobs[rows], advantages[rows], mask[rows], penalty.coef)
-                if bonus:
-                    bonus_loss = -cfg.entropy_coef * masked_mean(new_entropy, mask[rows])
-                    actor_loss = actor_loss + bonus_loss
-                critic_loss, critic_metrics = value_loss(
-                    critic(inputs[rows]), old_values[rows], returns[rows], mask[rows],
-                    cfg.value_clip_eps)
-                (share * actor_loss).backward()
-                (share * critic_loss).backward()
-                means.add(actor_metrics | critic_metrics, share)
+                    means.add({"ratio_outside_clip": outside}, share)
+                loss, metrics = actor_loss(logprobs, new_entropy, old_logprobs[rows],
+                                           advantages[rows], mask[rows], penalty.coef, cfg)
+                run.backward(share * loss)
+                means.add(metrics, share)
+                loss, metrics = value_loss(critic(inputs[rows]), old_values[rows], returns[rows],
+                                           mask[rows], cfg.value_clip_eps)
+                run.backward(share * loss)
+                means.add(metrics, share)
             if cfg.ptx_coef:
-                drawn = data.draw(texts["ptx_data"], cfg.minibatch_size, run.generator)
-                means.add({"ptx_loss": add_ptx_gradient(actor, drawn, cfg.ptx_coef,
-                                                        cfg.accumulation)})
+                means.add(add_ptx_gradient(actor, texts["ptx_data"], cfg, run))
             if step < cfg.critic_warmup:                         # the critic learns alone at first:
                 actor_optimizer.zero_grad()                      # no gradient, so no step
-            norms = run.step(cfg.grad_clip, TRY, grad_norm=actor_optimizer,
-                             critic_grad_norm=critic_optimizer)  # clips, steps, zeroes
-            means.add(norms)
+            means.add(run.step(cfg.grad_clip, TRY, grad_norm=actor_optimizer,
+                               critic_grad_norm=critic_optimizer))       # clips, steps, zeroes
         if cfg.ema:
             move_average(state["policy_ema"], actor, cfg.ema)
         run.lap("update")
@@ -560,8 +492,6 @@ def main(cfg):
             "lr": lr_factor * cfg.lr, "critic_lr": lr_factor * cfg.critic_lr,
             "tokens_per_second": lengths.sum().item() / run.clock.total()}
         metrics |= true_utility(cfg, tokenizer, inputs, targets, mask)
-        if step == 0:
-            metrics["ratio_outside_clip"] = outside
         run.log(step, metrics, ["score", "gold", "kl_ref", "beta", "kl_old", "entropy",
                                 "clip_fraction", "explained_variance", "response_length"])
         run.checkpoint(step + 1)

@@ -7,6 +7,9 @@ The settings of each --config, stage by stage.
     imdb        GPT-2 continues film reviews, rewarded by a sentiment classifier, in the manner of
                 Ziegler et al. 2019 and of the DPO paper
     tldr        GPT-2 summarises posts, from OpenAI's comparisons (Stiennon et al. 2020)
+    smollm2     SmolLM2-135M-Instruct, or with --init the 360M, on your --data and --reward, or on
+                HH-RLHF; no SFT, the policy starts as it is
+    qwen        the same with Qwen2.5-0.5B-Instruct, or with --init Qwen3-0.6B
 
 A script's own defaults are those of small, so a preset lists only what differs. The values of "all"
 hold for every stage. A stage that a preset does not list cannot be run with it.
@@ -88,7 +91,36 @@ TLDR = {
     "sample": dict(),
 }
 
-PRESETS = {"small": SMALL, "tiny": TINY, "gpt2": GPT2, "imdb": IMDB, "tldr": TLDR}
+SMOLLM2 = {
+    "all": dict(data="hh", max_prompt_tokens=256, max_new_tokens=128, dtype="bfloat16"),
+    "sft": dict(init="HuggingFaceTB/SmolLM2-135M-Instruct", steps=0, n_texts=None, batch_size=32,
+                accumulation=2, lr=2e-5, warmup=50, eval_every=200, n_eval=256),
+    "reward_model": dict(n_prompts=None, batch_size=64, accumulation=8, lr=1e-5, warmup=50,
+                         lr_floor=0.0, save_every=200),
+    "ppo": dict(steps=200, batch_size=64, minibatch_size=32, accumulation=4, lr=5e-6,
+                critic_lr=1e-5, warmup=10, lam=0.95, beta=0.05, kl_control="fixed", n_samples=4),
+    "dpo": dict(n_pairs=20000, batch_size=32, accumulation=8, beta=0.1, lr=1e-6, warmup=50,
+                lr_floor=0.0, eval_every=100, n_samples=4, save_every=200),
+    "grpo": dict(steps=200, batch_size=64, minibatch_size=32, accumulation=4, group_size=8,
+                 beta=0.02, lr=1e-5, warmup=10, n_samples=4),
+    "evaluate": dict(n_reference=64, n_samples=32),
+    "sample": dict(),
+}
+
+QWEN = {
+    "all": SMOLLM2["all"],
+    "sft": SMOLLM2["sft"] | dict(init="Qwen/Qwen2.5-0.5B-Instruct", accumulation=8, lr=1e-5),
+    "reward_model": SMOLLM2["reward_model"] | dict(accumulation=16, lr=5e-6),
+    # Actor and critic, trained whole, would take 18 GB before the first activation
+    "ppo": SMOLLM2["ppo"] | dict(accumulation=8, lora_rank=16, lr=3e-5, critic_lr=1e-4),
+    "dpo": SMOLLM2["dpo"] | dict(accumulation=16, lr=5e-7),
+    "grpo": SMOLLM2["grpo"] | dict(accumulation=8, lr=2e-6),
+    "evaluate": SMOLLM2["evaluate"],
+    "sample": dict(),
+}
+
+PRESETS = {"small": SMALL, "tiny": TINY, "gpt2": GPT2, "imdb": IMDB, "tldr": TLDR,
+           "smollm2": SMOLLM2, "qwen": QWEN}
 
 
 def presets_of(stage):

@@ -29,13 +29,14 @@ from lab import files, pretrained
 from lab.config import Common, nearest
 from lab.guest import Guest, arguments, call
 from lab.process import seed_all
-from lab.run import ensure, stop
+from lab.run import Stopped, ensure, stop
 from model import sequence_scores
 
 
 @dataclass
 class Rewarded(Common):
     """Options of every stage that is driven by a reward"""
+    init: str = ""                  # weights for the SFT stage, if this run has none yet
     reward: str = "reward_model"    # or FILE.py:NAME, or a classifier: FOLDER, NAME or FOLDER:LABEL
     normalise_reward: bool = True   # bring other rewards to mean 0, deviation 1 on SFT's samples
     missing_eos_score: float | None = -3.0      # score of a response without EOS; none: its own
@@ -56,11 +57,12 @@ class Reward:
     of inputs, targets, mask. made_for identifies the reward.
     """
 
-    def __init__(self, raw, made_for, cfg, model=None):
+    def __init__(self, raw, made_for, cfg, model=None, folder=None):
         self.raw = raw
         self.made_for = made_for
         self.cfg = cfg
-        self.model = model                               # the ScalarGPT behind it, if there is one
+        self.model = model                               # our own reward model: the ScalarGPT,
+        self.folder = folder                             # and its stage's folder
         self.gain = 1.0
         self.bias = 0.0
 
@@ -100,7 +102,7 @@ def load_reward(cfg, sft_policy, tokenizer, prompts, device):
         folder = ensure(cfg, rm)
         model = rm.load_reward_model(folder, sft_policy, tokenizer, device, **cfg.compute_options())
         raw = functools.partial(sequence_scores, model)
-        return Reward(raw, files.fingerprint(model), cfg, model)
+        return Reward(raw, files.fingerprint(model), cfg, model, folder)
     path, name = split(cfg.reward)
     if path.endswith(".py") and name:
         raw, made_for = load_function(path, name, tokenizer)
@@ -119,7 +121,7 @@ def load_reward(cfg, sft_policy, tokenizer, prompts, device):
 def check_reward(cfg):
     """Exit, before any work, if the data, the held-out prompts or the reward cannot be used."""
     data.check_source(cfg.data)
-    if cfg.data == "reviews" and hasattr(cfg, "n_eval"):
+    if cfg.data == "reviews":
         data.check_n_eval(cfg.n_eval, len(data.built_in_prompts()[1]))
     if cfg.reward == "reward_model":
         if cfg.config not in rm.Config.presets:
@@ -128,10 +130,13 @@ def check_reward(cfg):
         data.check_comparisons(cfg)
         return
     path, name = split(cfg.reward)
-    if os.path.isfile(f"{path}.py") and not os.path.exists(path):
-        stop(f"--reward got {cfg.reward} (did you mean {path}.py:{name or 'FUNCTION'}?)")
-    if not os.path.exists(path) and "/" not in path and nearest(cfg.reward, ["reward_model"]):
-        stop(f"--reward got {cfg.reward}{nearest(cfg.reward, ['reward_model'])}")
+    meant = ""
+    if os.path.isfile(f"{path}.py"):
+        meant = f" (did you mean {path}.py:{name or 'FUNCTION'}?)"
+    elif "/" not in path:
+        meant = nearest(cfg.reward, ["reward_model"])
+    if meant and not os.path.exists(path):
+        stop(f"--reward got {cfg.reward}{meant}")
     if cfg.reward.endswith(".py"):
         stop(f"--reward got {cfg.reward}; name the function in it too: {cfg.reward}:FUNCTION")
     if path.endswith(".py"):
@@ -191,7 +196,14 @@ def load_function(path, name, tokenizer):
 def score_texts(function, name, guest, tokenizer, inputs, targets, mask):
     """The numbers that a user's function gives to the texts of prompts and responses -> (B,)"""
     prompts, responses = data.texts_of(tokenizer, inputs, targets, mask)
-    scores = call(function, name, guest, prompts, responses)
+    try:
+        scores = call(function, name, guest, prompts, responses)
+    except Stopped as error:
+        if not isinstance(error.__context__, (AttributeError, TypeError)):
+            raise
+        # The likeliest cause: it was written for one response
+        raise Stopped(f"{error}. A reward function gets a list of prompts and a list of responses, "
+                      "and returns one number for each response")
     return torch.tensor(scores, dtype=torch.float32, device=mask.device)
 
 
@@ -264,16 +276,14 @@ def load_classifier(name, label, tokenizer, device):
         told = f"log-odds of {labels[rewarded]} against {against}"
     print(f"reward: {told}")
     classifier = classifier.eval().requires_grad_(False).to(device)
-    made_for = f"{name} {files.fingerprint(classifier)}"
-    if label and others != [0]:                          # [0] is what no label means as well
-        made_for = f"{name}:{label} {files.fingerprint(classifier)}"
+    named = f"{name}:{label}" if label and others != [0] else name   # [0] is what no label means
     raw = functools.partial(score_by_classifier, classifier, its_tokenizer, rewarded, others,
                             tokenizer)
-    return raw, made_for
+    return raw, f"{named} {files.fingerprint(classifier)}"
 
 
 def score_by_classifier(classifier, its_tokenizer, rewarded, others, tokenizer,
-                        inputs, targets, mask, batch_size=64):
+                        inputs, targets, mask):
     """
     The rewarded label's logit, or its log-odds against the others, for prompt + response -> (B,)
 
@@ -281,30 +291,26 @@ def score_by_classifier(classifier, its_tokenizer, rewarded, others, tokenizer,
     shown the EOS too.
     """
     config = classifier.config
-    longest = min(its_tokenizer.model_max_length, positions_of(config))
-    finished = data.met_eos(targets, mask, tokenizer.eot_token).tolist()
+    longest = getattr(config, "max_position_embeddings", None) or 10 ** 9
+    if "roberta" in config.model_type:                   # counts from pad_token_id + 1
+        longest -= config.pad_token_id + 1
+    longest = min(longest, its_tokenizer.model_max_length)
     prompts, responses = data.texts_of(tokenizer, inputs, targets, mask)
     texts = [prompt + response for prompt, response in zip(prompts, responses)]
-    step = batch_size if its_tokenizer.pad_token else 1
+    rows = its_tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
+    rows = [row or [its_tokenizer.unk_token_id or 0] for row in rows]        # an empty text
+    if getattr(config, "reads_eos", False):
+        finished = data.met_eos(targets, mask, tokenizer.end_tokens).tolist()
+        ends = [[its_tokenizer.eos_token_id] if end else [] for end in finished]
+        rows = [(row + end)[-longest:] for row, end in zip(rows, ends)]
+    at_once = 64 if its_tokenizer.pad_token else 1
     scores = []
-    for i in range(0, len(texts), step):
-        rows = its_tokenizer(texts[i:i + step], truncation=True, max_length=longest)["input_ids"]
-        rows = [row or [its_tokenizer.unk_token_id or 0] for row in rows]    # an empty text
-        if getattr(config, "reads_eos", False):
-            ends = [[its_tokenizer.eos_token_id] if end else [] for end in finished[i:i + step]]
-            rows = [(row + end)[-longest:] for row, end in zip(rows, ends)]
-        batch = its_tokenizer.pad({"input_ids": rows}, padding=step > 1, return_tensors="pt")
+    for i in range(0, len(rows), at_once):
+        batch = its_tokenizer.pad({"input_ids": rows[i:i + at_once]}, padding=at_once > 1,
+                                  return_tensors="pt")
         logits = classifier(**batch.to(mask.device)).logits.float()          # (b, number of labels)
         score = logits[:, rewarded]
         if others:
             score = score - logits[:, others].logsumexp(dim=1)               # log-odds
         scores.append(score)
     return torch.cat(scores)
-
-
-def positions_of(config):
-    """The longest row, in tokens, that a transformers model reads"""
-    positions = getattr(config, "max_position_embeddings", None) or 10 ** 9
-    if "roberta" in config.model_type:                   # counts from pad_token_id + 1
-        positions -= config.pad_token_id + 1
-    return positions

@@ -40,8 +40,9 @@ from lab.run import (Run, check_finite, ensure, launch, learning_rate, self_cont
                      set_learning_rate, stop)
 from lab.tokenizer import (check_vocabulary, decode_response, export_tokenizer, load_tokenizer,
                            tokenizer_id)
-from model import GPTConfig, ScalarGPT, add_lora, generate, masked_mean, sequence_scores, trained
+from model import GPTConfig, ScalarGPT, add_lora, masked_mean, sequence_scores, trained
 from presets import presets_of
+from sampler import generate
 
 
 @dataclass
@@ -156,7 +157,7 @@ def make_comparisons(policy, tokenizer, prompts, cfg, generator):
     for chunk in progress(chunks, f"sampling {K} responses to {len(prompts)} prompts"):
         texts = [tokenizer.decode(ids) for ids in chunk]
         tokens, mask = generate(policy, [ids for ids in chunk for _ in range(K)],
-                                cfg.max_new_tokens, tokenizer.eot_token, generator=generator)
+                                cfg.max_new_tokens, tokenizer.end_tokens, generator=generator)
         response_ids = data.responses_of(tokens, mask)
         responses = [decode_response(tokenizer, ids) for ids in response_ids]    # text, finished
         gold = torch.tensor([reviews.gold(texts[i // K], *response)
@@ -206,7 +207,7 @@ def normalisation(raw, policy, tokenizer, prompts, cfg, n=512):
     drawn = data.draw(prompts, n, generator)
     scores = []
     for i in range(0, n, 64):
-        tokens, mask = generate(policy, drawn[i:i + 64], cfg.max_new_tokens, tokenizer.eot_token,
+        tokens, mask = generate(policy, drawn[i:i + 64], cfg.max_new_tokens, tokenizer.end_tokens,
                                 temperature, generator)
         scores.append(raw(*data.shift(tokens), mask))
     scores = torch.cat(scores)                                               # (n,)
@@ -243,7 +244,7 @@ def export(folder, to):
     tokenizer = load_tokenizer(folder)
     reward_model = sft.rebuild(ScalarGPT, saved, folder, "reward_model")
     with files.new_folder(to) as temporary:
-        reward_model.save_pretrained(temporary, tokenizer.eot_token)
+        reward_model.save_pretrained(temporary, tokenizer.end_tokens)
         export_tokenizer(tokenizer, temporary, pad=True)
 
 
@@ -253,7 +254,8 @@ def load_trunk(cfg, sft_policy, tokenizer):
         return sft_policy
     if pretrained.nanogpt(cfg.init):
         print(f"note: {cfg.init} does not name its tokenizer; it is taken to be the SFT policy's")
-    elif tokenizer_id(sft.tokenizer_of(cfg.init)) != tokenizer_id(tokenizer):
+    elif tokenizer_id(sft.tokenizer_of(cfg.init, tokenizer.chat, tokenizer.system)) \
+            != tokenizer_id(tokenizer):
         stop(f"--init {cfg.init} uses a different tokenizer from the SFT policy, whose ids it must "
              "read; give weights with the same one. GPT-2's of all sizes share theirs")
     return sft.pretrained_gpt(cfg.init, tokenizer, block_size=sft_policy.config.block_size)
@@ -335,7 +337,7 @@ def main(cfg):
                 rejected = scores[:, worse]
                 weights = None
             loss, metrics = preference_loss(chosen, rejected, cfg.loss, cfg.margin, weights)
-            (share * loss).backward()
+            run.backward(share * loss)
             means.add(metrics, share)
         means.add(run.step(cfg.grad_clip, grad_norm=optimizer))              # clips, steps, zeroes
         metrics = means.result() | {"lr": lr}

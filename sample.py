@@ -7,8 +7,11 @@ Look at what a policy writes.
     python sample.py --config small --stage ppo,dpo --score         with each response's reward
     python sample.py --config small --stage ppo --tokens advantage  each token's advantage
     python sample.py --config gpt2 --stage ppo --prompt $'\\n\\nHuman: Hi\\n\\nAssistant:'
+    python sample.py --config smollm2 --stage grpo --prompt "What is 17 + 25?"
+    python sample.py --config smollm2 --stage grpo --talk   a dialogue: you type, it answers
 
-The last one writes newlines the way bash does. All policies get the same prompts and the same
+The one for gpt2 writes newlines the way bash does. If the run has a chat template, --prompt is a
+user's turn. All policies get the same prompts and the same
 uniforms, so they differ only by what they have learned. A stage of a different run is RUN/STAGE.
 One of a stage's several policies is STAGE/NAME, as in policy_gradient/clip or ppo/ema. Data,
 lengths, temperature and reward are those of the first of the stages, unless you say otherwise.
@@ -35,21 +38,23 @@ import torch
 import data
 import ppo
 import sft
-from lab import files
+from lab import chat, files
 from lab.config import FROM_0, folder_of, run_name
 from lab.process import pick_device
 from lab.run import (Stopped, check_export, ensure, launch, self_contained, stop,
                      stored_config)
-from lab.tokenizer import check_vocabulary, decode_response, encode_prompt
-from model import ScalarGPT, generate, token_logprobs
+from lab.tokenizer import check_vocabulary, decode_response, encode_prompt, start_of
+from model import ScalarGPT, token_logprobs
 from presets import presets_of
 from reward import Rewarded, load_reward
+from sampler import generate
 
 
 @dataclass
 class Config(Rewarded):
     stage: str = "sft,ppo"          # stages of this run, RUN/STAGE, or STAGE/NAME
     prompt: str = ""                # your own prompt; default: held-out ones
+    talk: bool = False              # a dialogue with the first of the stages, until an empty line
     n: int = 4                      # how many prompts, or responses to your own one
     temperature: float = 1.0        # sampling temperature; 0 takes the likeliest token
     score: bool = False             # show each response's reward
@@ -157,7 +162,7 @@ def show(cfg, tokenizer, prompts, names, written):
         print(f"{cfg.tokens} of each token{legend}")
     for i, prompt in enumerate(prompts):
         if i == 0 or not cfg.prompt:
-            empty = prompt == [tokenizer.eot_token]
+            empty = prompt == [start_of(tokenizer)]
             print("\n" + ("(no prompt)" if empty else files.visible(tokenizer.decode(prompt))))
         for name, (responses, scores, values) in zip(names, written):
             label = name if scores is None else f"{name}  score {scores[i]:.2f}"
@@ -173,6 +178,40 @@ def show(cfg, tokenizer, prompts, names, written):
                 if not finished:                         # cut at --max_new_tokens
                     text += " .."
             print(f"    {label} {text}")
+
+
+def talk(cfg, name, policy, tokenizer):
+    """Answer what is typed, turn by turn, until an empty line or the end of the input."""
+    config = policy.config
+    if config.positions == "rope":                       # all that the weights can read
+        config.block_size = config.n_positions
+    generator = torch.Generator().manual_seed(cfg.seed)
+    turns = []
+    print("type a message and Enter; an empty line ends the dialogue")
+    while True:
+        try:
+            message = input("you: ")
+        except EOFError:
+            return
+        if not message.strip():
+            return
+        turns.append(("user", message))
+        prompt = dialogue(turns, tokenizer)
+        while len(prompt) + cfg.max_new_tokens > config.block_size and len(turns) > 2:
+            print("    (too long: the first two turns are forgotten)")
+            turns = turns[2:]
+            prompt = dialogue(turns, tokenizer)
+        data.check_room(cfg, len(prompt), config.block_size)
+        tokens, mask = generate(policy, [prompt], cfg.max_new_tokens, tokenizer.end_tokens,
+                                cfg.temperature, generator)
+        text, finished = decode_response(tokenizer, data.responses_of(tokens, mask)[0])
+        print(f"{name}: {files.visible(text.strip())}{'' if finished else ' ..'}", flush=True)
+        turns.append(("assistant", text.strip()))
+
+
+def dialogue(turns, tokenizer):
+    """A dialogue by the run's template, as ids"""
+    return encode_prompt(tokenizer, chat.written(turns, tokenizer.chat, tokenizer.system))
 
 
 @self_contained
@@ -194,13 +233,16 @@ def main(cfg):
         checkpoints.append(saved)
         policies.append(policy)
         check_vocabulary(checkpoints[0]["tokenizer"], tokenizer, folder)
+    if cfg.talk:
+        return talk(cfg, names[0], policies[0], tokenizer)
     block_size = policies[0].config.block_size
-    eos_id = tokenizer.eot_token
+    eos_id = tokenizer.end_tokens
 
     # ---- what they are measured by
     reference = reward = None
     if cfg.score or cfg.tokens:
-        reference, _ = sft.load_policy(ensure(cfg, sft), device, **cfg.compute_options())
+        sft_folder = ensure(cfg, sft, init=cfg.init)
+        reference, _ = sft.load_policy(sft_folder, device, **cfg.compute_options())
         sft_id = files.fingerprint(reference)
         for name, saved in zip(names, checkpoints):
             if saved.get("sft", sft_id) != sft_id:
@@ -215,7 +257,10 @@ def main(cfg):
 
     # ---- their samples
     if cfg.prompt:
-        prompts = [encode_prompt(tokenizer, cfg.prompt)] * cfg.n
+        prompt = encode_prompt(tokenizer, cfg.prompt)
+        if tokenizer.chat != "plain":
+            prompt = dialogue([("user", cfg.prompt)], tokenizer)
+        prompts = [prompt] * cfg.n
         data.check_room(cfg, len(prompts[0]), block_size)
     else:
         _, prompts = data.prompts(cfg, tokenizer, block_size, cfg.n)

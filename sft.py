@@ -3,14 +3,15 @@ Stage 1: supervised fine-tuning.
 
     1. texts        (prompt, response) token lists, of the built-in film reviews or of --data, and
                     their tokenizer
-    2. model        a GPT with fresh weights, or with --init GPT-2's
+    2. model        a GPT with fresh weights, or with --init those of GPT-2, Llama, Qwen, SmolLM2
     3. train        minimise  - mean over response tokens of log pi(y_t | x, y_<t)
                     prompt tokens carry no loss, EOS does
     4. held out     nats per response on texts of prompts never trained on, and samples. On the
                     built-in task no model can be below the grammar's entropy E[- log p(y | x)]
 
 Departures from InstructGPT (Ouyang et al. 2022, section 3.5), whose SFT starts from GPT-3 and runs
-16 epochs: on the built-in task nothing is pretrained, and two to three epochs are enough.
+16 epochs: on the built-in task nothing is pretrained, and two to three epochs are enough. With
+--steps 0 the weights of --init are used as they are: an instruct model needs no SFT.
 
     python sft.py --config small
         -> out/small/sft/checkpoint.pt, the policy that every later stage starts from
@@ -18,24 +19,29 @@ Departures from InstructGPT (Ouyang et al. 2022, section 3.5), whose SFT starts 
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 import data
 import reviews
 from lab import files, pretrained
-from lab.config import Common
+from lab.chat import jinja_of, set_chat
+from lab.config import COUNT_FROM_0, Common
 from lab.run import (Run, check_finite, launch, learning_rate, self_contained, set_learning_rate,
                      stop)
-from lab.tokenizer import (check_vocabulary, decode_response, export_tokenizer, gpt2_tokenizer,
-                           load_tokenizer, train_tokenizer)
-from model import GPT, GPTConfig, add_lora, generate, masked_mean, merged, token_logprobs, trained
+from lab.tokenizer import (check_vocabulary, decode_response, export_tokenizer, load_tokenizer,
+                           pretrained_tokenizer, train_tokenizer)
+from model import (ARCHITECTURES, GPT, GPTConfig, add_lora, masked_mean, merged, token_logprobs,
+                   trained)
 from presets import presets_of
+from sampler import generate
 
 
 @dataclass
 class Config(Common):
     init: str = ""                  # folder, hub name or nanoGPT ckpt.pt to start from; else fresh
+    architecture: Literal["gpt2", "llama", "qwen3"] = "gpt2"        # of fresh weights
     n_layer: int = 2                # transformer blocks, if the weights are fresh
     n_head: int = 4                 # attention heads, if the weights are fresh
     n_embd: int = 128               # width of the hidden states, if the weights are fresh
@@ -43,8 +49,10 @@ class Config(Common):
     dropout: float = 0.0            # in this stage only; later stages run without
     tokenizer: str = "trained"      # trained on the texts, gpt2, or a folder; --init brings its own
     vocab_size: int = 1024          # largest vocabulary of a trained tokenizer
+    chat: Literal["auto", "plain", "chatml", "llama3"] = "auto"     # auto: the tokenizer's
+    system: str = ""                # system turn of the dialogues that have none, with a template
     n_texts: int | None = 20000     # texts to train on; none: all of --data
-    steps: int = 2500               # updates
+    steps: int = 2500               # updates; 0 uses the weights of --init as they are
     batch_size: int = 16            # texts per update
     lr: float = 3e-3                # AdamW's learning rate at its peak
     warmup: int = 100               # updates of linear warm-up, then linear decay
@@ -54,6 +62,7 @@ class Config(Common):
     eval_every: int = 500           # updates between held-out losses
     n_eval: int = 1000              # held-out texts, and samples for the report
     presets = presets_of("sft")
+    ranges = {"steps": COUNT_FROM_0}
 
 
 def sft_loss(logprobs, mask):
@@ -136,8 +145,8 @@ def export(folder, to):
         policy, tokenizer = load_policy(folder, "cpu", key, saved)
         target = to + key.removeprefix("policy").replace("_", "-")
         with files.new_folder(target) as temporary:
-            policy.save_pretrained(temporary, tokenizer.eot_token)
-            export_tokenizer(tokenizer, temporary)
+            policy.save_pretrained(temporary, tokenizer.end_tokens)
+            export_tokenizer(tokenizer, temporary, chat_template=jinja_of(tokenizer))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -153,21 +162,23 @@ def pretrained_gpt(init, tokenizer, **changes):
         stop(f"--init {init}: {error}")
 
 
-def tokenizer_of(source):
-    """GPT-2's tokenizer, or the one of a folder or of a name on the hub"""
+def tokenizer_of(source, chat="plain", system=""):
+    """GPT-2's tokenizer, or the one of a folder or of a name on the hub, with a chat template"""
+    built_in = source == "gpt2" and not Path(source).is_dir()
+    source = None if built_in else source
     try:
-        built_in = source == "gpt2" and not Path(source).is_dir()
-        return gpt2_tokenizer(None if built_in else source)
+        return set_chat(pretrained_tokenizer(source), chat, system, source)
     except (*MISFITS, OSError) as error:
-        stop(f"no tokenizer in {source}: {error}")
+        stop(f"no tokenizer in {source or 'gpt2'}: {error}")
 
 
 def choose_tokenizer(cfg):
     """The tokenizer that --tokenizer names; weights come with the one they were trained with"""
+    chat = "plain" if cfg.data == "reviews" else cfg.chat        # reviews are not dialogues
     if cfg.tokenizer != "trained":
-        return tokenizer_of(cfg.tokenizer)
+        return tokenizer_of(cfg.tokenizer, chat, cfg.system)
     if cfg.init:
-        return tokenizer_of(cfg.init)
+        return tokenizer_of(cfg.init, chat, cfg.system)
     texts = data.some_texts(cfg, cfg.n_texts or 20000, cfg.n_eval)
     return train_tokenizer(texts, cfg.vocab_size)
 
@@ -185,6 +196,11 @@ def check(cfg):
     data.check_source(cfg.data)
     if cfg.init:
         check_init(cfg.init)
+    if cfg.steps == 0 and not cfg.init:
+        stop("--steps 0 uses weights as they are, so it takes --init FOLDER")
+    if cfg.chat in ("chatml", "llama3") and cfg.tokenizer == "trained" and not cfg.init:
+        stop(f"--chat {cfg.chat} writes special tokens, which a tokenizer trained here lacks; give "
+             "--init or --tokenizer FOLDER")
     if cfg.n_embd % cfg.n_head:
         stop(f"--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}: every head takes "
              "the same number of dimensions")
@@ -212,6 +228,18 @@ def check_rows(cfg, train, held_out, block_size):
     data.check_enough(len(train), cfg.batch_size, "texts")
 
 
+def import_weights(run, cfg, policy, tokenizer):
+    """The whole stage with --steps 0: store the weights and the tokenizer of --init."""
+    run.begin()
+    run.restore(policy=policy, gpt=asdict(policy.config), **run.sources(tokenizer))
+    run.save(0)
+    n = sum(p.numel() for p in policy.parameters())
+    text = (f"imported      {cfg.init} as it is: {n / 1e6:.1f}M parameters, {tokenizer.n_vocab} "
+            f"token ids\ndialogues     {tokenizer.chat}, a turn ends with "
+            f"{tokenizer.decode([tokenizer.eot_token])}")
+    return run.finish(text, {"parameters": n}, then="ppo --reward path/to/file.py:FUNCTION")
+
+
 @self_contained
 def main(cfg):
     run = Run(cfg, "sft", export)
@@ -228,6 +256,8 @@ def main(cfg):
     shape = dict(block_size=block_size, dropout=cfg.dropout, **cfg.compute_options())
     # Before the texts, which can take long to read
     weights = pretrained_gpt(cfg.init, tokenizer, **shape) if cfg.init else None
+    if cfg.steps == 0:
+        return import_weights(run, cfg, weights, tokenizer)
     train, held_out = data.demonstrations(cfg, tokenizer, block_size, cfg.n_texts, cfg.n_eval)
     check_rows(cfg, train, held_out, block_size)
     held_prompts, held_responses = map(list, zip(*held_out))                 # lists of token lists
@@ -248,7 +278,7 @@ def main(cfg):
         policy = weights
     else:
         policy = GPT(GPTConfig(vocab_size=tokenizer.n_vocab, n_layer=cfg.n_layer, n_head=cfg.n_head,
-                               n_embd=cfg.n_embd, **shape))
+                               n_embd=cfg.n_embd, **ARCHITECTURES[cfg.architecture], **shape))
     policy = add_lora(policy.to(device), cfg.lora_rank)
     optimizer = torch.optim.AdamW(trained(policy), lr=cfg.lr, betas=(0.9, 0.99),
                                   weight_decay=cfg.weight_decay, fused=True)
@@ -264,14 +294,14 @@ def main(cfg):
         for part, share in data.microbatches(rows, cfg.accumulation, lengths):
             inputs, targets, mask = (t.to(device) for t in data.collate(*zip(*part)))       # (b, T)
             loss = sft_loss(token_logprobs(policy, inputs, targets, mask), mask)
-            (share * loss).backward()
+            run.backward(share * loss)
             means.add({"loss": loss.detach()}, share)
         means.add(run.step(cfg.grad_clip, grad_norm=optimizer))              # clips, steps, zeroes
         metrics = means.result() | {"lr": lr}
         if step % cfg.eval_every == 0:
             metrics["held_out"] = nats_per_response(policy, held_prompts, held_responses, device)
             policy.eval()
-            tokens, _ = generate(policy, held_prompts[:1], cfg.max_new_tokens, tokenizer.eot_token,
+            tokens, _ = generate(policy, held_prompts[:1], cfg.max_new_tokens, tokenizer.end_tokens,
                                  generator=run.generator)
             policy.train()
             sample = files.visible(tokenizer.decode(tokens[0].tolist()))
@@ -285,7 +315,7 @@ def main(cfg):
     check_finite(torch.tensor(nats), "the held-out loss")
     per_token = nats * len(held_out) / sum(map(len, held_responses))
     shown = held_prompts if built_in else held_prompts[:5]   # all, to count the grammatical ones
-    tokens, mask = generate(policy, shown, cfg.max_new_tokens, tokenizer.eot_token,
+    tokens, mask = generate(policy, shown, cfg.max_new_tokens, tokenizer.end_tokens,
                             generator=run.generator)
     samples = [decode_response(tokenizer, ids) for ids in data.responses_of(tokens, mask)]
     lines = [f"held-out loss          {nats:6.2f} nats per response"]

@@ -11,23 +11,23 @@ Every formula against an independent oracle, every script end to end. Offline, o
 A test's name is the claim it checks.
 
     line   section
-     113   reviews.py
-     303   data.py
-     358   model.py
-    1138   sft.py
-    1160   reward_model.py
-    1238   ppo.py
-    1584   dpo.py
-    1785   grpo.py
-    2303   policy_gradient.py
-    2380   frontier.py, compare.py
-    2641   evaluate.py
-    2671   What people copy
-    2806   Any shapes, any values: what hypothesis finds by trying
-    2983   The proof: a problem so small that every response can be listed
-    4041   The scripts, end to end at --config tiny
-    5786   The house: what holds for every file
-    5941   README.md and docs/
+     152   reviews.py
+     311   data.py
+     347   model.py
+     952   model.py: Llama, Qwen2 and Qwen3, against transformers
+    1326   sft.py
+    1344   reward_model.py
+    1402   ppo.py
+    1731   dpo.py
+    1925   grpo.py
+    2340   policy_gradient.py
+    2412   frontier.py, compare.py
+    2655   evaluate.py
+    2685   What people copy
+    2854   The proof: a problem so small that every response can be listed
+    3824   The scripts, end to end at --config tiny
+    5612   The house: what holds for every file
+    5752   README.md and docs/
 """
 
 import ast
@@ -71,22 +71,31 @@ import presets
 import reviews
 import reward as reward_py
 import reward_model
+import rollout
 import sample
+import sampler
 import sft
 from conftest import (AWKWARD, assert_same_bits, comparison, held_out_prompts, load_own, log_of,
                       Malicious, review_texts, seeded, small_gpt,
                       small_scalar, tiny_config, user_config, write_rows)
 from lab import config as settings
-from lab import corpus, files, forms, guest, pretrained, process
+from lab import chat, corpus, files, forms, guest, process
 from lab import report as reports
 from lab import run as runs
 from lab import tokenizer as tokenizers
 from lab.files import Stopped
-from model import GPT, GPTConfig, ScalarGPT, generate, masked_mean, sequence_scores, token_logprobs
+from lab.tokenizer import encode_prompt
+from model import (GPT, GPTConfig, ScalarGPT, add_lora, masked_mean, merged, sequence_scores,
+                   token_logprobs)
+from sampler import generate
 
 HERE = Path(__file__).parent
 SCRIPTS = (sft, reward_model, ppo, dpo, grpo, policy_gradient, evaluate)
-MODULES = (reviews, presets, data, model, reward_py, frontier, compare, *SCRIPTS, sample)
+MODULES = (reviews, presets, data, model, sampler, reward_py, frontier, compare, rollout,
+           *SCRIPTS, sample)
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 1]]
+RESPONSES = [[4, 5, 10], [2, 3, 4, 5, 10], [10], [7, 7, 7, 7, 7, 7]]   # EOS is 10; the last: none
 
 
 def reward_of(scalar, cfg, **changes):
@@ -95,18 +104,48 @@ def reward_of(scalar, cfg, **changes):
     return reward_py.Reward(functools.partial(sequence_scores, scalar), "", cfg)
 
 
-PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 1]]
-RESPONSES = [[4, 5, 10], [2, 3, 4, 5, 10], [10], [7, 7, 7, 7, 7, 7]]   # EOS is 10; the last: none
-
-
-def ragged(seed=0, dtype=torch.float64, B=5, T=9):
+def ragged():
     """Random (B, T) tensors and a mask of contiguous responses of different places and lengths."""
-    generator = seeded(seed)
-    starts = [0, 2, 4, 8, 1][:B]
-    ends = [9, 3, 9, 9, 5][:B]                           # lengths 9, 1, 5, 1, 4
-    mask = torch.tensor([[float(s <= t < e) for t in range(T)] for s, e in zip(starts, ends)])
-    values = torch.randn(4, B, T, generator=generator, dtype=dtype) * mask
-    return (*values, mask.to(dtype))
+    spans = [(0, 9), (2, 3), (4, 9), (8, 9), (1, 5)]     # lengths 9, 1, 5, 1, 4
+    mask = torch.tensor([[float(start <= t < end) for t in range(9)] for start, end in spans])
+    values = torch.randn(4, 5, 9, generator=seeded(), dtype=torch.float64) * mask
+    return (*values, mask.double())
+
+
+def columns_of(mask):
+    """-> [(row, the columns of its response)]"""
+    return [(b, row.nonzero()[:, 0].tolist()) for b, row in enumerate(mask)]
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+# Any shapes, any values: what hypothesis finds by trying
+strategies = hypothesis.strategies
+any_lengths = strategies.lists(                          # (prompt, response) of each row
+    strategies.tuples(strategies.integers(1, 6), strategies.integers(1, 7)),
+    min_size=1, max_size=6)
+any_seed = strategies.integers(0, 2 ** 32 - 1)
+any_share = strategies.floats(0, 1)
+any_size = strategies.sampled_from([0.0, 1e-12, 1e-3, 1.0, 30.0, 1e6])      # how large numbers are
+tried = hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+def random_rows(lengths, seed):
+    """Prompts and responses of these lengths, as token lists"""
+    chance = random.Random(seed)
+    prompts = [chance.choices(range(11), k=n) for n, _ in lengths]
+    responses = [chance.choices(range(11), k=n) for _, n in lengths]
+    return prompts, responses
+
+
+def random_tensors(lengths, seed, size):
+    """Three tensors (B, T) in float64 of numbers of a size, also off the mask, and the mask"""
+    _, _, mask = data.collate(*random_rows(lengths, seed))
+    tensors = [size * torch.randn(mask.shape, dtype=torch.float64, generator=seeded(seed + i))
+               for i in range(3)]
+    return (*tensors, mask.double())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -114,21 +153,14 @@ def ragged(seed=0, dtype=torch.float64, B=5, T=9):
 
 CUT_DOWN = {                             # together they use every rule of the grammar
     "one sentence": reviews.Lexicon(
-        aspects=("acting", "plot"),
-        adjectives=("superb", "good", "ordinary", "dull", "unbearable"),
-        verbs=("loved", "hated"),
+        aspects=("acting", "plot"), verbs=("loved", "hated"), intensifiers=("truly", "quite"),
+        adjectives=("superb", "good", "ordinary", "dull", "unbearable"), endings=(0.0, 1.0),
         verdicts=("See it twice.", "Worth a look.", "Skip it."),
-        intensifiers=("truly", "quite"),
-        occasions=("on a train", "at a festival"),
-        endings=(0.0, 1.0)),
+        occasions=("on a train", "at a festival")),
     "two sentences": reviews.Lexicon(
-        aspects=("acting", "plot"),
-        adjectives=("superb", "good", "ordinary", "awful"),
-        verbs=("loved", "liked"),
-        verdicts=("See it twice.", "Skip it."),
-        intensifiers=(),
-        occasions=("on a train",),
-        endings=(0.0, 0.5, 1.0))}
+        aspects=("acting", "plot"), verbs=("loved", "liked"), intensifiers=(),
+        adjectives=("superb", "good", "ordinary", "awful"), endings=(0.0, 0.5, 1.0),
+        verdicts=("See it twice.", "Skip it."), occasions=("on a train",))}
 TINY_PROMPT = "A western about a lighthouse. On the acting:"
 
 
@@ -163,17 +195,12 @@ def cut_down_grammar(request):
 
 
 def test_grammar_log_probs_sum_to_one_over_every_text_of_a_cut_down_grammar(cut_down_grammar):
+    """And each of them is the sum over the derivations of its text"""
     lexicon, texts = cut_down_grammar
     assert len(texts) > 1000
-    total = sum(math.exp(reviews.log_prob(TINY_PROMPT, text, lexicon)) for text in texts)
-    assert math.isclose(total, 1.0, rel_tol=1e-9)
-
-
-def test_grammar_log_prob_of_each_text_is_the_sum_over_its_derivations(cut_down_grammar):
-    lexicon, texts = cut_down_grammar
-    for text, p in itertools.islice(texts.items(), 0, None, 7):
-        log_prob = reviews.log_prob(TINY_PROMPT, text, lexicon)
-        assert math.isclose(math.exp(log_prob), p, rel_tol=1e-9)
+    scored = {text: math.exp(reviews.log_prob(TINY_PROMPT, text, lexicon)) for text in texts}
+    assert math.isclose(sum(scored.values()), 1.0, rel_tol=1e-9)
+    assert all(math.isclose(scored[text], p, rel_tol=1e-9) for text, p in texts.items())
 
 
 def test_grammar_samples_texts_with_the_probabilities_it_scores(cut_down_grammar):
@@ -192,9 +219,8 @@ def test_the_mood_shows_most_in_the_aspect_that_was_asked_for():
     def mean_grade(mood, aspect):
         grammar = reviews.choices("western", "acting", mood)
         next(grammar)
-        for phrase in (" The", aspect, " is", ""):
+        for phrase in (" The", aspect, " is", "", ""):   # neither "not" nor an intensifier
             options = grammar.send(phrase)
-        options = grammar.send("")                       # no intensifier
         return sum(p * reviews.GRADES[word[1:]] for word, p in options.items())
 
     for mood in (-2, -1, 1, 2):
@@ -210,22 +236,6 @@ def test_every_review_of_the_grammar_has_no_fault_and_parses_back():
         assert reviews.grammatical(prompt, response)
 
 
-GOOD_REVIEW = " The acting is good. Skip it."
-
-
-@pytest.mark.parametrize("text", [
-    "",
-    " The acting is good.",
-    GOOD_REVIEW + " Skip it.",
-    GOOD_REVIEW[1:],
-    " The acting is good. The acting is good. Skip it.",
-    " It is a good comedy. Skip it.",
-    GOOD_REVIEW.replace("good", "purple")])
-def test_log_prob_is_minus_infinity_for_texts_outside_the_grammar(text):
-    assert reviews.log_prob(TINY_PROMPT, GOOD_REVIEW) > -30
-    assert reviews.log_prob(TINY_PROMPT, text) == -math.inf
-
-
 @pytest.mark.parametrize("text, sentiment", [
     (" The acting is good. Skip it.", 1 - 2),
     (" The plot is good. Skip it.", 0.5 - 2),
@@ -238,6 +248,7 @@ def test_gold_of_hand_worked_reviews(text, sentiment):
     no_faults = dict.fromkeys(reviews.PENALTIES, 0)
     assert reviews.read(TINY_PROMPT, text) == (pytest.approx(sentiment), no_faults)
     assert reviews.gold(TINY_PROMPT, text) == pytest.approx(sentiment / 3)
+    assert reviews.log_prob(TINY_PROMPT, text) > -30
 
 
 @pytest.mark.parametrize("text, finished, fault, times", [
@@ -253,21 +264,23 @@ def test_gold_of_hand_worked_reviews(text, sentiment):
     (" The acting is good. The acting is good. Skip it.", True, "repeated", 2),
     (" The acting is superb and stunning. I loved the acting. Skip it.", True, "gushing", 1)])
 def test_gold_takes_off_for_each_fault_and_only_for_that(text, finished, fault, times):
+    """No such text is in the grammar, unless its one fault is that it was cut short."""
     sentiment, faults = reviews.read(TINY_PROMPT, text, finished)
     assert faults == {**dict.fromkeys(reviews.PENALTIES, 0), fault: times}
     expected = sentiment / 3 - times * reviews.PENALTIES[fault]
     assert reviews.gold(TINY_PROMPT, text, finished) == pytest.approx(expected)
+    assert (reviews.log_prob(TINY_PROMPT, text) == -math.inf) == finished
 
 
 @pytest.mark.parametrize("text", [
-    "", ".", "...", "Skip it", "\n\n", "the acting", "é漢 \x00", " " * 500])
-def test_gold_is_finite_and_low_for_any_text(text):
+    "", ".", "...", "Skip it", "\n\n", "the acting", "é漢 \x00", " " * 500,
+    " The acting is good.",
+    " The acting is good. Skip it. Skip it.",
+    "The acting is good. Skip it.",
+    " The acting is purple. Skip it."])
+def test_gold_is_finite_and_low_for_any_text_outside_the_grammar(text):
     assert -1000 < reviews.gold(TINY_PROMPT, text) < -1
-
-
-def test_prompts_of_a_different_task_are_refused_by_name():
-    with pytest.raises(ValueError, match="Tell me a joke"):
-        reviews.gold("Tell me a joke", " no")
+    assert reviews.log_prob(TINY_PROMPT, text) == -math.inf
 
 
 def test_annotators_rank_pairs_by_bradley_terry():
@@ -275,77 +288,53 @@ def test_annotators_rank_pairs_by_bradley_terry():
     rankings = reviews.rank(gold.expand(40000, 3), seeded(), temperature=0.6)
     places = rankings.argsort(dim=1)
     for i, j in itertools.combinations(range(3), 2):
-        wanted = 1 / (1 + math.exp(-(gold[0, i] - gold[0, j]).item() / 0.6))
         share = (places[:, i] < places[:, j]).double().mean().item()
-        assert share == pytest.approx(wanted, abs=0.011)
+        assert share == pytest.approx(sigmoid((gold[0, i] - gold[0, j]).item() / 0.6), abs=0.011)
+    best = torch.bincount(rankings[:, 0]) / 40000              # as in Plackett-Luce
+    assert best.tolist() == pytest.approx((gold[0] / 0.6).softmax(0).tolist(), abs=0.011)
 
 
 def test_agreement_is_the_expected_accuracy_and_gold_reaches_the_bayes_accuracy():
-    gold = torch.randn(40, 4, generator=seeded(), dtype=torch.float64)
-    scores = torch.randn(40, 4, generator=seeded(1), dtype=torch.float64)
+    gold, scores = torch.randn(2, 40, 4, generator=seeded(), dtype=torch.float64)
     scores[0] = 0.0                                      # ties
     accuracies, best = [], []
-    for row in range(40):
-        for i, j in itertools.combinations(range(4), 2):
-            p = 1 / (1 + math.exp(-(gold[row, i] - gold[row, j]).item() / 0.6))
-            best.append(max(p, 1 - p))
-            if scores[row, i] == scores[row, j]:
-                accuracies.append(0.5)
-            else:
-                accuracies.append(p if scores[row, i] > scores[row, j] else 1 - p)
-    accuracy, best = np.mean(accuracies), np.mean(best)
-    assert reviews.agreement(scores, gold).item() == pytest.approx(accuracy)
-    assert reviews.agreement(gold, gold).item() == pytest.approx(best)
-    assert best > accuracy
+    for row, i, j in ((row, i, j) for row in range(40) for i in range(4) for j in range(i)):
+        p = sigmoid((gold[row, i] - gold[row, j]).item() / 0.6)
+        best.append(max(p, 1 - p))
+        ahead = torch.sign(scores[row, i] - scores[row, j]).item()         # 1, -1 or a tie: 0
+        accuracies.append(0.5 + ahead * (p - 0.5))
+    assert reviews.agreement(scores, gold).item() == pytest.approx(np.mean(accuracies))
+    assert reviews.agreement(gold, gold).item() == pytest.approx(np.mean(best))
 
 
 # --------------------------------------------------------------------------------------------------
 # data.py
 
-def test_supervised_targets_of_the_drawn_example():
-    inputs, targets, mask = data.collate([[1, 2, 3]], [[4, 5, 10]])
-    assert inputs.tolist() == [[1, 2, 3, 4, 5]] and targets.tolist() == [[2, 3, 4, 5, 10]]
-    assert targets[mask > 0].tolist() == [4, 5, 10]      # with EOS, without the prompt
-
-
-def test_collate_supervises_exactly_the_response_tokens_of_rows_of_any_length():
-    inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
-    assert inputs.shape == targets.shape == mask.shape == (4, 7)
-    for i in range(4):
-        row = PROMPTS[i] + RESPONSES[i]
-        end = len(row) - 1
-        assert targets[i][mask[i] > 0].tolist() == RESPONSES[i]
-        assert inputs[i, :end].tolist() == row[:-1] and targets[i, :end].tolist() == row[1:]
-        assert not inputs[i, end + 1:].any()
-        assert not targets[i, end:].any() and not mask[i, end:].any()
-
-
-def test_responses_of_gives_back_what_collate_was_given():
-    inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
-    tokens = torch.cat([inputs, targets[:, -1:]], dim=1)
-    assert data.responses_of(tokens, mask) == RESPONSES
-
-
-@pytest.mark.parametrize("prompts, responses, message", [
-    ([[]], [[1]], "row 0 has an empty prompt"),
-    ([[1], [1]], [[2], []], "row 1 has an empty response"),
-    ([[1]], [[1], [2]], "1 prompts and 2 responses"),
-    ([], [], "at least one")])
-def test_collate_refuses_rows_without_prompt_or_response(prompts, responses, message):
-    with pytest.raises(ValueError, match=message):
-        data.collate(prompts, responses)
+@tried
+@hypothesis.given(any_lengths, any_seed)
+def test_any_rows_are_collated_and_come_back(lengths, seed):
+    prompts, responses = random_rows(lengths, seed)
+    inputs, targets, mask = data.collate(prompts, responses)
+    T = max(map(sum, lengths)) - 1
+    assert inputs.shape == targets.shape == mask.shape == (len(lengths), T)
+    for row, (prompt, response) in enumerate(zip(prompts, responses)):
+        padding = [0] * (T + 1 - len(prompt + response))
+        tokens = prompt + response + padding
+        assert inputs[row].tolist() == tokens[:-1] and targets[row].tolist() == tokens[1:]
+        supervised = [0.0] * (len(prompt) - 1) + [1.0] * len(response) + [0.0] * len(padding)
+        assert mask[row].tolist() == supervised
+        assert targets[row][mask[row] > 0].tolist() == response
+    tokens = torch.cat([inputs[:, :1], targets], dim=1)
+    assert data.responses_of(tokens, mask) == responses
 
 
 def test_batches_are_a_fresh_permutation_each_epoch_and_a_function_of_the_step():
-    epochs = []
-    for first in (0, 3, 6):
-        epochs.append([data.batch_rows(10, 3, step, seed=1) for step in range(first, first + 3)])
+    steps = [data.batch_rows(10, 3, step, seed=1) for step in range(9)]
+    epochs = [steps[0:3], steps[3:6], steps[6:9]]
     for epoch in epochs:
         assert len(set(sum(epoch, []))) == 9
     assert epochs[0] != epochs[1] != epochs[2]
-    assert data.batch_rows(10, 3, 4, seed=1) == epochs[1][1] != data.batch_rows(10, 3, 4, seed=2)
-    with pytest.raises(ValueError, match="batch size 11 for 10 rows"):
-        data.batch_rows(10, 11, 0, seed=1)
+    assert data.batch_rows(10, 3, 4, seed=1) == steps[4] != data.batch_rows(10, 3, 4, seed=2)
 
 
 def test_no_prompt_is_both_trained_on_and_held_out():
@@ -378,8 +367,10 @@ def assert_refused(source, message, **changes):
         GPT.from_pretrained(source, **changes)
 
 
-def test_logits_equal_transformers_gpt2_in_both_directions(tmp_path):
-    theirs = random_gpt2(0.2, vocab_size=97, n_positions=24, n_layer=3, n_head=4, n_embd=32)
+@pytest.mark.parametrize("gelu", ["gelu_new", "gelu"])
+def test_logits_equal_transformers_gpt2_in_both_directions(gelu, tmp_path):
+    theirs = random_gpt2(0.2, vocab_size=97, n_positions=24, n_layer=3, n_head=4, n_embd=32,
+                         activation_function=gelu)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = GPT.from_pretrained(tmp_path / "theirs").eval()
     ids = torch.randint(97, (3, 24), generator=seeded())
@@ -390,6 +381,8 @@ def test_logits_equal_transformers_gpt2_in_both_directions(tmp_path):
     ours.save_pretrained(tmp_path / "ours", eos_id=96)
     back = load_in_transformers(tmp_path / "ours", dtype=torch.float64)
     torch.testing.assert_close(ours.double()(ids), back(ids).logits, atol=1e-9, rtol=1e-9)
+    assert back.config.activation_function == gelu
+    assert GPTConfig(vocab_size=5).activation == "gelu_tanh"         # in checkpoints without it
 
 
 @pytest.fixture(scope="module")
@@ -402,15 +395,16 @@ def gpt2_folder(tmp_path_factory):
     return home, ids, theirs(ids).logits.detach()
 
 
-def gpt2_variant(gpt2_folder, weights=None, config=None, save=save_file, name="model.safetensors"):
-    """A copy of that GPT-2 with changed weights (a function of {name: tensor}) and settings"""
+def gpt2_variant(gpt2_folder, weights=dict, save=save_file, name="model.safetensors",
+                 edit=lambda folder: None, **config):
+    """A copy of that GPT-2 with changes to its {name: tensor}, its settings, and last its folder"""
     whole, folder = gpt2_folder[0] / "whole", gpt2_folder[0] / "changed"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    tensors = load_file(whole / "model.safetensors")
-    save(weights(tensors) if weights else tensors, folder / name)
-    settings = json.loads((whole / "config.json").read_text()) | (config or {})
+    save(weights(load_file(whole / "model.safetensors")), folder / name)
+    settings = json.loads((whole / "config.json").read_text()) | config
     (folder / "config.json").write_text(json.dumps(settings))
+    edit(folder)
     return folder
 
 
@@ -422,215 +416,159 @@ def renamed(old, new):
     return lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()}
 
 
-WTE = "transformer.wte.weight"
-MLP = "transformer.h.1.mlp.c_fc.weight"
+def written(name, text):
+    return lambda folder: (folder / name).write_text(text)
 
 
-@pytest.mark.parametrize("weights", [
-    pytest.param(prefixed("_orig_mod."), id="compiled"),
-    pytest.param(prefixed("module."), id="parallel"),
-    pytest.param(prefixed("module._orig_mod."), id="compiled, parallel"),
-    pytest.param(prefixed("_orig_mod.module."), id="parallel, compiled"),
-    pytest.param(prefixed("base_model.model."), id="peft"),
-    pytest.param(renamed("h.0.", "h.0._checkpoint_wrapped_module."), id="checkpointed"),
-    pytest.param(renamed("transformer.", ""), id="a trunk by itself"),
-    pytest.param(renamed(WTE, "lm_head.weight"), id="a head alone"),
-    pytest.param(lambda x: x | {"lm_head.weight": x[WTE].clone()}, id="a tied head"),
-    pytest.param(lambda x: x | {
-        "transformer.h.0.attn.bias": torch.ones(1, 1, 12, 12, dtype=torch.bool),
-        "transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}, id="causal masks")])
-def test_weights_load_by_the_names_that_wrappers_and_old_files_give_them(weights, gpt2_folder):
-    _, ids, logits = gpt2_folder
-    ours = GPT.from_pretrained(gpt2_variant(gpt2_folder, weights)).eval()
-    torch.testing.assert_close(ours(ids), logits)
+def deleted(name):
+    return lambda folder: (folder / name).unlink()
 
 
-@pytest.mark.parametrize("weights, message", [
-    (prefixed("foo."), "missing are h.0.attn.c_attn.bias, .* unknown are foo.transformer.h.0"),
-    (lambda x: {name: w for name, w in x.items() if "c_fc.b" not in name},
-     "missing are h.0.mlp.c_fc.bias, h.1"),
-    (lambda x: x | {"v_head.weight": torch.zeros(2)},
-     "missing are none; unknown are v_head.weight"),
-    (lambda x: x | {MLP: torch.zeros(8, 31)},
-     r"h.1.mlp.c_fc.weight: got \(31, 8\) .*, wanted \(32, 8\)"),
-    (lambda x: x | {WTE: torch.zeros(31, 8)}, r"wte.weight: got \(31, 8\) .*, wanted \(30, 8\)"),
-    (lambda x: x | {MLP: torch.zeros(8, 32, dtype=torch.int8)},
-     "h.1.mlp.c_fc.weight: got .* of torch.int8"),
-    (lambda x: x | {"lm_head.weight": x[WTE] + 1e-3}, "lm_head.weight differs from wte.weight"),
-    (lambda x: x | {"module." + WTE: x[WTE].clone()}, "transformer.wte.weight twice")],
-    ids=["prefix", "missing", "unknown", "shape", "vocabulary", "int8", "head", "twice"])
-def test_no_weight_is_missing_unknown_or_of_a_different_shape_in_silence(
-        weights, message, gpt2_folder):
-    folder = gpt2_variant(gpt2_folder, weights)
-    with pytest.raises(Stopped, match=f"^error: --init .*: .*{message}"):
-        sft.pretrained_gpt(str(folder), types.SimpleNamespace(n_vocab=20), block_size=5)
-
-
-def in_parts(save, pattern, index):
+def in_parts(save, stem, suffix):
     """A way to save weights in two files and an index"""
     def save_parts(tensors, path):
-        names = list(tensors)
-        where = {}
-        for i, part in enumerate((names[:9], names[9:])):
-            file_name = pattern.format(i + 1)
-            save({name: tensors[name] for name in part}, path.parent / file_name)
-            where |= dict.fromkeys(part, file_name)
-        (path.parent / index).write_text(json.dumps({"weight_map": where}))
+        where = {name: f"{stem}-0000{1 + i % 2}-of-00002{suffix}" for i, name in enumerate(tensors)}
+        for part in set(where.values()):
+            save({name: tensors[name] for name in where if where[name] == part}, path.parent / part)
+        index = json.dumps({"weight_map": where})
+        (path.parent / f"{stem}{suffix}.index.json").write_text(index)
     return save_parts
 
 
-SAFETENSORS_IN_PARTS = in_parts(save_file, "model-0000{}-of-00002.safetensors",
-                                "model.safetensors.index.json")
-BIN_IN_PARTS = in_parts(torch.save, "pytorch_model-0000{}-of-00002.bin",
-                        "pytorch_model.bin.index.json")
-OLD_BIN = functools.partial(torch.save, _use_new_zipfile_serialization=False)
+WTE = "transformer.wte.weight"
+MLP = "transformer.h.1.mlp.c_fc.weight"
+BIN = dict(save=torch.save, name="pytorch_model.bin")
+OLD_BIN = BIN | dict(save=functools.partial(torch.save, _use_new_zipfile_serialization=False))
+SAFETENSORS_IN_PARTS = dict(save=in_parts(save_file, "model", ".safetensors"))
+OLD_CONFIG = dict(vocab_size=30, n_positions=12, n_ctx=12, n_layer=2, n_head=2, n_embd=8)
+OTHER_NAMES = dict(model_type="gpt2", vocab_size=30, max_position_embeddings=12, hidden_size=8,
+                   num_hidden_layers=2, num_attention_heads=2)
+MASKS = {"transformer.h.0.attn.bias": torch.ones(1, 1, 12, 12, dtype=torch.bool),
+         "transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}
+LOADED = {
+    "compiled": dict(weights=prefixed("_orig_mod.")),
+    "parallel": dict(weights=prefixed("module.")),
+    "compiled, parallel": dict(weights=prefixed("module._orig_mod.")),
+    "parallel, compiled": dict(weights=prefixed("_orig_mod.module.")),
+    "peft": dict(weights=prefixed("base_model.model.")),
+    "checkpointed": dict(weights=renamed("h.0.", "h.0._checkpoint_wrapped_module.")),
+    "a trunk by itself": dict(weights=renamed("transformer.", "")),
+    "a head alone": dict(weights=renamed(WTE, "lm_head.weight")),
+    "a tied head": dict(weights=lambda x: x | {"lm_head.weight": x[WTE].clone()}),
+    "causal masks": dict(weights=lambda x: x | MASKS),
+    "bin": BIN,
+    "old bin": OLD_BIN,
+    "bin in parts": dict(save=in_parts(torch.save, "pytorch_model", ".bin")),
+    "safetensors in parts": SAFETENSORS_IN_PARTS,
+    "a gelu by a different name": dict(activation_function="gelu_pytorch_tanh"),
+    "a gelu by a third name": dict(activation_function="gelu_fast"),
+    "an old config": dict(edit=written("config.json", json.dumps(OLD_CONFIG))),
+    "a config with other names": dict(edit=written("config.json", json.dumps(OTHER_NAMES)))}
 
 
-@pytest.mark.parametrize("save, name", [
-    pytest.param(torch.save, "pytorch_model.bin", id="bin"),
-    pytest.param(OLD_BIN, "pytorch_model.bin", id="old bin"),
-    pytest.param(BIN_IN_PARTS, "x", id="bin in parts"),
-    pytest.param(SAFETENSORS_IN_PARTS, "x", id="safetensors in parts")])
-def test_weights_are_read_from_every_kind_of_file_that_transformers_wrote(
-        save, name, gpt2_folder, capsys):
+@pytest.mark.parametrize("change", LOADED.values(), ids=LOADED)
+def test_a_gpt2_loads_in_every_form_that_wrappers_and_old_versions_wrote(change, gpt2_folder):
     _, ids, logits = gpt2_folder
-    folder = gpt2_variant(gpt2_folder, prefixed("_orig_mod."), save=save, name=name)
-    torch.testing.assert_close(GPT.from_pretrained(folder).eval()(ids), logits)
-    save_file({}, folder / "model.safetensors")          # where both exist, it comes first
-    assert_refused(folder, "missing are h.0")
+    ours = GPT.from_pretrained(gpt2_variant(gpt2_folder, **change)).eval()
+    torch.testing.assert_close(ours(ids), logits)
+
+
+def test_where_two_files_of_weights_exist_safetensors_come_first(gpt2_folder, capsys):
+    GPT.from_pretrained(gpt2_variant(gpt2_folder, edit=written("pytorch_model.bin", "")))
     assert "model.safetensors is used, as transformers does" in capsys.readouterr().out
 
 
-def test_folders_without_one_whole_gpt2_are_refused_by_what_they_hold(gpt2_folder):
-    owned = gpt2_folder[0] / "owned"
-    folder = gpt2_variant(gpt2_folder)
-    content = (folder / "model.safetensors").read_bytes()
-    for n in (0, 20, len(content) // 2, len(content) - 1):
-        (folder / "model.safetensors").write_bytes(content[:n])
-        assert_refused(folder, "changed/model.safetensors cannot be read as weights")
-    (folder / "model.safetensors").rename(folder / "tf_model.h5")
-    assert_refused(folder, "has no weights: wanted model.safetensors or .*; "
-                           "found config.json, tf_model.h5")
-    (folder / "adapter_config.json").write_text("{}")
-    assert_refused(folder, "holds an adapter .LoRA.*; merge it into them first")
-
-    for content, message in (("{", "config.json cannot be read"),
-                             ("[]", "config.json holds a list")):
-        folder = gpt2_variant(gpt2_folder)
-        (folder / "config.json").write_text(content)
-        assert_refused(folder, message)
-    (folder / "config.json").unlink()
-    assert_refused(folder, "has no config.json, which describes the weights")
-    quantized = {"quantization_config": {"quant_method": "gptq"}}
-    assert_refused(gpt2_variant(gpt2_folder, config=quantized), "quantized weights .*gptq")
-
-    folder = gpt2_variant(gpt2_folder, save=SAFETENSORS_IN_PARTS)
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    assert_refused(folder, "model-00002-of-00002.safetensors cannot be read as weights "
-                           ".FileNotFoundError")
-    (folder / "model.safetensors.index.json").write_text("{}")
-    assert_refused(folder, "has no weight_map")
-
-    for saved, message in (({"state_dict": {}}, "holds a dict by the name state_dict"),
-                           ([3], "cannot be read"),
-                           ({"x": Malicious(owned)}, "holds more than tensors")):
-        folder = gpt2_variant(gpt2_folder, weights=lambda x: saved, save=torch.save,
-                              name="pytorch_model.bin")
-        assert_refused(folder, message)
-    assert not owned.exists()
+def cut_to(share):
+    """The first part of the weights is on the disk, the rest is not."""
+    def cut(folder):
+        path = folder / "model.safetensors"
+        os.truncate(path, int(share * path.stat().st_size))
+    return cut
 
 
-@pytest.mark.parametrize("config, message", [
+INDEX = "model.safetensors.index.json"
+QUANTIZED = {"quant_method": "gptq"}
+SAFETENSORS_CUT = "changed/model.safetensors cannot be read as weights"
+
+
+@pytest.mark.parametrize("change, message", [
+    # its weights: one is missing, unknown or of a different shape
+    (dict(weights=prefixed("foo.")),
+     "missing are h.0.attn.c_attn.bias, .* unknown are foo.transformer.h.0"),
+    (dict(weights=renamed("c_fc.b", "c_fc.x")), "missing are h.0.mlp.c_fc.bias, h.1"),
+    (dict(weights=lambda x: x | {"v_head.weight": torch.zeros(2)}),
+     "missing are none; unknown are v_head.weight"),
+    (dict(weights=lambda x: x | {MLP: torch.zeros(8, 31)}),
+     r"h.1.mlp.c_fc.weight: got \(31, 8\) .*, wanted \(32, 8\)"),
+    (dict(weights=lambda x: x | {WTE: torch.zeros(31, 8)}),
+     r"wte.weight: got \(31, 8\) .*, wanted \(30, 8\)"),
+    (dict(weights=lambda x: x | {MLP: torch.zeros(8, 32, dtype=torch.int8)}),
+     "h.1.mlp.c_fc.weight: got .* of torch.int8"),
+    (dict(weights=lambda x: x | {"lm_head.weight": x[WTE] + 1e-3}),
+     "lm_head.weight differs from wte.weight"),
+    (dict(weights=lambda x: x | {"module." + WTE: x[WTE].clone()}), "transformer.wte.weight twice"),
+    # its settings: a variant that is not computed
     (dict(activation_function="relu"), "activation_function 'relu', wanted 'gelu_new' or"),
-    (dict(n_inner=20), "n_inner 20, wanted None or 32"),
+    (dict(n_inner=20), "n_inner 20, wanted 32"),
     (dict(scale_attn_weights=False), "scale_attn_weights False"),
     (dict(scale_attn_by_inverse_layer_idx=True), "by_inverse_layer_idx True"),
-    (dict(model_type="llama"), "'llama'"),
+    (dict(model_type="bloom"), "model_type is bloom, which model.py does not compute"),
     (dict(tie_word_embeddings=False), "tie_word_embeddings"),
     (dict(layer_norm_epsilon=1e-6), "epsilon 1e-06"),
     (dict(add_cross_attention=True), "add_cross_attention"),
+    (dict(quantization_config=QUANTIZED), "quantized weights .*gptq"),
     (dict(n_layer=1), "unknown are h.1.attn"),
     (dict(n_layer=3), "missing are h.2.attn"),
-    (dict(n_head=3), "n_embd must be a multiple of n_head"),
+    (dict(n_head=3), "n_embd 8 must be a multiple of n_head 3"),
     (dict(n_head=0), "zero"),
     (dict(n_embd="8"), ""),
-    (dict(n_embd=-8), "negative")])
-def test_a_gpt2_variant_that_is_not_computed_is_refused(config, message, gpt2_folder):
-    folder = gpt2_variant(gpt2_folder, config=config)
+    (dict(n_embd=-8), "negative"),
+    # its files
+    (dict(edit=written("config.json", "{}")), "GPT-2 of 12 layers"),     # the sizes of GPT-2 itself
+    (dict(edit=written("config.json", "{")), "config.json cannot be read"),
+    (dict(edit=written("config.json", "[]")), "config.json holds a list"),
+    (dict(edit=deleted("config.json")), "has no config.json, which describes the weights"),
+    (dict(edit=written("adapter_config.json", "{}")),
+     "holds an adapter .LoRA.*; merge it into them first"),
+    (dict(name="tf_model.h5"),
+     "has no weights: wanted model.safetensors or .*; found config.json, tf_model.h5"),
+    (dict(edit=cut_to(0)), SAFETENSORS_CUT),
+    (dict(edit=cut_to(0.01)), SAFETENSORS_CUT),
+    (dict(edit=cut_to(0.5)), SAFETENSORS_CUT),
+    (dict(edit=cut_to(0.999)), SAFETENSORS_CUT),
+    (SAFETENSORS_IN_PARTS | dict(edit=deleted("model-00002-of-00002.safetensors")),
+     "model-00002-of-00002.safetensors cannot be read as weights .FileNotFoundError"),
+    (SAFETENSORS_IN_PARTS | dict(edit=written(INDEX, "{}")), "has no weight_map"),
+    (BIN | dict(weights=lambda x: {"state_dict": {}}), "holds a dict by the name state_dict"),
+    (BIN | dict(weights=lambda x: [3]), "cannot be read"),
+    (BIN | dict(weights=lambda x: {"x": Malicious("owned")}), "holds more than tensors")])
+def test_a_folder_that_is_not_one_whole_gpt2_is_refused_by_what_it_holds(
+        change, message, gpt2_folder, empty_folder):
+    folder = gpt2_variant(gpt2_folder, **change)
     with pytest.raises(Stopped, match=f"^error: --init .*: .*{message}"):
-        sft.pretrained_gpt(str(folder), types.SimpleNamespace(n_vocab=30))
+        sft.pretrained_gpt(str(folder), types.SimpleNamespace(n_vocab=20), block_size=5)
+    assert not (empty_folder / "owned").exists()
 
 
-def test_settings_that_an_old_config_lacks_are_as_in_gpt2(gpt2_folder):
-    home, ids, logits = gpt2_folder
-    old = dict(vocab_size=30, n_positions=12, n_ctx=12, n_layer=2, n_head=2, n_embd=8)
-    by_other_names = dict(model_type="gpt2", vocab_size=30, max_position_embeddings=12,
-                          hidden_size=8, num_hidden_layers=2, num_attention_heads=2)
-    for config in (old, by_other_names):
-        folder = gpt2_variant(gpt2_folder)
-        (folder / "config.json").write_text(json.dumps(config))
-        ours = GPT.from_pretrained(folder).eval()
-        torch.testing.assert_close(ours(ids), logits)
-    settings = pretrained.read_config(home / "whole")
-    assert settings["n_positions"] == ours.config.block_size
-    (folder / "config.json").write_text("{}")            # the sizes of GPT-2 itself
-    assert_refused(folder, "GPT-2 of 12 layers")
+def gelu_gpt2(bias, V=40, T=12, C=8):
+    """A GPT-2 by transformers with the exact GELU, as nanoGPT has it, and maybe without biases"""
+    gpt = random_gpt2(0.4, vocab_size=V, n_positions=T, n_layer=2, n_head=2, n_embd=C,
+                      activation_function="gelu")
+    for name, p in gpt.named_parameters():
+        if name.endswith("bias") and not bias:
+            p.data.zero_()
+    return gpt
 
 
-def test_both_gelus_are_computed_as_in_transformers_and_exported(gpt2_folder, tmp_path):
-    _, ids, logits = gpt2_folder
-    folder = gpt2_variant(gpt2_folder, config=dict(activation_function="gelu"))
-    exact = GPT.from_pretrained(folder).eval()
-    wanted = load_in_transformers(folder, dtype=torch.float64)(ids).logits
-    torch.testing.assert_close(exact.double()(ids), wanted, atol=1e-9, rtol=1e-9)
-    assert (exact.float()(ids) - logits).abs().max() > 1e-5
-    exact.save_pretrained(tmp_path / "exact", eos_id=0)
-    back = load_in_transformers(tmp_path / "exact", dtype=torch.float64)
-    assert back.config.activation_function == "gelu"
-    torch.testing.assert_close(back(ids).logits, wanted, atol=1e-9, rtol=1e-9)
-    for name in ("gelu_pytorch_tanh", "gelu_fast"):      # the same approximation by other names
-        folder = gpt2_variant(gpt2_folder, config=dict(activation_function=name))
-        torch.testing.assert_close(GPT.from_pretrained(folder).eval()(ids), logits)
-    assert GPTConfig(**{"vocab_size": 5}).activation == "gelu_tanh"    # in checkpoints without it
-
-
-def nanogpt(weights, n_layer, n_head, ids):
-    """nanoGPT's forward, from its published model: LayerNorm with or without bias, exact GELU"""
-    F = torch.nn.functional
-
-    def norm(x, name):
-        weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
-        return F.layer_norm(x, (x.shape[-1],), weight, bias, 1e-5)
-
-    def linear(x, name):
-        return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-
-    x = weights["wte.weight"][ids] + weights["wpe.weight"][torch.arange(ids.shape[1])]
-    B, T, C = x.shape
-    for i in range(n_layer):
-        q, k, v = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(C, dim=2)
-        q, k, v = (y.view(B, T, n_head, C // n_head).transpose(1, 2) for y in (q, k, v))
-        scores = (q @ k.transpose(-2, -1)) / math.sqrt(C // n_head)
-        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), float("-inf"))
-        y = (scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(B, T, C)
-        x = x + linear(y, f"h.{i}.attn.c_proj")
-        h = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
-        x = x + linear(h * 0.5 * (1 + torch.erf(h / math.sqrt(2))), f"h.{i}.mlp.c_proj")
-    return (norm(x, "ln_f") @ weights["wte.weight"].T).log_softmax(dim=-1)     # the head is tied
-
-
-def nanogpt_weights(bias, V=40, T=12, C=8, n_layer=2):
-    """Random weights by nanoGPT's names, without the leading transformer."""
-    shapes = {"wte.weight": (V, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
-    layer = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C),
-             "ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
-    for i in range(n_layer):
-        for name, shape in layer.items():
-            shapes[f"h.{i}.{name}.weight"] = shape
-            shapes[f"h.{i}.{name}.bias"] = shape[:1]
-    generator = seeded(3)
-    return {name: torch.randn(shape, generator=generator) * 0.4 for name, shape in shapes.items()
-            if bias or not name.endswith("bias")}
+def nanogpt_weights(bias, **sizes):
+    """Its weights by nanoGPT's names, without the leading transformer."""
+    weights = {}
+    for name, weight in gelu_gpt2(bias, **sizes).transformer.state_dict().items():
+        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            weight = weight.T.contiguous()               # transformers has a Conv1D there
+        if bias or not name.endswith("bias"):
+            weights[name] = weight
+    return weights
 
 
 def save_nanogpt(path, weights, prefix="_orig_mod.", **changes):
@@ -650,47 +588,37 @@ def test_a_checkpoint_of_nanogpt_has_nanogpts_log_probabilities(bias, tmp_path):
     """Compiled or not, without biases, with rows that pad the vocabulary; exported as well"""
     weights = nanogpt_weights(bias)
     ids = torch.randint(30, (3, 12), generator=seeded())
-    wanted = nanogpt(weights, 2, 2, ids)
-
-    def check(logits, wanted):
-        torch.testing.assert_close(logits.log_softmax(dim=-1), wanted, atol=1e-5, rtol=0)
-
+    wanted = gelu_gpt2(bias)(ids).logits
     path = save_nanogpt(tmp_path / "ckpt.pt", weights)
     uncompiled = save_nanogpt(tmp_path / "other.pt", weights, prefix="")
     for source in (path, tmp_path, uncompiled):
         ours = GPT.from_pretrained(source).eval()
-        check(ours(ids), wanted)
+        torch.testing.assert_close(ours(ids), wanted, atol=1e-5, rtol=1e-5)
     assert ours.config == GPTConfig(40, 12, n_layer=2, n_head=2, n_embd=8, activation="gelu")
     cut = GPT.from_pretrained(path, vocab_size=33, block_size=12).eval()
-    check(cut(ids), wanted[..., :33].log_softmax(dim=-1))
+    torch.testing.assert_close(cut(ids), wanted[..., :33], atol=1e-5, rtol=1e-5)
     ours.save_pretrained(tmp_path / "exported", eos_id=0)
-    check(load_in_transformers(tmp_path / "exported")(ids).logits, wanted)
+    back = load_in_transformers(tmp_path / "exported")
+    torch.testing.assert_close(back(ids).logits, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_checkpoints_that_are_not_nanogpts_are_refused(tmp_path):
+    path = tmp_path / "x.pt"
     weights = nanogpt_weights(True)
     incomplete = {name: w for name, w in weights.items() if name != "h.1.ln_2.bias"}
-    a, b, c, x = (tmp_path / name for name in ("a.pt", "b.pt", "c.pt", "x.pt"))
-    assert_refused(save_nanogpt(a, incomplete), "missing are h.1.ln_2.bias")
-    assert_refused(save_nanogpt(b, weights, n_kv_head=1),
-                   "variant of nanoGPT .*n_kv_head in its model_args")
-    assert_refused(save_nanogpt(c, weights, vocab_size=65),
+    assert_refused(save_nanogpt(path, incomplete), "missing are h.1.ln_2.bias")
+    assert_refused(save_nanogpt(path, weights, n_kv_head=1), "variant of nanoGPT .*n_kv_head")
+    assert_refused(save_nanogpt(path, weights, vocab_size=65),
                    r"wte.weight: got \(40, 8\) .*, wanted \(65, 8\)")
-    assert_refused(tmp_path / "d.pt", "d.pt is not a folder here")
+    os.truncate(path, 999)
+    assert_refused(path, "x.pt cannot be read as weights")
     for saved, message in (
             ({"policy": {}, "step": 3}, "is not a checkpoint of nanoGPT, .* holds policy, step"),
             ({"model": Malicious(tmp_path / "owned")}, "holds more than tensors"),
             (3, "cannot be read")):
-        torch.save(saved, x)
-        assert_refused(x, message)
+        torch.save(saved, path)
+        assert_refused(path, message)
     assert not (tmp_path / "owned").exists()
-    x.write_bytes(a.read_bytes()[:999])
-    assert_refused(x, "x.pt cannot be read as weights")
-
-
-def test_weights_that_do_not_fit_are_refused_by_name():
-    with pytest.raises(ValueError, match="wte.weight.*got.*wanted"):
-        model.copy_weights(small_gpt(11).transformer.state_dict(), small_gpt(12).transformer)
 
 
 def test_weights_may_be_cut_to_fewer_positions_and_ids_but_not_stretched(tmp_path):
@@ -709,30 +637,24 @@ def test_weights_may_be_cut_to_fewer_positions_and_ids_but_not_stretched(tmp_pat
 def test_an_exported_reward_model_gives_the_same_scores_in_transformers(tmp_path, tokenizer):
     """Also in a batch with padding, by the exported tokenizer, from text"""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    torch.manual_seed(0)
-    config = GPTConfig(tokenizer.n_vocab, 40, n_layer=2, n_head=2, n_embd=16)
-    ours = ScalarGPT(config).eval()
-    for p in ours.parameters():
-        p.data.normal_(std=0.3)
+    gpt = small_gpt(tokenizer.n_vocab, block_size=40)
+    ours = ScalarGPT(gpt.config, init_from=gpt).eval()
+    ours.head.bias.data.fill_(0.4)
     ours.normalise(gain=0.7, bias=-1.9)
     ours.save_pretrained(tmp_path, tokenizer.eot_token)
     tokenizers.export_tokenizer(tokenizer, tmp_path, pad=True)
-    prompts = ["A fable about an old map. On the plot:", "x", ""]
-    responses = [" Skip it.", " The plot is wonderful. See it twice.", " The"]
-    batch = data.collate(*tokenizers.encode_texts(tokenizer, prompts, responses))
-    scores = sequence_scores(ours, *batch)
+    prompts = ["A fable about an old map. On the plot:", "x"]
+    responses = [" Skip it.", " The plot is wonderful. See it twice."]
+    rows = data.collate(*tokenizers.encode_texts(tokenizer, prompts, responses))
 
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     their_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     texts = [p + r + tokenizers.EOS for p, r in zip(prompts, responses)]
     batch = their_tokenizer(texts, padding=True, return_tensors="pt")
-    ids, attention_mask = batch["input_ids"], batch["attention_mask"]
-    assert theirs.config.num_labels == 1
-    assert their_tokenizer.pad_token_id == tokenizer.n_vocab and (attention_mask == 0).any()
-    ids[2, 1:] = ids[2, :-1].clone()                     # the empty prompt is an EOS before it
-    ids[2, 0] = tokenizer.eot_token
-    attention_mask[2, 2] = 1
-    torch.testing.assert_close(theirs(**batch).logits[:, 0].float(), scores, atol=1e-4, rtol=0)
+    assert (batch["attention_mask"] == 0).any()
+    assert theirs.config.num_labels == 1 and their_tokenizer.pad_token_id == tokenizer.n_vocab
+    scores = theirs(**batch).logits[:, 0].float()
+    torch.testing.assert_close(scores, sequence_scores(ours, *rows), atol=1e-4, rtol=0)
 
 
 def test_an_exported_tokenizer_is_the_same_in_transformers_and_comes_back(tmp_path, tokenizer):
@@ -744,109 +666,82 @@ def test_an_exported_tokenizer_is_the_same_in_transformers_and_comes_back(tmp_pa
         ids = tokenizer.encode_ordinary(text)
         assert theirs(text, split_special_tokens=True)["input_ids"] == ids, text
         assert theirs.decode(ids) == text
-    read = tokenizers.gpt2_tokenizer(tmp_path)
+    read = tokenizers.pretrained_tokenizer(tmp_path)
     assert tokenizers.tokenizer_id(read) == tokenizers.tokenizer_id(tokenizer)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_token_logprobs_and_entropy_equal_a_loop_in_float64(temperature):
+    """Over rows alone, which the padding of the batch leaves as they are"""
     gpt = small_gpt()
-    inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
-    with torch.no_grad():
-        logprobs, entropy = token_logprobs(gpt, inputs, targets, mask, temperature,
-                                           return_entropy=True)
-        logits = gpt(inputs).double() / temperature
-    for b, t in itertools.product(range(4), range(7)):
-        if mask[b, t]:
-            p = torch.exp(logits[b, t]) / torch.exp(logits[b, t]).sum()
-            wanted = -sum(x * math.log(x) for x in p.tolist())
-            assert logprobs[b, t].item() == pytest.approx(math.log(p[targets[b, t]]), abs=1e-5)
+    batch = data.collate(PROMPTS, RESPONSES)
+    logprobs, entropy = token_logprobs(gpt, *batch, temperature, return_entropy=True)
+    for b, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
+        logits = gpt(torch.tensor([prompt + response]))[0].double() / temperature
+        for t, token in enumerate(response, len(prompt) - 1):
+            p = (logits[t].exp() / logits[t].exp().sum()).tolist()
+            assert logprobs[b, t].item() == pytest.approx(math.log(p[token]), abs=1e-5)
+            wanted = -sum(x * math.log(x) for x in p)
             assert entropy[b, t].item() == pytest.approx(wanted, abs=1e-5)
-        else:
-            assert logprobs[b, t] == 0 and entropy[b, t] == 0
-    with pytest.raises(ValueError, match="temperature 0"):
-        token_logprobs(gpt, inputs, targets, mask, temperature=0)
+    assert not logprobs[batch[2] == 0].any() and not entropy[batch[2] == 0].any()
 
 
 def test_token_logprobs_has_the_gradient_of_the_plain_formula():
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
-    weights = torch.randn(mask.shape, generator=seeded())
+    weights = torch.randn(mask.shape, generator=seeded()) * mask
     ours, plain = small_gpt(), small_gpt()
     logprobs, entropy = token_logprobs(ours, inputs, targets, mask, 0.7, return_entropy=True)
-    ((logprobs + entropy) * weights * mask).sum().backward()
+    ((logprobs + entropy) * weights).sum().backward()
     log_pi = (plain(inputs) / 0.7).log_softmax(-1)
     logprobs = log_pi.gather(2, targets[:, :, None])[:, :, 0]
     entropy = -(log_pi.exp() * log_pi).sum(-1)
-    ((logprobs + entropy) * weights * mask).sum().backward()
+    ((logprobs + entropy) * weights).sum().backward()
     for a, b in zip(ours.parameters(), plain.parameters()):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
-
-
-def drawn_responses(gpt, prompts, n=8, temperature=1.0, seed=0):
-    """-> tokens, mask, and the uniforms that chose the tokens"""
-    tokens, mask = generate(gpt, prompts, n, 10, temperature, seeded(seed))
-    return tokens, mask, torch.rand(len(prompts), n, generator=seeded(seed))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_every_sampled_token_is_the_inverse_cdf_of_the_scored_distribution(temperature):
     gpt = small_gpt()
-    tokens, mask, uniforms = drawn_responses(gpt, PROMPTS * 6, temperature=temperature)
+    tokens, mask = generate(gpt, PROMPTS * 6, 8, 10, temperature, seeded())
+    uniforms = torch.rand(len(tokens), 8, generator=seeded())
     inputs, targets = data.shift(tokens)
     cumulative = (gpt(inputs).double() / temperature).softmax(-1).cumsum(-1)   # without a cache
-    for b in range(len(tokens)):
-        for k, t in enumerate(mask[b].nonzero()[:, 0].tolist()):
+    for b, columns in columns_of(mask):
+        for k, t in enumerate(columns):
             token = targets[b, t].item()
             below = cumulative[b, t, token - 1].item() if token else 0.0
             above = cumulative[b, t, token].item()
             assert below - 1e-5 <= uniforms[b, k].item() <= above + 1e-5
 
 
-def test_sampled_frequencies_are_the_probabilities_of_every_possible_response():
-    gpt = small_gpt(vocab_size=4, std=0.5)
-    prompt, eos, n = [1, 2], 3, 40000
-    responses = [[3]]
-    responses += [[a, 3] for a in range(3)]
-    responses += [[a, b] for a in range(3) for b in range(3)]
-    batch = data.collate([prompt] * len(responses), responses)
-    p = token_logprobs(gpt, *batch).sum(1).exp()
-    assert p.sum().item() == pytest.approx(1.0, abs=1e-5)
-    tokens, mask = generate(gpt, [prompt] * n, 2, eos, generator=seeded())
-    found = [tuple(r) for r in data.responses_of(tokens, mask)]
-    frequencies = torch.tensor([found.count(tuple(r)) / n for r in responses])
-    assert 0.5 * (frequencies - p).abs().sum() < 0.012
-
-
-def test_a_row_sampled_alone_equals_the_row_sampled_in_a_batch(monkeypatch):
-    gpt = small_gpt()
-    tokens, mask, uniforms = drawn_responses(gpt, PROMPTS * 3)
-    together = data.responses_of(tokens, mask)
-    for i, prompt in enumerate(PROMPTS * 3):
-        monkeypatch.setattr(torch, "rand", lambda *shape, generator=None: uniforms[i:i + 1])
-        assert data.responses_of(*generate(gpt, [prompt], 8, 10)) == [together[i]]
+@tried
+@hypothesis.given(any_lengths, any_seed, strategies.integers(1, 6),
+                  strategies.sampled_from([0.0, 0.3, 1.0, 5.0]),
+                  strategies.sampled_from([0.01, 0.3, 3.0]))
+def test_any_prompts_are_answered_up_to_eos_with_tokens_that_the_policy_scores(
+        lengths, seed, n_new, temperature, std):
+    gpt = small_gpt(seed=seed % 7, std=std)
+    prompts, _ = random_rows(lengths, seed)
+    tokens, mask = generate(gpt, prompts, n_new, 10, temperature, seeded(seed))
+    assert tokens.shape[1] == mask.shape[1] + 1
+    for row, (prompt, response) in enumerate(zip(prompts, data.responses_of(tokens, mask))):
+        assert 1 <= len(response) <= n_new and 10 not in response[:-1]
+        assert response[-1] == 10 or len(response) == n_new
+        end = len(prompt) + len(response)
+        assert tokens[row, :end].tolist() == prompt + response and not tokens[row, end:].any()
+        wanted = [float(len(prompt) <= t + 1 < end) for t in range(mask.shape[1])]
+        assert mask[row].tolist() == wanted
+    if temperature:
+        logprobs = token_logprobs(gpt, *data.shift(tokens), mask, temperature)
+        assert torch.isfinite(logprobs).all() and (logprobs <= 1e-5).all()
 
 
 def test_greedy_sampling_takes_the_likeliest_token_of_an_uncached_forward():
     gpt = small_gpt()
-    responses = data.responses_of(*generate(gpt, PROMPTS, 6, 10, temperature=0))
-    for prompt, response in zip(PROMPTS, responses):
-        row = list(prompt)
-        for token in response:
-            assert token == gpt(torch.tensor([row]))[0, -1].argmax().item()
-            row.append(token)
-
-
-def test_responses_end_with_their_first_eos_or_at_full_length_and_zeros_follow():
-    tokens, mask, _ = drawn_responses(small_gpt(std=0.4), PROMPTS * 25)
-    assert tokens.shape[1] == mask.shape[1] + 1
-    responses = data.responses_of(tokens, mask)
-    assert any(r == [10] for r in responses)
-    assert any(len(r) == 8 and r[-1] != 10 for r in responses)
-    for prompt, row, m, response in zip(PROMPTS * 25, tokens.tolist(), mask.tolist(), responses):
-        assert 10 not in response[:-1] and (response[-1] == 10 or len(response) == 8)
-        end = len(prompt) + len(response)
-        assert row[:len(prompt)] == prompt and not any(row[end:])
-        assert m == [float(len(prompt) <= t + 1 < end) for t in range(len(m))]
+    tokens, mask = generate(gpt, PROMPTS, 6, 10, temperature=0)
+    inputs, targets = data.shift(tokens)
+    assert torch.equal(gpt(inputs).argmax(-1)[mask > 0], targets[mask > 0])
 
 
 def test_sampling_stops_when_all_rows_have_met_eos():
@@ -859,77 +754,16 @@ def test_sampling_stops_when_all_rows_have_met_eos():
     assert len(calls) == longest < 8 and tokens.shape[1] <= 2 + longest
 
 
-def test_the_same_seed_samples_the_same_and_a_different_seed_does_not():
-    gpt = small_gpt()
-    first, again, other = (drawn_responses(gpt, PROMPTS * 4, seed=s)[0] for s in (0, 0, 1))
-    assert torch.equal(first, again) and first.tolist() != other.tolist()
-
-
-def test_empty_prompts_become_eos_and_prompts_without_room_are_refused():
-    gpt = small_gpt()
-    tokens, mask = generate(gpt, [[]], 3, 10, generator=seeded())
+def test_empty_prompts_become_eos_and_a_prompt_may_fill_the_room_there_is():
+    tokens, mask = generate(small_gpt(), [[]], 3, 10)
     assert tokens[0, 0] == 10 and mask[0, 0] == 1
-    tokens, _ = generate(gpt, [[1] * 12], 4, 10, generator=seeded())           # just fits
-    assert tokens.shape[1] <= 16
-    with pytest.raises(ValueError, match="prompt of 13 tokens and 4 new ones exceed block_size 16"):
-        generate(gpt, [[1] * 13], 4, 10)
-    with pytest.raises(ValueError, match="rows of 17 tokens"):
-        gpt(torch.zeros(1, 17, dtype=torch.long))
+    assert generate(small_gpt(), [[1] * 12], 4, 10)[0].shape[1] <= 16
 
 
 def test_pick_never_takes_a_token_without_probability():
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]]).expand(4, 5)
     uniforms = torch.tensor([0.0, 0.4999, 0.5, 1 - 2 ** -24])
-    assert model.pick(logits, 1.0, uniforms).tolist() == [1, 1, 3, 3]
-
-
-def test_ids_after_a_rows_end_change_no_log_probability_and_no_score():
-    gpt, scalar = small_gpt(), small_scalar()
-    inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
-    junk_inputs, junk_targets = inputs.clone(), targets.clone()
-    for b in range(4):
-        end = len(PROMPTS[b] + RESPONSES[b])
-        junk_inputs[b, end:] = 9
-        junk_targets[b, end - 1:] = 9
-    for f in (lambda i, t: token_logprobs(gpt, i, t, mask),
-              lambda i, t: sequence_scores(scalar, i, t, mask),
-              lambda i, t: scalar(i) * mask):
-        assert torch.equal(f(inputs, targets), f(junk_inputs, junk_targets))
-
-
-def test_numbers_outside_the_mask_change_nothing_in_any_function_of_ppo():
-    logprobs, old, advantages, values, mask = ragged()
-    noise = torch.randn(mask.shape, dtype=torch.float64, generator=seeded(9)) * (mask == 0)
-
-    def everything(x):
-        """Every loss, metric and tensor that ppo.py computes, with x added to its inputs"""
-        rewards = ppo.shape_rewards(torch.ones(5).double(), logprobs + x, old, mask, 0.1)
-        tensors = [ppo.whiten(advantages + x, mask), rewards]
-        tensors += ppo.gae(rewards + x, values + x, mask)
-        tensors.append(ppo.explained_variance(values + x, old - x, mask))
-        for kind in ("gae", "td", "mc", "score"):
-            tensors.append(ppo.critic_targets(rewards + x, values + x, torch.ones(5), mask, kind))
-        for loss, metrics in (
-                ppo.policy_loss(logprobs + x, old - x, advantages + x, mask),
-                ppo.kl_penalty_loss(logprobs + x, old - x, advantages + x, mask, 0.5),
-                ppo.value_loss(values + x, old, old - x, mask)):
-            tensors += [loss, *metrics.values()]
-        return tensors
-
-    for clean, junk in zip(everything(0 * noise), everything(noise)):
-        torch.testing.assert_close(clean, junk, atol=0, rtol=1e-12)
-
-
-def test_a_row_in_a_padded_batch_equals_the_row_alone():
-    gpt, scalar = small_gpt(), small_scalar()
-    batch = data.collate(PROMPTS, RESPONSES)
-    logprobs, scores = token_logprobs(gpt, *batch), sequence_scores(scalar, *batch)
-    for i in range(4):
-        alone = data.collate([PROMPTS[i]], [RESPONSES[i]])
-        wanted = logprobs[i, :alone[0].shape[1]]
-        torch.testing.assert_close(token_logprobs(gpt, *alone)[0], wanted, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(sequence_scores(scalar, *alone)[0], scores[i],
-                                   atol=1e-5, rtol=1e-5)
+    assert sampler.pick(logits, 1.0, uniforms).tolist() == [1, 1, 3, 3]
 
 
 def test_the_score_is_read_after_the_last_token_of_every_row_the_longest_too():
@@ -938,31 +772,20 @@ def test_the_score_is_read_after_the_last_token_of_every_row_the_longest_too():
     for prompt, response, score in zip(PROMPTS, RESPONSES, scores):
         whole_row = torch.tensor([prompt + response])
         torch.testing.assert_close(scalar(whole_row)[0, -1], score, atol=1e-5, rtol=1e-5)
-    inputs, targets, mask = data.collate([[1]], [[2]])
-    with pytest.raises(ValueError, match="row 0 has no response token"):
-        sequence_scores(scalar, inputs, targets, mask * 0)
 
 
-def test_a_critic_starts_at_zero_and_normalising_maps_scores_affinely():
+def test_scalar_models_take_over_a_trunk_and_start_with_the_right_head():
+    """A critic's head is zero, a reward model's has deviation 1 / sqrt(width + 1)."""
     ids = torch.randint(11, (2, 7), generator=seeded())
     gpt = small_gpt()
+    scalar = ScalarGPT(gpt.config, init_from=gpt).eval()
+    assert torch.equal(scalar.transformer(ids), gpt.transformer(ids))
     assert not ScalarGPT(gpt.config, init_from=gpt, zero_head=True)(ids).any()
-    scalar = small_scalar()
+    heads = torch.cat([ScalarGPT(GPTConfig(5, 4, 1, 1, 255)).head.weight for _ in range(20)])
+    assert heads.std().item() == pytest.approx(1 / 16, rel=0.05)
     before = scalar(ids)
     scalar.normalise(gain=2.0, bias=-0.5)
     torch.testing.assert_close(scalar(ids), 2.0 * before - 0.5)
-
-
-def test_a_scalar_head_starts_with_a_deviation_of_one_over_sqrt_width():
-    heads = torch.cat([ScalarGPT(GPTConfig(5, 4, 1, 1, 255)).head.weight for _ in range(20)])
-    assert heads.std().item() == pytest.approx(1 / 16, rel=0.05)
-
-
-def test_a_scalar_model_takes_over_the_trunk_it_is_initialised_from():
-    gpt = small_gpt()
-    ids = torch.randint(11, (2, 7), generator=seeded())
-    scalar = ScalarGPT(gpt.config, init_from=gpt).eval()
-    assert torch.equal(scalar.transformer(ids), gpt.transformer(ids))
 
 
 def test_masked_mean_takes_fractional_weights_and_refuses_an_empty_mask():
@@ -982,14 +805,14 @@ def test_dropout_acts_in_train_mode_only():
 
 # ---- LoRA
 
-def lora_gpt(rank=3, seed=1, std=0.2):
+def lora_gpt():
     """small_gpt with a low-rank change that is not zero"""
     gpt = small_gpt()
-    torch.manual_seed(seed)
-    model.add_lora(gpt, rank)
+    torch.manual_seed(1)
+    model.add_lora(gpt, 3)
     for name, p in gpt.named_parameters():
-        if name.endswith("lora_b"):
-            p.data.normal_(std=std)
+        if "lora_b" in name:
+            p.data.normal_(std=0.2)
     return gpt
 
 
@@ -1000,18 +823,17 @@ def test_lora_changes_nothing_at_first_and_is_then_the_weights_plus_a_scaled_pro
     assert model.add_lora(small_gpt(), 0).state_dict().keys() == plain.state_dict().keys()
 
     gpt = lora_gpt()
-    assert (gpt(ids) - plain(ids)).abs().max() > 0.1
     layer, x = gpt.transformer.h[1].mlp.c_fc, torch.randn(5, 16, generator=seeded())
-    a, b = layer.lora_a, layer.lora_b
+    a, b = layer.lora_a[0], layer.lora_b[0]
     assert (a.shape, b.shape) == ((3, 16), (64, 3))
     change = model.LORA_SCALE * torch.stack([b @ (a @ row) for row in x])
     torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias + change)
 
-    adapted = {name.rsplit(".", 1)[0] for name, _ in gpt.named_parameters() if "lora" in name}
+    adapted = {name.rsplit(".", 2)[0] for name, _ in gpt.named_parameters() if "lora" in name}
     layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert adapted == {f"transformer.h.{i}.{name}" for i in range(2) for name in layers}
     fresh = [model.add_lora(small_gpt(seed=i), 8) for i in range(20)]
-    deviation = torch.cat([gpt.transformer.h[0].mlp.c_proj.lora_a for gpt in fresh]).std()
+    deviation = torch.cat([gpt.transformer.h[0].mlp.c_proj.lora_a[0] for gpt in fresh]).std()
     assert deviation.item() == pytest.approx(1 / 64 ** 0.5, rel=0.05)
 
 
@@ -1022,14 +844,14 @@ def test_merged_weights_compute_what_the_change_beside_them_did_and_only_the_cha
     plain.load_state_dict(model.merged(gpt.state_dict()))
     torch.testing.assert_close(plain(ids), gpt(ids), atol=1e-5, rtol=1e-5)
     assert "lora" in "".join(gpt.state_dict())           # the model itself has not changed
+    critic = ScalarGPT(gpt.config, init_from=gpt)
+    torch.testing.assert_close(critic.transformer(ids), gpt.transformer(ids), atol=1e-5, rtol=1e-5)
 
     assert all("lora" in name for name, p in gpt.named_parameters() if p.requires_grad)
-    assert len(model.trained(gpt)) == 2 * 4 * 2
+    assert len(model.trained(gpt)) == 2 * 6 * 2          # q, k, v, o and both of the MLP
     scalar = model.add_lora(small_scalar(), 2)
     trained = {name for name, p in scalar.named_parameters() if p.requires_grad}
     assert {name for name in trained if "lora" not in name} == {"head.weight", "head.bias"}
-    critic = ScalarGPT(gpt.config, init_from=gpt)
-    torch.testing.assert_close(critic.transformer(ids), gpt.transformer(ids), atol=1e-5, rtol=1e-5)
 
 
 def test_a_reference_is_frozen_and_with_lora_made_of_the_very_same_tensors():
@@ -1043,20 +865,13 @@ def test_a_reference_is_frozen_and_with_lora_made_of_the_very_same_tensors():
     assert not any(p.requires_grad for p in reference.parameters())
 
     gpt = lora_gpt()
+    state = torch.get_rng_state()
     reference = model.reference_of(gpt)
+    assert torch.equal(torch.get_rng_state(), state)     # it draws no random numbers
     assert torch.equal(reference(ids), small_gpt()(ids))
     assert not torch.equal(reference(ids), gpt(ids))
     places = {p.data_ptr() for p in gpt.parameters()}
     assert all(p.data_ptr() in places for p in reference.parameters())         # no extra memory
-
-
-def test_making_a_reference_draws_no_random_numbers():
-    gpt = lora_gpt()
-    torch.manual_seed(3)
-    following = torch.rand(1)
-    torch.manual_seed(3)
-    model.reference_of(gpt)
-    assert torch.equal(torch.rand(1), following)
 
 
 # ---- memory and precision
@@ -1104,10 +919,10 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_less():
     for checkpointing in (False, True):
         gpt = small_gpt()
         gpt.config.checkpointing = checkpointing
-        token_logprobs(gpt, inputs, targets, mask).sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in gpt.parameters()]))
         with saved_sizes() as sizes:
-            gpt(inputs)
+            logprobs = token_logprobs(gpt, inputs, targets, mask)
+        logprobs.sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in gpt.parameters()]))
         kept.append(sum(sizes))
     assert torch.equal(*gradients)
     assert kept[1] < 0.5 * kept[0]
@@ -1131,7 +946,380 @@ def test_bfloat16_rounds_products_but_not_weights_or_log_probabilities():
     assert torch.equal(gpt(inputs), hidden @ gpt.transformer.wte.weight.T)
     tokens, sampled_mask = generate(gpt, PROMPTS, 6, 10, generator=seeded())
     assert tokens.max() <= 10 and sampled_mask.any()
-    assert sampled_mask.shape[1] + 1 == tokens.shape[1]
+
+
+# --------------------------------------------------------------------------------------------------
+# model.py: Llama, Qwen2 and Qwen3, against transformers
+
+LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0,
+              high_freq_factor=4.0, original_max_position_embeddings=64)
+FAMILIES = {                                             # n_kv_head < n_head in all
+    "llama": ("Llama", dict(rms_norm_eps=1e-5)),
+    "llama3": ("Llama", dict(rms_norm_eps=1e-5, rope_parameters=LLAMA3, tie_word_embeddings=True)),
+    "qwen2": ("Qwen2", dict(rms_norm_eps=1e-6)),
+    "qwen3": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True))}         # not C / n_head = 8
+
+
+def random_family(name, seed=0):
+    """One of transformers' models with random weights, norms far from 1 and biases far from 0"""
+    import transformers
+    family, settings = FAMILIES[name]
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        bos_token_id=0, eos_token_id=96, **settings)
+    made = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    torch.manual_seed(seed)
+    for key, p in made.named_parameters():
+        p.data.normal_(mean=float("norm" in key), std=0.15 if p.dim() == 2 else 0.3)
+    return made
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    """{name: a folder with one of transformers' models, rows of ids, its log-probs on them}"""
+    found = {}
+    ids = torch.randint(97, (3, 200), generator=seeded())        # beyond 64 / 8, where llama3 bends
+    for name in FAMILIES:
+        folder = tmp_path_factory.mktemp(name)
+        theirs = random_family(name)
+        theirs.save_pretrained(folder)
+        with torch.no_grad():
+            found[name] = folder, ids, theirs(ids).logits.log_softmax(dim=-1)
+    return found
+
+
+def difference(gpt, ids, wanted):
+    with torch.no_grad():
+        return (gpt.eval()(ids).log_softmax(dim=-1) - wanted).abs().max().item()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_log_probs_equal_transformers_and_files_come_back_to_the_bit(name, families, tmp_path):
+    from transformers import AutoModelForCausalLM
+    folder, ids, wanted = families[name]
+    ours = GPT.from_pretrained(folder)
+    assert difference(ours, ids, wanted) <= 1e-5
+    ours.save_pretrained(tmp_path, eos_id=[96, 0])
+    back = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert back.generation_config.eos_token_id == [96, 0]
+    stored = load_file(tmp_path / "model.safetensors")
+    originals = load_file(folder / "model.safetensors")
+    assert stored.keys() == originals.keys()
+    assert all(torch.equal(stored[name], originals[name]) for name in originals)
+    with torch.no_grad():
+        assert (back(ids).logits.log_softmax(dim=-1) - wanted).abs().max() <= 1e-5
+
+
+def swapped_gate(gpt, monkeypatch):
+    for block in gpt.transformer.h:
+        gate, up = block.mlp.c_fc.weight.data.chunk(2)
+        block.mlp.c_fc.weight.data = torch.cat([up, gate])
+
+
+def interleaved(x, cos, sin):
+    first, second = x[..., ::2], x[..., 1::2]
+    turned = torch.stack([-second, first], dim=-1).flatten(-2)
+    return x * cos + turned * sin
+
+
+def tiled(gpt, monkeypatch):
+    """Query head h reads key head h mod n_kv_head, not h // (n_head / n_kv_head)."""
+    for block in gpt.transformer.h:
+        q = block.attn.widths[0]
+        d = block.attn.d
+        order = torch.arange(q).view(2, 2, d).transpose(0, 1).flatten()
+        block.attn.c_attn.weight.data[:q] = block.attn.c_attn.weight.data[:q][order]
+        block.attn.c_proj.weight.data = block.attn.c_proj.weight.data[:, order]
+
+
+def wrong_eps(gpt, monkeypatch):
+    for layer in gpt.modules():
+        if isinstance(layer, model.RMSNorm):
+            layer.eps *= 10
+
+
+def gelu_for_silu(gpt, monkeypatch):
+    monkeypatch.setattr(model.F, "silu", torch.nn.functional.gelu)
+
+
+def interleaved_rope(gpt, monkeypatch):
+    monkeypatch.setattr(model, "rotate", interleaved)
+
+
+def without(setting, value):
+    def change(gpt, monkeypatch):
+        setattr(gpt.config, setting, value)
+    return change
+
+
+def no_qk_norm(gpt, monkeypatch):
+    for block in gpt.transformer.h:
+        block.attn.q_norm = block.attn.k_norm = torch.nn.Identity()
+
+
+def no_qkv_bias(gpt, monkeypatch):
+    for block in gpt.transformer.h:
+        block.attn.c_attn.bias.data.zero_()
+
+
+MISTAKES = [(mistake, name) for mistake in (
+    wrong_eps, gelu_for_silu, swapped_gate, tiled, interleaved_rope, without("rope_theta", 2e4))
+    for name in FAMILIES]
+MISTAKES += [(without("rope_scaling", None), "llama3"), (no_qk_norm, "qwen3"),
+             (no_qkv_bias, "qwen2")]
+
+
+@pytest.mark.parametrize("mistake, name", MISTAKES, ids=lambda x: getattr(x, "__name__", x))
+def test_every_mistake_that_ports_have_made_is_seen(mistake, name, families, monkeypatch):
+    """Each costs at least 5e-5 nats somewhere, five times what equality allows."""
+    folder, ids, wanted = families[name]
+    wrong = GPT.from_pretrained(folder)
+    mistake(wrong, monkeypatch)
+    assert difference(wrong, ids, wanted) > 5e-5
+
+
+def test_an_unseen_difference_in_rotary_positions_would_show_beyond_the_original_context(families):
+    """Llama 3's scaling changes nothing at the first position: short rows would hide it."""
+    folder, ids, wanted = families["llama3"]
+    wrong = GPT.from_pretrained(folder)
+    wrong.config.rope_scaling = None
+    assert difference(wrong, ids[:, :1], wanted[:, :1]) <= 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_samplers_cached_steps_equal_the_full_forward(name, families):
+    """Prompts of different length, one of one token; greedy tokens and log-probabilities"""
+    folder, ids, _ = families[name]
+    gpt = GPT.from_pretrained(folder, block_size=64).eval()
+    prompts = [ids[0, :5].tolist(), ids[1, :17].tolist(), ids[2, :1].tolist(), []]
+    tokens, mask = generate(gpt, prompts, 30, [96, 95], temperature=0)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    with torch.no_grad():
+        likeliest = gpt(inputs).argmax(dim=-1)
+    assert mask.sum() >= 60 and torch.equal(likeliest[mask > 0], targets[mask > 0])
+    assert tokens[3, 0] == 96                            # an empty prompt is the first of the ends
+    with torch.no_grad():
+        whole = token_logprobs(gpt, inputs, targets, mask)
+        for row, prompt in enumerate(prompts):           # the row alone, without padding
+            n = int(mask[row].nonzero().max()) + 1
+            alone = token_logprobs(gpt, *(x[row:row + 1, :n] for x in (inputs, targets, mask)))
+            torch.testing.assert_close(alone[0], whole[row, :n], atol=1e-5, rtol=0)
+
+
+def test_a_response_ends_with_any_of_several_end_tokens(families):
+    folder, ids, _ = families["qwen2"]
+    gpt = GPT.from_pretrained(folder, block_size=64).eval()
+    prompts = [row[:9].tolist() for row in ids.repeat(8, 1)]
+    ends = list(range(0, 97, 6))
+    tokens, mask = generate(gpt, prompts, 20, ends, generator=seeded())
+    responses = [row[m > 0].tolist() for row, m in zip(tokens[:, 1:], mask)]
+    assert any(response[-1] != ends[0] for response in responses)
+    for response in responses:
+        assert not set(response[:-1]) & set(ends)
+        assert response[-1] in ends or len(response) == 20
+
+
+def test_embeddings_without_a_token_are_never_sampled_and_go_back_into_the_file(families, tmp_path):
+    folder, ids, wanted = families["qwen3"]
+    cut = GPT.from_pretrained(folder, vocab_size=90).eval()
+    shown = ids.clamp(max=89)
+    whole = GPT.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = cut(shown)
+        torch.testing.assert_close(logits, whole(shown)[:, :, :90])
+    assert logits.shape[-1] == 90
+    cut.save_pretrained(tmp_path, eos_id=5)
+    stored, originals = (load_file(x / "model.safetensors") for x in (tmp_path, folder))
+    assert all(torch.equal(stored[name], originals[name]) for name in originals)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "gpt2"])
+def test_an_exported_reward_model_ranks_as_ours_in_transformers(name, families, tmp_path):
+    """Equal to the constant for RMSNorm's families, whose class has no bias to hold it"""
+    from transformers import AutoModelForSequenceClassification
+    torch.manual_seed(0)
+    if name == "gpt2":
+        trunk = GPT(GPTConfig(97, 64, n_layer=2, n_head=2, n_embd=16))
+    else:
+        trunk = GPT.from_pretrained(families[name][0], vocab_size=95, block_size=64)
+    ours = ScalarGPT(trunk.config, init_from=trunk).eval()
+    ours.normalise(gain=3.0, bias=-0.7)
+    ours.head.bias.data.fill_(0.4)
+    ours.save_pretrained(tmp_path, eos_id=3)
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    constant = theirs.config.to_dict().get("scores_lack_constant", 0.0)
+    assert (name == "gpt2") == (constant == 0.0) == (not (tmp_path / "README.md").exists())
+    ids = torch.randint(90, (4, 12), generator=seeded())
+    ids[0, 7:] = trunk.config.vocab_size                 # the pad token of the export
+    with torch.no_grad():
+        scores = theirs(ids).logits[:, 0] + constant
+        rows = [ours(row[row < trunk.config.vocab_size][None])[0, -1] for row in ids]
+    torch.testing.assert_close(scores, torch.stack(rows), atol=1e-5, rtol=1e-5)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert len(next(w for key, w in stored.items() if "embed" in key or "wte" in key)) >= 96
+
+
+def test_lora_changes_every_stacked_matrix_apart_and_is_merged_at_the_export(families, tmp_path):
+    from transformers import AutoModelForCausalLM
+    folder, ids, _ = families["qwen2"]
+    gpt = add_lora(GPT.from_pretrained(folder).eval(), 2)
+    attn, mlp = gpt.transformer.h[0].attn, gpt.transformer.h[0].mlp
+    assert [tuple(b.shape) for b in attn.c_attn.lora_b] == [(32, 2), (16, 2), (16, 2)]
+    assert [tuple(b.shape) for b in mlp.c_fc.lora_b] == [(56, 2), (56, 2)]
+    torch.manual_seed(1)
+    for name, p in gpt.named_parameters():
+        if "lora_b" in name:
+            p.data.normal_(std=0.3)
+    weights = merged(gpt.state_dict())
+    change = weights["transformer.h.0.attn.c_attn.weight"] - attn.c_attn.weight
+    for part in change.split([32, 16, 16]):
+        assert torch.linalg.matrix_rank(part, tol=1e-4) == 2
+    gpt.save_pretrained(tmp_path, eos_id=0)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(back(ids).logits, gpt(ids), atol=1e-4, rtol=1e-4)
+
+
+def test_low_rank_changes_of_earlier_versions_are_merged_too():
+    """They had one change for q, k and v together, under other names."""
+    weight, a, b = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2)
+    old = {"h.weight": weight, "h.lora_a": a, "h.lora_b": b}
+    torch.testing.assert_close(merged(old), {"h.weight": weight + model.LORA_SCALE * b @ a})
+
+
+# ---- files of these families
+
+def edited(families, name, tmp_path, weights=None, config=None, removed=()):
+    """A copy of a family's folder with changed weights (a function of the dict) and settings"""
+    folder = tmp_path / "edited"
+    shutil.copytree(families[name][0], folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(weights(tensors) if weights else tensors, folder / "model.safetensors")
+    settings = json.loads((folder / "config.json").read_text()) | (config or {})
+    settings = {key: x for key, x in settings.items() if key not in removed}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+OLD_ROPE = dict(LLAMA3, type="llama3")
+del OLD_ROPE["rope_theta"]
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("name, weights, config, removed", [
+    pytest.param("qwen2", None, dict(rope_theta=10000.0), ["rope_parameters"], id="old rope"),
+    pytest.param("llama3", None, dict(rope_theta=10000.0, rope_scaling=OLD_ROPE),
+                 ["rope_parameters"], id="old rope scaling"),
+    pytest.param("llama3", lambda x: x | {"lm_head.weight": x[EMBEDDING].clone()}, None, [],
+                 id="a head that repeats the embedding"),
+    pytest.param("qwen3", lambda x: {key.removeprefix("model."): w for key, w in x.items()}, None,
+                 [], id="a trunk by itself"),
+    pytest.param("llama", lambda x: x | {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, None, [],
+        id="an old table of frequencies"),
+    pytest.param("qwen2", None, dict(sliding_window=16, use_sliding_window=False), [],
+                 id="a sliding window that is off")])
+def test_other_ways_to_write_the_same_model_are_read(name, weights, config, removed, families,
+                                                     tmp_path):
+    from transformers import AutoModelForCausalLM
+    folder = edited(families, name, tmp_path, weights, config, removed)
+    ids = families[name][1]
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        wanted = theirs(ids).logits.log_softmax(dim=-1)
+    assert difference(GPT.from_pretrained(folder), ids, wanted) <= 1e-5
+
+
+def test_sharded_and_bin_files_are_read(families, tmp_path):
+    folder, ids, wanted = families["llama"]
+    shutil.copy(folder / "config.json", tmp_path)
+    torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    assert difference(GPT.from_pretrained(tmp_path), ids, wanted) <= 1e-5
+    sharded = tmp_path / "sharded"
+    random_family("llama").save_pretrained(sharded, max_shard_size="10KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    assert difference(GPT.from_pretrained(sharded), ids, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("name, config, message", [
+    ("llama", dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "rope of the type yarn"),
+    ("llama", dict(rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}),
+     "rope of the type dynamic"),
+    ("llama", dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}),
+     "rope of the type linear"),
+    ("llama", dict(attention_bias=True), "attention_bias True, wanted False"),
+    ("llama", dict(mlp_bias=True), "mlp_bias True"),
+    ("llama", dict(hidden_act="gelu"), "hidden_act 'gelu', wanted 'silu'"),
+    ("llama", dict(intermediate_size=None), "no number for intermediate_size"),
+    ("llama3", dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "llama3 rope has"),
+    ("qwen2", dict(use_sliding_window=True), "use_sliding_window True"),
+    ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "with sliding_attention"),
+    ("llama", dict(model_type="smollm3"), "every fourth layer has no positions"),
+    ("llama", dict(model_type="gemma2"), "gemma2 .scaled embeddings"),
+    ("llama", dict(model_type="mistral"), "mistral .sliding windows"),
+    ("qwen3", dict(model_type="qwen3_moe"), "qwen3_moe .a mixture of experts"),
+    ("llama", dict(model_type="deepseek_v3"), "deepseek_v3, which model.py does not compute"),
+    ("llama", dict(quantization_config={"quant_method": "gptq"}), "quantized weights"),
+    ("qwen3", dict(tie_word_embeddings=False), "missing are lm_head.weight"),
+    ("llama", dict(tie_word_embeddings=True), "lm_head.weight differs from embed_tokens.weight"),
+    ("llama", dict(num_key_value_heads=4), r"k_proj.weight: got \(16, 32\), wanted 32 rows"),
+    ("llama", dict(hidden_size=40, head_dim=8), "wte.weight: got .97, 32. of .*, wanted .97, 40."),
+    ("llama", dict(num_hidden_layers=3), "not those of a Llama of 3 layers: missing are layers.2")])
+def test_what_is_not_computed_is_refused_by_name(name, config, message, families, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(edited(families, name, tmp_path, config=config))
+
+
+def test_a_weight_too_many_and_a_file_cut_short_are_refused(families, tmp_path):
+    folder = edited(families, "llama", tmp_path,
+                    lambda x: x | {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)})
+    with pytest.raises(ValueError, match="unknown are layers.0.self_attn.q_norm.weight"):
+        GPT.from_pretrained(folder)
+    whole = (families["llama"][0] / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        GPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype, limit", [("bfloat16", 0.3), ("float16", 0.04)])
+def test_half_precision_rounds_a_little_and_samples(dtype, limit, families):
+    folder, ids, wanted = families["qwen3"]
+    gpt = GPT.from_pretrained(folder, dtype=dtype).eval()
+    assert limit / 20 < difference(gpt, ids[:, :64], wanted[:, :64]) < limit
+    tokens, mask = generate(gpt, [ids[0, :5].tolist()], 4, 96, generator=seeded())
+    assert mask.sum() >= 1 and gpt(tokens).dtype == torch.float32
+
+
+# ---- a real pretrained model: SMOLLM2=FOLDER python -m pytest -q -k smollm2
+
+SMOLLM2 = os.environ.get("SMOLLM2", "")
+needs_smollm2 = pytest.mark.skipif(not SMOLLM2, reason="the environment variable SMOLLM2 does not "
+                                   "name a folder with SmolLM2-135M-Instruct")
+QUESTIONS = ["What is 17 + 25?", "Name three colours.", "Who wrote Hamlet?", "Say hello in French.",
+             "What is the capital of Italy?", "Write a haiku about rain.", "Is the sky green?",
+             "List two fruits.", "What do bees make?", "Count from one to five."]
+
+
+@needs_smollm2
+def test_smollm2_answers_greedily_as_in_transformers_and_comes_back(tmp_path):
+    from transformers import AutoModelForCausalLM
+    theirs = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32).eval()
+    tokenizer = sft.tokenizer_of(SMOLLM2, "auto")
+    ours = GPT.from_pretrained(SMOLLM2, vocab_size=tokenizer.n_vocab, block_size=128).eval()
+    prompts = [encode_prompt(tokenizer, chat.written([("user", question)], tokenizer.chat))
+               for question in QUESTIONS]
+    tokens, mask = generate(ours, prompts, 40, tokenizer.end_tokens, temperature=0)
+    for i, prompt in enumerate(prompts):
+        answer = tokens[i, 1:][mask[i] > 0].tolist()
+        wanted = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False,
+                                 eos_token_id=list(tokenizer.end_tokens), pad_token_id=0)[0]
+        assert prompt + answer == wanted.tolist(), tokenizer.decode(answer)
+    ours.save_pretrained(tmp_path, tokenizer.end_tokens)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(back(tokens).logits.log_softmax(-1),
+                                   ours(tokens).log_softmax(-1), atol=1e-5, rtol=0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1139,13 +1327,9 @@ def test_bfloat16_rounds_products_but_not_weights_or_log_probabilities():
 
 def test_nats_per_response_is_minus_the_mean_log_probability_of_whole_responses():
     gpt = small_gpt()
-    total = 0.0
-    for prompt, response in zip(PROMPTS, RESPONSES):
-        log_probs = gpt(torch.tensor([prompt + response])).double().log_softmax(-1)[0]
-        for t, token in enumerate(response):
-            total += log_probs[len(prompt) - 1 + t, token].item()
+    logprobs = token_logprobs(gpt, *data.collate(PROMPTS, RESPONSES))
     nats = sft.nats_per_response(gpt, PROMPTS, RESPONSES, torch.device("cpu"), batch_size=3)
-    assert nats == pytest.approx(-total / 4, rel=1e-5)
+    assert nats == pytest.approx(-logprobs.sum().item() / 4, rel=1e-5)
 
 
 def test_sft_loss_has_no_gradient_through_prompt_columns_and_one_through_eos():
@@ -1162,7 +1346,7 @@ def test_sft_loss_has_no_gradient_through_prompt_columns_and_one_through_eos():
 def test_preference_losses_equal_their_formulas_and_metrics_count_ties_half():
     chosen = torch.tensor([1.0, -2.0, 0.5, 3.0]).double()
     rejected = torch.tensor([0.0, 1.0, 0.5, -3.0]).double()
-    p = [1 / (1 + math.exp(-(c - r))) for c, r in zip(chosen.tolist(), rejected.tolist())]
+    p = [sigmoid(difference) for difference in (1, -3, 0, 6)]
 
     loss, metrics = reward_model.preference_loss(chosen, rejected)
     assert loss.item() == pytest.approx(-sum(map(math.log, p)) / 4)
@@ -1172,33 +1356,15 @@ def test_preference_losses_equal_their_formulas_and_metrics_count_ties_half():
 
     fidelity, _ = reward_model.preference_loss(chosen, rejected, "fidelity")
     assert fidelity.item() == pytest.approx(sum(1 - math.sqrt(x) for x in p) / 4)
-    with pytest.raises(ValueError, match="got kind 'ipo'"):
-        reward_model.preference_loss(chosen, rejected, "ipo")
 
 
-def test_preference_loss_at_no_difference_and_with_margin_and_weights():
+def test_preference_loss_subtracts_a_margin_and_takes_a_weighted_mean():
     zero = torch.zeros(3)
-    loss, _ = reward_model.preference_loss(zero, zero)
-    assert loss.item() == pytest.approx(math.log(2))
-    loss, _ = reward_model.preference_loss(zero, zero, "fidelity")
-    assert loss.item() == pytest.approx(1 - math.sqrt(0.5))
     loss, _ = reward_model.preference_loss(zero + 1.0, zero, margin=1.0)
     assert loss.item() == pytest.approx(math.log(2))           # ahead by exactly the margin
-
-    chosen = torch.tensor([1.0, 3.0, 99.0])
-    loss, _ = reward_model.preference_loss(chosen, zero, weights=torch.tensor([0.5, 0.5, 0.0]))
-    assert loss.item() == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(-3))) / 2)
-
-
-def test_fidelity_is_bounded_and_its_gradient_is_greatest_at_one_third():
-    d = torch.linspace(-12, 12, 4801, dtype=torch.float64, requires_grad=True)
-    zero = torch.zeros(1).double()
-    losses = [reward_model.preference_loss(x[None], zero, "fidelity")[0] for x in d]
-    (gradient,) = torch.autograd.grad(sum(losses), d)
-    assert 0 <= min(losses) and max(losses) <= 1
-    steepest = gradient.argmin()
-    assert torch.sigmoid(d[steepest]).item() == pytest.approx(1 / 3, abs=2e-3)
-    assert -gradient[steepest].item() == pytest.approx(1 / (3 * math.sqrt(3)), abs=1e-4)   # 0.1925
+    chosen, weights = torch.tensor([1.0, 3.0, 99.0]), torch.tensor([0.5, 0.5, 0.0])
+    loss, _ = reward_model.preference_loss(chosen, zero, weights=weights)
+    assert loss.item() == pytest.approx(-(math.log(sigmoid(1)) + math.log(sigmoid(3))) / 2)
 
 
 def test_token_wise_scores_equal_a_loop_over_pairs_and_columns():
@@ -1225,13 +1391,11 @@ def test_calibration_of_scores_that_are_gold_over_temperature_is_perfect():
     gold = torch.randn(300, 4, generator=seeded())
     i, j = torch.triu_indices(4, 4, offset=1)
     truth = reviews.preference(gold[:, i], gold[:, j], 0.6)
-    rows = reward_model.calibration(gold / 0.6, truth)
-    assert sum(row[3] for row in rows[1:]) == 300 * 6
-    for _, predicted, true, _ in rows[1:]:
-        assert predicted == pytest.approx(true, abs=1e-5)
-    flipped = reward_model.calibration(-gold / 0.6, truth)
-    for _, predicted, true, _ in flipped[1:]:
-        assert true == pytest.approx(1 - predicted, abs=1e-5)
+    rows = reward_model.calibration(gold / 0.6, truth)[1:]
+    flipped = reward_model.calibration(-gold / 0.6, truth)[1:]
+    assert sum(n for *_, n in rows) == 300 * 6
+    assert all(true == pytest.approx(predicted, abs=1e-5) for _, predicted, true, _ in rows)
+    assert all(true == pytest.approx(1 - predicted, abs=1e-5) for _, predicted, true, _ in flipped)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1260,8 +1424,6 @@ def test_kl_estimates_against_exact_enumeration(vocab_size):
     torch.testing.assert_close((pi * k3).sum(), exact)
     assert (k3 >= 0).all() and (k2 >= 0).all() and (k1 < 0).any()
     torch.testing.assert_close((pi * k2).sum(), (pi * (log_pi - log_ref) ** 2).sum() / 2)
-    with pytest.raises(ValueError, match="got kind 'k4'"):
-        ppo.kl_estimate(log_pi, log_ref, "k4")
 
 
 def test_shaped_rewards_sum_to_score_minus_beta_kl_and_carry_the_score_at_the_last_token_only():
@@ -1270,54 +1432,31 @@ def test_shaped_rewards_sum_to_score_minus_beta_kl_and_carry_the_score_at_the_la
     logprobs.requires_grad_()
     rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, mask, beta=0.3)
     assert not rewards.requires_grad
-    for b in range(5):
-        columns = mask[b].nonzero()[:, 0].tolist()
-        for t in range(9):
-            expected = 0.0
-            if t in columns:
-                expected -= 0.3 * (logprobs[b, t] - ref_logprobs[b, t]).item()
-            if t == columns[-1]:
-                expected += scores[b].item()
-            assert rewards[b, t].item() == pytest.approx(expected, abs=1e-12)
+    for b, columns in columns_of(mask):
+        expected = [0.0] * 9
+        for t in columns:
+            expected[t] = -0.3 * (logprobs[b, t] - ref_logprobs[b, t]).item()
+        expected[columns[-1]] += scores[b].item()
+        assert rewards[b].tolist() == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("gamma, lam", [
-    (1.0, 1.0),
-    (1.0, 0.95),
-    (0.9, 0.95),
-    (0.9, 0.0),
-    (0.5, 0.5)])
-def test_gae_equals_the_double_sum_of_discounted_residuals_over_finite_episodes(gamma, lam):
-    rewards, values, _, _, mask = ragged()
+@tried
+@hypothesis.given(any_lengths, any_seed, any_size, any_share, any_share)
+def test_gae_equals_the_double_sum_of_discounted_residuals_over_finite_episodes(
+        lengths, seed, size, gamma, lam):
+    rewards, values, _, mask = random_tensors(lengths, seed, size)
     advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
-    for b in range(5):
-        columns = mask[b].nonzero()[:, 0].tolist()
-        R = rewards[b, columns].tolist()
-        V = values[b, columns].tolist() + [0.0]
-        delta = [R[i] + gamma * V[i + 1] - V[i] for i in range(len(R))]
-        for k, t in enumerate(columns):
-            expected = sum((gamma * lam) ** (i - k) * delta[i] for i in range(k, len(R)))
-            assert advantages[b, t].item() == pytest.approx(expected, abs=1e-12)
-            assert returns[b, t].item() == pytest.approx(expected + V[k], abs=1e-12)
-    assert not advantages[mask == 0].any() and not returns[mask == 0].any()
-
-
-def test_gae_with_a_perfect_critic_has_no_advantage_in_a_deterministic_episode():
-    rewards = torch.tensor([[0.0, 1.0, 2.0, 0.0]]).double()
-    mask = torch.tensor([[0.0, 1.0, 1.0, 1.0]]).double()
-    values = torch.tensor([[0.0, 1 + 0.9 * 2, 2.0, 0.0]]).double()
-    advantages, _ = ppo.gae(rewards, values, mask, 0.9, 0.7)
-    torch.testing.assert_close(advantages, torch.zeros(1, 4).double())
-
-
-def test_every_token_is_credited_the_whole_score_at_lambda_one_and_eos_always():
-    mask = torch.tensor([[0.0, 1.0, 1.0, 1.0]])
-    zero = torch.zeros(1, 4)
-    rewards = ppo.shape_rewards(torch.tensor([1.0]), zero, zero, mask, 0.1)
-    advantages, _ = ppo.gae(rewards, zero, mask, 1.0, 0.95)
-    assert advantages[0].tolist() == [0.0, pytest.approx(0.95 ** 2), pytest.approx(0.95), 1.0]
-    advantages, _ = ppo.gae(rewards, zero, mask, 1.0, 1.0)
-    assert advantages[0].tolist() == [0.0, 1.0, 1.0, 1.0]
+    rounding = 1e-9 * max(1.0, size)
+    for row, columns in columns_of(mask):
+        n = len(columns)
+        R = rewards[row, columns].tolist()
+        V = values[row, columns].tolist() + [0.0]
+        delta = [R[t] + gamma * V[t + 1] - V[t] for t in range(n)]
+        for t, got in enumerate(advantages[row, columns].tolist()):
+            expected = sum((gamma * lam) ** l * delta[t + l] for l in range(n - t))
+            assert got == pytest.approx(expected, rel=1e-9, abs=rounding)
+    assert not advantages[mask == 0].any()
+    torch.testing.assert_close(returns, (advantages + values) * mask)
 
 
 def test_critic_targets_of_every_kind():
@@ -1326,8 +1465,7 @@ def test_critic_targets_of_every_kind():
     targets = {kind: ppo.critic_targets(rewards, values, scores, mask, kind, gamma=0.9, lam=0.8)
                for kind in ("gae", "td", "mc", "score")}
     torch.testing.assert_close(targets["gae"], ppo.gae(rewards, values, mask, 0.9, 0.8)[1])
-    for b in range(5):
-        columns = mask[b].nonzero()[:, 0].tolist()
+    for b, columns in columns_of(mask):
         for t in columns:
             next_value = values[b, t + 1].item() if t + 1 in columns else 0.0
             one_step = rewards[b, t].item() + 0.9 * next_value
@@ -1335,10 +1473,7 @@ def test_critic_targets_of_every_kind():
             to_go = sum(0.9 ** (i - t) * rewards[b, i].item() for i in columns if i >= t)
             assert targets["mc"][b, t].item() == pytest.approx(to_go)
             assert targets["score"][b, t].item() == b
-    for target in targets.values():
-        assert not target[mask == 0].any()
-    with pytest.raises(ValueError, match="got kind 'x'"):
-        ppo.critic_targets(rewards, values, scores, mask, "x")
+    assert not any(target[mask == 0].any() for target in targets.values())
 
 
 @pytest.mark.parametrize("ratio, advantage, loss, gradient, clipped", [
@@ -1356,25 +1491,15 @@ def test_clipped_policy_loss_in_all_six_cases_with_gradients(
     got.backward()
     assert got.item() == pytest.approx(loss)
     assert logprobs.grad.item() == pytest.approx(gradient)
-    assert metrics["clip_fraction"].item() == clipped
+    assert metrics["clip_fraction"].item() == clipped and metrics["policy_loss"] == got
     assert metrics["ratio"].item() == pytest.approx(ratio)
-
-
-def test_policy_losses_at_ratio_one_are_token_means_with_the_policy_gradient():
-    logprobs, _, advantages, _, mask = ragged()
-    new = logprobs.clone().requires_grad_()
-    for loss, metrics in (ppo.policy_loss(new, logprobs, advantages, mask),
-                          ppo.kl_penalty_loss(new, logprobs, advantages, mask, coef=0.7)):
-        (gradient,) = torch.autograd.grad(loss, new)
-        torch.testing.assert_close(gradient, -advantages * mask / mask.sum())
-        assert loss.item() == pytest.approx(-advantages[mask > 0].mean().item())
-        assert metrics["clip_fraction"] == 0 and metrics["policy_loss"] == loss
 
 
 def test_kl_penalty_loss_and_its_gradient_equal_the_formula():
     new, old, advantages, _, mask = ragged()
     new.requires_grad_()
-    loss, _ = ppo.kl_penalty_loss(new, old, advantages, mask, coef=0.7)
+    loss, metrics = ppo.kl_penalty_loss(new, old, advantages, mask, coef=0.7)
+    assert metrics["clip_fraction"] == 0 and metrics["policy_loss"] == loss
     (gradient,) = torch.autograd.grad(loss, new)
     ratio = (new - old).exp()
     expected = -(ratio * advantages - 0.7 * (ratio - 1 - (new - old)))[mask > 0].mean()
@@ -1383,13 +1508,29 @@ def test_kl_penalty_loss_and_its_gradient_equal_the_formula():
     torch.testing.assert_close(gradient, expected)
 
 
-def test_kl_penalty_on_a_whole_distribution_is_the_exact_kl_of_old_to_new():
-    logits = torch.randn(2, 5, generator=seeded(), dtype=torch.float64)
-    log_old, log_new = logits.log_softmax(-1)
-    weights = log_old.exp()[None]                              # the mask enumerates every token
-    no_advantage = torch.zeros(1, 5).double()
-    loss, _ = ppo.kl_penalty_loss(log_new[None], log_old[None], no_advantage, weights, coef=1.0)
-    torch.testing.assert_close(loss, (log_old.exp() * (log_old - log_new)).sum())
+def test_the_kl_penalty_does_not_cancel_near_zero():
+    """Computed as ratio - 1 - log ratio in float32, it would be off by 30 % here."""
+    log_ratio = torch.tensor([[1e-4, -3e-4, 2e-5]])
+    zero = torch.zeros(1, 3)
+    loss, _ = ppo.kl_penalty_loss(log_ratio, zero, zero, torch.ones(1, 3), coef=1.0)
+    exact = (torch.expm1(log_ratio.double()) - log_ratio.double()).mean().item()
+    assert loss.item() == pytest.approx(exact, rel=1e-3)
+
+
+@pytest.mark.parametrize("log_ratio", [21.0, 89.0, 1000.0, -1000.0])
+def test_where_the_ratio_overflows_the_clipped_side_has_no_gradient(log_ratio):
+    """In float32 exp overflows above 88, and inf * 0 is nan."""
+    mask = torch.ones(2, 2)
+    advantages = torch.tensor([1.0, 0.0])
+    old = torch.tensor([[-1.0, -1 - log_ratio], [-1.0, -1 - log_ratio]])
+    far = 1.2 if log_ratio > 0 else 0.0
+    for loss in (lambda x: ppo.policy_loss(x, old, advantages[:, None].expand(2, 2), mask)[0],
+                 lambda x: grpo.grpo_loss(x, old, advantages, grpo.token_weights(mask))[0]):
+        logprobs = torch.full((2, 2), -1.0, requires_grad=True)
+        value = loss(logprobs)
+        value.backward()
+        assert value.item() == pytest.approx(-(1 + far) / 4, abs=1e-6)
+        torch.testing.assert_close(logprobs.grad, torch.tensor([[-0.25, 0.0], [0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("value, old, target, loss, gradient, clipped", [
@@ -1410,19 +1551,61 @@ def test_clipped_value_loss_in_each_case_with_gradients(
     assert metrics["value_clip_fraction"] == 0
 
 
-def test_losses_average_over_masked_tokens_only_and_match_finite_differences():
-    new, old, advantages, returns, mask = ragged()
-    losses = (lambda x: ppo.policy_loss(x, old, advantages, mask)[0],
-              lambda x: ppo.kl_penalty_loss(x, old, advantages, mask, 0.3)[0],
-              lambda x: ppo.value_loss(x, old, returns, mask)[0],
-              lambda x: -masked_mean(x, mask))
-    for loss in losses:
-        x = new.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(x), x)
-        step = torch.randn(x.shape, generator=seeded(3), dtype=torch.float64) * 1e-6
-        numeric = (loss(new + step) - loss(new - step)) / 2
-        assert numeric.item() == pytest.approx((gradient * step).sum().item(), rel=1e-4)
-        assert not gradient[mask == 0].any()
+@tried
+@hypothesis.given(any_lengths, any_seed, any_size, strategies.floats(0.01, 0.9))
+def test_clipped_losses_of_any_rows_are_means_over_their_tokens(lengths, seed, size, eps):
+    drift, old, targets, mask = random_tensors(lengths, seed, size)
+    drift = drift.clamp(-20, 20).requires_grad_()              # ratios up to e^20
+    policy_losses, value_losses = [], []
+    for row, columns in columns_of(mask):
+        for t in columns:
+            x, v_old, target = drift[row, t].item(), old[row, t].item(), targets[row, t].item()
+            ratio = math.exp(x)
+            clipped = max(min(ratio, 1 + eps), 1 - eps)
+            policy_losses.append(-min(ratio * target, clipped * target))
+            v_clipped = v_old + max(min(x, eps), -eps)
+            value_losses.append(0.5 * max((v_old + x - target) ** 2, (v_clipped - target) ** 2))
+    loss, _ = ppo.value_loss(old + drift, old, targets, mask, eps)
+    assert loss.item() == pytest.approx(np.mean(value_losses), rel=1e-6, abs=1e-12)
+    loss, metrics = ppo.policy_loss(drift - 1, 0 * old - 1, targets, mask, eps)
+    assert loss.item() == pytest.approx(np.mean(policy_losses), rel=1e-6, abs=1e-12)
+    assert 0 <= metrics["clip_fraction"] <= 1
+    loss.backward()
+    assert torch.isfinite(drift.grad).all() and not drift.grad[mask == 0].any()
+
+
+def test_numbers_outside_the_mask_change_nothing_in_any_function_of_ppo():
+    logprobs, old, advantages, values, mask = ragged()
+    noise = torch.randn(mask.shape, dtype=torch.float64, generator=seeded(9)) * (mask == 0)
+
+    def everything(x):
+        """Every loss, metric and tensor that ppo.py computes, with x added to its inputs"""
+        rewards = ppo.shape_rewards(torch.ones(5).double(), logprobs + x, old, mask, 0.1)
+        tensors = [ppo.whiten(advantages + x, mask), rewards]
+        tensors += ppo.gae(rewards + x, values + x, mask)
+        tensors.append(ppo.explained_variance(values + x, old - x, mask))
+        for kind in ("gae", "td", "mc", "score"):
+            tensors.append(ppo.critic_targets(rewards + x, values + x, torch.ones(5), mask, kind))
+        for loss, metrics in (
+                ppo.policy_loss(logprobs + x, old - x, advantages + x, mask),
+                ppo.kl_penalty_loss(logprobs + x, old - x, advantages + x, mask, 0.5),
+                ppo.value_loss(values + x, old, old + x, mask)):
+            tensors += [loss, *metrics.values()]
+        return tensors
+
+    for clean, junk in zip(everything(0 * noise), everything(noise)):
+        torch.testing.assert_close(clean, junk, atol=0, rtol=1e-12)
+
+
+@tried
+@hypothesis.given(any_lengths, any_seed, any_size)
+def test_whitened_and_group_advantages_of_any_rows_are_finite(lengths, seed, size):
+    advantages, _, _, mask = random_tensors(lengths, seed, size)
+    whitened = ppo.whiten(advantages, mask)
+    assert torch.isfinite(whitened).all() and not whitened[mask == 0].any()
+    assert abs(masked_mean(whitened, mask).item()) < 1e-6
+    rewards = torch.cat([advantages[:, 0], advantages[:, 0]])
+    assert torch.isfinite(grpo.group_advantages(rewards, 2, "grpo")).all()
 
 
 def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant():
@@ -1438,12 +1621,12 @@ def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant(
 def test_proportional_kl_takes_the_papers_steps_and_settles_on_its_target():
     control = ppo.ProportionalKL(0.2, target=6.0, horizon=10000)
     control.update(6.6, n=256)
-    assert control.beta == pytest.approx(0.2 * (1 + 0.1 * 256 / 10000))
+    once = 0.2 * (1 + 0.1 * 256 / 10000)
+    assert control.beta == pytest.approx(once)
     control.update(600.0, n=256)                               # clipped at 0.2
-    raised = 0.2 * (1 + 0.1 * 256 / 10000) * (1 + 0.2 * 256 / 10000)
-    assert control.beta == pytest.approx(raised)
+    assert control.beta == pytest.approx(once * (1 + 0.2 * 256 / 10000))
     control.update(0.0, n=256)
-    assert control.beta < 0.2 * (1 + 0.1 * 256 / 10000)
+    assert control.beta < once
 
     control = ppo.ProportionalKL(0.05, target=6.0, horizon=500)
     kl = 0.0
@@ -1458,33 +1641,6 @@ def test_threshold_kl_doubles_above_and_halves_below_and_else_stays():
     for kl_old, coef in ((0.0151, 2.0), (0.0149, 2.0), (0.0068, 2.0), (0.0066, 1.0), (0.0, 0.5)):
         penalty.update(kl_old)
         assert penalty.coef == coef
-
-
-@pytest.mark.parametrize("loss", ["policy_loss", "grpo_loss"])
-@pytest.mark.parametrize("log_ratio", [21.0, 89.0, 1000.0, -1000.0])
-def test_where_the_ratio_overflows_the_clipped_side_has_no_gradient(loss, log_ratio):
-    """In float32 exp overflows above 88, and inf * 0 is nan."""
-    mask = torch.ones(2, 2)
-    advantages = torch.tensor([1.0, 0.0])
-    old = torch.tensor([[-1.0, -1 - log_ratio], [-1.0, -1 - log_ratio]])
-    logprobs = torch.full((2, 2), -1.0, requires_grad=True)
-    if loss == "policy_loss":
-        value, _ = ppo.policy_loss(logprobs, old, advantages[:, None].expand(2, 2), mask)
-    else:
-        value, _ = grpo.grpo_loss(logprobs, old, advantages, grpo.token_weights(mask))
-    value.backward()
-    far = 1.2 if log_ratio > 0 else 0.0
-    assert value.item() == pytest.approx(-(1 + far) / 4, abs=1e-6)
-    torch.testing.assert_close(logprobs.grad, torch.tensor([[-0.25, 0.0], [0.0, 0.0]]))
-
-
-def test_the_kl_penalty_does_not_cancel_near_zero():
-    """Computed as ratio - 1 - log ratio in float32, it would be off by 30 % here."""
-    log_ratio = torch.tensor([[1e-4, -3e-4, 2e-5]])
-    zero = torch.zeros(1, 3)
-    loss, _ = ppo.kl_penalty_loss(log_ratio, zero, zero, torch.ones(1, 3), coef=1.0)
-    exact = (torch.expm1(log_ratio.double()) - log_ratio.double()).mean().item()
-    assert loss.item() == pytest.approx(exact, rel=1e-3)
 
 
 def test_kl_coefficients_stay_within_reach_of_their_start():
@@ -1502,52 +1658,44 @@ def test_kl_coefficients_stay_within_reach_of_their_start():
 
 def test_old_logprobs_in_bfloat16_come_from_batches_of_the_updates_shape(monkeypatch):
     gpt = small_gpt()
-    responses = [[3] * (1 + i % 4) + [10] for i in range(12)]
-    inputs, targets, mask = data.collate([[1, 2]] * 12, responses)
+    rows = data.collate([[1, 2]] * 12, [[3] * (1 + i % 4) + [10] for i in range(12)])
     batch_sizes = []
 
     def counted(policy, inputs, *args, **kwargs):
         batch_sizes.append(len(inputs))
         return token_logprobs(policy, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(ppo, "token_logprobs", counted)
+    monkeypatch.setattr(rollout, "token_logprobs", counted)
     cfg = tiny_config(ppo, minibatch_size=8, accumulation=2)
-    whole = ppo.score_rollout(gpt, inputs, targets, mask, cfg)
-    cfg = dataclasses.replace(cfg, dtype="bfloat16")
-    parts = ppo.score_rollout(gpt, inputs, targets, mask, cfg)
+    whole = ppo.score_rollout(gpt, *rows, cfg)
+    parts = ppo.score_rollout(gpt, *rows, dataclasses.replace(cfg, dtype="bfloat16"))
     assert batch_sizes == [12, 4, 4, 4]
-    for a, b in zip(whole, parts):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-    assert torch.equal(whole[0], token_logprobs(gpt, inputs, targets, mask))
+    torch.testing.assert_close(whole, parts, atol=1e-5, rtol=0)
+    assert torch.equal(whole[0], token_logprobs(gpt, *rows))
 
 
 def test_the_first_minibatch_must_have_ratio_one(capsys):
-    zero = torch.zeros(2, 3)
-    ones = torch.ones(2, 3)
-    assert ppo.check_first_ratio(zero, zero, ones, ppo.Config()) == 0.0
-    with pytest.raises(Stopped, match="log ratio should be 0, but it is off by 1.0e-03"):
-        ppo.check_first_ratio(zero + 1e-3, zero, ones, ppo.Config())
-
+    ones = torch.ones(4, 50)
+    half = (torch.arange(50) < 25) * ones
     noise = torch.zeros(4, 50)
     noise[0, :3] = torch.tensor([0.3, -0.3, 0.15])
-    ones = torch.ones(4, 50)
 
-    def check(clip_eps, high=None, log_ratio=noise, mask=ones, dtype="bfloat16"):
+    def check(log_ratio, clip_eps=0.2, high=None, mask=ones, dtype="bfloat16"):
         cfg = dataclasses.replace(ppo.Config(), clip_eps=clip_eps, dtype=dtype)
         return ppo.check_first_ratio(log_ratio - 1, -ones, mask, cfg, high)
 
-    assert check(0.2) == pytest.approx(2 / 200)                # in bfloat16 a few tokens may be off
+    assert check(0 * ones, dtype="float32") == 0.0
+    assert check(noise) == pytest.approx(2 / 200)              # in bfloat16 a few tokens may be off
     assert capsys.readouterr().out == ""
-    assert check(0.1) == pytest.approx(3 / 200)
+    assert check(noise, 0.1) == pytest.approx(3 / 200)
     warning = "1.5% of the tokens have a ratio outside the clip range"
     assert warning in capsys.readouterr().out
-    assert check(0.1, 0.4) == pytest.approx(1 / 200)
-    half = (torch.arange(50) < 25) * ones
-    assert check(0.2, mask=half) == pytest.approx(2 / 100)     # tokens off the mask do not count
-    with pytest.raises(Stopped, match="the log ratio should be 0"):
-        check(0.2, dtype="float32")
-    with pytest.raises(Stopped, match="the log ratio should be 0"):
-        check(0.2, log_ratio=-0.03 * ones)
+    assert check(noise, 0.1, high=0.4) == pytest.approx(1 / 200)
+    assert check(noise, mask=half) == pytest.approx(2 / 100)   # tokens off the mask do not count
+    for log_ratio, dtype, off in ((1e-3 * ones, "float32", "1.0e-03"), (noise, "float32", "3"),
+                                  (-0.03 * ones, "bfloat16", "3.0e-02")):
+        with pytest.raises(Stopped, match=f"log ratio should be 0, but it is off by {off}"):
+            check(log_ratio, dtype=dtype)
 
 
 def test_an_impossible_or_large_kl_ref_is_noticed(capsys):
@@ -1555,13 +1703,12 @@ def test_an_impossible_or_large_kl_ref_is_noticed(capsys):
     fine = torch.tensor([0.5, -0.2, 0.3])
     ppo.check_kl_ref(fine, cfg, first=False)
     ppo.check_kl_ref(torch.zeros(3), cfg, first=True)
+    ppo.check_kl_ref(torch.tensor([-1.0]), cfg, first=False)   # one response proves nothing
     assert capsys.readouterr().out == ""
     ppo.check_kl_ref(torch.tensor([-1.0, -1.1, -0.9] * 6), cfg, first=False)
     assert "never negative" in capsys.readouterr().out
     ppo.check_kl_ref(fine + 30, cfg, first=False)
     assert "above --kl_bound 25.0" in capsys.readouterr().out
-    ppo.check_kl_ref(torch.tensor([-1.0]), cfg, first=False)   # one response proves nothing
-    assert capsys.readouterr().out == ""
     with pytest.raises(Stopped, match="at the first update kl_ref should be 0"):
         ppo.check_kl_ref(fine, cfg, first=True)
     ppo.check_kl_ref(fine, dataclasses.replace(cfg, dtype="bfloat16"), first=True)   # rounding
@@ -1585,24 +1732,20 @@ def test_responses_without_eos_get_the_fixed_score_and_scores_can_be_clipped():
 
 def dpo_loss_by_hand(kind, h, beta, margin, target, e):
     """The loss of one pair, in plain Python: h is how far its log ratios differ."""
-    def log_sigma(z):
-        return -math.log(1 + math.exp(-z))
-
     z = beta * h - margin
+    p, q = sigmoid(z), sigmoid(-z)
     wins, loses = target, 1 - target                           # probabilities
     if kind == "sigmoid":
-        return (-((1 - e) * wins + e * loses) * log_sigma(z)
-                - (e * wins + (1 - e) * loses) * log_sigma(-z))
+        return (-((1 - e) * wins + e * loses) * math.log(p)
+                - (e * wins + (1 - e) * loses) * math.log(q))
     if kind == "robust":
-        return (-((1 - e) * wins - e * loses) * log_sigma(z)
-                - ((1 - e) * loses - e * wins) * log_sigma(-z)) / (1 - 2 * e)
+        return (-((1 - e) * wins - e * loses) * math.log(p)
+                - ((1 - e) * loses - e * wins) * math.log(q)) / (1 - 2 * e)
     if kind == "ipo":
         return wins * (h - 1 / (2 * beta)) ** 2 + loses * (-h - 1 / (2 * beta)) ** 2
     if kind == "hinge":
         return wins * max(0, 1 - z) + loses * max(0, 1 + z)
     if kind == "fidelity":
-        p = math.exp(log_sigma(z))
-        q = math.exp(log_sigma(-z))
         return 1 - math.sqrt(wins * p) - math.sqrt(loses * q)
 
 
@@ -1619,37 +1762,28 @@ def test_dpo_losses_equal_their_formulas(kind, margin, smoothing):
     weights = torch.arange(1.0, 7.0).double()
 
     def weighted_mean(values):
-        return sum(w * x for w, x in zip(weights.tolist(), values)) / 21
+        return pytest.approx(np.average(values, weights=weights))
 
     differences = ((c - rc) - (r - rr)).tolist()
     losses = [dpo_loss_by_hand(kind, h, beta, margin, t, smoothing)
               for h, t in zip(differences, target.tolist())]
     loss, metrics = dpo.dpo_loss(*logprobs, beta, kind, smoothing, margin, target, weights)
-    assert loss.item() == pytest.approx(weighted_mean(losses)) == metrics["loss"].item()
-    assert metrics["margin"].item() == pytest.approx(weighted_mean(beta * h for h in differences))
-    assert metrics["accuracy"].item() == pytest.approx(weighted_mean(h > 0 for h in differences))
+    assert loss.item() == weighted_mean(losses) and metrics["loss"] == loss
+    assert metrics["margin"].item() == weighted_mean([beta * h for h in differences])
+    assert metrics["accuracy"].item() == weighted_mean([h > 0 for h in differences])
 
     plain, _ = dpo.dpo_loss(*logprobs, beta, kind)
     hard, _ = dpo.dpo_loss(*logprobs, beta, kind, target=torch.ones(6, dtype=torch.float64))
     assert plain.item() == pytest.approx(hard.item())
 
 
-def test_dpo_starts_at_ln_2_without_margin_half_right_with_the_known_slope():
-    c = torch.tensor([-3.0, -5.0], requires_grad=True)
-    r = torch.tensor([-4.0, -2.0], requires_grad=True)
-    ref_c, ref_r = c.detach(), r.detach()
-    loss, metrics = dpo.dpo_loss(c, r, ref_c, ref_r, beta=0.3)
-    loss.backward()
+def test_dpo_starts_at_ln_2_without_margin_half_right():
+    c, r = torch.tensor([[-3.0, -5.0], [-4.0, -2.0]])
+    loss, metrics = dpo.dpo_loss(c, r, c, r, beta=0.3)
     assert loss.item() == pytest.approx(math.log(2))
     assert metrics["margin"] == 0 and metrics["accuracy"] == 0.5
-    assert torch.allclose(c.grad, torch.tensor(-0.3 / 2 / 2))
-    assert torch.allclose(r.grad, torch.tensor(0.3 / 2 / 2))
-    _, metrics = dpo.dpo_loss(ref_c + 1e-6, ref_r, ref_c, ref_r, beta=0.3)
+    _, metrics = dpo.dpo_loss(c + 1e-6, r, c, r, beta=0.3)
     assert metrics["accuracy"] == 0.5                          # a difference by rounding is a tie
-    with pytest.raises(ValueError, match="it is sigmoid, robust"):
-        dpo.dpo_loss(c, r, c, r, 0.1, kind="kto")
-    with pytest.raises(ValueError, match="belongs to sigmoid and robust"):
-        dpo.dpo_loss(c, r, c, r, 0.1, kind="ipo", label_smoothing=0.1)
 
 
 def loss_of_margin(z, **options):
@@ -1658,12 +1792,21 @@ def loss_of_margin(z, **options):
     return dpo.dpo_loss(z, zero, zero, zero, beta=1.0, **options)[0]
 
 
-@pytest.mark.parametrize("e, best", [(0.1, 2.197), (0.2, 1.386)])
-def test_cdpo_has_a_finite_best_margin(e, best):
-    z = torch.tensor([best], requires_grad=True)
-    loss_of_margin(z, label_smoothing=e).backward()
-    assert best == pytest.approx(math.log((1 - e) / e), abs=1e-3)
-    assert z.grad.abs().item() < 1e-3
+@pytest.mark.parametrize("kind, smoothing, z, gradient", [
+    ("sigmoid", 0.0, 0.0, -0.5),
+    ("sigmoid", 0.1, math.log(0.9 / 0.1), 0.0),      # cDPO has a finite best margin
+    ("sigmoid", 0.2, math.log(0.8 / 0.2), 0.0),
+    ("ipo", 0.0, 0.5, 0.0),                          # so has IPO: 1 / (2 beta)
+    ("ipo", 0.0, 1.5, 2.0),
+    ("hinge", 0.0, 1.01, 0.0),
+    ("hinge", 0.0, 0.99, -1.0),
+    ("fidelity", 0.0, -math.log(2), -0.19245),       # steepest where p = 1/3: 1 / (3 sqrt(3))
+    ("fidelity", 0.0, -40.0, 0.0)])
+def test_each_dpo_loss_has_its_known_slope_and_is_flat_at_its_best_margin(
+        kind, smoothing, z, gradient):
+    x = torch.tensor([z], requires_grad=True)
+    loss_of_margin(x, kind=kind, label_smoothing=smoothing).backward()
+    assert x.grad.item() == pytest.approx(gradient, abs=1e-4)
 
 
 def test_robust_is_unbiased_under_flips_and_unbounded_below():
@@ -1676,22 +1819,25 @@ def test_robust_is_unbiased_under_flips_and_unbounded_below():
     assert far.item() == pytest.approx(-2.5, abs=1e-3)
 
 
-@pytest.mark.parametrize("kind, z, gradient", [
-    ("ipo", 0.5, 0.0),                       # the best margin: 1 / (2 beta)
-    ("ipo", 1.5, 2.0),
-    ("hinge", 1.01, 0.0),
-    ("hinge", 0.99, -1.0),
-    ("fidelity", -math.log(2), -0.19245),
-    ("fidelity", -40.0, 0.0)])
-def test_ipo_is_least_at_its_margin_and_hinge_and_fidelity_flatten_out(kind, z, gradient):
-    x = torch.tensor([z], requires_grad=True)
-    loss_of_margin(x, kind=kind).backward()
-    assert x.grad.item() == pytest.approx(gradient, abs=1e-4)
-
-
-@pytest.mark.parametrize("z", [-50.0, 0.0, 50.0])
-def test_the_fidelity_loss_of_dpo_is_between_zero_and_one(z):
-    assert -1e-6 <= loss_of_margin(torch.tensor([z]), kind="fidelity").item() <= 1
+@tried
+@hypothesis.given(any_seed, strategies.integers(1, 5), any_size,
+                  strategies.sampled_from(["sigmoid", "robust", "ipo", "hinge", "fidelity"]),
+                  strategies.sampled_from([0.01, 0.25, 5.0]))
+def test_preference_losses_of_any_margins_are_finite_with_finite_gradients(
+        seed, n, size, kind, beta):
+    chosen, rejected, ref_chosen, ref_rejected = -size * torch.rand(4, n, generator=seeded(seed))
+    chosen.requires_grad_()
+    loss, metrics = dpo.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, kind)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(chosen.grad).all()
+    assert 0 <= metrics["accuracy"] <= 1
+    assert kind != "fidelity" or -1e-6 <= loss <= 1
+    if size <= 30 and kind != "ipo":                           # beyond, the slope is 0 in fp32
+        assert (chosen.grad <= 0).all()                        # a likelier chosen one never costs
+    for rm_kind in ("bradley_terry", "fidelity"):
+        loss, _ = reward_model.preference_loss(chosen, rejected, rm_kind)
+        (gradient,) = torch.autograd.grad(loss, chosen)
+        assert torch.isfinite(loss) and loss >= 0 and torch.isfinite(gradient).all()
 
 
 def test_sequence_logprobs_are_sums_or_means_over_response_tokens():
@@ -1700,18 +1846,16 @@ def test_sequence_logprobs_are_sums_or_means_over_response_tokens():
     torch.testing.assert_close(sums, logprobs.sum(1))
     means = dpo.sequence_logprobs(logprobs, mask, True)
     torch.testing.assert_close(means * mask.sum(1), logprobs.sum(1))
-    twice = torch.cat([logprobs, logprobs], 1)                 # every token twice: the same mean
-    twice_mask = torch.cat([mask, mask], 1)
-    torch.testing.assert_close(dpo.sequence_logprobs(twice, twice_mask, True), means)
 
 
 def test_masking_the_shared_prefix_changes_means_and_not_differences_of_sums():
     gpt = small_gpt()
-    prompts, chosen, rejected = [[1, 2], [3]], [[4, 5, 6, 10], [7, 10]], [[4, 5, 10], [8, 9, 10]]
+    prompts = [[1, 2], [3]]
+    chosen, rejected = [[4, 5, 6, 10], [7, 9, 10]], [[4, 5, 10], [8, 9, 10]]
     inputs, targets, mask = data.collate(prompts * 2, chosen + rejected)
     full_masks = mask.chunk(2)
     cut_masks = dpo.after_shared_prefix(*targets.chunk(2), *full_masks)
-    assert [m.sum(1).tolist() for m in cut_masks] == [[2, 2], [1, 3]]
+    assert [m.sum(1).tolist() for m in cut_masks] == [[2, 3], [1, 3]]
     logprobs = token_logprobs(gpt, inputs, targets, mask).chunk(2)
 
     def difference(masks, length_normalise):
@@ -1723,18 +1867,17 @@ def test_masking_the_shared_prefix_changes_means_and_not_differences_of_sums():
     assert not torch.allclose(difference(full_masks, True), difference(cut_masks, True))
 
 
-def test_pair_logprobs_equal_each_response_alone():
+def test_pair_logprobs_equal_those_of_each_response():
     gpt = small_gpt()
-    chosen, rejected = RESPONSES, RESPONSES[::-1]
+    both = RESPONSES, RESPONSES[::-1]
     pairs = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r}
-             for p, c, r in zip(PROMPTS, chosen, rejected)]
+             for p, c, r in zip(PROMPTS, *both)]
     logprobs, lengths, nll = dpo.pair_logprobs(gpt, pairs, tiny_config(dpo))
-    for k, responses in enumerate((chosen, rejected)):
-        for i, (prompt, response) in enumerate(zip(PROMPTS, responses)):
-            alone = token_logprobs(gpt, *data.collate([prompt], [response])).sum().item()
-            assert logprobs[k, i].item() == pytest.approx(alone, abs=1e-4)
-            assert lengths[k, i] == len(response)
-    assert nll.item() == pytest.approx(-logprobs[0].sum().item() / sum(map(len, chosen)))
+    for k, responses in enumerate(both):
+        wanted = token_logprobs(gpt, *data.collate(PROMPTS, responses)).sum(1)
+        torch.testing.assert_close(logprobs[k], wanted, atol=1e-4, rtol=0)
+        assert lengths[k].tolist() == [len(response) for response in responses]
+    assert nll.item() == pytest.approx(-logprobs[0].sum().item() / lengths[0].sum().item())
 
 
 def test_all_pairs_of_rankings_are_made_better_first():
@@ -1765,20 +1908,17 @@ def test_sampled_pairs_are_labelled_with_the_probability_of_a_win(labels, tokeni
     prompts = [tokenizers.encode_prompt(tokenizer, TINY_PROMPT)] * 1500
     pairs = dpo.sample_pairs(gpt, reward, tokenizer, prompts, cfg, 0.1, seeded())
     assert len(pairs) == 1500
-    wins, expected, variance = 0, 0.0, 0.0                     # how often the better one won
-    for pair in pairs:
-        chosen, rejected = score(pair["chosen_ids"]), score(pair["rejected_ids"])
-        p = 1 / (1 + math.exp(rejected - chosen))
-        if labels == "soft":
-            assert pair["target"] == pytest.approx(p, abs=1e-5) and p >= 0.5
-            continue
-        assert pair["target"] == 1
-        if chosen != rejected:
-            wins += chosen > rejected
-            expected += max(p, 1 - p)
-            variance += p * (1 - p)
-    if labels != "soft":
-        assert expected > 50 and abs(wins - expected) < 4 * variance ** 0.5
+    ahead = [score(pair["chosen_ids"]) - score(pair["rejected_ids"]) for pair in pairs]
+    targets = [pair["target"] for pair in pairs]
+    if labels == "soft":
+        assert targets == pytest.approx([sigmoid(x) for x in ahead], abs=1e-5)
+        assert min(targets) >= 0.5
+        return
+    assert set(targets) == {1}
+    better = [sigmoid(abs(x)) for x in ahead if x]             # P(the better one wins)
+    variance = sum(p * (1 - p) for p in better)
+    wins = sum(x > 0 for x in ahead)
+    assert sum(better) > 50 and abs(wins - sum(better)) < 4 * variance ** 0.5
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1805,81 +1945,25 @@ def test_group_advantages_equal_a_loop_over_groups(kind):
         ours = grpo.group_advantages(rewards, G, kind)
         by_loop = group_advantages_by_loop(rewards.tolist(), G, kind)
         torch.testing.assert_close(ours, by_loop, atol=1e-9, rtol=0)
-        if kind != "reinforce":
-            assert ours.view(-1, G).sum(1).abs().max() < 1e-9
-
-
-def test_group_advantages_move_with_the_rewards_as_they_should():
-    rewards = torch.randn(12, generator=seeded(1))
-    ours = {kind: grpo.group_advantages(rewards, 4, kind) for kind in ("grpo", "dr_grpo", "rloo")}
-    torch.testing.assert_close(ours["rloo"], ours["dr_grpo"] * 4 / 3)
-    for kind, before in ours.items():                          # a prompt's own level does not count
-        shifted = rewards + torch.arange(3.0).repeat_interleave(4)
-        after = grpo.group_advantages(shifted, 4, kind)
-        torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
-    after = grpo.group_advantages(100 * rewards, 4, "grpo")    # nor the scale, for grpo
-    torch.testing.assert_close(after, ours["grpo"], atol=1e-3, rtol=0)
-    after = grpo.group_advantages(100 * rewards, 4, "dr_grpo")
-    torch.testing.assert_close(after, 100 * ours["dr_grpo"], atol=1e-3, rtol=0)
-    pair = grpo.group_advantages(torch.tensor([0.3, 0.9]), 2)  # their deviation: |r - r'| / sqrt(2)
-    half = math.sqrt(0.5)
-    assert pair.tolist() == pytest.approx([-half, half], abs=1e-3)
-
-
-def test_sequence_weights_of_a_row_without_tokens_are_zero():
-    mask = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
-    expected = torch.tensor([[0.25, 0.25], [0.0, 0.0]])
-    assert torch.equal(grpo.token_weights(mask, "sequence"), expected)
-
-
-def test_grpo_divides_by_the_sample_deviation_as_other_libraries_do():
-    rewards = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64)
-    advantages = grpo.group_advantages(rewards, 4)
-    assert advantages.tolist() == pytest.approx([-0.9258, -0.4629, 0, 1.3887], abs=1e-3)
-    by_population = (rewards - 3)[3] / rewards.std(correction=0)
-    assert by_population / advantages[3] == pytest.approx(1.1547, abs=1e-3)
 
 
 @pytest.mark.parametrize("G", [2, 3, 4, 7, 64])
-def test_groups_of_equal_rewards_have_exactly_zero_advantage_and_gradient(G):
-    gpt = small_gpt()
-    responses = [[3] * (1 + i % 3) + [10] for i in range(G)]
-    inputs, targets, mask = data.collate([[1, 2]] * G, responses)
+def test_groups_of_equal_rewards_have_exactly_zero_advantage(G):
     for level in (0.1, -3.0, 1e-3, 1234.567):                  # a mean of equal floats may be off
         for kind in ("grpo", "dr_grpo", "rloo"):
             advantages = grpo.group_advantages(torch.full((G,), level), G, kind)
             assert torch.equal(advantages, torch.zeros(G))
-    logprobs = token_logprobs(gpt, inputs, targets, mask)
-    loss, _ = grpo.grpo_loss(logprobs, logprobs.detach(), advantages, grpo.token_weights(mask))
-    for gradient in torch.autograd.grad(loss, list(gpt.parameters())):
-        assert torch.equal(gradient, torch.zeros_like(gradient))
-
-
-def test_group_advantages_refuse_what_makes_no_groups():
-    wrong = "got 7 scores, which is not a multiple of group_size 3"
-    with pytest.raises(ValueError, match=wrong):
-        grpo.group_advantages(torch.zeros(7), 3)
-    wrong = "got kind 'mean'; it is grpo, dr_grpo, rloo or reinforce"
-    with pytest.raises(ValueError, match=wrong):
-        grpo.group_advantages(torch.zeros(6), 3, "mean")
-    for kind in ("grpo", "rloo"):
-        wrong = f"got group_size 1 with kind {kind}; a group takes 2 responses or more"
-        with pytest.raises(ValueError, match=wrong):
-            grpo.group_advantages(torch.zeros(6), 1, kind)
-    wrong = "got normalise 'row'; it is token, sequence or fixed"
-    with pytest.raises(ValueError, match=wrong):
-        grpo.token_weights(torch.ones(2, 3), "row")
 
 
 def test_token_weights_say_what_a_token_of_a_short_and_of_a_long_response_counts():
-    mask = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0]])
+    mask = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
     token = grpo.token_weights(mask, "token", max_length=5)
     assert token[mask > 0].tolist() == [0.25] * 4              # every token counts the same
     sequence = grpo.token_weights(mask, "sequence", max_length=5)
-    torch.testing.assert_close(sequence.sum(1), torch.tensor([0.5, 0.5]))  # every response does
-    torch.testing.assert_close(sequence[1, 1:], torch.full((3,), 1 / 6))
+    torch.testing.assert_close(sequence.sum(1), torch.tensor([1 / 3, 1 / 3, 0]))  # every response
+    torch.testing.assert_close(sequence[1, 1:], torch.full((3,), 1 / 9))
     fixed = grpo.token_weights(mask, "fixed", max_length=5)    # whatever else was sampled
-    torch.testing.assert_close(fixed[mask > 0], torch.full((4,), 0.1))
+    torch.testing.assert_close(fixed[mask > 0], torch.full((4,), 1 / 15))
     for weights in (token, sequence, fixed):
         assert torch.equal(weights == 0, mask == 0)
 
@@ -1896,8 +1980,7 @@ def test_asymmetric_clipping_in_every_case_with_gradients(
         ratio, advantage, loss, gradient, clipped):
     """clip_eps 0.2, clip_eps_high 0.3: a probability may rise further than it may fall."""
     logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
-    old = torch.zeros(1, 1)
-    weights = torch.ones(1, 1)
+    old, weights = torch.zeros(1, 1), torch.ones(1, 1)
     ours, metrics = grpo.grpo_loss(logprobs, old, torch.tensor([advantage]), weights, 0.2, 0.3)
     ours.backward()
     assert ours.item() == pytest.approx(loss)
@@ -1919,12 +2002,13 @@ def test_grpo_loss_by_tokens_is_ppos_and_by_every_weight_a_plain_sum():
         assert metrics[name].item() == pytest.approx(x.item(), abs=1e-6)
     for kind in ("sequence", "fixed"):
         total = 0.0
-        for b, t in (mask > 0).nonzero().tolist():
-            ratio = math.exp(logprobs[b, t] - old[b, t])
-            clipped = min(max(ratio, 0.8), 1.28)
-            advantage = advantages[b].item()
-            length = mask[b].sum().item() if kind == "sequence" else 20
-            total -= min(ratio * advantage, clipped * advantage) / length / 5
+        for b, columns in columns_of(mask):
+            length = len(columns) if kind == "sequence" else 20
+            for t in columns:
+                ratio = math.exp(logprobs[b, t] - old[b, t])
+                clipped = min(max(ratio, 0.8), 1.28)
+                advantage = advantages[b].item()
+                total -= min(ratio * advantage, clipped * advantage) / length / 5
         weights = grpo.token_weights(mask, kind, max_length=20)
         loss, _ = grpo.grpo_loss(logprobs, old, advantages, weights, 0.2, 0.28)
         assert loss.item() == pytest.approx(total)
@@ -1956,92 +2040,12 @@ def test_rows_give_back_the_texts_they_were_made_of(tokenizer):
     assert data.texts_of(tokenizer, *data.collate(*ids)) == (prompts, responses)
 
 
+# ---- a reward of the user's
+
 def three_rows(tokenizer):
     """The inputs, targets and mask of three responses of 4, 9 and 2 characters"""
     ids = tokenizers.encode_texts(tokenizer, ["a", "b", "c"], [" The", " Skip it.", " A"])
     return data.collate(*ids)
-
-
-REWARDS = """
-def short(prompts, responses):
-    return [-len(r) for r in responses]
-
-def one(prompts, responses):
-    return [1.0]
-
-def broken(prompts, responses):
-    return [1 / 0 for r in responses]
-
-def generator(prompts, responses):
-    yield 1.0
-    1 / 0
-
-number = 3
-"""
-
-
-def test_a_users_reward_is_called_with_the_texts_of_rows(tokenizer, tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(REWARDS)
-    reward = load_own(tokenizer, f"{path}:short", score_clip=6.0)
-    scores = reward(*three_rows(tokenizer), torch.tensor([True, True, False]))
-    assert scores.tolist() == [-4, -6, -3]                     # the second clipped, the last no EOS
-    assert reward.made_for.startswith("mine.py:short ") and reward.model is None
-    assert load_own(tokenizer, os.path.relpath(path) + ":short").made_for == reward.made_for
-
-
-@pytest.mark.parametrize("spec, message", [
-    ("mine.py:number", "has no function number"),
-    ("mine.py", "it takes reward_model, path/to/file.py:"),
-    ("none.py:short", "none.py does not exist"),
-    ("rm", "it takes reward_model, path/to/")])
-def test_a_spec_that_names_no_reward_is_refused(spec, message, tokenizer, empty_folder):
-    (empty_folder / "mine.py").write_text(REWARDS)
-    with pytest.raises(Stopped, match=message):
-        load_own(tokenizer, spec)
-
-
-@pytest.mark.parametrize("name, message, shown", [
-    pytest.param("one", "was given 3 prompts and responses and returned 1 numbers", "", id="one"),
-    pytest.param("broken", "the reward function broken ended in the ZeroDivisionError above",
-                 "return [1 / 0 for r in responses]", id="broken"),
-    pytest.param("generator", "ended in the ZeroDivisionError above", "1 / 0", id="generator")])
-def test_a_failing_reward_is_named_and_its_line_shown(
-        name, message, shown, tokenizer, tmp_path, capsys):
-    path = tmp_path / "mine.py"
-    path.write_text(REWARDS)
-    reward = load_own(tokenizer, f"{path}:{name}")
-    with pytest.raises(Stopped, match=message):
-        reward(*three_rows(tokenizer), torch.tensor([True] * 3))
-    assert shown in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("code, message", [
-    pytest.param("import neighbor\nthis is no python",
-                 "mine.py cannot be read .SyntaxError: invalid syntax .*line 2", id="syntax"),
-    pytest.param("import sys\nsys.exit(0)\ndef f(): pass",
-                 "importing .*mine.py ended in the SystemExit above", id="exit")])
-def test_a_reward_file_that_cannot_be_imported_is_named(code, message, tokenizer, tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(code)
-    with pytest.raises(Stopped, match=message):
-        load_own(tokenizer, f"{path}:f")
-    path.write_text(REWARDS)
-    load_own(tokenizer, f"{path}:short")                       # repaired
-
-
-def test_a_reward_that_was_edited_is_loaded_anew_with_what_it_imports(tokenizer, tmp_path):
-    path = tmp_path / "mine.py"
-    rows = three_rows(tokenizer)
-    finished = torch.tensor([True] * 3)
-    (tmp_path / "neighbor.py").write_text("number = 7.0\n")
-    path.write_text("import neighbor\ndef f(p, r):\n    return [neighbor.number] * len(r)\n")
-    before = load_own(tokenizer, f"{path}:f")
-    assert before(*rows, finished).tolist() == [7.0] * 3
-    path.write_text("import torch\ndef f(p, r):\n    return torch.ones(3, requires_grad=True)\n")
-    after = load_own(tokenizer, f"{path}:f")
-    assert not after(*rows, finished).requires_grad
-    assert after.made_for.split()[1] != before.made_for.split()[1]
 
 
 @pytest.fixture
@@ -2054,6 +2058,24 @@ def three_rewards(tokenizer, tmp_path):
         reward = load_own(tokenizer, f"{tmp_path / file}:{name}", missing_eos_score=None)
         return reward(*three_rows(tokenizer), torch.tensor([True] * 3)).tolist()
     return rewards
+
+
+def test_a_users_reward_is_loaded_from_its_file_and_anew_once_it_is_repaired(tokenizer, tmp_path):
+    path = tmp_path / "mine.py"
+    for broken, message in (
+            ("import neighbor\nthis is no python",
+             "mine.py cannot be read .SyntaxError: invalid syntax .*line 2"),
+            ("import sys\nsys.exit(0)\ndef f(): pass",
+             "importing .*mine.py ended in the SystemExit above")):
+        path.write_text(broken)
+        with pytest.raises(Stopped, match=message):
+            load_own(tokenizer, f"{path}:f")
+    path.write_text("def f(prompts, responses): return [-len(r) for r in responses]")
+    reward = load_own(tokenizer, f"{path}:f", score_clip=6.0)
+    scores = reward(*three_rows(tokenizer), torch.tensor([True, True, False]))
+    assert scores.tolist() == [-4, -6, -3]                     # the second clipped, the last no EOS
+    assert reward.made_for.startswith("mine.py:f ") and reward.model is None
+    assert load_own(tokenizer, os.path.relpath(path) + ":f").made_for == reward.made_for
 
 
 CALLABLES = """
@@ -2094,6 +2116,7 @@ class Judge:
 judge = Judge()
 method = judge.method
 
+number = 3
 def answers(prompts, completions, answer): pass
 def answer_first(answer, completions=None): pass
 def answer_last(prompts, completions, *, answer): pass
@@ -2116,21 +2139,27 @@ def test_a_reward_is_given_what_its_parameters_are_named(name, three_rewards):
     assert three_rewards(CALLABLES, name) == [4, 9, 2]
 
 
-@pytest.mark.parametrize("name, message", [
-    ("answers", "answers.prompts, completions, answer. asks for answer; a reward is given prompts"),
-    ("answer_first", "asks for answer;"),
-    ("answer_last", "asks for answer;"),
-    ("three", "asks for p, r, answer;"),
-    ("outputs", "asks for outputs;"),
-    ("one", "asks for texts;"),
-    ("none", "asks for nothing;"),
-    ("wrapped", "asks for answer;"),
-    ("Needs", "importing .* ended in the TypeError above"),
-    ("NoCall", "has no function NoCall")])
-def test_a_reward_that_asks_for_more_is_refused_when_loaded(name, message, tokenizer, empty_folder):
+@pytest.mark.parametrize("spec, message", [
+    ("mine.py:answers",
+     "answers.prompts, completions, answer. asks for answer; a reward is given prompts"),
+    ("mine.py:answer_first", "asks for answer;"),
+    ("mine.py:answer_last", "asks for answer;"),
+    ("mine.py:three", "asks for p, r, answer;"),
+    ("mine.py:outputs", "asks for outputs;"),
+    ("mine.py:one", "asks for texts;"),
+    ("mine.py:none", "asks for nothing;"),
+    ("mine.py:wrapped", "asks for answer;"),
+    ("mine.py:Needs", "importing .* ended in the TypeError above"),
+    ("mine.py:NoCall", "has no function NoCall"),
+    ("mine.py:number", "has no function number"),
+    ("mine.py", "it takes reward_model, path/to/file.py:"),
+    ("none.py:short", "none.py does not exist"),
+    ("rm", "it takes reward_model, path/to/")])
+def test_a_spec_that_names_no_reward_or_one_that_asks_for_more_is_refused(
+        spec, message, tokenizer, empty_folder):
     (empty_folder / "mine.py").write_text(CALLABLES)
     with pytest.raises(Stopped, match="^error: .*" + message):
-        load_own(tokenizer, f"mine.py:{name}")
+        load_own(tokenizer, spec)
 
 
 @pytest.mark.parametrize("answer", [
@@ -2144,16 +2173,15 @@ def test_a_reward_that_asks_for_more_is_refused_when_loaded(name, message, token
     "[torch.tensor([0.0]), np.array(1.0), np.longdouble(2)]",
     "[__import__('decimal').Decimal(0), __import__('fractions').Fraction(1), 2]",
     "{i: float(i) for i in range(3)}.values()",
-    "np.arange(3).astype(object)"])
+    "np.arange(3).astype(object)",
+    "[i for i in range(3) if completions.pop()]"])
 def test_a_reward_gives_its_numbers_in_any_common_form(answer, three_rewards):
     assert three_rewards(answer) == [0, 1, 2]
 
 
-def test_a_reward_gives_true_and_false_and_one_number_for_one_response(three_rewards):
-    assert three_rewards("np.array([True, False, True])") == [1, 0, 1]
-    assert three_rewards("[len(completions.pop(0)) for _ in prompts]") == [4, 9, 2]
-    assert guest.numbers(np.array(2.5), "f") == [2.5]
-    assert guest.numbers(torch.tensor([[2.5]]), "f") == [2.5]
+def test_a_reward_gives_true_and_false_and_one_number_for_one_response():
+    assert guest.numbers(np.array([True, False]), "f") == [1, 0]
+    assert guest.numbers(np.array(2.5), "f") == guest.numbers(torch.tensor([[2.5]]), "f") == [2.5]
 
 
 @pytest.mark.parametrize("answer, why", [
@@ -2175,7 +2203,7 @@ def test_a_reward_gives_true_and_false_and_one_number_for_one_response(three_rew
     ("[10 ** 400] * 3", "type int"),
     ("torch.zeros(3, 2)", r"its shape is .3, 2."),
     ("np.array([1.0, None, 2.0])", "item .1. is None"),
-    ("np.array(2.0)", "returned 1 numbers"),
+    ("np.array(2.0)", "was given 3 prompts and responses and returned 1 numbers"),
     ("async_one()", "a coroutine .*asyncio.run"),
     ("async_many()", "an? async_generator ")])
 @pytest.mark.filterwarnings("error")
@@ -2186,6 +2214,19 @@ def test_what_is_not_a_list_of_numbers_is_refused_and_named(answer, why, three_r
             f"f = lambda p, r: {answer}\n")
     with pytest.raises(Stopped, match=f"^error: the reward function f .*{why}.*should return one"):
         three_rewards(code)
+
+
+@pytest.mark.parametrize("answer", ["[1 / 0 for r in completions]", "(1 / 0 for r in completions)"])
+def test_a_failing_reward_is_named_and_its_line_shown(answer, three_rewards, capsys):
+    with pytest.raises(Stopped, match="the reward function f ended in the ZeroDivisionError above"):
+        three_rewards(answer)
+    assert f"return {answer}" in capsys.readouterr().err
+
+
+def test_a_reward_written_for_one_response_is_told_what_it_gets(three_rewards):
+    with pytest.raises(Stopped, match="AttributeError above.*gets a list of prompts and a list of "
+                                      "responses, and returns one number for each"):
+        three_rewards("-len(completions.split())")
 
 
 WORKERS = """
@@ -2226,10 +2267,9 @@ def test_a_reward_imports_its_neighbors_and_we_import_ours(three_rewards, tmp_pa
     main = types.ModuleType("__main__")
     main.__file__ = str(HERE / "ppo.py")
     monkeypatch.setitem(sys.modules, "__main__", main)
-    (tmp_path / "data.py").write_text("def length(text):\n    return len(text)\n")
-    (tmp_path / "lab").mkdir()
-    (tmp_path / "lab" / "__init__.py").write_text("from . import inner\n")
-    (tmp_path / "lab" / "inner.py").write_text("from data import length\n")
+    write_rows(tmp_path / "data.py", ["def length(text): return len(text)"])
+    write_rows(tmp_path / "lab" / "__init__.py", ["from . import inner"])
+    write_rows(tmp_path / "lab" / "inner.py", ["from data import length"])
     before = dict(sys.modules)
     early = WORKERS + "import data\nimport reviews\ncheck = data.length\n"
     assert three_rewards(early, "pooled") == [4, 9, 2]
@@ -2268,11 +2308,8 @@ def broken(prompts, responses):
 """
 
 
-def test_what_a_reward_sets_for_the_whole_program_is_set_back(
-        three_rewards, tmp_path, monkeypatch):
+def test_what_a_reward_sets_for_the_whole_program_is_set_back(three_rewards, empty_folder):
     """What its file sets holds again when its function is called; neither reaches the program."""
-    monkeypatch.chdir(tmp_path)
-
     def state():
         return (torch.is_grad_enabled(), torch.get_default_dtype(), torch.zeros(1).device,
                 torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(),
@@ -2304,10 +2341,9 @@ def test_a_keyboard_interrupt_passes_through_a_reward(three_rewards):
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
 def test_every_rungs_psi_equals_its_sum_over_a_response(gamma):
-    rewards, values, _, _, mask = ragged(3)
+    rewards, values, _, _, mask = ragged()
     psi = {rung: f(rewards, values, mask, gamma, 0.7) for rung, f in policy_gradient.PSI.items()}
-    for b in range(len(mask)):
-        columns = (mask[b] > 0).nonzero().squeeze(1).tolist()
+    for b, columns in columns_of(mask):
         n = len(columns)
         R = rewards[b, columns].tolist()
         V = values[b, columns].tolist() + [0.0]
@@ -2339,21 +2375,17 @@ def test_conjugate_gradient_solves_what_a_direct_solver_solves():
     errors = [solution(b, steps) - exact for steps in range(13)]
     norms = [e @ A @ e for e in errors]                        # in the norm of A they always fall
     assert all(after < before for before, after in zip(norms, norms[1:]))
-    zero = torch.zeros(12, dtype=torch.float64)
-    assert torch.equal(policy_gradient.conjugate_gradient(lambda v: A @ v, zero), zero)
+    assert torch.equal(solution(0 * b, 10), 0 * b)
 
 
 def test_mean_kl_is_the_mean_over_response_tokens_of_the_whole_distributions():
     old, new = small_gpt(seed=0), small_gpt(seed=1)
     inputs, targets, mask = data.collate(PROMPTS, RESPONSES)
-    p = policy_gradient.token_distributions(old, inputs, mask, 0.7)
-    q = policy_gradient.token_distributions(new, inputs, mask, 0.7)
-    total = 0.0
-    for b, t in (mask > 0).nonzero().tolist():
-        log_p, log_q = ((gpt(inputs)[b, t].double() / 0.7).log_softmax(-1) for gpt in (old, new))
-        total += (log_p.exp() * (log_p - log_q)).sum().item()
-    mean = total / mask.sum().item()
-    assert policy_gradient.mean_kl(p, q).item() == pytest.approx(mean, rel=1e-4)
+    p, q = (policy_gradient.token_distributions(gpt, inputs, mask, 0.7) for gpt in (old, new))
+    log_p, log_q = ((gpt(inputs).double() / 0.7).log_softmax(-1) for gpt in (old, new))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)               # (B, T)
+    wanted = sum(kl[b, t].item() for b, t in mask.nonzero()) / mask.sum().item()
+    assert policy_gradient.mean_kl(p, q).item() == pytest.approx(wanted, rel=1e-4)
     chosen = p.gather(1, targets[mask > 0][:, None]).squeeze(1)
     logprobs = token_logprobs(old, inputs, targets, mask, 0.7)
     torch.testing.assert_close(chosen, logprobs[mask > 0])
@@ -2381,10 +2413,8 @@ def test_gradient_noise_is_the_trace_of_the_covariance_and_the_square_of_the_mea
 
 def test_the_mixture_is_the_average_density_by_number_of_samples():
     logprobs = torch.randn(2, 3, 4, generator=seeded(), dtype=torch.float64)
-    q = frontier.mixture_logprobs(logprobs, [1, 3])
-    for p, n in itertools.product(range(3), range(4)):
-        density = 0.25 * math.exp(logprobs[0, p, n]) + 0.75 * math.exp(logprobs[1, p, n])
-        assert q[p, n].item() == pytest.approx(math.log(density))
+    density = 0.25 * logprobs[0].exp() + 0.75 * logprobs[1].exp()
+    torch.testing.assert_close(frontier.mixture_logprobs(logprobs, [1, 3]), density.log())
 
 
 def exactly(listing):
@@ -2421,16 +2451,16 @@ def test_the_frontier_is_reached_by_pi_star_and_by_nobody_passed(listing):
         assert (p * scores).sum(1).mean() <= best + 1e-6
 
 
-def drawn_samples(listing, policies, counts, seed=0):
+def drawn_samples(listing, policies, counts):
     """Samples of SFT, A, B, .., given as tables of probabilities, as collect would make them"""
-    draws = [torch.multinomial(p, n, replacement=True, generator=seeded(seed + k))
+    draws = [torch.multinomial(p, n, replacement=True, generator=seeded(k))
              for k, (p, n) in enumerate(zip(policies, counts))]
     drawn = torch.cat(draws, dim=1)                            # (P, N)
     scores = listing.scores.double().gather(1, drawn)
     one = torch.ones(drawn.shape)
     texts = [[" Skip it."] * drawn.shape[1]] * 2
     return compare.Samples(
-        [[1]] * 2, ["SFT", "A", "B"][:len(counts)], counts, [TINY_PROMPT] * 2, texts, scores,
+        ["SFT", "A", "B"][:len(counts)], counts, [TINY_PROMPT] * 2, texts, scores,
         logprobs=torch.stack([p.log().double().gather(1, drawn) for p in policies]),
         entropy=one, lengths=one, finished=one, gold=scores, grammatical=one)
 
@@ -2489,53 +2519,42 @@ def test_nothing_to_gain_and_too_much_kl_have_an_answer_too(listing):
     assert compare.fraction_of_optimum(flat, "A", 0.3)["fraction"] is None
 
 
-def objective_of(samples, script, **changes):
-    """What evaluate takes for the reward, the beta and the aim of a run of a script"""
-    config = dataclasses.asdict(dataclasses.replace(script.Config(), **changes))
-    return evaluate.own_objective(config, samples, 0.6, evaluate.Config())
+OWN = None                           # an objective of its own, which evaluate does not measure
 
 
-@pytest.fixture
-def few_samples(listing):
-    return drawn_samples(listing, [listing.ref.exp(), listing.best], [20, 20])
-
-
-def test_runs_that_maximise_the_measured_objective_aim_at_its_optimum(few_samples):
-    rewards, beta, aims = objective_of(few_samples, ppo, kl_control="fixed", beta=0.3)
-    assert rewards is few_samples.scores and beta == 0.3 and aims
-    rewards, beta, aims = objective_of(few_samples, dpo, labels="annotators", beta=0.2)
-    assert torch.equal(rewards, few_samples.gold / 0.6) and beta == 0.2 and aims
-    rewards, _, _ = objective_of(few_samples, dpo, labels="soft", rounds=3)
-    assert rewards is few_samples.scores
-    assert objective_of(few_samples, policy_gradient, rung="gae")[1:] == (0.25, True)
-
-
-@pytest.mark.parametrize("aims, changes", [
-    (True, {}),
-    (False, {"kl_in": "loss"}),
-    (False, {"advantage": "reinforce"}),
-    (True, {"advantage": "reinforce", "normalise": "fixed"}),
-    (True, {"normalise": "sequence"})])
-def test_which_grpo_runs_aim_at_the_measured_optimum(aims, changes, few_samples):
-    assert objective_of(few_samples, grpo, beta=0.1, **changes)[1:] == (0.1, aims)
-
-
-@pytest.mark.parametrize("script, changes", [
-    (ppo, {}),
-    (ppo, {"kl_control": "fixed", "gamma": 0.9}),
-    (ppo, {"kl_control": "fixed", "beta": 0.0}),
-    (ppo, {"kl_control": "fixed", "entropy_coef": 0.1}),
-    (ppo, {"kl_control": "fixed", "score_clip": 1.0}),
-    (dpo, {"loss": "ipo"}),
-    (dpo, {"labels": "soft", "missing_eos_score": None}),
-    (dpo, {"label_smoothing": 0.1}),
-    (dpo, {"length_normalise": True}),
-    (dpo, {"nll_coef": 1.0}),
-    (grpo, {"temperature": 0.7}),
-    (grpo, {"beta": 0.0}),
-    (policy_gradient, {"gamma": 0.9})])
-def test_runs_with_an_objective_of_their_own_get_no_fraction(script, changes, few_samples):
-    assert objective_of(few_samples, script, **changes) is None
+@pytest.mark.parametrize("script, changes, expected", [        # rewards, beta, aims at the optimum
+    (ppo, dict(kl_control="fixed", beta=0.3), ("score", 0.3, True)),
+    (ppo, dict(), OWN),
+    (ppo, dict(kl_control="fixed", gamma=0.9), OWN),
+    (ppo, dict(kl_control="fixed", beta=0.0), OWN),
+    (ppo, dict(kl_control="fixed", entropy_coef=0.1), OWN),
+    (ppo, dict(kl_control="fixed", score_clip=1.0), OWN),
+    (dpo, dict(labels="annotators", beta=0.2, score_clip=1.0), ("gold", 0.2, True)),
+    (dpo, dict(labels="soft", rounds=3), ("score", 0.25, True)),
+    (dpo, dict(loss="ipo"), OWN),
+    (dpo, dict(labels="soft", missing_eos_score=None), OWN),
+    (dpo, dict(label_smoothing=0.1), OWN),
+    (dpo, dict(length_normalise=True), OWN),
+    (dpo, dict(nll_coef=1.0), OWN),
+    (grpo, dict(beta=0.1), ("score", 0.1, True)),
+    (grpo, dict(beta=0.1, kl_in="loss"), ("score", 0.1, False)),
+    (grpo, dict(beta=0.1, advantage="reinforce"), ("score", 0.1, False)),
+    (grpo, dict(beta=0.1, advantage="reinforce", normalise="fixed"), ("score", 0.1, True)),
+    (grpo, dict(beta=0.1, normalise="sequence"), ("score", 0.1, True)),
+    (grpo, dict(temperature=0.7), OWN),
+    (grpo, dict(beta=0.0), OWN),
+    (policy_gradient, dict(rung="gae"), ("score", 0.25, True)),
+    (policy_gradient, dict(gamma=0.9), OWN)])
+def test_only_runs_without_an_objective_of_their_own_get_a_fraction(
+        script, changes, expected, listing):
+    samples = drawn_samples(listing, [listing.ref.exp(), listing.best], [20, 20])
+    config = dataclasses.asdict(script.Config(**changes))
+    found = evaluate.own_objective(config, samples, 0.6, evaluate.Config())
+    if expected is OWN:
+        assert found is None
+    else:
+        rewards = {"score": samples.scores, "gold": samples.gold / 0.6}[expected[0]]
+        assert torch.equal(found[0], rewards) and found[1:] == expected[1:]
 
 
 def random_samples(n=(4, 3), P=5, T=6):
@@ -2548,7 +2567,7 @@ def random_samples(n=(4, 3), P=5, T=6):
 
     lengths = torch.randint(1, T, (P, N), generator=generator).double()
     return compare.Samples(
-        prompts=[[1]] * P, names=["SFT", "PPO"], counts=list(n), asked=["x"] * P,
+        names=["SFT", "PPO"], counts=list(n), asked=["x"] * P,
         texts=[["y"] * N] * P, scores=numbers(P, N), logprobs=numbers(2, P, N) - 3,
         entropy=numbers(P, N).abs() * lengths, lengths=lengths,
         finished=(numbers(P, N) > 0).double(), gold=numbers(P, N),
@@ -2569,9 +2588,8 @@ def test_measures_are_means_over_a_policys_own_responses(name, columns):
         by_prompt = [sum(row[i] for i in columns) / len(columns) for row in values.tolist()]
         assert means[metric] == pytest.approx(np.mean(by_prompt)), metric
         assert errors[metric] == pytest.approx(np.std(by_prompt, ddof=1) / 5 ** 0.5), metric
-    entropy = sum(samples.entropy[p, i].item() for p in range(5) for i in columns)
-    tokens = sum(samples.lengths[p, i].item() for p in range(5) for i in columns)
-    assert means["entropy"] == pytest.approx(entropy / tokens)               # a mean over tokens
+    entropy, tokens = samples.entropy[:, columns].sum(), samples.lengths[:, columns].sum()
+    assert means["entropy"] == pytest.approx((entropy / tokens).item())      # a mean over tokens
 
 
 def test_the_error_of_the_fraction_is_the_standard_error_of_j():
@@ -2620,15 +2638,11 @@ def test_best_of_n_is_the_mean_over_all_subsets(n):
             winner = max(subset, key=row.__getitem__)
             best_rewards.append(row[winner])
             their_values.append(other[winner])
-    expected = sum(best_rewards) / len(best_rewards)
-    assert frontier.best_of_n(rewards, n).item() == pytest.approx(expected)
-    expected = sum(their_values) / len(their_values)
-    assert frontier.best_of_n(rewards, n, values).item() == pytest.approx(expected)
+    assert frontier.best_of_n(rewards, n).item() == pytest.approx(np.mean(best_rewards))
+    assert frontier.best_of_n(rewards, n, values).item() == pytest.approx(np.mean(their_values))
 
 
-def test_best_of_n_wants_n_samples_and_its_kl_is_an_upper_bound(listing):
-    with pytest.raises(ValueError, match="n = 8 with 7 samples"):
-        frontier.best_of_n(torch.zeros(2, 7), 8)
+def test_the_kl_of_best_of_n_is_below_its_bound(listing):
     order = listing.scores[0].argsort()
     p = listing.ref.exp()[0, order]
     for n in (2, 4, 16):
@@ -2755,6 +2769,40 @@ PARTS_OF_SCRIPTS = ("token_logprobs", "generate", "add_lora", "merged", "normali
                     "log_prob", "share_of_frontier")
 
 
+ZERO = torch.zeros(1, 3)
+REFUSED = [                          # a call, and what its error says
+    (lambda: reviews.gold("Tell me a joke", " no"), "Tell me a joke"),
+    (lambda: data.collate([[]], [[1]]), "row 0 has an empty prompt"),
+    (lambda: data.collate([[1], [1]], [[2], []]), "row 1 has an empty response"),
+    (lambda: data.collate([[1]], [[1], [2]]), "1 prompts and 2 responses"),
+    (lambda: data.collate([], []), "at least one"),
+    (lambda: data.batch_rows(10, 11, 0, seed=1), "batch size 11 for 10 rows"),
+    (lambda: small_gpt()(torch.zeros(1, 17, dtype=torch.long)), "rows of 17 tokens"),
+    (lambda: generate(small_gpt(), [[1] * 13], 4, 10),
+     "prompt of 13 tokens and 4 new ones exceed block_size 16"),
+    (lambda: token_logprobs(small_gpt(), ZERO, ZERO, ZERO, temperature=0), "temperature 0"),
+    (lambda: sequence_scores(None, ZERO, ZERO, ZERO), "row 0 has no response token"),
+    (lambda: reward_model.preference_loss(ZERO, ZERO, "ipo"), "got kind 'ipo'"),
+    (lambda: ppo.kl_estimate(ZERO, ZERO, "k4"), "got kind 'k4'"),
+    (lambda: ppo.critic_targets(ZERO, ZERO, ZERO, ZERO, "x"), "got kind 'x'"),
+    (lambda: dpo.dpo_loss(ZERO, ZERO, ZERO, ZERO, 0.1, kind="kto"), "it is sigmoid, robust"),
+    (lambda: dpo.dpo_loss(ZERO, ZERO, ZERO, ZERO, 0.1, "ipo", 0.1), "it belongs to sigmoid"),
+    (lambda: grpo.group_advantages(torch.zeros(7), 3),
+     "got 7 scores, which is not a multiple of group_size 3"),
+    (lambda: grpo.group_advantages(torch.zeros(6), 3, "mean"),
+     "got kind 'mean'; it is grpo, dr_grpo, rloo or reinforce"),
+    (lambda: grpo.group_advantages(torch.zeros(6), 1, "rloo"),
+     "got group_size 1 with kind rloo; a group takes 2 responses or more"),
+    (lambda: grpo.token_weights(ZERO, "row"), "got normalise 'row'; it is token,"),
+    (lambda: frontier.best_of_n(torch.zeros(2, 7), 8), "n = 8 with 7 samples")]
+
+
+@pytest.mark.parametrize("call, message", REFUSED)
+def test_arguments_that_make_no_sense_are_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 def find_original(name):
     """-> the function or constant of that name, the module that has it"""
     for module in (model, ppo, *SCRIPTS, frontier, reviews):
@@ -2803,199 +2851,19 @@ def test_examples_in_docstrings_are_true(module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Any shapes, any values: what hypothesis finds by trying
-
-strategies = hypothesis.strategies
-any_lengths = strategies.lists(                                # (prompt, response) of each row
-    strategies.tuples(strategies.integers(1, 6), strategies.integers(1, 7)),
-    min_size=1, max_size=6)
-any_seed = strategies.integers(0, 2 ** 32 - 1)
-any_share = strategies.floats(0, 1)
-any_size = strategies.sampled_from([0.0, 1e-12, 1e-3, 1.0, 30.0, 1e6])      # how large numbers are
-tried = hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
-
-
-def random_rows(lengths, seed, vocab_size=11):
-    """Prompts and responses of these lengths, as token lists"""
-    chance = random.Random(seed)
-    prompts, responses = [], []
-    for n_prompt, n_response in lengths:
-        prompts.append([chance.randrange(vocab_size) for _ in range(n_prompt)])
-        responses.append([chance.randrange(vocab_size) for _ in range(n_response)])
-    return prompts, responses
-
-
-def random_tensors(lengths, seed, size):
-    """Three tensors (B, T) in float64 of numbers of a size, also off the mask, and the mask"""
-    _, _, mask = data.collate(*random_rows(lengths, seed))
-    tensors = [size * torch.randn(mask.shape, dtype=torch.float64, generator=seeded(seed + i))
-               for i in range(3)]
-    return (*tensors, mask.double())
-
-
-def mean_by_loop(mask, of_a_token):
-    cells = (mask > 0).nonzero().tolist()
-    return sum(of_a_token(row, t) for row, t in cells) / len(cells)
-
-
-@tried
-@hypothesis.given(any_lengths, any_seed)
-def test_any_rows_are_collated_and_come_back(lengths, seed):
-    prompts, responses = random_rows(lengths, seed)
-    inputs, targets, mask = data.collate(prompts, responses)
-    B, T = len(lengths), max(map(sum, lengths)) - 1
-    assert inputs.shape == targets.shape == mask.shape == (B, T)
-    for row, (prompt, response) in enumerate(zip(prompts, responses)):
-        whole = prompt + response
-        n = len(whole) - 1
-        assert inputs[row, :n].tolist() == whole[:-1]
-        assert targets[row, :n].tolist() == whole[1:]
-        assert not targets[row, n:].any()
-        expected_mask = [0.0] * (len(prompt) - 1) + [1.0] * len(response) + [0.0] * (T - n)
-        assert mask[row].tolist() == expected_mask
-        assert targets[row][mask[row] > 0].tolist() == response
-    tokens = torch.cat([inputs[:, :1], targets], dim=1)
-    assert data.responses_of(tokens, mask) == responses
-
-
-@tried
-@hypothesis.given(any_lengths, any_seed, strategies.integers(1, 6),
-                  strategies.sampled_from([0.0, 0.3, 1.0, 5.0]),
-                  strategies.sampled_from([0.01, 0.3, 3.0]))
-def test_any_prompts_are_answered_with_tokens_that_the_policy_scores(
-        lengths, seed, n_new, temperature, std):
-    gpt = small_gpt(seed=seed % 7, std=std)
-    prompts, _ = random_rows(lengths, seed)
-    tokens, mask = generate(gpt, prompts, n_new, 10, temperature, seeded(seed))
-    responses = data.responses_of(tokens, mask)
-    for row, (prompt, response) in enumerate(zip(prompts, responses)):
-        assert tokens[row, :len(prompt)].tolist() == prompt
-        assert 1 <= len(response) <= n_new
-        assert 10 not in response[:-1]
-        assert response[-1] == 10 or len(response) == n_new
-        assert not tokens[row, len(prompt) + len(response):].any()          # zeros after the end
-    alone = generate(gpt, prompts[:1], n_new, 10, temperature, seeded(seed))
-    assert data.responses_of(*alone)[0] == responses[0]        # it gets the same uniforms
-    if temperature:
-        logprobs = token_logprobs(gpt, *data.shift(tokens), mask, temperature)
-        assert torch.isfinite(logprobs).all() and (logprobs <= 1e-5).all()
-        assert not logprobs[mask == 0].any()
-
-
-@tried
-@hypothesis.given(any_lengths, any_seed, any_size, any_share, any_share)
-def test_gae_of_any_rows_equals_the_double_sum_and_reads_nothing_off_the_mask(
-        lengths, seed, size, gamma, lam):
-    rewards, values, _, mask = random_tensors(lengths, seed, size)
-    advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
-    rounding = 1e-9 * max(1.0, size)
-    for row, (n_prompt, n) in enumerate(lengths):
-        columns = slice(n_prompt - 1, n_prompt - 1 + n)
-        R = rewards[row, columns].tolist()
-        V = values[row, columns].tolist() + [0.0]
-        delta = [R[t] + gamma * V[t + 1] - V[t] for t in range(n)]
-        for t, got in enumerate(advantages[row, columns].tolist()):
-            expected = sum((gamma * lam) ** l * delta[t + l] for l in range(n - t))
-            assert got == pytest.approx(expected, rel=1e-9, abs=rounding)
-    assert not advantages[mask == 0].any() and not returns[mask == 0].any()
-    torch.testing.assert_close(returns, (advantages + values) * mask)
-    targets = ppo.critic_targets(rewards, values, rewards[:, 0], mask, "gae", gamma, lam)
-    torch.testing.assert_close(targets, returns, atol=rounding, rtol=1e-9)
-
-
-@tried
-@hypothesis.given(any_lengths, any_seed, any_size, strategies.floats(0.01, 0.9))
-def test_the_policy_loss_of_any_rows_equals_its_loop_and_ignores_the_rest(
-        lengths, seed, size, eps):
-    drift, advantages, _, mask = random_tensors(lengths, seed, size)
-    old = -5 * torch.rand(mask.shape, dtype=torch.float64, generator=seeded(seed + 9))
-    new = (old + drift.clamp(-20, 20)).requires_grad_()        # ratios up to e^20
-    ratios = torch.exp(new - old).detach()
-
-    def clipped_loss(row, t):
-        ratio, advantage = ratios[row, t].item(), advantages[row, t].item()
-        clipped = max(min(ratio, 1 + eps), 1 - eps)
-        return -min(ratio * advantage, clipped * advantage)
-
-    expected = pytest.approx(mean_by_loop(mask, clipped_loss), rel=1e-9, abs=1e-12)
-    loss, metrics = ppo.policy_loss(new, old, advantages, mask, eps)
-    assert loss.item() == expected and 0 <= metrics["clip_fraction"] <= 1
-    loss.backward()
-    assert torch.isfinite(new.grad).all() and not new.grad[mask == 0].any()
-    rest = 1 - mask
-    loss, _ = ppo.policy_loss(new + 10 * rest, old, advantages + 1e3 * rest, mask, eps)
-    assert loss.item() == expected
-
-
-@tried
-@hypothesis.given(any_lengths, any_seed, any_size, strategies.floats(0.01, 0.9))
-def test_the_value_loss_of_any_rows_equals_its_loop_and_ignores_the_rest(
-        lengths, seed, size, eps):
-    drift, old, values, mask = random_tensors(lengths, seed, size)
-    targets = values + drift
-
-    def clipped_loss(row, t):
-        v, v_old, target = values[row, t].item(), old[row, t].item(), targets[row, t].item()
-        clipped = v_old + max(min(v - v_old, eps), -eps)
-        return 0.5 * max((v - target) ** 2, (clipped - target) ** 2)
-
-    loss, _ = ppo.value_loss(values, old, targets, mask, eps)
-    by_loop = mean_by_loop(mask, clipped_loss)
-    assert loss.item() == pytest.approx(by_loop, rel=1e-9, abs=1e-12)
-    garbage = 1e3 * (1 - mask)
-    same, _ = ppo.value_loss(values + garbage, old, targets, mask, eps)
-    assert same.item() == pytest.approx(loss.item(), rel=1e-9)
-
-
-@tried
-@hypothesis.given(any_lengths, any_seed, any_size)
-def test_whitened_and_group_advantages_of_any_rows_are_finite(lengths, seed, size):
-    advantages, _, _, mask = random_tensors(lengths, seed, size)
-    whitened = ppo.whiten(advantages + 1e3 * (1 - mask), mask)
-    assert torch.isfinite(whitened).all() and not whitened[mask == 0].any()
-    assert abs(masked_mean(whitened, mask).item()) < 1e-6
-    rewards = torch.cat([advantages[:, 0], advantages[:, 0]])
-    assert torch.isfinite(grpo.group_advantages(rewards, 2, "grpo")).all()
-
-
-@tried
-@hypothesis.given(any_seed, strategies.integers(1, 5), any_size,
-                  strategies.sampled_from(["sigmoid", "robust", "ipo", "hinge", "fidelity"]),
-                  strategies.sampled_from([0.01, 0.25, 5.0]))
-def test_preference_losses_of_any_margins_are_finite_with_finite_gradients(
-        seed, n, size, kind, beta):
-    chosen, rejected, ref_chosen, ref_rejected = (
-        -size * torch.rand(n, generator=seeded(seed + i)) for i in range(4))
-    chosen.requires_grad_()
-    loss, metrics = dpo.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, kind)
-    loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(chosen.grad).all()
-    assert 0 <= metrics["accuracy"] <= 1
-    if size <= 30 and kind != "ipo":                           # beyond, the slope is 0 in fp32
-        assert (chosen.grad <= 0).all()                        # a likelier chosen one never costs
-    for rm_kind in ("bradley_terry", "fidelity"):
-        loss, _ = reward_model.preference_loss(chosen, rejected, rm_kind)
-        (gradient,) = torch.autograd.grad(loss, chosen)
-        assert torch.isfinite(loss) and loss >= 0 and torch.isfinite(gradient).all()
-
-
-# --------------------------------------------------------------------------------------------------
 # The proof: a problem so small that every response can be listed
 #
 # The vocabulary is 0, 1, 2 and EOS = 3. A response ends with its first EOS or after three tokens,
 # which makes 1 + 3 + 36 = 40 responses. There are two prompts x, and each (x, y) has a fixed random
-# score r(x, y). The policy is a real GPT of one layer, and pi_ref is one with random weights. The
-# best policy, and how far any other falls short of it, are known in closed form. With beta = 1:
+# score r(x, y). The policy is a GPT of one layer, pi_ref one with random weights, and beta is 1:
 #
 #     J(pi) = E_x E_{y ~ pi(.|x)} [r(x, y) - beta log(pi(y|x) / pi_ref(y|x))]
 #     pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x),     J(pi) = J(pi*) - beta KL(pi || pi*)
 #
-# Each method trains the GPT with its own functions from ppo.py, dpo.py, grpo.py or
-# policy_gradient.py. The batch is the whole list, and each response is weighted by its probability,
-# so there is no sampling noise. A method that maximises J must then end at pi*. Every other variant
-# must end at the optimum of its own objective, which is computed a second time by other means: by
-# L-BFGS on float64 tables, or from a fixed-point equation. Tables are (P, N) = (2, 40), and tensors
-# of tokens are (P N, T) = (80, 4).
+# Each method trains the GPT with its own functions, on the whole list, every response weighted by
+# its probability. There is no sampling noise, so a method that maximises J must end at pi*. Every
+# other one must end at the optimum of its own objective, computed a second time on float64 tables.
+# Tables are (P, N) = (2, 40), and tensors of tokens are (P N, T) = (80, 4).
 
 BETA = 1.0
 
@@ -3003,7 +2871,7 @@ BETA = 1.0
 class Listing:
     """Two prompts, all their responses of up to `longest` tokens, the scores, pi_ref and pi*"""
 
-    def __init__(self, longest=3):
+    def __init__(self, longest=3, scale=1.0, shift=0.0):
         self.eos = 3
         self.prompts = [[0], [1, 2]]
         self.responses = []
@@ -3017,7 +2885,7 @@ class Listing:
         batch = data.collate(prompts, P * self.responses)
         self.inputs, self.targets, self.mask = batch                                  # (P N, T)
         self.lengths = self.mask.sum(1).view(P, N)
-        self.scores = torch.randn(P, N, generator=seeded())
+        self.scores = scale * torch.randn(P, N, generator=seeded()) + shift
         self.reference = self.policy()
         self.ref_logprobs = self.token_logprobs(self.reference).detach()              # (P N, T)
         self.ref = self.ref_logprobs.sum(1).view(P, N).double()                       # log pi_ref
@@ -3046,23 +2914,28 @@ class Listing:
 
     @torch.no_grad()
     def rollout(self, policy):
-        """The list as a batch of policy -> old_logprobs, KL-shaped rewards, weights: (P N, T)"""
+        """
+        The list as a rollout of policy, with exact values of KL-shaped rewards -> dict of (P N, T)
+
+        Its mask holds the response's probability in place of 1, so a mean is an expectation.
+        """
         old = self.token_logprobs(policy)
-        weights = self.mask * old.sum(1, keepdim=True).exp()
+        p = old.sum(1).exp()
         scores = self.scores.flatten()
         rewards = ppo.shape_rewards(scores, old, self.ref_logprobs, self.mask, BETA)
-        return old, rewards, weights
+        to_go = rewards.double().flip(1).cumsum(1).flip(1)
+        values = self.state_values(p.double(), to_go).float()
+        return {"old_logprobs": old, "rewards": rewards, "values": values,
+                "mask": self.mask * p[:, None]}
 
-    def state_values(self, p, to_go=None):
+    def state_values(self, p, to_go):
         """
-        V(s) = E[what is still earned | the tokens so far], by summing over the list.
+        V(s) = E[what is still earned | the tokens so far], by summing over the list
 
-        to_go (P N, T) is what each response earns from a column on; by default its score.
+        p are the probabilities of the responses, to_go (P N, T) is what they earn from a column on.
         -> (P N, T), float64: the value before each response token
         """
         values = torch.zeros(self.mask.shape, dtype=torch.float64)
-        if to_go is None:
-            to_go = self.scores.double().view(-1, 1).expand_as(values)
         for t in range(values.shape[1]):
             prefix = self.inputs[:, :t + 1]
             real = self.mask[:, t] > 0
@@ -3086,36 +2959,9 @@ class Listing:
         return 0.5 * (p - q).abs().sum(1).mean().item()
 
 
-def adam(policy, lr=4e-3):
-    return torch.optim.Adam(policy.parameters(), lr=lr, fused=True)
-
-
-def schedule(optimizer, step, steps, peak=4e-3, warmup=5, floor=0.005):
-    lr = runs.learning_rate(step, steps, peak, warmup, floor)
-    runs.set_learning_rate(optimizer, lr)
-
-
-def take_step(optimizer, loss):
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
 @pytest.fixture(scope="module")
 def listing():
     return Listing()
-
-
-def test_listed_probabilities_sum_to_one_and_are_the_samplers_frequencies(listing):
-    p = listing.probabilities(listing.reference)
-    assert p.shape == (2, 40)
-    assert torch.allclose(p.sum(1), torch.ones(2, dtype=torch.float64), atol=1e-6)
-    prompts = [listing.prompts[1]] * 4000
-    tokens, mask = generate(listing.reference, prompts, 3, listing.eos, generator=seeded())
-    found = [tuple(y) for y in data.responses_of(tokens, mask)]
-    for y, q in zip(listing.responses, p[1].tolist()):
-        frequency = found.count(tuple(y)) / 4000
-        assert abs(frequency - q) < 4.5 * math.sqrt(q * (1 - q) / 4000) + 1e-3
 
 
 def test_every_policy_falls_short_of_the_optimum_by_beta_kl(listing):
@@ -3124,42 +2970,54 @@ def test_every_policy_falls_short_of_the_optimum_by_beta_kl(listing):
     assert listing.objective(listing.best) == pytest.approx(optimum)
     for seed in range(5):
         p = listing.probabilities(listing.policy(seed, std=0.4))
+        assert p.shape == (2, 40) and p.sum(1).tolist() == pytest.approx([1, 1], abs=1e-6)
         kl = (p * (p.log() - listing.best.log())).sum(1).mean().item()
         assert kl > 0.01
         assert listing.objective(p) == pytest.approx(optimum - BETA * kl, abs=1e-5)
 
 
-# ---- PPO
-
-def surrogate_loss(surrogate, logprobs, old_logprobs, advantages, weights, coef=1.0):
-    """The loss of either surrogate of the PPO paper"""
-    if surrogate == "clip":
-        return ppo.policy_loss(logprobs, old_logprobs, advantages, weights)[0]
-    return ppo.kl_penalty_loss(logprobs, old_logprobs, advantages, weights, coef)[0]
+def take_step(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
-def train_by_ppo(listing, surrogate, updates=150, epochs=4):
-    """PPO at lambda 1 and without a critic, on the whole list -> probabilities"""
+def descents(n, parameters, lr=4e-3, warmup=5, floor=0.005):
+    """Yields, n times, a function that takes a step of Adam down a loss; the rate falls to floor"""
+    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
+    for step in range(n):
+        runs.set_learning_rate(optimizer, runs.learning_rate(step, n, lr, warmup, floor))
+        yield functools.partial(take_step, optimizer)
+
+
+# ---- PPO, and the ladder of policy_gradient.py
+
+def train_on_policy(listing, loss_of, updates=150, epochs=4, lr=4e-3):
+    """Train by loss_of(logprobs, rollout, coef), on the whole list -> probabilities"""
     policy = listing.policy()
-    optimizer = adam(policy)
     penalty = ppo.ThresholdKL(1.0, 0.002)
-    for update in range(updates):
-        schedule(optimizer, update, updates)
-        old, rewards, weights = listing.rollout(policy)
-        advantages, _ = ppo.gae(rewards, torch.zeros_like(rewards), listing.mask, lam=1.0)
-        advantages = ppo.whiten(advantages, weights)
+    for descend in descents(updates, policy.parameters(), lr):
+        rows = listing.rollout(policy)
         for _ in range(epochs):
-            logprobs = listing.token_logprobs(policy)
-            loss = surrogate_loss(surrogate, logprobs, old, advantages, weights, penalty.coef)
-            take_step(optimizer, loss)
-        kl_old = ppo.kl_estimate(old, listing.token_logprobs(policy).detach(), "k3")
-        penalty.update(masked_mean(kl_old, weights).item())
+            descend(loss_of(listing.token_logprobs(policy), rows, penalty.coef))
+        logprobs = listing.token_logprobs(policy).detach()
+        kl_old = ppo.kl_estimate(rows["old_logprobs"], logprobs, "k3")
+        penalty.update(masked_mean(kl_old, rows["mask"]).item())
     return listing.probabilities(policy)
 
 
 @pytest.mark.parametrize("surrogate", ["clip", "kl_penalty"])
 def test_ppo_ends_at_pi_star(listing, surrogate):
-    p = train_by_ppo(listing, surrogate)
+    """Either surrogate of the paper, at lambda 1 and without a critic"""
+    def loss_of(logprobs, rows, coef):
+        old, rewards, weights = rows["old_logprobs"], rows["rewards"], rows["mask"]
+        advantages, _ = ppo.gae(rewards, torch.zeros_like(rewards), weights, lam=1.0)
+        advantages = ppo.whiten(advantages, weights)
+        if surrogate == "clip":
+            return ppo.policy_loss(logprobs, old, advantages, weights)[0]
+        return ppo.kl_penalty_loss(logprobs, old, advantages, weights, coef)[0]
+
+    p = train_on_policy(listing, loss_of)
     assert listing.distance(listing.ref.exp(), listing.best) > 0.3     # it has a long way to go
     assert listing.distance(p, listing.best) < 0.03
     assert listing.fraction(p) > 0.99
@@ -3167,22 +3025,20 @@ def test_ppo_ends_at_pi_star(listing, surrogate):
 
 def test_ppo_on_sampled_responses_with_a_critic_ends_near_pi_star(listing):
     """The steps of ppo.main: rollout, shaped rewards, GAE by a critic, whitening, minibatches"""
-    updates, lr = 120, 3e-3
     generator = seeded()
     actor = listing.policy()
     critic = ScalarGPT(actor.config, init_from=actor, zero_head=True).eval()
-    optimizers = [adam(actor, lr), adam(critic, lr)]
     cfg = dataclasses.replace(ppo.Config(), max_new_tokens=3)
     prompts = listing.prompts * 128
     score_of = {}
-    for i, x in enumerate(listing.prompts):
-        for j, y in enumerate(listing.responses):
-            score_of[tuple(x), tuple(y)] = listing.scores[i, j].item()
+    for x, row in zip(listing.prompts, listing.scores.tolist()):
+        score_of |= {(*x, *y): score for y, score in zip(listing.responses, row)}
 
-    for update in range(updates):
+    parameters = [*actor.parameters(), *critic.parameters()]
+    for descend in descents(120, parameters, lr=3e-3, floor=0.01):
         inputs, targets, mask, _ = ppo.roll_out(actor, prompts, cfg, listing.eos, generator)
         responses = data.responses_of(torch.cat([inputs, targets[:, -1:]], 1), mask)
-        scores = torch.tensor([score_of[tuple(x), tuple(y)] for x, y in zip(prompts, responses)])
+        scores = torch.tensor([score_of[*x, *y] for x, y in zip(prompts, responses)])
         with torch.no_grad():
             old = token_logprobs(actor, inputs, targets, mask)
             ref = token_logprobs(listing.reference, inputs, targets, mask)
@@ -3190,19 +3046,62 @@ def test_ppo_on_sampled_responses_with_a_critic_ends_near_pi_star(listing):
         rewards = ppo.shape_rewards(scores, old, ref, mask, BETA)
         advantages, returns = ppo.gae(rewards, values, mask, lam=0.95)
         advantages = ppo.whiten(advantages, mask)
-        for optimizer in optimizers:
-            schedule(optimizer, update, updates, lr, floor=0.01)
         for rows in torch.randperm(256, generator=generator).split(64):
             logprobs = token_logprobs(actor, inputs[rows], targets[rows], mask[rows])
             loss, _ = ppo.policy_loss(logprobs, old[rows], advantages[rows], mask[rows])
-            take_step(optimizers[0], loss)
-            new_values = critic(inputs[rows])
-            loss, _ = ppo.value_loss(new_values, values[rows], returns[rows], mask[rows])
-            take_step(optimizers[1], loss)
+            critic_loss, _ = ppo.value_loss(critic(inputs[rows]), values[rows], returns[rows],
+                                            mask[rows])
+            descend(loss + critic_loss)
 
     p = listing.probabilities(actor)
     assert listing.distance(p, listing.best) < 0.08
     assert listing.fraction(p) > 0.96
+
+
+def train_by_trpo(listing, updates=40):
+    """Trust-region steps on the whole list, none of which leaves its region -> probabilities"""
+    policy = listing.policy()
+    real = listing.mask > 0
+    for update in range(updates):
+        rows = listing.rollout(policy)
+        p = rows["mask"][real] / rows["mask"].sum()
+        psi = policy_gradient.gae(rows["rewards"], rows["values"], listing.mask, 1.0, 0.9)[real]
+        old = policy_gradient.token_distributions(policy, listing.inputs, listing.mask).detach()
+
+        def measure():
+            log_pi = policy_gradient.token_distributions(policy, listing.inputs, listing.mask)
+            kl = ((old.exp() * (old - log_pi)).sum(-1) * p).sum()
+            log_ratio = (listing.token_logprobs(policy) - rows["old_logprobs"])[real]
+            return (log_ratio.exp() * psi * p).sum(), kl
+
+        max_kl = 0.02 * runs.learning_rate(update, updates, 1.0, 5, 0.005) ** 2
+        taken = policy_gradient.trpo_step(policy.parameters(), measure, lambda: measure()[1],
+                                          max_kl, cg_steps=10, damping=1e-3)
+        assert measure()[1].item() == pytest.approx(taken["kl"], abs=1e-7)
+        assert taken["kl"] <= max_kl
+    return listing.probabilities(policy)
+
+
+@pytest.mark.parametrize("rung, options", [
+    ("gae", dict(updates=200, epochs=1, lr=8e-3)),
+    ("importance", dict(updates=140)),
+    ("trpo", dict(updates=40))], ids=["gae", "importance", "trpo"])
+def test_the_rungs_end_at_pi_star(listing, rung, options):
+    """
+    With the exact critic. gae speaks for the first six rungs, whose gradients are then equal (see
+    below); clip and kl_penalty are PPO's, above.
+    """
+    cfg = dataclasses.replace(policy_gradient.Config(), lam=0.9)
+
+    def loss_of(logprobs, rows, coef):
+        return policy_gradient.rung_loss(rung, logprobs, rows, cfg, coef)
+
+    if rung == "trpo":
+        p = train_by_trpo(listing, **options)
+    else:
+        p = train_on_policy(listing, loss_of, **options)
+    assert listing.distance(p, listing.best) < 0.03
+    assert listing.fraction(p) > 0.98
 
 
 # ---- DPO and its relatives: every ordered pair of responses, weighted by how often it is labelled
@@ -3231,18 +3130,16 @@ def train_by_dpo(listing, flips=0.0, soft=False, normalise=False, reference_free
         wins = counts
     wins = wins.float().flatten()
     labelled = {"target": wins} if soft else {"weights": wins}
-    lengths = listing.lengths if normalise else torch.ones_like(listing.lengths)
+    lengths = listing.lengths if normalise else 1.0
     ref = listing.ref.float() / lengths
     if reference_free:
         ref = torch.zeros_like(ref)
     policy = listing.policy()
-    optimizer = adam(policy)
-    for step in range(steps):
-        schedule(optimizer, step, steps, warmup=10, floor=0.01)
+    for descend in descents(steps, policy.parameters(), warmup=10, floor=0.01):
         logprobs = listing.logprobs(policy) / lengths
         pairs = [x.flatten() for x in (logprobs[:, i], logprobs[:, j], ref[:, i], ref[:, j])]
         loss, _ = dpo.dpo_loss(*pairs, beta=BETA, **labelled, **options)
-        take_step(optimizer, loss)
+        descend(loss)
     return listing.probabilities(policy), loss.item()
 
 
@@ -3272,10 +3169,8 @@ def dpo_optimum(listing, flips=0.0, normalise=False, reference_free=False, kind=
         return loss
 
     if kind == "hinge":                  # it has corners: many small steps instead
-        optimizer = torch.optim.Adam([table], lr=0.05)
-        for step in range(3000):
-            runs.set_learning_rate(optimizer, 0.05 * (1 - step / 3000) + 1e-5)
-            take_step(optimizer, objective())
+        for descend in descents(3000, [table], lr=0.05, warmup=0, floor=0):
+            descend(objective())
     else:
         optimizer = torch.optim.LBFGS(
             [table], max_iter=300, history_size=50, tolerance_grad=1e-10, tolerance_change=1e-14,
@@ -3349,38 +3244,39 @@ def test_only_robust_keeps_its_optimum_when_labels_are_flipped(listing):
     assert listing.fraction(clean) < fractions["fidelity"] - 0.05
 
 
+def train_on_drawn_labels(listing, rate, options, n, seed):
+    """DPO on n drawn labels, of which a share is flipped -> probabilities"""
+    _, _, wins = labelled_pairs(listing, rate)
+    drawn = torch.multinomial(wins.flatten(), n, replacement=True, generator=seeded(seed))
+    counts = torch.bincount(drawn, minlength=wins.numel()).view_as(wins).double()
+    return train_by_dpo(listing, counts=counts, **options)[0]
+
+
 def draw_flips(path, n=20000, seeds=3):
     """DPO on n drawn labels, some of them flipped -> a picture, and its numbers as a table"""
     listing = Listing()
     rates = [0.0, 0.1, 0.2, 0.3]
-    percent = [100 * rate for rate in rates]
     rows = [["loss", "flipped", "fraction of the optimum", "its own optimum's",
              "distance to that, TV"]]
     figure, axes = reports.subplots(1, 2, figsize=(9.5, 3.8))
     for (name, options_at), style in zip(FLIPPED.items(), ("o-", "s--", "^-.", "D:")):
-        fractions, distances = [], []
+        fractions, distances = [], []                          # a rate's (seeds,)
         for rate in rates:
-            pi_star, _ = dpo_optimum(listing, flips=rate, **options_at(rate))
-            _, _, wins = labelled_pairs(listing, rate)
-            p = wins.flatten()
-            runs = []
-            for seed in range(seeds):
-                drawn = torch.multinomial(p, n, replacement=True, generator=seeded(seed))
-                counts = torch.bincount(drawn, minlength=len(p)).view_as(wins).double()
-                policy, _ = train_by_dpo(listing, counts=counts, **options_at(rate))
-                runs.append(policy)
-            fractions.append(torch.tensor([listing.fraction(p) for p in runs]))
-            distances.append(torch.tensor([listing.distance(p, pi_star) for p in runs]))
+            optimum, _ = dpo_optimum(listing, flips=rate, **options_at(rate))
+            reached = [train_on_drawn_labels(listing, rate, options_at(rate), n, seed)
+                       for seed in range(seeds)]
+            fractions.append(torch.tensor([listing.fraction(p) for p in reached]))
+            distances.append(torch.tensor([listing.distance(p, optimum) for p in reached]))
             rows.append([name, f"{rate:.0%}", fractions[-1].mean().item(),
-                         listing.fraction(pi_star),
-                         distances[-1].mean().item()])
+                         listing.fraction(optimum), distances[-1].mean().item()])
         for axis, values in zip(axes, (fractions, distances)):
-            means, deviations = [v.mean() for v in values], [v.std() for v in values]
-            axis.errorbar(percent, means, deviations, fmt=style, color="0.15",
+            axis.errorbar([100 * rate for rate in rates], [v.mean() for v in values],
+                          [v.std() for v in values], fmt=style, color="0.15",
                           markerfacecolor="0.75", capsize=2, linewidth=1.1, label=name)
-    axes[0].set(xlabel="flipped labels (%)", ylabel="fraction of the optimum reached")
-    axes[1].set(xlabel="flipped labels (%)", ylabel="total variation to the loss's own optimum")
+    axes[0].set(ylabel="fraction of the optimum reached")
+    axes[1].set(ylabel="total variation to the loss's own optimum")
     for axis in axes:
+        axis.set(xlabel="flipped labels (%)")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.tight_layout()
@@ -3404,9 +3300,7 @@ def train_by_grpo(listing, advantage, normalise, kl_in="reward", updates=150, ep
     """GRPO with all groups of two as its batch -> probabilities"""
     P, N = listing.scores.shape
     policy = listing.policy()
-    optimizer = adam(policy)
-    for update in range(updates):
-        schedule(optimizer, update, updates)
+    for descend in descents(updates, policy.parameters()):
         old = listing.token_logprobs(policy).detach()
         p = old.sum(1).exp().view(P, N)
         rewards = listing.scores
@@ -3422,7 +3316,7 @@ def train_by_grpo(listing, advantage, normalise, kl_in="reward", updates=150, ep
             if kl_in == "loss":
                 kl_ref = ppo.kl_estimate(logprobs, listing.ref_logprobs, "k3")
                 loss = loss + BETA * (weights * kl_ref).sum()
-            take_step(optimizer, loss)
+            descend(loss)
     return listing.probabilities(policy)
 
 
@@ -3444,8 +3338,7 @@ def test_a_constant_reward_misleads_reinforce_only_under_sequence_weights(listin
     then beta log Z(x) and not 0. That is harmless because E[grad log pi] = 0. Weights of 1 / length
     break it: E[grad log pi / length] is not 0. A baseline removes the constant.
     """
-    shifted = Listing()
-    shifted.scores = shifted.scores + 4
+    shifted = Listing(shift=4)
     assert shifted.distance(shifted.best, listing.best) < 1e-6
 
     def error(advantage, normalise):
@@ -3464,63 +3357,59 @@ def test_at_pi_star_every_advantage_with_a_baseline_is_zero(listing):
         assert grpo.group_advantages(rewards.flatten(), 40, kind).abs().max() < 1e-9
 
 
-def grpo_fixed_point(listing, kind, beta=BETA):
+def at_rest(ref, Q, beta):
     """
-    Where GRPO comes to rest with the KL in the loss, in float64 tables.
+    Where GRPO comes to rest in a state, with the KL in the loss: (.., V) x 2 -> pi (.., V), E Q
 
-    In each state the loss pulls by Q(s, a), the mean advantage of the responses that continue with
-    a, and by the gradient of KL(pi_ref || pi). At rest
+    The loss pulls by Q(s, a), the mean advantage of the responses that continue with a, and by the
+    gradient of KL(pi_ref || pi). At rest
         pi (Q - E Q) + beta (pi_ref - pi) = 0,  so  pi(a|s) = beta pi_ref(a|s) / (lambda - Q(s, a)),
-    where lambda makes pi sum to 1. States are solved from the last token back. Q depends on the
-    advantages. Those of grpo depend on pi, so they are iterated to a fixed point.
+    where lambda makes pi sum to 1. It is found by bisection. ref may be any multiple of pi_ref.
     """
-    tokens = range(listing.eos + 1)
-    index = {tuple(y): i for i, y in enumerate(listing.responses)}
+    ref = beta * ref / ref.sum(-1, keepdim=True)
+    low = Q.max(-1, keepdim=True).values
+    high = low + beta
+    for _ in range(60):
+        middle = (low + high) / 2
+        too_low = (ref / (middle - Q)).sum(-1, keepdim=True) > 1
+        low = torch.where(too_low, middle, low)
+        high = torch.where(too_low, high, middle)
+    pi = ref / (high - Q)
+    return pi, (pi * Q).sum(-1)
+
+
+def rest_of_tree(listing, advantages, beta):
+    """The same for whole responses, from the last token back: (P, N) -> probabilities"""
+    def levels(table):
+        """A table's responses of one, two and three tokens -> (P, 1), (P, 3, 1), (P, 3, 3, 4)"""
+        one, two, three = table.split([1, 3, 36], dim=1)
+        return one, two[..., None], three.view(-1, 3, 3, 4)
+
+    def with_eos(others, eos):
+        return torch.cat([others, eos], -1)                                    # EOS is token 3
+
+    ref_1, ref_2, ref_3 = levels(listing.ref.exp())
+    Q_1, Q_2, Q_3 = levels(advantages)
+    third, value_3 = at_rest(ref_3, Q_3, beta)
+    ref_2 = with_eos(ref_3.sum(-1), ref_2)
+    second, value_2 = at_rest(ref_2, with_eos(value_3, Q_2), beta)
+    first, _ = at_rest(with_eos(ref_2.sum(-1), ref_1), with_eos(value_2, Q_1), beta)
+    two = first[:, :3, None] * second                                          # (P, 3, 4)
+    three = two[..., :3, None] * third                                         # (P, 3, 3, 4)
+    return torch.cat([first[:, 3:], two[..., 3], three.flatten(1)], dim=1)
+
+
+def grpo_fixed_point(listing, kind, beta=BETA):
+    """Where a policy rests under an advantage; grpo's depends on the policy, so it is iterated."""
     scores = listing.scores.double()
-
-    def mass(row, prefix):
-        return sum(q for y, q in zip(listing.responses, row) if tuple(y[:len(prefix)]) == prefix)
-
-    def solve(ref_row, advantages, prefix=()):
-        """-> E Q in the state after prefix, {response: its probability from there on}"""
-        ref, Q, below = [], [], []
-        for a in tokens:
-            y = prefix + (a,)
-            ref.append(mass(ref_row, y) / mass(ref_row, prefix))
-            if y in index:
-                Q.append(advantages[index[y]])
-                below.append({y: 1.0})
-            else:
-                value, probabilities = solve(ref_row, advantages, y)
-                Q.append(value)
-                below.append(probabilities)
-        low, high = max(Q), max(Q) + beta                                      # hold lambda
-        for _ in range(60):
-            middle = (low + high) / 2
-            if sum(beta * r / (middle - q) for r, q in zip(ref, Q)) > 1:
-                low = middle
-            else:
-                high = middle
-        pi = [beta * r / (high - q) for r, q in zip(ref, Q)]
-        value = sum(x * q for x, q in zip(pi, Q))
-        return value, {y: pi[a] * q for a in tokens for y, q in below[a].items()}
-
-    def solve_all(advantages):
-        table = torch.zeros_like(scores)
-        for row in range(len(listing.prompts)):
-            _, pi = solve(listing.ref[row].exp().tolist(), advantages[row].tolist())
-            for i, y in enumerate(listing.responses):
-                table[row, i] = pi[tuple(y)]
-        return table
-
     if kind == "rloo":
-        return solve_all(scores)
+        return rest_of_tree(listing, scores, beta)
     if kind == "dr_grpo":                                      # (r - r') / 2, up to a constant
-        return solve_all(scores / 2)
+        return rest_of_tree(listing, scores / 2, beta)
     signs = (scores[:, :, None] - scores[:, None]).sign() / math.sqrt(2)       # (r - mean) / std
     p = listing.ref.exp()
     for _ in range(40):
-        pi = solve_all((signs * p[:, None]).sum(2))
+        pi = rest_of_tree(listing, (signs * p[:, None]).sum(2), beta)
         p = (p + pi) / 2
     return pi
 
@@ -3538,8 +3427,7 @@ def test_dr_grpo_doubles_beta_and_grpo_ignores_the_scale_of_the_reward(listing):
     """In groups of two, with the KL in the loss. grpo divides by the standard deviation."""
     doubled = grpo_fixed_point(listing, "rloo", 2 * BETA)
     assert listing.distance(grpo_fixed_point(listing, "dr_grpo"), doubled) < 1e-6
-    louder = Listing()
-    louder.scores = 10 * louder.scores
+    louder = Listing(scale=10)
 
     def shift(kind):
         return listing.distance(grpo_fixed_point(louder, kind), grpo_fixed_point(listing, kind))
@@ -3548,80 +3436,10 @@ def test_dr_grpo_doubles_beta_and_grpo_ignores_the_scale_of_the_reward(listing):
     assert shift("rloo") > 0.1
 
 
-# ---- The ladder of policy_gradient.py
-
-def ladder_rows(listing, policy):
-    """The list as a rollout of policy, with exact values of its shaped rewards -> rows, weights"""
-    old, rewards, weights = listing.rollout(policy)
-    to_go = policy_gradient.reward_to_go(rewards, None, listing.mask)
-    values = listing.state_values(listing.probabilities(policy), to_go.double()).float()
-    rows = {"old_logprobs": old, "rewards": rewards, "values": values, "mask": listing.mask}
-    return rows, weights
-
-
-def take_trpo_step(listing, policy, rows, weights, psi, max_kl):
-    """One trust-region step on the whole list; checks that it keeps within max_kl"""
-    real = listing.mask > 0
-    p = weights[real] / weights.sum()
-    old = policy_gradient.token_distributions(policy, listing.inputs, listing.mask).detach()
-
-    def measure():
-        log_pi = policy_gradient.token_distributions(policy, listing.inputs, listing.mask)
-        kl = ((old.exp() * (old - log_pi)).sum(-1) * p).sum()
-        log_ratio = listing.token_logprobs(policy)[real] - rows["old_logprobs"][real]
-        return (log_ratio.exp() * psi[real] * p).sum(), kl
-
-    taken = policy_gradient.trpo_step(policy.parameters(), measure, lambda: measure()[1], max_kl,
-                                      cg_steps=10, damping=1e-3)
-    assert measure()[1].item() == pytest.approx(taken["kl"], abs=1e-7)
-    assert taken["kl"] <= max_kl
-
-
-def train_by_rung(listing, rung, updates=200, lr=4e-3):
-    """A rung of the ladder on the whole list, with the exact critic -> probabilities"""
-    policy = listing.policy()
-    optimizer = adam(policy)
-    penalty = ppo.ThresholdKL(1.0, 0.002)
-    cfg = dataclasses.replace(policy_gradient.Config(), lam=0.9)
-    epochs = 1 if rung in policy_gradient.PSI else 4
-    for update in range(updates):
-        rows, weights = ladder_rows(listing, policy)
-        if rung == "trpo":
-            psi = policy_gradient.gae(rows["rewards"], rows["values"], listing.mask, 1.0, 0.9)
-            factor = runs.learning_rate(update, updates, 1.0, 5, 0.005)
-            take_trpo_step(listing, policy, rows, weights, psi, 0.02 * factor ** 2)
-            continue
-        schedule(optimizer, update, updates, lr)
-        weighted = rows | {"mask": weights}
-        for _ in range(epochs):
-            logprobs = listing.token_logprobs(policy)
-            loss = policy_gradient.rung_loss(rung, logprobs, weighted, cfg, penalty.coef)
-            take_step(optimizer, loss)
-        logprobs = listing.token_logprobs(policy).detach()
-        kl_old = ppo.kl_estimate(rows["old_logprobs"], logprobs, "k3")
-        penalty.update(masked_mean(kl_old, weights).item())
-    return listing.probabilities(policy)
-
-
-@pytest.mark.parametrize("rung, options", [
-    pytest.param("gae", dict(lr=8e-3), id="gae"),
-    pytest.param("importance", dict(updates=140), id="importance"),
-    pytest.param("trpo", dict(updates=40), id="trpo")])
-def test_the_rungs_end_at_pi_star(listing, rung, options):
-    """
-    gae speaks for the first six rungs, whose gradients are equal with this critic (see below);
-    clip and kl_penalty are tested with PPO above.
-    """
-    p = train_by_rung(listing, rung, **options)
-    assert listing.distance(p, listing.best) < 0.03
-    assert listing.fraction(p) > 0.98
-
-
 # ---- Gradients, each against the exact gradient of J
 
 def flat_gradient(loss, policy):
-    parameters = list(policy.parameters())
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+    gradients = torch.autograd.grad(loss, list(policy.parameters()), retain_graph=True)
     return torch.cat([g.flatten() for g in gradients]).double()
 
 
@@ -3637,22 +3455,54 @@ def is_close(ours, exact, within=1e-4):
     return (ours - exact).norm() < within * exact.norm()
 
 
-@pytest.mark.parametrize("surrogate", ["clip", "kl_penalty"])
-def test_the_first_gradient_is_the_exact_policy_gradient_over_the_mean_length(listing, surrogate):
-    """- grad J / E[length], at lambda 1 without whitening, by any critic of the state alone"""
+EARNED = ["total_return", "reward_to_go", "baseline"]          # rungs that add up earned rewards
+
+
+@pytest.mark.parametrize("critic, lam, unbiased", [
+    ("exact", 0.6, policy_gradient.LADDER),
+    ("wrong", 0.6, EARNED),
+    ("wrong", 1.0, [*EARNED, "gae", "importance", "clip", "kl_penalty", "trpo"])])
+def test_the_expected_gradients_of_the_rungs_are_one_where_theory_says_so(
+        listing, critic, lam, unbiased):
+    """
+    With the exact critic every rung has the gradient - grad J / E[length]. With a wrong critic only
+    those keep it that add up rewards that were earned, as gae and what builds on it do at lambda 1.
+    """
     policy = listing.policy(seed=3)
-    values = small_scalar()(listing.inputs).detach() * listing.mask
-    old, rewards, weights = listing.rollout(policy)
-    mean_length = weights.sum().item() / 2                                     # over two prompts
-    exact = exact_gradient(listing, policy) / mean_length
+    rows = listing.rollout(policy)
+    if critic == "wrong":
+        rows["values"] = small_scalar()(listing.inputs).detach() * listing.mask
+    exact = exact_gradient(listing, policy) / (rows["mask"].sum().item() / 2)
+    logprobs = listing.token_logprobs(policy)
+    cfg = dataclasses.replace(policy_gradient.Config(), lam=lam)
+    for rung in policy_gradient.LADDER:
+        loss = policy_gradient.rung_loss(rung, logprobs, rows, cfg, coef=1.0)
+        gradient = flat_gradient(loss, policy)
+        if rung in unbiased:
+            assert is_close(gradient, -exact), rung
+        else:
+            assert not is_close(gradient, -exact, within=0.05), rung
+    too_early = policy_gradient.policy_gradient_loss(logprobs, rows["values"], rows["mask"])
+    assert flat_gradient(too_early, policy).norm() < 1e-4 * exact.norm()       # V_t, not V_{t+1}
 
-    def gradient(surrogate, lam):
-        advantages, _ = ppo.gae(rewards, values, listing.mask, lam=lam)
-        logprobs = listing.token_logprobs(policy)
-        return flat_gradient(surrogate_loss(surrogate, logprobs, old, advantages, weights), policy)
 
-    assert is_close(gradient(surrogate, lam=1.0), -exact)
-    assert not is_close(gradient("clip", lam=0.5), -exact, within=0.05)        # the test can fail
+def test_what_each_rung_does_to_the_variance_of_one_response(listing):
+    """
+    Exact, with the exact critic. The policy is not the reference, so the KL already paid makes the
+    total return smaller than what is still to come.
+    """
+    policy = listing.policy(seed=3)
+    rows = listing.rollout(policy)
+    p = rows["old_logprobs"].double().sum(1).exp() / 2                         # (P N,)
+    variance = {}
+    for rung, psi_of in policy_gradient.PSI.items():
+        psi = psi_of(rows["rewards"], rows["values"], listing.mask, 1.0, 0.6)
+        losses = (listing.token_logprobs(policy) * psi).sum(1)
+        gradients = torch.stack([flat_gradient(loss, policy) for loss in losses])       # (P N, D)
+        variance[rung] = ((p @ gradients ** 2).sum() - ((p @ gradients) ** 2).sum()).item()
+    assert variance["a2c"] < variance["gae"] < variance["baseline"] < variance["reward_to_go"]
+    assert variance["baseline"] < variance["total_return"]
+    assert variance["a2c"] < variance["plain_value"]
 
 
 def test_the_bias_of_the_token_mean_falls_as_one_over_the_batch_size(listing):
@@ -3662,12 +3512,13 @@ def test_the_bias_of_the_token_mean_falls_as_one_over_the_batch_size(listing):
     independent of row 1, the first term is B E[f_1 / (length_1 + L)].
     """
     policy = listing.policy(seed=3)
-    old, rewards, _ = listing.rollout(policy)
+    rows = listing.rollout(policy)
+    rewards = rows["rewards"]
     advantages, _ = ppo.gae(rewards, torch.zeros_like(rewards), listing.mask, lam=1.0)
     direction = exact_gradient(listing, policy)
     row_losses = (listing.token_logprobs(policy) * advantages).sum(1)
     f = torch.stack([flat_gradient(loss, policy) @ direction for loss in row_losses])   # (P N,)
-    p = old.double().sum(1).exp() / 2
+    p = rows["old_logprobs"].double().sum(1).exp() / 2
     lengths = listing.lengths.flatten().long()
     limit = (p @ f) / (p @ lengths.double())
 
@@ -3680,10 +3531,8 @@ def test_the_bias_of_the_token_mean_falls_as_one_over_the_batch_size(listing):
         shifts = [torch.nn.functional.pad(others * q, (n, 3 - n)) for n, q in enumerate(one)]
         others = sum(shifts)
 
-    mean_of_two = 0.0                            # by plain enumeration, as a check
-    for i, j in itertools.product(range(80), repeat=2):
-        mean_of_two += (p[i] * p[j] * (f[i] + f[j]) / (lengths[i] + lengths[j])).item()
-    assert bias[2] == pytest.approx(mean_of_two - limit.item())
+    pairs = (f[:, None] + f) / (lengths[:, None] + lengths)      # by plain enumeration, as a check
+    assert bias[2] == pytest.approx((p @ pairs @ p - limit).item())
     assert abs(bias[1]) > 0.01 * abs(limit)
     assert 128 * bias[128] == pytest.approx(64 * bias[64], rel=0.02)
     assert abs(bias[128]) < abs(bias[1]) / 50
@@ -3699,15 +3548,13 @@ def test_the_expected_gradient_of_log_pi_is_zero(listing):
 
 def test_performance_difference_lemma(listing):
     """J(pi') - J(pi) = E_{y ~ pi'} sum_t A_pi(s_t, a_t), A by ppo.gae at lambda 0 with exact V"""
-    tables = []
-    for seed in (1, 2):
-        p = listing.probabilities(listing.policy(seed, std=0.4))
-        tables.append(p / p.sum(1, keepdim=True))
-    old, new = tables
+    tables = [listing.probabilities(listing.policy(seed, std=0.4)) for seed in (1, 2)]
+    old, new = [p / p.sum(1, keepdim=True) for p in tables]
     zeros = torch.zeros(80, 4, dtype=torch.float64)
     scores = listing.scores.flatten().double()
     rewards = ppo.shape_rewards(scores, zeros, zeros, listing.mask, beta=0.0)
-    advantages, _ = ppo.gae(rewards, listing.state_values(old), listing.mask, lam=0.0)
+    values = listing.state_values(old, scores[:, None].expand_as(zeros))
+    advantages, _ = ppo.gae(rewards, values, listing.mask, lam=0.0)
     gains = advantages.sum(1)                                                  # (P N,)
     difference = ((new - old) * listing.scores).sum().item()
     assert abs(difference) > 0.1
@@ -3746,16 +3593,13 @@ def test_values_and_gradients_of_the_kl_estimates_k1_k2_and_k3(longest):
     p = logprobs.detach().double().sum(1, keepdim=True).exp()                  # (P N, 1)
     d = (logprobs - listing.ref_logprobs).detach().double() * listing.mask
     true_kl = (p * d).sum().item()
-    estimates, gradients = {}, {}
-    for kind in ("k1", "k2", "k3"):
-        mean = (p * ppo.kl_estimate(logprobs, listing.ref_logprobs, kind)).sum()
-        estimates[kind] = mean.item()
-        gradients[kind] = flat_gradient(mean, policy)
+    means = {kind: (p * ppo.kl_estimate(logprobs, listing.ref_logprobs, kind)).sum()
+             for kind in ("k1", "k2", "k3")}
     assert true_kl > 0.1
-    assert estimates["k1"] == pytest.approx(true_kl, rel=1e-4)
-    assert estimates["k3"] == pytest.approx(true_kl, rel=1e-4)
-    assert estimates["k2"] == pytest.approx((p * d ** 2).sum().item() / 2, rel=1e-4)
-    assert estimates["k2"] != pytest.approx(true_kl, rel=0.02)
+    assert means["k1"].item() == pytest.approx(true_kl, rel=1e-4)
+    assert means["k3"].item() == pytest.approx(true_kl, rel=1e-4)
+    assert means["k2"].item() == pytest.approx((p * d ** 2).sum().item() / 2, rel=1e-4)
+    assert means["k2"].item() != pytest.approx(true_kl, rel=0.02)
 
     # The KLs of the token distributions, each state weighted by how often pi visits it
     log_pi = policy(listing.inputs).log_softmax(-1)                            # (P N, T, V)
@@ -3765,9 +3609,9 @@ def test_values_and_gradients_of_the_kl_estimates_k1_k2_and_k3(longest):
     ref_to_pi = (log_ref.exp() * (log_ref - log_pi)).sum(-1)
     forward = flat_gradient((visits * pi_to_ref).sum(), policy)
     backward = flat_gradient((visits * ref_to_pi).sum(), policy)
-    assert gradients["k1"].norm() < 1e-4 * forward.norm()
-    assert is_close(gradients["k2"], forward, within=1e-3)
-    assert is_close(gradients["k3"], backward, within=1e-3)
+    assert flat_gradient(means["k1"], policy).norm() < 1e-4 * forward.norm()
+    assert is_close(flat_gradient(means["k2"], policy), forward, within=1e-3)
+    assert is_close(flat_gradient(means["k3"], policy), backward, within=1e-3)
     assert not is_close(backward, forward, within=0.1)                         # they do differ
 
     # The gradient of the KL of whole responses also counts how pi changes the visits themselves
@@ -3791,65 +3635,16 @@ def test_group_advantages_have_the_exact_gradient_a_share_of_it_or_tilt_it(listi
     old = logprobs.detach()
     p = old.sum(1).exp().view(2, -1)
     kl_ref = ppo.kl_estimate(old, listing.ref_logprobs).sum(1).view(2, -1)
-    rewards = listing.scores - BETA * kl_ref
     weights = listing.mask * p.view(-1, 1) / 2
     gradients = {}
     for kind in ("grpo", "dr_grpo", "rloo", "reinforce"):
-        advantages = expected_advantages(rewards, p, kind).flatten()
+        advantages = expected_advantages(listing.scores - BETA * kl_ref, p, kind).flatten()
         loss, _ = grpo.grpo_loss(logprobs, old, advantages, weights)
         gradients[kind] = flat_gradient(loss, policy)
     assert is_close(gradients["rloo"], -exact)
     assert is_close(gradients["reinforce"], -exact)
     assert is_close(gradients["dr_grpo"], -0.5 * exact)
     assert 0.5 < torch.cosine_similarity(gradients["grpo"], -exact, dim=0) < 0.995
-
-
-@pytest.mark.parametrize("critic", ["exact", "wrong"])
-def test_the_expected_gradients_of_the_rungs_are_one_where_theory_says_so(listing, critic):
-    """
-    With the exact critic every rung has the gradient - grad J / E[length]. With a wrong critic only
-    total_return, reward_to_go and baseline keep it, because they add up rewards that were earned.
-    """
-    policy = listing.policy(seed=3)
-    rows, weights = ladder_rows(listing, policy)
-    if critic == "wrong":
-        rows["values"] = small_scalar()(listing.inputs).detach() * listing.mask
-    exact = exact_gradient(listing, policy) / (weights.sum().item() / 2)
-    logprobs = listing.token_logprobs(policy)
-    cfg = dataclasses.replace(policy_gradient.Config(), lam=0.6)
-    for rung in policy_gradient.LADDER:
-        if rung in policy_gradient.PSI:
-            psi_of = policy_gradient.PSI[rung]
-            psi = psi_of(rows["rewards"], rows["values"], listing.mask, 1.0, 0.6)
-            loss = policy_gradient.policy_gradient_loss(logprobs, psi, weights)
-        else:
-            loss = policy_gradient.rung_loss(rung, logprobs, rows | {"mask": weights}, cfg, 1.0)
-        gradient = flat_gradient(loss, policy)
-        if critic == "exact" or rung in ("total_return", "reward_to_go", "baseline"):
-            assert is_close(gradient, -exact), rung
-        else:
-            assert not is_close(gradient, -exact, within=0.05), rung
-    too_early = policy_gradient.policy_gradient_loss(logprobs, rows["values"], weights)
-    assert flat_gradient(too_early, policy).norm() < 1e-4 * exact.norm()       # V_t, not V_{t+1}
-
-
-def test_what_each_rung_does_to_the_variance_of_one_response(listing):
-    """
-    Exact, with the exact critic. The policy is not the reference, so the KL already paid makes the
-    total return smaller than what is still to come.
-    """
-    policy = listing.policy(seed=3)
-    rows, _ = ladder_rows(listing, policy)
-    p = rows["old_logprobs"].double().sum(1).exp() / 2                         # (P N,)
-    variance = {}
-    for rung, psi_of in policy_gradient.PSI.items():
-        psi = psi_of(rows["rewards"], rows["values"], listing.mask, 1.0, 0.6)
-        losses = (listing.token_logprobs(policy) * psi).sum(1)
-        gradients = torch.stack([flat_gradient(loss, policy) for loss in losses])       # (P N, D)
-        variance[rung] = ((p @ gradients ** 2).sum() - ((p @ gradients) ** 2).sum()).item()
-    assert variance["a2c"] < variance["gae"] < variance["baseline"] < variance["reward_to_go"]
-    assert variance["baseline"] < variance["total_return"]
-    assert variance["a2c"] < variance["plain_value"]
 
 
 def test_the_fisher_product_is_the_mean_outer_product_of_the_gradients_of_log_pi():
@@ -3862,10 +3657,10 @@ def test_the_fisher_product_is_the_mean_outer_product_of_the_gradients_of_log_pi
         product = policy_gradient.fisher_product(kl, parameters, damping=0.3)
     v = torch.randn(sum(p.numel() for p in parameters), generator=seeded())
     wanted = 0.3 * v
-    for n, a in itertools.product(range(len(log_pi)), range(log_pi.shape[1])):
-        gradients = torch.autograd.grad(log_pi[n, a], parameters, retain_graph=True)
+    for log_p in log_pi.flatten():
+        gradients = torch.autograd.grad(log_p, parameters, retain_graph=True)
         g = torch.cat([x.flatten() for x in gradients])
-        wanted = wanted + log_pi[n, a].exp().item() * (g @ v) * g / len(log_pi)
+        wanted = wanted + log_p.exp().item() * (g @ v) * g / len(log_pi)
     torch.testing.assert_close(product(v), wanted, atol=1e-4 * wanted.norm().item(), rtol=0)
 
 
@@ -3876,7 +3671,7 @@ def test_a_trpo_step_gains_within_its_bound_and_is_not_taken_where_nothing_is_ga
     psi = torch.randn(mask.shape, generator=seeded())
     old = token_logprobs(gpt, inputs, targets, mask).detach()
     old_log_pi = policy_gradient.token_distributions(gpt, inputs, mask).detach()
-    start = [p.detach().clone() for p in gpt.parameters()]
+    start = copy.deepcopy(gpt.state_dict())
 
     def measure():
         logprobs = token_logprobs(gpt, inputs, targets, mask)
@@ -3898,8 +3693,7 @@ def test_a_trpo_step_gains_within_its_bound_and_is_not_taken_where_nothing_is_ga
         assert kl > 2e-5
         assert taken["halvings"] == (kl < 5e-5)
 
-    for p, value in zip(gpt.parameters(), start):
-        p.data.copy_(value)
+    gpt.load_state_dict(start)
     calls = []
 
     def measure_worse():                         # after the first call, everything looks worse
@@ -3910,7 +3704,7 @@ def test_a_trpo_step_gains_within_its_bound_and_is_not_taken_where_nothing_is_ga
     taken = policy_gradient.trpo_step(gpt.parameters(), measure_worse, fisher_kl, max_kl)
     assert taken.pop("grad_norm") > 0
     assert taken == {"kl": 0.0, "gain": 0.0, "halvings": 10}
-    assert all(torch.equal(p, value) for p, value in zip(gpt.parameters(), start))
+    assert_same_bits(dict(gpt.state_dict()), dict(start))
 
 
 # ---- A decision process without language: two states, two actions, discount 0.9
@@ -3933,18 +3727,6 @@ def exact_values(policy):
     return V, REWARD + GAMMA * NEXT_STATE @ V
 
 
-def optimal_values():
-    V = torch.zeros(2, dtype=torch.float64)
-    for _ in range(1000):
-        V = (REWARD + GAMMA * NEXT_STATE @ V).max(1).values
-    return V
-
-
-def discounted_visits(policy):
-    """sum_t gamma^t P(s_t = s) -> (S,)"""
-    return torch.linalg.solve(bellman_matrix(policy).T, START)
-
-
 def greedy(Q):
     return torch.nn.functional.one_hot(Q.argmax(1), 2).double()
 
@@ -3956,18 +3738,19 @@ def test_ppo_drives_a_two_state_decision_process_to_its_optimal_policy():
     optimizer = torch.optim.Adam([logits, values], lr=0.1)
     B, T = 32, 80                                # 0.9^80 is 2e-4: the cut end hardly counts
     mask = torch.ones(B, T)
+
+    def draw(p):
+        return torch.multinomial(p, 1, generator=generator).squeeze(1)
+
     for update in range(80):
         states = torch.zeros(B, T, dtype=torch.long)
         actions = torch.zeros(B, T, dtype=torch.long)
         with torch.no_grad():
-            state = torch.randint(2, (B,), generator=generator)
+            states[:, 0] = torch.randint(2, (B,), generator=generator)
             for t in range(T):
-                p = logits[state].softmax(-1)
-                action = torch.multinomial(p, 1, generator=generator).squeeze(1)
-                states[:, t] = state
-                actions[:, t] = action
-                p = NEXT_STATE[state, action]
-                state = torch.multinomial(p, 1, generator=generator).squeeze(1)
+                actions[:, t] = draw(logits[states[:, t]].softmax(-1))
+                if t + 1 < T:
+                    states[:, t + 1] = draw(NEXT_STATE[states[:, t], actions[:, t]])
             rewards = REWARD[states, actions].float()
             old_logprobs = logits.log_softmax(-1)[states, actions]
             old_values = values[states]
@@ -3979,7 +3762,9 @@ def test_ppo_drives_a_two_state_decision_process_to_its_optimal_policy():
             critic_loss, _ = ppo.value_loss(values[states], old_values, returns, mask, clip_eps=0)
             take_step(optimizer, loss + critic_loss)
     policy = logits.detach().double().softmax(1)
-    best = optimal_values()
+    best = torch.zeros(2, dtype=torch.float64)   # V*, by value iteration
+    for _ in range(1000):
+        best = (REWARD + GAMMA * NEXT_STATE @ best).max(1).values
     assert exact_values(greedy(REWARD))[0][0] < 0.75 * best[0]                 # gamma matters
     assert (exact_values(policy)[0] > 0.98 * best).all()
     assert policy.argmax(1).tolist() == (REWARD + GAMMA * NEXT_STATE @ best).argmax(1).tolist()
@@ -4013,7 +3798,7 @@ def test_bellman_identities_of_gae_and_of_the_critics_targets():
 def test_conservative_policy_iteration_bound():
     """
     eta(mixture) >= L(mixture) - 2 eps gamma alpha^2 / (1 - gamma)^2    (Kakade and Langford 2002,
-    as in TRPO), and the performance difference lemma for the same mixtures
+    as in TRPO)
     """
     overestimates = []                           # by the surrogate L without the bound's last term
     for seed in range(20):
@@ -4021,19 +3806,17 @@ def test_conservative_policy_iteration_bound():
         old, towards = draws.softmax(-1)
         V, Q = exact_values(old)
         A = Q - V[:, None]
+        visits = torch.linalg.solve(bellman_matrix(old).T, START)              # sum gamma^t P(s_t)
         if seed % 2:
             towards = greedy(Q)
         eps = (towards * A).sum(1).abs().max()                                 # max_s |E_a A|
         for alpha in (0.0, 0.05, 0.2, 0.5, 1.0):
             mixture = (1 - alpha) * old + alpha * towards
-            gains = (mixture * A).sum(1)                                       # (S,)
-            surrogate = START @ V + discounted_visits(old) @ gains
+            surrogate = START @ V + visits @ (mixture * A).sum(1)
             bound = surrogate - 2 * eps * GAMMA * alpha ** 2 / (1 - GAMMA) ** 2
             reached = START @ exact_values(mixture)[0]
             assert reached >= bound - 1e-9
             overestimates.append((surrogate - reached).item())
-            lemma = discounted_visits(mixture) @ gains
-            assert (reached - START @ V).item() == pytest.approx(lemma.item(), abs=1e-9)
     assert max(overestimates) > 1e-3             # so the surrogate alone is not a bound
 
 
@@ -4041,14 +3824,7 @@ def test_conservative_policy_iteration_bound():
 # The scripts, end to end at --config tiny
 
 FEW = dict(n_eval=4, n_samples=4)                # prompts and responses of the final comparison
-
-
-def tiny_models(out):
-    """The SFT policy of the run tiny, its tokenizer and its reward model"""
-    reference, tokenizer = sft.load_policy(out / "tiny" / "sft", "cpu")
-    scorer = reward_model.load_reward_model(out / "tiny" / "reward_model", reference, tokenizer,
-                                            "cpu")
-    return reference, tokenizer, scorer
+SMALL_EVALUATION = dict(n_eval=2, n_reference=8, n_samples=4)
 
 
 def stage_log(out, run, script):
@@ -4065,6 +3841,72 @@ def option_id(value):
 def option_folder(changes):
     """dict(lam=0.9, beta=1) -> lam-0.9_beta-1"""
     return "_".join(f"{name}-{value}" for name, value in changes.items())
+
+
+class Tiny:
+    """The run tiny in the folder out, and runs of single scripts on its stages"""
+
+    def __init__(self, out):
+        self.out = out
+
+    def run(self, script, name, **changes):
+        """Run a script with some settings -> its log, its results"""
+        few = {} if script is reward_model else FEW
+        results = script.main(tiny_config(script, out=name, base="tiny", **(few | changes)))
+        return self.log(name, script), results
+
+    def evaluate(self, runs, **changes):
+        small = SMALL_EVALUATION | changes
+        return evaluate.main(tiny_config(evaluate, out="tiny", runs=runs, **small))
+
+    def log(self, name, script):
+        return stage_log(self.out, name, script)
+
+    def checkpoint(self, name, script):
+        return files.load_checkpoint(self.out / name / script.__name__)
+
+    def policy(self, script):
+        return sft.load_policy(self.out / "tiny" / script.__name__, "cpu")[0]
+
+    def models(self):
+        """The SFT policy, its tokenizer and the reward model"""
+        policy, tokenizer = sft.load_policy(self.out / "tiny" / "sft", "cpu")
+        scorer = reward_model.load_reward_model(self.out / "tiny" / "reward_model", policy,
+                                                tokenizer, "cpu")
+        return policy, tokenizer, scorer
+
+
+@pytest.fixture
+def tiny(finished_run, no_pictures):
+    return Tiny(finished_run)
+
+
+def record(monkeypatch, owner, name):
+    """Keep the calls of a function from now on -> list of objects with args, kwargs and result"""
+    calls = []
+    original = getattr(owner, name)
+
+    def recorded(*args, **kwargs):
+        result = original(*args, **kwargs)
+        calls.append(types.SimpleNamespace(args=args, kwargs=kwargs, result=result))
+        return result
+    monkeypatch.setattr(owner, name, recorded)
+    return calls
+
+
+def sampled_batch(policy, tokenizer, prompts, seed=0, temperature=1.0, longest=24):
+    """What a policy samples -> (inputs, targets, mask, finished), responses as token lists"""
+    tokens, mask = generate(policy, prompts, longest, tokenizer.eot_token, temperature,
+                            seeded(seed))
+    inputs, targets = data.shift(tokens)
+    finished = data.met_eos(targets, mask, tokenizer.eot_token)
+    return (inputs, targets, mask, finished), data.responses_of(tokens, mask)
+
+
+def places(rows, whole):
+    """Where the rows of a shuffled minibatch are in the whole batch"""
+    return [next(b for b, row_of_whole in enumerate(whole) if torch.equal(row_of_whole, row))
+            for row in rows]
 
 
 # ---- sft.py, reward_model.py and ppo.py
@@ -4092,11 +3934,11 @@ def test_sft_learns(whole_run):
     assert 14 < results["entropy"] < 18
 
 
-def test_the_reward_model_agrees_with_annotators_and_is_normalised(whole_run, finished_run):
+def test_the_reward_model_agrees_with_annotators_and_is_normalised(whole_run, tiny):
     folder = whole_run[0] / "reward_model"
     results = files.read_json(folder / "results.json")
     assert 0.6 < results["accuracy"] < results["bayes_accuracy"] < 1
-    _, _, scorer = tiny_models(finished_run)
+    _, _, scorer = tiny.models()
     held_out = files.read_json(folder / "comparisons.json")[1]
     scores = reward_model.score_all(scorer, held_out, "cpu")
     assert scores.mean().item() == pytest.approx(0, abs=1e-4)
@@ -4121,6 +3963,20 @@ def test_comparisons_hold_the_ids_that_were_sampled_best_first(whole_run):
     assert not any(corpus.held_out(c["prompt"].encode()) for c in comparisons)
 
 
+@pytest.mark.parametrize("changes", [
+    dict(loss="fidelity"),
+    dict(token_wise=True),
+    dict(n_responses=2, margin=0.5),
+    dict(batch_size=1, epochs=2)], ids=option_id)
+def test_every_option_of_the_reward_model_runs(changes, tiny):
+    name = "rm_" + option_id(changes)
+    _, results = tiny.run(reward_model, name, n_prompts=40, **changes)
+    assert 0.4 < results["accuracy"] < results["bayes_accuracy"]
+    pairs = 40 if "n_responses" in changes else 240
+    report = (tiny.out / name / "reward_model" / "report.txt").read_text()
+    assert f"on {pairs} held-out comparisons" in report
+
+
 def test_ppo_raises_the_score_and_starts_where_it_should(whole_run):
     folder, results = whole_run
     log = log_of(folder / "ppo")
@@ -4131,200 +3987,166 @@ def test_ppo_raises_the_score_and_starts_where_it_should(whole_run):
     assert log[1]["beta"] == pytest.approx(log[0]["beta"] * (1 - 0.2 * 32 / 640))
 
 
-def test_the_reported_comparison_can_be_made_again_from_the_checkpoints(finished_run):
+def test_the_reported_comparison_can_be_made_again_from_the_checkpoints(tiny):
     """So the reference did not move in any of these runs."""
-    reference, tokenizer, scorer = tiny_models(finished_run)
+    reference, tokenizer, scorer = tiny.models()
     for script, name in ((ppo, "PPO"), (dpo, "DPO"), (grpo, "GRPO")):
-        folder = finished_run / "tiny" / script.__name__
         cfg = tiny_config(script)
-        policies = {"SFT": reference, name: sft.load_policy(folder, "cpu")[0]}
+        policies = {"SFT": reference, name: tiny.policy(script)}
         prompts = held_out_prompts(tokenizer, cfg.n_eval, 1337)
         _, again = compare.compare(policies, reward_of(scorer, cfg), tokenizer, prompts, cfg)
-        assert again == files.read_json(folder / "results.json")
+        assert again == files.read_json(tiny.out / "tiny" / script.__name__ / "results.json")
 
 
-def test_an_update_wires_rollout_rewards_advantages_and_losses_together(finished_run, monkeypatch):
+def test_an_update_wires_rollout_rewards_advantages_and_losses_together(tiny, monkeypatch):
     """One run of two updates, every call of the maths recorded and compared with the definitions"""
-    calls = {}
-    critic_values = []
-
-    def record(owner, name):
-        original = getattr(owner, name)
-
-        def recorded(*args, **kwargs):
-            if name == "gae":                            # before the critic moves on
-                inputs = calls["roll_out"][-1][1][0]
-                critic = calls["ScalarGPT"][0][1]
-                mask = args[2]
-                critic_values.append((critic(inputs) * mask).detach())
-            result = original(*args, **kwargs)
-            calls.setdefault(name, []).append((args, result))
-            return result
-        monkeypatch.setattr(owner, name, recorded)
-
-    for name in ("ScalarGPT", "roll_out", "gae", "policy_loss", "value_loss", "shape_rewards"):
-        record(ppo, name)
-    record(reward_py.Reward, "__call__")
-    ppo.main(tiny_config(ppo, out="wired", base="tiny", steps=2, batch_size=16, minibatch_size=16,
-                         n_eval=8, lam=0.9, gamma=0.98, beta=0.3, kl_control="fixed"))
-    reference, _, _ = tiny_models(finished_run)
+    calls = {name: record(monkeypatch, ppo, name)
+             for name in ("roll_out", "shape_rewards", "gae", "policy_loss", "value_loss")}
+    scored = record(monkeypatch, reward_py.Reward, "__call__")
+    tiny.run(ppo, "wired", steps=2, batch_size=16, minibatch_size=16, lam=0.9, gamma=0.98,
+                beta=0.3, kl_control="fixed")
+    reference, _, _ = tiny.models()
     for update in range(2):
-        inputs, targets, mask, finished = calls["roll_out"][update][1]
-        scores = calls["__call__"][update][1]
-        args, rewards = calls["shape_rewards"][update]
-        shaped_scores, old_logprobs, ref_logprobs, rewards_mask, beta = args
-        assert torch.equal(shaped_scores, scores) and torch.equal(rewards_mask, mask)
-        assert beta == 0.3
+        call = {name: made[update] for name, made in calls.items()}
+        inputs, targets, mask, _ = call["roll_out"].result
+        scores, old_logprobs, ref_logprobs, rewards_mask, beta = call["shape_rewards"].args
+        assert torch.equal(scores, scored[update].result) and torch.equal(rewards_mask, mask)
         expected = token_logprobs(reference, inputs, targets, mask).detach()
         torch.testing.assert_close(ref_logprobs, expected)
-        (gae_rewards, values, _, gamma, lam), (advantages, returns) = calls["gae"][update]
-        assert torch.equal(gae_rewards, rewards) and (gamma, lam) == (0.98, 0.9)
-        assert torch.equal(values, critic_values[update]) and values.any() == (update > 0)
-        args, _ = calls["policy_loss"][update]
-        logprobs, loss_old, whitened, loss_mask, clip_eps = args
-        rows = [next(b for b in range(16) if torch.equal(old_logprobs[b], row))
-                for row in loss_old]                                           # shuffled
+        rewards, values, _, gamma, lam = call["gae"].args
+        advantages, returns = call["gae"].result
+        assert torch.equal(rewards, call["shape_rewards"].result)
+        assert (beta, gamma, lam) == (0.3, 0.98, 0.9)
+        assert values.any() == (update > 0)
+
+        logprobs, loss_old, whitened, loss_mask, clip_eps = call["policy_loss"].args
+        rows = places(loss_old, old_logprobs)
+        assert rows != sorted(rows)
         torch.testing.assert_close(whitened, ppo.whiten(advantages, mask)[rows])
         torch.testing.assert_close(logprobs.detach(), loss_old, atol=1e-5, rtol=0)
-        assert torch.equal(loss_mask, mask[rows]) and clip_eps == 0.2
-        (new_values, old_values, critic_returns, _, eps), _ = calls["value_loss"][update]
+        assert torch.equal(loss_mask, mask[rows])
+        new_values, old_values, critic_returns, _, value_clip_eps = call["value_loss"].args
         torch.testing.assert_close(critic_returns, returns[rows])
-        assert torch.equal(old_values, values[rows]) and new_values.requires_grad and eps == 0.2
-    critic = files.load_checkpoint(finished_run / "wired" / "ppo")["critic"]
-    assert critic["head.weight"].abs().max() > 0
+        assert torch.equal(old_values, values[rows]) and new_values.requires_grad
+        torch.testing.assert_close(new_values.detach() * mask[rows], old_values)   # of the critic
+        assert clip_eps == value_clip_eps == 0.2
 
 
-@pytest.mark.parametrize("script, changes, message", [
-    (reward_model, dict(base="tiny", max_new_tokens=70),
-     "--max_new_tokens 70 exceed the model's block_size 72; lower --max_new_tokens to 5"),
-    (ppo, dict(base="tiny", max_new_tokens=70),
-     "--max_new_tokens 70 exceed the model's block_size 72; lower --max_new_tokens to 5"),
-    (sft, dict(block_size=60, max_new_tokens=60),
-     "--max_new_tokens 60 exceed the model's block_size 60; lower --max_new_tokens to"),
-    (sft, dict(block_size=40, max_new_tokens=1), "exceed --block_size 40; raise it")])
-def test_no_room_for_a_response_ends_at_once_with_both_numbers(script, changes, message,
-                                                               finished_run):
-    with pytest.raises(Stopped, match=message):
-        script.main(tiny_config(script, out="too_long", **changes))
-
-
-def test_one_bad_stage_among_many_is_left_out_by_name(finished_run, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    for stage in ("sft", "reward_model", "ppo"):
-        shutil.copytree(finished_run / "tiny" / stage, out / "tiny" / stage)
-    for run in ("damaged", "foreign", "older", "unfinished"):
-        shutil.copytree(finished_run / "tiny" / "ppo", out / run / "ppo")
-    monkeypatch.chdir(tmp_path)
-    damaged = out / "damaged" / "ppo" / "checkpoint.pt"
-    damaged.write_bytes(damaged.read_bytes()[:5000])
-    torch.save({"weights": torch.zeros(3)}, out / "foreign" / "ppo" / "checkpoint.pt")
-    older = out / "older" / "ppo" / "config.json"
-    config = files.read_json(older)
-    for name in ("score_clip", "ptx_coef", "ema", "text_prompt", "whiten_rewards"):
-        del config[name]
-    files.write(older, json.dumps(config))
-    (out / "unfinished" / "ppo" / "report.txt").unlink()
-    small = dict(out="among_bad", base="tiny", n_eval=2, n_reference=4, n_samples=2)
-    found = evaluate.main(tiny_config(evaluate, **small))
-    said = capsys.readouterr().out
-    assert set(found) == {"SFT", "tiny/ppo", "older/ppo"}
-    assert "leaving out damaged/ppo: error: cannot read out/damaged/ppo/checkpoint.pt as a" in said
-    assert "leaving out foreign/ppo: error: " in said
-    assert "leaving out unfinished/ppo: it is not finished" in said
-    with pytest.raises(Stopped, match="cannot read out/damaged/ppo/checkpoint.pt"):   # asked for
-        evaluate.main(tiny_config(evaluate, runs="tiny, damaged/ppo", **small))
-
-
-def test_a_damaged_stage_does_not_keep_others_from_being_sampled(finished_run, capsys):
-    for stage in ("sft", "ppo", "dpo"):
-        shutil.copytree(finished_run / "tiny" / stage, finished_run / "half_damaged" / stage)
-    (finished_run / "half_damaged" / "dpo" / "config.json").write_text("{")
-    sample.main(tiny_config(sample, out="half_damaged", stage="ppo", n=1))
-    assert "    ppo " in capsys.readouterr().out
-    shutil.rmtree(finished_run / "half_damaged")
-
-
-def test_one_sample_has_no_standard_deviation(finished_run, capsys, no_pictures):
-    cfg = tiny_config(ppo, out="single", base="tiny", steps=1, n_eval=1, n_samples=1)
-    results = ppo.main(cfg)
-    assert "standard deviations" not in capsys.readouterr().out and "gold_gain" not in results
-    written = (finished_run / "single" / "ppo" / "results.json").read_text()
-    json.loads(written, parse_constant=pytest.fail)      # which is called for NaN and Infinity
-
-
-def test_without_a_bonus_the_update_builds_no_graph_for_the_entropy(finished_run, monkeypatch,
-                                                                    no_pictures):
-    wanted = []                                  # whether each call with a graph asks for entropy
-    original = ppo.token_logprobs
-
-    def recorded(*args, return_entropy=False, **kwargs):
-        if torch.is_grad_enabled():
-            wanted.append(return_entropy)
-        return original(*args, return_entropy=return_entropy, **kwargs)
-    monkeypatch.setattr(ppo, "token_logprobs", recorded)
-    for coef in (0.0, 0.1):
-        ppo.main(tiny_config(ppo, out=f"bonus_{coef}", base="tiny", steps=1, n_eval=2, n_samples=2,
-                             entropy_coef=coef))
-    assert wanted == [False, False, True, True]
-    assert stage_log(finished_run, "bonus_0.0", ppo)[0]["entropy"] > 0
+OPTIONS = [                              # and the metric of the update in which they first show
+    (ppo, dict(surrogate="kl_penalty"), 1, "policy_loss"),
+    (ppo, dict(kl_control="fixed"), 1, "beta"),
+    (ppo, dict(whiten_rewards=True), 0, "value_loss"),
+    (ppo, dict(score_clip=0.5), 0, "score"),
+    (ppo, dict(entropy_coef=1.0), 0, "grad_norm"),
+    (ppo, dict(critic_init="sft"), 1, "value_loss"),
+    (ppo, dict(critic_target="td"), 0, "value_loss"),
+    (ppo, dict(critic_target="score"), 1, "value_loss"),
+    (ppo, dict(critic_target="mc", lam=0.9), 1, "explained_variance"),
+    (ppo, dict(lam=0.9), 0, "value_loss"),
+    (ppo, dict(gamma=0.9), 0, "value_loss"),
+    (ppo, dict(value_clip_eps=0.001), 0, "value_clip_fraction"),
+    (ppo, dict(epochs=2), 0, "kl_old"),
+    (ppo, dict(temperature=0.7), 0, "entropy"),
+    (ppo, dict(missing_eos_score=None), 0, "score"),
+    (ppo, dict(beta=1.0), 1, "value_loss"),
+    (ppo, dict(clip_eps=0.01), 0, "clip_fraction"),
+    (ppo, dict(grad_clip=0.01), 1, "score"),
+    (ppo, dict(critic_lr=1e-2), 1, "value_loss"),
+    (ppo, dict(batch_size=1, minibatch_size=1), 0, "score"),
+    (ppo, dict(batch_size=6, minibatch_size=3, max_new_tokens=1), 0, "score"),
+    (grpo, dict(advantage="dr_grpo"), 0, "grad_norm"),
+    (grpo, dict(advantage="rloo"), 0, "grad_norm"),
+    (grpo, dict(advantage="reinforce"), 0, "grad_norm"),
+    (grpo, dict(kl_in="loss"), 1, "group_std"),
+    (grpo, dict(normalise="sequence"), 0, "grad_norm"),
+    (grpo, dict(normalise="fixed"), 0, "grad_norm"),
+    (grpo, dict(clip_eps=0.01), 0, "clip_fraction"),
+    (grpo, dict(clip_eps=0.01, clip_eps_high=0.5), 0, "clip_fraction"),
+    (grpo, dict(group_size=2), 0, "group_std"),
+    (grpo, dict(beta=2.0), 1, "group_std"),
+    (grpo, dict(epochs=2), 0, "kl_old"),
+    (grpo, dict(temperature=0.7), 0, "entropy"),
+    (grpo, dict(missing_eos_score=None), 0, "score"),
+    (grpo, dict(score_clip=0.5), 0, "score"),
+    (grpo, dict(grad_clip=0.01), 1, "score"),
+    (grpo, dict(batch_size=1, minibatch_size=1, group_size=1, advantage="reinforce"), 0, "score"),
+    (grpo, dict(batch_size=6, minibatch_size=2, group_size=3, max_new_tokens=1), 0, "score"),
+    (dpo, dict(loss="robust", label_smoothing=0.1), 1, "loss"),
+    (dpo, dict(label_smoothing=0.1), 1, "loss"),
+    (dpo, dict(loss="ipo"), 0, "loss"),
+    (dpo, dict(loss="hinge"), 0, "loss"),
+    (dpo, dict(loss="fidelity"), 0, "loss"),
+    (dpo, dict(length_normalise=True), 0, "chosen_logprobs"),
+    (dpo, dict(length_normalise=True, mask_shared_prefix=True), 0, "chosen_logprobs"),
+    (dpo, dict(reference_free=True), 0, "loss"),
+    (dpo, dict(margin=0.5), 0, "loss"),
+    (dpo, dict(nll_coef=1.0), 0, "grad_norm"),
+    (dpo, dict(beta=1.0), 0, "grad_norm"),
+    (dpo, dict(grad_clip=0.01), 1, "margin"),
+    (dpo, dict(labels="soft"), 0, "chosen_logprobs"),
+    (dpo, dict(labels="reward_model"), 0, "chosen_logprobs"),
+    (dpo, dict(batch_size=1, n_pairs=3), 0, "chosen_logprobs"),
+    (dpo, dict(length_normalise=True, reference_free=True, margin=0.5, beta=2.0), 0, "loss")]
+SHORT = {ppo: dict(steps=2), grpo: dict(steps=2), dpo: dict(n_pairs=48)}
 
 
 @pytest.fixture(scope="module")
-def two_updates(whole_run):
-    """Logs of two updates by default settings, {script: log}, to compare options with"""
+def default_logs(whole_run):
+    """Logs of short runs with the default settings, {script: log}, to compare options with"""
     out = whole_run[0].parent
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(out.parent)
-        ppo.main(tiny_config(ppo, out="default", base="tiny", steps=2, n_eval=8))
-        grpo.main(tiny_config(grpo, out="default", base="tiny", steps=2, **FEW))
-    return {script: stage_log(out, "default", script) for script in (ppo, grpo)}
+        for script, short in SHORT.items():
+            script.main(tiny_config(script, out="default", base="tiny", **short, **FEW))
+    return {script: stage_log(out, "default", script) for script in SHORT}
 
 
-def check_option_acts(script, changes, update, metric, out, default_log, **small):
-    """Two updates with some options differ from two by default in a metric of an update."""
-    name = f"{script.__name__}_" + option_folder(changes)
-    results = script.main(tiny_config(script, out=name, base="tiny", steps=2, **small, **changes))
+@pytest.mark.parametrize("script, changes, update, metric", OPTIONS, ids=option_id)
+def test_every_option_acts_on_the_quantity_it_names(
+        script, changes, update, metric, tiny, default_logs):
+    log, results = tiny.run(script, option_folder(changes), **(SHORT[script] | changes))
     assert math.isfinite(results["score"]) and math.isfinite(results["kl_ref"])
-    log = stage_log(out, name, script)
     assert log[0]["kl_ref"] == 0
-    assert log[update][metric] != pytest.approx(default_log[update][metric], rel=1e-4)
+    default = default_logs[script][update][metric]
+    assert log[update][metric] != pytest.approx(default, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("changes, update, metric", [
-    (dict(surrogate="kl_penalty"), 1, "policy_loss"),
-    (dict(kl_control="fixed"), 1, "beta"),
-    (dict(whiten_rewards=True), 0, "value_loss"),
-    (dict(score_clip=0.5), 0, "score"),
-    (dict(entropy_coef=1.0), 0, "grad_norm"),
-    (dict(critic_init="sft"), 1, "value_loss"),
-    (dict(critic_target="td"), 0, "value_loss"),
-    (dict(critic_target="score"), 1, "value_loss"),
-    (dict(critic_target="mc", lam=0.9), 1, "explained_variance"),
-    (dict(lam=0.9), 0, "value_loss"),
-    (dict(gamma=0.9), 0, "value_loss"),
-    (dict(value_clip_eps=0.001), 0, "value_clip_fraction"),
-    (dict(epochs=2), 0, "kl_old"),
-    (dict(temperature=0.7), 0, "entropy"),
-    (dict(missing_eos_score=None), 0, "score"),
-    (dict(beta=1.0), 1, "value_loss"),
-    (dict(clip_eps=0.01), 0, "clip_fraction"),
-    (dict(grad_clip=0.01), 1, "score"),
-    (dict(critic_lr=1e-2), 1, "value_loss"),
-    (dict(batch_size=1, minibatch_size=1), 0, "score"),
-    (dict(batch_size=6, minibatch_size=3, max_new_tokens=1), 0, "score")], ids=option_id)
-def test_every_option_of_ppo_acts_on_the_quantity_it_names(changes, update, metric, finished_run,
-                                                           two_updates, no_pictures):
-    check_option_acts(ppo, changes, update, metric, finished_run, two_updates[ppo], n_eval=8)
+@pytest.mark.parametrize("script, given, option, less, more, metric, factor", [
+    (ppo, dict(kl_control="fixed"), "beta", 2.0, 0.02, "kl_ref", 2),
+    (grpo, dict(kl_in="loss", advantage="rloo"), "beta", 5.0, 0.02, "kl_ref", 2),
+    (ppo, dict(), "entropy_coef", 0.0, 3.0, "entropy", 1.05),
+    (dpo, dict(), "nll_coef", 3.0, 0.0, "nll", 1)], ids=option_id)
+def test_a_coefficient_has_the_effect_that_it_is_there_for(
+        script, given, option, less, more, metric, factor, tiny):
+    metrics = []
+    for value in (less, more):
+        changes = {**given, option: value}
+        log, _ = tiny.run(script, "effect_" + option_folder(changes), **changes)
+        metrics.append(log[-1][metric])
+    assert metrics[1] > factor * metrics[0]
 
 
-def test_beta_follows_kl_ref_of_each_update(finished_run, no_pictures):
-    ppo.main(tiny_config(ppo, out="followed", base="tiny", kl_target=0.5, kl_horizon=100.0,
-                         n_eval=8))
-    log = stage_log(finished_run, "followed", ppo)
+def test_coefficients_follow_the_kls_of_each_update(tiny):
+    log, _ = tiny.run(ppo, "followed", surrogate="kl_penalty", kl_old_target=0.01, kl_target=0.5,
+                         kl_horizon=100.0)
     for before, after in zip(log, log[1:]):
         error = min(max(before["kl_ref"] / 0.5 - 1, -0.2), 0.2)
         assert after["beta"] == pytest.approx(before["beta"] * (1 + error * 32 / 100))
+        factor = 1
+        if before["kl_old"] > 0.015:
+            factor = 2
+        elif before["kl_old"] < 0.01 / 1.5:
+            factor = 0.5
+        assert after["kl_penalty_coef"] == before["kl_penalty_coef"] * factor
     assert any(after["beta"] > before["beta"] for before, after in zip(log, log[1:]))
+    assert len({line["kl_penalty_coef"] for line in log}) > 1
+
+
+def test_with_a_learning_rate_of_zero_nothing_moves_over_all_epochs(tiny):
+    log, _ = tiny.run(ppo, "still", steps=2, epochs=3, lr=0.0)
+    for line in log:
+        assert line["ratio"] == pytest.approx(1, abs=1e-6) and line["clip_fraction"] == 0
+        assert line["kl_ref"] == line["kl_old"] == 0
 
 
 def test_an_eos_in_the_prompt_does_not_finish_the_response():
@@ -4335,55 +4157,93 @@ def test_an_eos_in_the_prompt_does_not_finish_the_response():
     assert finished.any() and not finished.all()
 
 
-def test_the_kl_penalty_coefficient_follows_kl_old(finished_run, no_pictures):
-    ppo.main(tiny_config(ppo, out="penalised", base="tiny", surrogate="kl_penalty",
-                         kl_old_target=0.01, steps=8, n_eval=8))
-    log = stage_log(finished_run, "penalised", ppo)
-    for before, after in zip(log, log[1:]):
-        factor = 1
-        if before["kl_old"] > 0.015:
-            factor = 2
-        elif before["kl_old"] < 0.01 / 1.5:
-            factor = 0.5
-        assert after["kl_penalty_coef"] == before["kl_penalty_coef"] * factor
-    assert len({line["kl_penalty_coef"] for line in log}) > 1
+def test_one_sample_has_no_standard_deviation(tiny, capsys):
+    _, results = tiny.run(ppo, "single", steps=1, n_eval=1, n_samples=1)
+    assert "standard deviations" not in capsys.readouterr().out and "gold_gain" not in results
+    written = (tiny.out / "single" / "ppo" / "results.json").read_text()
+    json.loads(written, parse_constant=pytest.fail)      # which is called for NaN and Infinity
 
 
-def test_an_entropy_bonus_raises_the_entropy(finished_run, no_pictures):
-    plain, raised = (ppo.main(tiny_config(ppo, out=f"bonus{coef}", base="tiny", n_eval=32,
-                                          entropy_coef=coef))["entropy"] for coef in (0.0, 3.0))
-    assert raised > plain + 0.1
+def test_without_a_bonus_the_update_builds_no_graph_for_the_entropy(tiny, monkeypatch):
+    calls = record(monkeypatch, ppo, "token_logprobs")
+    for coef in (0.0, 0.1):
+        log, _ = tiny.run(ppo, f"bonus_{coef}", steps=1, entropy_coef=coef)
+        assert log[0]["entropy"] > 0
+    in_updates = [call.kwargs.get("return_entropy") for call in calls
+                  if call.result[0].requires_grad]
+    assert in_updates == [False, False, True, True]
 
 
-def test_with_a_learning_rate_of_zero_nothing_moves_over_all_epochs(finished_run, no_pictures):
-    ppo.main(tiny_config(ppo, out="still", base="tiny", steps=2, epochs=3, lr=0.0, n_eval=8))
-    for line in stage_log(finished_run, "still", ppo):
-        assert line["ratio"] == pytest.approx(1, abs=1e-6) and line["clip_fraction"] == 0
-        assert line["kl_ref"] == line["kl_old"] == 0
+# ---- what PPO can do besides
+
+def test_the_average_follows_its_formula_and_is_evaluated_beside_the_actor(tiny, monkeypatch):
+    average, policy = small_gpt(seed=1), small_gpt(seed=2)
+    before = copy.deepcopy(average.state_dict())
+    ppo.move_average(average, policy, 0.9)
+    for name, weight in average.state_dict().items():
+        torch.testing.assert_close(weight, 0.9 * before[name] + 0.1 * policy.state_dict()[name])
+    actors = []                                          # the actor's weights at each call
+    original = ppo.move_average
+
+    def recorded(mean, actor, share):
+        actors.append(copy.deepcopy(actor.state_dict()))
+        original(mean, actor, share)
+    monkeypatch.setattr(ppo, "move_average", recorded)
+    _, results = tiny.run(ppo, "averaged", steps=3, ema=0.6)
+    assert len(actors) == 3                              # once an update
+    saved = tiny.checkpoint("averaged", ppo)
+    for name, expected in tiny.checkpoint("tiny", sft)["policy"].items():
+        for weights in actors:
+            expected = 0.6 * expected + 0.4 * weights[name]
+        torch.testing.assert_close(saved["policy_ema"][name], expected)
+    assert results["PPO, averaged"]["kl_ref"] != results["kl_ref"]
+    assert list(tiny.evaluate("averaged")) == ["SFT", "averaged/ppo", "averaged/ppo/ema"]
 
 
-@pytest.mark.parametrize("changes", [
-    dict(loss="fidelity"),
-    dict(token_wise=True),
-    dict(n_responses=2, margin=0.5),
-    dict(batch_size=1, epochs=2)], ids=option_id)
-def test_every_option_of_the_reward_model_runs(changes, finished_run, no_pictures):
-    name = "rm_" + "-".join(changes)
-    results = reward_model.main(tiny_config(reward_model, out=name, base="tiny", n_prompts=40,
-                                            **changes))
-    assert 0.4 < results["accuracy"] < results["bayes_accuracy"]
-    pairs = 40 if "n_responses" in changes else 240
-    report = (finished_run / name / "reward_model" / "report.txt").read_text()
-    assert f"on {pairs} held-out comparisons" in report
+def test_the_gradient_with_ptx_is_the_sum_of_the_two(tiny, monkeypatch):
+    """The actor's first gradient, unclipped: of the policy loss, plus coef times of the texts"""
+    original_clip = torch.nn.utils.clip_grad_norm_
+    original_texts = data.built_in_texts
+
+    def few_texts(n, n_held_out, seed):                  # 20,000 take seconds to write
+        return original_texts(min(n, 500), n_held_out, seed)
+
+    def recorded_clip(parameters, limit):
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+        return original_clip(parameters, limit)
+    monkeypatch.setattr(data, "built_in_texts", few_texts)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recorded_clip)
+    drawn = record(monkeypatch, data, "draw")
+    first_gradients = []
+    for coef in (0.0, 0.7):
+        gradients = []
+        log, _ = tiny.run(ppo, f"ptx_{coef}", steps=1, ptx_coef=coef, minibatch_size=32)
+        first_gradients.append(gradients[0])
+    texts = next(call.result for call in drawn if isinstance(call.result[0], tuple))
+    policy, _, _ = tiny.models()
+    inputs, targets, mask = data.collate(*zip(*texts))
+    loss = -masked_mean(token_logprobs(policy, inputs, targets, mask), mask)
+    loss.backward()
+    text_gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    plain, with_ptx = first_gradients
+    torch.testing.assert_close(with_ptx, plain + 0.7 * text_gradient, atol=1e-6, rtol=1e-4)
+    assert len(texts) == 32 and log[0]["ptx_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_a_beta_raised_a_hundredfold_keeps_the_policy_at_the_reference(finished_run, no_pictures):
-    low, high = (ppo.main(tiny_config(ppo, out=f"beta{beta}", base="tiny", kl_control="fixed",
-                                      beta=beta))["kl_ref"] for beta in (0.02, 2.0))
-    assert high < 0.5 * low
+def test_during_warm_up_the_critic_alone_learns(tiny):
+    log, _ = tiny.run(ppo, "warmed", steps=3, critic_warmup=3)
+    saved = tiny.checkpoint("warmed", ppo)
+    start = tiny.checkpoint("tiny", sft)
+    assert_same_bits(dict(saved["policy"]), dict(start["policy"]))
+    assert saved["critic"]["head.weight"].any()
+    for line in log:
+        assert line["kl_ref"] == line["grad_norm"] == 0 < line["critic_grad_norm"]
+    log, _ = tiny.run(ppo, "warmed-2", steps=3, critic_warmup=1)
+    assert log[1]["kl_ref"] == 0 != log[2]["kl_ref"]
+    assert log[0]["kl_old"] == 0 < log[1]["kl_old"]
 
 
-# ---- dpo.py and evaluate.py
+# ---- dpo.py
 
 def test_dpo_starts_at_the_reference_and_raises_gold_from_comparisons_alone(whole_run):
     folder = whole_run[0] / "dpo"
@@ -4402,73 +4262,47 @@ def test_dpo_starts_at_the_reference_and_raises_gold_from_comparisons_alone(whol
             assert stored == pytest.approx(token_logprobs(reference, *batch).sum().item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("changes", [
-    dict(loss="robust", label_smoothing=0.1),
-    dict(label_smoothing=0.1),
-    dict(loss="ipo"),
-    dict(loss="hinge"),
-    dict(loss="fidelity"),
-    dict(length_normalise=True),
-    dict(reference_free=True),
-    dict(margin=0.5),
-    dict(length_normalise=True, mask_shared_prefix=True),
-    dict(nll_coef=1.0),
-    dict(labels="soft"),
-    dict(labels="reward_model"),
-    dict(labels="annotators", rounds=2),
-    dict(beta=1.0),
-    dict(grad_clip=0.01),
-    dict(labels="soft", rounds=2, epochs=2),
-    dict(batch_size=1),
-    dict(missing_eos_score=None, labels="soft"),
-    dict(length_normalise=True, reference_free=True, margin=0.5, beta=2.0),
-    dict(score_clip=0.1, labels="soft")], ids=option_folder)
-def test_every_option_of_dpo_acts(changes, finished_run, no_pictures):
-    name = "dpo_" + option_folder(changes)
-    rounds = changes.get("rounds", 1)
-    n_pairs = 3 * changes.get("batch_size", 16) * rounds
-    results = dpo.main(tiny_config(dpo, out=name, base="tiny", n_pairs=n_pairs, **FEW, **changes))
-    log = stage_log(finished_run, name, dpo)
-    default_log = stage_log(finished_run, "tiny", dpo)
-    assert len(log) == 3 * rounds * changes.get("epochs", 1)
-    assert math.isfinite(results["score"]) and log[0]["kl_ref"] == 0
-    assert len(list((finished_run / name / "dpo").glob("pairs_*.json"))) == rounds
-    changed = {key for key in ("loss", "margin", "grad_norm", "chosen_logprobs", "nll")
-               for step in (0, 2)
-               if log[step][key] != pytest.approx(default_log[step][key], rel=1e-3, abs=1e-6)}
-    assert changed
+@pytest.mark.parametrize("changes, updates", [
+    (dict(labels="annotators"), 6),
+    (dict(labels="soft", epochs=2), 12)], ids=["annotators", "soft, two epochs"])
+def test_each_round_of_dpo_has_pairs_of_its_own(changes, updates, tiny):
+    """Only the first round can take the annotators' comparisons; the others sample the policy."""
+    name = f"rounds_{updates}"
+    log, _ = tiny.run(dpo, name, n_pairs=96, rounds=2, **changes)
+    assert len(log) == updates and log[0]["kl_ref"] == 0
+    comparisons, _ = files.read_json(tiny.out / "tiny" / "reward_model" / "comparisons.json")
+    collected = [ids for c in comparisons for ids in c["response_ids"]]
+    known = []                                           # pairs from the comparisons, by round
+    for path in sorted((tiny.out / name / "dpo").glob("pairs_*.json")):
+        pairs = files.read_json(path)
+        assert len(pairs) == 48
+        known.append(sum(pair["chosen_ids"] in collected for pair in pairs))
+    assert len(known) == 2 and known[1] < 24
+    assert (known[0] > 24) == (changes["labels"] == "annotators")
 
 
-def test_masking_the_shared_prefix_alone_changes_nothing_and_says_so(finished_run, capsys,
-                                                                     no_pictures):
+def test_soft_labels_are_made_of_the_scores_that_the_options_ask_for(tiny):
+    norms = []
+    for changes in ({}, dict(score_clip=0.1), dict(missing_eos_score=None)):
+        log, _ = tiny.run(dpo, "soft_" + option_folder(changes), n_pairs=48, labels="soft",
+                          **changes)
+        norms.append(log[0]["grad_norm"])
+    plain, clipped, unfinished = norms
+    assert plain > 2 * clipped and plain != pytest.approx(unfinished, rel=1e-3)
+
+
+def test_masking_the_shared_prefix_alone_changes_nothing_and_says_so(tiny, capsys):
     margins = []
     for masked in (False, True):
         assert "--mask_shared_prefix changes nothing" not in capsys.readouterr().out
-        out = f"prefix_{masked}"
-        dpo.main(tiny_config(dpo, out=out, base="tiny", n_pairs=48, mask_shared_prefix=masked,
-                             **FEW))
-        margins.append([line["margin"] for line in stage_log(finished_run, out, dpo)])
+        log, _ = tiny.run(dpo, f"prefix_{masked}", n_pairs=48, mask_shared_prefix=masked)
+        margins.append([line["margin"] for line in log])
     said = capsys.readouterr().out
     assert "--mask_shared_prefix changes nothing without --length_normalise" in said
     assert margins[0] == pytest.approx(margins[1], abs=1e-4)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(beta=0.0), "--beta got 0"),
-    (dict(label_smoothing=0.5), "--label_smoothing got 0.5"),
-    (dict(loss="ipo", label_smoothing=0.1),
-     "works only with --loss sigmoid or robust, this is --loss ipo"),
-    (dict(n_pairs=20, rounds=2), "less than one batch of 16 pairs"),
-    (dict(n_pairs=5000), "asks for 5000 of the annotators' comparisons, .*reward_model has 960"),
-    (dict(n_eval=500), "--n_eval 500 .* asks for more held-out prompts than the 197 that")])
-def test_dpo_refuses_what_cannot_be(changes, message, finished_run):
-    with pytest.raises(Stopped, match=message):
-        dpo.main(tiny_config(dpo, out="refused", base="tiny", **changes))
-    assert not (finished_run / "refused").exists()
-
-
-def test_pairs_of_identical_responses_are_left_out_and_counted(finished_run, monkeypatch, capsys,
-                                                               no_pictures):
+def test_pairs_of_identical_responses_are_left_out_and_counted(tiny, monkeypatch, capsys):
     original = dpo.pairs_of_rankings
 
     def with_identical(*args):
@@ -4477,140 +4311,13 @@ def test_pairs_of_identical_responses_are_left_out_and_counted(finished_run, mon
             pair["rejected_ids"] = pair["chosen_ids"]
         return pairs
     monkeypatch.setattr(dpo, "pairs_of_rankings", with_identical)
-    dpo.main(tiny_config(dpo, out="identical", base="tiny", n_pairs=48, **FEW))
+    tiny.run(dpo, "identical", n_pairs=48)
     said = capsys.readouterr().out
     assert "round 0: 32 pairs; 16 with identical responses are left out" in said
-    assert len(files.read_json(finished_run / "identical" / "dpo" / "pairs_0.json")) == 32
+    assert len(files.read_json(tiny.out / "identical" / "dpo" / "pairs_0.json")) == 32
 
 
-def test_nll_keeps_the_chosen_responses_likely(finished_run, no_pictures):
-    nll = []
-    for coef in (0.0, 3.0):
-        dpo.main(tiny_config(dpo, out=f"nll{coef}", base="tiny", nll_coef=coef, **FEW))
-        nll.append(stage_log(finished_run, f"nll{coef}", dpo)[-1]["nll"])
-    assert nll[1] < nll[0]
-
-
-@pytest.fixture(scope="module")
-def evaluated(whole_run):
-    """-> results, folder of an evaluation of the runs tiny and fixed"""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(whole_run[0].parent.parent)
-        ppo.main(tiny_config(ppo, out="fixed", base="tiny", kl_control="fixed", beta=0.5, **FEW))
-        results = evaluate.main(tiny_config(evaluate, runs="tiny,fixed", overoptimise=True))
-    return results, whole_run[0] / "evaluate"
-
-
-def test_evaluate_finds_every_policy_and_reports_where_it_landed(evaluated):
-    results, folder = evaluated
-    policies = ["fixed/ppo", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
-    assert list(results) == ["SFT", *policies, "overoptimisation"]
-    report = (folder / "report.md").read_text()
-    for heading in ("The limit", "Best of n", "Win rates", "Samples", "Over-optimisation"):
-        assert f"## {heading}" in report
-    for text in (report, (folder / "report.txt").read_text()):
-        assert "\ncommand     python evaluate.py --config tiny" in text
-        assert "\nmade with   commit " in text
-    for picture in ("frontier.png", "overoptimisation.png"):
-        assert (folder / picture).read_bytes()[:4] == b"\x89PNG" and f"({picture})" in report
-    assert results["SFT"]["kl_ref"] == 0 and results["SFT"]["elo_by_gold"] == 1000
-    assert "fraction" in results["fixed/ppo"] and "fraction" in results["tiny/dpo"]
-    assert "fraction" not in results["tiny/ppo"]
-    assert results["tiny/grpo"]["aims_at_optimum"] and results["tiny/grpo"]["fraction"] > 0.3
-    for name in policies:
-        assert -1 < results[name]["share"] < 1.3 and results[name]["kl_ref"] > 0.05
-    assert results["tiny/ppo"]["share"] > 0.3 and results["tiny/ppo"]["elo_by_score"] > 1000
-    log = stage_log(folder.parent.parent, "tiny-weak", ppo)
-    last = [line["score"] for line in log[-3:]]          # means over five updates, two on each side
-    assert results["overoptimisation"]["end_score"] == pytest.approx(sum(last) / 3)
-    assert results["overoptimisation"]["fall"] >= 0
-    json.dumps(results, allow_nan=False)
-
-
-def test_samples_carry_the_densities_scores_and_texts_of_their_policies(finished_run):
-    """Each policy is sampled again by itself, and measured under every policy."""
-    reference, tokenizer, scorer = tiny_models(finished_run)
-    actor, _ = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
-    policies = {"SFT": reference, "PPO": actor}
-    reward = reward_of(scorer, tiny_config(ppo))
-    prompts = held_out_prompts(tokenizer, 3)
-    samples = compare.collect(policies, reward, tokenizer, prompts, [4, 2],
-                              tiny_config(ppo, temperature=0.8, seed=9))
-    assert samples.columns("SFT") == slice(0, 4) and samples.columns("PPO") == slice(4, 6)
-    for (name, policy), n in zip(policies.items(), samples.counts, strict=True):
-        columns = samples.columns(name)
-
-        def check(ours, theirs):
-            torch.testing.assert_close(ours[:, columns].float(), theirs.view(3, n).float(),
-                                       atol=2e-4, rtol=1e-4)
-
-        repeated = [prompt for prompt in prompts for _ in range(n)]
-        tokens, mask = generate(policy, repeated, 24, tokenizer.eot_token, 0.8, seeded(9))
-        inputs, targets = data.shift(tokens)
-        batch = (inputs, targets, mask)
-        finished = data.met_eos(targets, mask, tokenizer.eot_token)
-        for logprobs, other in zip(samples.logprobs, policies.values(), strict=True):
-            check(logprobs, token_logprobs(other, *batch, 0.8).sum(1).detach())
-        _, entropy = token_logprobs(policy, *batch, 0.8, return_entropy=True)
-        check(samples.entropy, entropy.sum(1).detach())
-        check(samples.scores, reward(*batch, finished))
-        check(samples.lengths, mask.sum(1))
-        check(samples.finished, finished)
-        asked = [tokenizer.decode(prompt) for prompt in repeated]
-        texts = [tokenizers.decode_response(tokenizer, ids)
-                 for ids in data.responses_of(tokens, mask)]
-        gold = [reviews.gold(prompt, *text) for prompt, text in zip(asked, texts)]
-        grammatical = [reviews.grammatical(prompt, *text) for prompt, text in zip(asked, texts)]
-        check(samples.gold, torch.tensor(gold))
-        check(samples.grammatical, torch.tensor(grammatical))
-        assert [t for row in samples.texts for t in row[columns]] == [t for t, _ in texts]
-        assert samples.asked == asked[::n]
-
-
-def test_no_batch_of_samples_repeats_an_earlier_one(finished_run):
-    reference, tokenizer, _ = tiny_models(finished_run)
-
-    def length(inputs, targets, mask, finished):
-        return mask.sum(1)
-    samples = compare.collect({"SFT": reference}, length, tokenizer, held_out_prompts(tokenizer, 1),
-                              [1100], tiny_config(ppo, max_new_tokens=4, seed=9))
-    assert samples.texts[0][1024:] != samples.texts[0][:76]      # they are sampled 1024 at a time
-
-
-SMALL_EVALUATION = dict(n_eval=2, n_reference=8, n_samples=4)
-
-
-def test_evaluate_leaves_out_runs_from_a_different_sft_policy(finished_run, capsys, no_pictures):
-    sft.main(tiny_config(sft, out="elsewhere", steps=5))
-    ppo.main(tiny_config(ppo, out="elsewhere", base="tiny", steps=1, **FEW))
-    cfg = tiny_config(evaluate, out="tiny", runs="tiny,elsewhere", **SMALL_EVALUATION)
-    results = evaluate.main(cfg)
-    said = capsys.readouterr().out
-    assert "leaving out elsewhere/ppo: it started from a different SFT policy" in said
-    assert list(results) == ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
-    for stage in ("ppo", "sft"):                         # as an interrupted --overwrite leaves them
-        shutil.copytree(finished_run / "tiny" / stage, finished_run / "tiny" / f"{stage}.old")
-    again = evaluate.main(dataclasses.replace(cfg, runs="tiny"))
-    assert list(again) == ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
-
-
-@pytest.mark.parametrize("changes, message", [
-    (dict(n_reference=1), "--n_reference got 1"),
-    (dict(max_new_tokens=70), "lower --max_new_tokens to"),
-    (dict(runs="nowhere"), "--runs names nowhere, but out/nowhere has no finished stage")])
-def test_evaluate_refuses_what_cannot_be(changes, message, finished_run):
-    with pytest.raises(Stopped, match=message):
-        evaluate.main(tiny_config(evaluate, **{"runs": "tiny", **SMALL_EVALUATION, **changes}))
-
-
-def test_evaluate_without_any_policy_shows_the_limit_alone(finished_run, tmp_path, monkeypatch):
-    for stage in ("sft", "reward_model"):
-        shutil.copytree(finished_run / "tiny" / stage, tmp_path / "out" / "tiny" / stage)
-    monkeypatch.chdir(tmp_path)
-    assert list(evaluate.main(tiny_config(evaluate, n_eval=2, n_reference=8))) == ["SFT"]
-
-
-# ---- grpo.py and policy_gradient.py
+# ---- grpo.py
 
 def test_grpo_raises_the_score_and_starts_where_it_should(whole_run):
     log = log_of(whole_run[0] / "grpo")
@@ -4623,74 +4330,53 @@ def test_grpo_raises_the_score_and_starts_where_it_should(whole_run):
 
 
 @pytest.mark.parametrize("kl_in", ["reward", "loss"])
-def test_a_grpo_update_wires_groups_rewards_and_weights_together(kl_in, finished_run, monkeypatch):
+def test_a_grpo_update_wires_groups_rewards_and_weights_together(kl_in, tiny, monkeypatch):
     """One run, the calls of the maths in two updates compared with the definitions"""
-    calls = {}
-    backward = []                                # what .backward() was called on
-    original_backward = torch.Tensor.backward
-
-    def record(owner, name):
-        original = getattr(owner, name)
-
-        def recorded(*args, **kwargs):
-            result = original(*args, **kwargs)
-            calls.setdefault(name, []).append((args, result))
-            return result
-        monkeypatch.setattr(owner, name, recorded)
-
-    def recorded_backward(loss):
-        backward.append(loss.detach())
-        original_backward(loss)
-    monkeypatch.setattr(torch.Tensor, "backward", recorded_backward)
-    for name in ("roll_out", "score_rollout", "kl_estimate"):
-        record(ppo, name)
-    for name in ("token_logprobs", "group_advantages", "token_weights", "grpo_loss"):
-        record(grpo, name)
-    record(reward_py.Reward, "__call__")
-    out = f"wired_{kl_in}"
-    grpo.main(tiny_config(grpo, out=out, base="tiny", steps=4, batch_size=12, minibatch_size=12,
-                          group_size=3, kl_in=kl_in, beta=0.4, advantage="rloo", normalise="fixed",
-                          clip_eps=0.1, clip_eps_high=0.3, **FEW))
-    reference, tokenizer, _ = tiny_models(finished_run)
-    log = stage_log(finished_run, out, grpo)
+    calls = {name: record(monkeypatch, grpo, name)
+             for name in ("roll_out", "score_rollout", "group_advantages", "grpo_loss")}
+    scored = record(monkeypatch, reward_py.Reward, "__call__")
+    backward = record(monkeypatch, torch.Tensor, "backward")
+    logprobs_calls = record(monkeypatch, grpo, "token_logprobs")
+    kl_calls = record(monkeypatch, grpo, "kl_estimate")
+    log, _ = tiny.run(grpo, f"wired_{kl_in}", steps=4, batch_size=12, minibatch_size=12,
+                         group_size=3, kl_in=kl_in, beta=0.4, advantage="rloo", normalise="fixed",
+                         clip_eps=0.1, clip_eps_high=0.3)
+    reference, tokenizer, _ = tiny.models()
+    k3_calls = [call.args for call in kl_calls if len(call.args) == 3]
     for update in range(2):
-        inputs, targets, mask, _ = calls["roll_out"][update][1]
+        call = {name: made[update] for name, made in calls.items()}
+        inputs, targets, mask, _ = call["roll_out"].result
         prompts, _ = data.texts_of(tokenizer, inputs, targets, mask)
-        groups = [set(prompts[i:i + 3]) for i in range(0, 12, 3)]
-        assert all(len(group) == 1 for group in groups) and len(set(prompts)) > 1
-        old_logprobs, _ = calls["score_rollout"][update][1]
-        ref_logprobs = calls["token_logprobs"][3 * update][1]    # then the update's, then kl_old's
+        assert prompts == [prompt for prompt in prompts[::3] for _ in range(3)]      # groups
+        assert len(set(prompts)) > 1
+        old_logprobs, _ = call["score_rollout"].result
+        ref_logprobs = logprobs_calls[3 * update].result       # then the update's, then kl_old's
         expected = token_logprobs(reference, inputs, targets, mask).detach()
         torch.testing.assert_close(ref_logprobs, expected)
 
-        scores = calls["__call__"][update][1]
-        (rewards, group_size, kind), advantages = calls["group_advantages"][update]
+        rewards, group_size, kind = call["group_advantages"].args
         assert (group_size, kind) == (3, "rloo")
         kl = (old_logprobs - ref_logprobs).sum(1)
         assert (kl.abs().max() > 0) == (update > 0)
+        scores = scored[update].result
         expected = scores - 0.4 * kl if kl_in == "reward" else scores
         torch.testing.assert_close(rewards, expected)
 
-        args, (loss, _) = calls["grpo_loss"][update]
-        assert log[update]["policy_loss"] == loss.item()
-        logprobs, loss_old, loss_advantages, weights, *clip = args
-        rows = [next(b for b in range(12) if torch.equal(old_logprobs[b], row))
-                for row in loss_old]
-        assert rows != list(range(12)) and clip == [0.1, 0.3]                  # shuffled
-        assert torch.equal(loss_advantages, advantages[rows])
+        logprobs, loss_old, loss_advantages, weights, *clip = call["grpo_loss"].args
+        loss, _ = call["grpo_loss"].result
+        assert log[update]["policy_loss"] == loss.item() and clip == [0.1, 0.3]
+        rows = places(loss_old, old_logprobs)
+        assert rows != sorted(rows)                              # shuffled
+        assert torch.equal(loss_advantages, call["group_advantages"].result[rows])
         torch.testing.assert_close(logprobs.detach(), loss_old, atol=1e-5, rtol=0)
         torch.testing.assert_close(weights, mask[rows] / (12 * 24))
 
-        k3_calls = [args for args, _ in calls["kl_estimate"] if len(args) == 3]
-        in_loss = [ref for actor, ref, _ in k3_calls if actor is logprobs]
-        assert len(in_loss) == (kl_in == "loss")
-        assert all(torch.equal(ref, ref_logprobs[rows]) for ref in in_loss)
         if kl_in == "loss":
             ratio = torch.exp(ref_logprobs[rows] - logprobs)
             loss = loss + 0.4 * (weights * (ratio - 1 - ratio.log())).sum()
-        torch.testing.assert_close(backward[update], loss.detach())
+        torch.testing.assert_close(backward[update].args[0].detach(), loss.detach())
         kl_old = [new for old, new, _ in k3_calls
-                  if old is not logprobs and torch.equal(old, old_logprobs[rows])]
+                  if torch.equal(old, old_logprobs[rows]) and old is not logprobs]
         assert len(kl_old) == 1                                  # KL(old, new), not the reverse
         assert not torch.equal(kl_old[0], old_logprobs[rows])
 
@@ -4698,82 +4384,37 @@ def test_a_grpo_update_wires_groups_rewards_and_weights_together(kl_in, finished
         assert log[update]["group_std"] == pytest.approx(group_std, rel=1e-5)
         equal = sum(len(set(group.tolist())) == 1 for group in scores.view(-1, 3))
         assert log[update]["equal_groups"] == equal / 4
-    saved = files.load_checkpoint(finished_run / out / "grpo")
+    saved = tiny.checkpoint(f"wired_{kl_in}", grpo)
     lr = saved["optimizer"]["param_groups"][0]["lr"]
     assert lr == pytest.approx(log[-1]["lr"]) and lr < 1.5e-3
 
 
-@pytest.mark.parametrize("changes, update, metric", [
-    (dict(advantage="dr_grpo"), 0, "grad_norm"),
-    (dict(advantage="rloo"), 0, "grad_norm"),
-    (dict(advantage="reinforce"), 0, "grad_norm"),
-    (dict(kl_in="loss"), 1, "group_std"),
-    (dict(normalise="sequence"), 0, "grad_norm"),
-    (dict(normalise="fixed"), 0, "grad_norm"),
-    (dict(clip_eps=0.01), 0, "clip_fraction"),
-    (dict(clip_eps=0.01, clip_eps_high=0.5), 0, "clip_fraction"),
-    (dict(group_size=2), 0, "group_std"),
-    (dict(beta=2.0), 1, "group_std"),
-    (dict(epochs=2), 0, "kl_old"),
-    (dict(temperature=0.7), 0, "entropy"),
-    (dict(missing_eos_score=None), 0, "score"),
-    (dict(score_clip=0.5), 0, "score"),
-    (dict(grad_clip=0.01), 1, "score"),
-    (dict(batch_size=1, minibatch_size=1, group_size=1, advantage="reinforce"), 0, "score"),
-    (dict(batch_size=6, minibatch_size=2, group_size=3, max_new_tokens=1), 0, "score")],
-    ids=option_id)
-def test_every_option_of_grpo_acts_on_the_quantity_it_names(changes, update, metric, finished_run,
-                                                            two_updates, no_pictures):
-    check_option_acts(grpo, changes, update, metric, finished_run, two_updates[grpo], **FEW)
-
-
-def test_a_beta_in_the_loss_keeps_the_policy_at_the_reference(finished_run, no_pictures):
-    low, high = (grpo.main(tiny_config(grpo, out=f"loss{beta}", base="tiny", kl_in="loss",
-                                       advantage="rloo", beta=beta, n_eval=8,
-                                       n_samples=8))["kl_ref"] for beta in (0.02, 5.0))
-    assert high < 0.5 * low
-
-
-@pytest.mark.parametrize("changes, message", [
-    (dict(batch_size=10, minibatch_size=2),
-     "--batch_size 10 is not a multiple of --group_size 4; every group must be whole"),
-    (dict(minibatch_size=64), "--minibatch_size 64 does not divide --batch_size 32, .*; try 32"),
-    (dict(group_size=1), "--group_size 1 leaves nothing to compare a response with, and "
-                         "--advantage grpo compares"),
-    (dict(reward="nowhere.py:f"), "but nowhere.py does not exist"),
-    (dict(max_new_tokens=70), "lower --max_new_tokens to")])
-def test_grpo_refuses_what_cannot_be(changes, message, finished_run):
-    with pytest.raises(Stopped, match=message):
-        grpo.main(tiny_config(grpo, out="refused", base="tiny", **changes))
-    assert not (finished_run / "refused").exists()
-
-
-def test_a_verifiable_reward_is_learned_and_equal_groups_are_counted(finished_run, capsys,
-                                                                     no_pictures):
+def test_a_verifiable_reward_is_learned_and_equal_groups_are_counted(tiny, capsys):
     """
     A simple rule is learned at once. The request of the built-in task is too hard for the tiny
     policy: few of its reviews keep it, so most groups are equal.
     """
-    (finished_run.parent / "rule.py").write_text(
+    (tiny.out.parent / "rule.py").write_text(
         "def short(prompts, responses):\n"
         "    return [float(len(r.split()) < 12) for r in responses]\n")
-    results = grpo.main(tiny_config(grpo, out="rule", base="tiny", reward="rule.py:short",
-                                    missing_eos_score=0.0, normalise_reward=False))
-    log = stage_log(finished_run, "rule", grpo)
+    given = dict(missing_eos_score=0.0, normalise_reward=False)
+    log, results = tiny.run(grpo, "rule", reward="rule.py:short", n_eval=16, n_samples=16,
+                               **given)
     assert results["score"] > results["sft"]["score"] + 0.15
     for line in log:                                     # eight groups, 32 responses
         assert (line["equal_groups"] * 8) % 1 == 0 and (line["score"] * 32) % 1 == 0
     assert 0 < log[0]["equal_groups"] < 1
     # Groups are equal if their scores are, although their KLs differ
     assert any(line["equal_groups"] > 0 < line["kl_ref"] for line in log[1:])
-    results = grpo.main(tiny_config(
-        grpo, out="request", base="tiny", reward=f"{HERE}/reviews.py:request_kept", steps=2,
-        missing_eos_score=0.0, normalise_reward=False, **FEW))
+    _, results = tiny.run(grpo, "request", reward=f"{HERE}/reviews.py:request_kept", steps=2,
+                             **given)
     assert 0 <= results["score"] < 0.3
-    evaluate.main(tiny_config(evaluate, out="tiny", runs="tiny,rule", **SMALL_EVALUATION))
+    tiny.evaluate("tiny,rule")
     said = capsys.readouterr().out
     assert "leaving out rule/grpo: it was trained for a different reward" in said
 
+
+# ---- policy_gradient.py
 
 LADDER = policy_gradient.LADDER
 
@@ -4817,36 +4458,34 @@ def test_the_ladder_reports_every_rung_and_its_noise(whole_run):
         assert variance[rung] == pytest.approx(variance["gae"], rel=1e-3)
     for rung in ("importance", "clip", "kl_penalty"):            # an update later they are not
         assert variance[f"{rung}, later"] != pytest.approx(variance["gae"], rel=1e-3)
-    for before, rung in zip(LADDER, LADDER[1:]):
+    for before, rung in [*zip(LADDER, LADDER[1:]), ("clip", "clip, later")]:
         change = variance[rung] - variance[before]
         assert noise[rung]["change"] == pytest.approx(change, abs=1e-9)
-    change = variance["clip, later"] - variance["clip"]
-    assert noise["clip, later"]["change"] == pytest.approx(change)
     assert variance["baseline"] != pytest.approx(variance["reward_to_go"], rel=1e-6)     # a critic
 
 
-def test_a_rung_alone_is_the_rung_in_the_ladder(finished_run):
+def test_a_rung_alone_is_the_rung_in_the_ladder(tiny):
     """
     So no rung leaves anything behind for the next: weights, critic, optimizers, coefficient,
     random numbers.
     """
-    policy_gradient.main(tiny_config(policy_gradient, out="alone", base="tiny", rung="kl_penalty"))
-    differs = re.compile("_seconds$|_per_second$|^step$")
-    lines = {}
-    for run in ("alone", "ladder"):
-        log = stage_log(finished_run, run, policy_gradient)
-        lines[run] = [{name: value for name, value in line.items() if not differs.search(name)}
-                      for line in log if line["rung"] == "kl_penalty"]
-    assert lines["alone"] == lines["ladder"] != []
+    alone, _ = tiny.run(policy_gradient, "alone", rung="kl_penalty")
+    ladder = [line for line in tiny.log("ladder", policy_gradient)
+              if line["rung"] == "kl_penalty"]
+    assert len(alone) == len(ladder) == 4
+    for line in alone + ladder:
+        for name in [name for name in line if re.search("_seconds$|_per_second$|^step$", name)]:
+            del line[name]
+    assert alone == ladder
 
 
 @pytest.mark.parametrize("rung", LADDER)
-def test_every_rung_climbs_on_the_samples_it_is_given(rung, finished_run):
+def test_every_rung_climbs_on_the_samples_it_is_given(rung, tiny):
     """The loss falls by so many gradient steps, or by one within its KL; at temperature 0.7"""
-    reference, tokenizer, scorer = tiny_models(finished_run)
+    reference, tokenizer, scorer = tiny.models()
     cfg = tiny_config(policy_gradient, temperature=0.7, batch_size=32, minibatch_size=8)
     critic = ScalarGPT(scorer.config, init_from=scorer).eval()       # one whose values are not 0
-    actor, _ = sft.load_policy(finished_run / "tiny" / "sft", "cpu")
+    actor = tiny.policy(sft)
     rollout = policy_gradient.sample_rollout(
         actor, critic, reference, reward_of(scorer, cfg), tokenizer,
         held_out_prompts(tokenizer, 32, 1), cfg, seeded())
@@ -4863,10 +4502,9 @@ def test_every_rung_climbs_on_the_samples_it_is_given(rung, finished_run):
     class Run:                                           # the two methods that a climb calls
         taken = 0
 
-        def step(self, grad_clip, **optimizers):
-            for optimizer in optimizers.values():
-                optimizer.step()
-                optimizer.zero_grad()
+        def step(self, grad_clip, grad_norm):
+            grad_norm.step()
+            grad_norm.zero_grad()
             self.taken += 1
             return {}
 
@@ -4882,11 +4520,10 @@ def test_every_rung_climbs_on_the_samples_it_is_given(rung, finished_run):
         assert before - loss_now() == pytest.approx(taken["gain"], abs=1e-5)
         kl = policy_gradient.mean_kl(distributions(start), distributions(actor)).item()
         assert kl == pytest.approx(taken["kl_step"], rel=1e-3) and 1e-4 < kl <= 1e-3
-        assert run.taken == 1
     else:
         optimizer = torch.optim.SGD(actor.parameters(), lr=1e-3)
         policy_gradient.climb(rung, actor, optimizer, rollout, order, cfg, 0.1, run)
-        assert run.taken == (1 if rung in policy_gradient.PSI else 4)
+    assert run.taken == (1 if rung in (*policy_gradient.PSI, "trpo") else 4)
     assert loss_now() < before - 1e-4
 
 
@@ -4895,39 +4532,30 @@ def test_every_rung_climbs_on_the_samples_it_is_given(rung, finished_run):
     dict(rung="kl_penalty", kl_old_target=10.0),
     dict(rung="trpo", max_kl=1e-4),
     dict(rung="gae", lam=0.0, batch_size=1, minibatch_size=1, fisher_rows=1),
-    dict(rung="gae", beta=0.0)], ids=option_folder)
-def test_one_rung_runs_by_itself_and_its_options_act(changes, finished_run, monkeypatch):
-    bounds = []
-    original = policy_gradient.trpo_step
-
-    def recorded(parameters, measure, fisher_kl, max_kl, *args):
-        bounds.append(max_kl)
-        return original(parameters, measure, fisher_kl, max_kl, *args)
-    monkeypatch.setattr(policy_gradient, "trpo_step", recorded)
-    name = "rung_" + option_folder(changes)
+    dict(rung="gae", beta=0.0)], ids=option_id)
+def test_one_rung_runs_by_itself_and_its_options_act(changes, tiny, monkeypatch):
+    steps = record(monkeypatch, policy_gradient, "trpo_step")
     rung = changes["rung"]
-    results = policy_gradient.main(tiny_config(policy_gradient, out=name, base="tiny", **changes))
-    log = stage_log(finished_run, name, policy_gradient)
-    default_log = [line for line in stage_log(finished_run, "ladder", policy_gradient)
+    log, results = tiny.run(policy_gradient, option_folder(changes), **changes)
+    default_log = [line for line in tiny.log("ladder", policy_gradient)
                    if line["rung"] == rung]
     assert list(results) == ["SFT", rung] and math.isfinite(results[rung]["score"])
     assert (log[2]["score"] != default_log[2]["score"]
             or log[2]["objective"] != default_log[2]["objective"])
     if rung == "trpo":
         assert all(line["kl_step"] <= 1e-4 for line in log)
+        bounds = [call.args[3] for call in steps]        # max_kl
         expected = [1e-4 * (line["lr"] / 2e-3) ** 2 for line in log]
         assert bounds == pytest.approx(expected) and min(bounds) < 5e-5
     if rung == "kl_penalty":
         assert [line["kl_penalty_coef"] for line in log] == [1, 0.5, 0.25, 0.125]
 
 
-def test_every_rung_of_a_ladder_is_evaluated(finished_run):
-    small = dict(out="rungs", base="tiny", **SMALL_EVALUATION)
-    results = evaluate.main(tiny_config(evaluate, runs="ladder,tiny/dpo", **small))
-    assert list(results) == ["SFT", "tiny/dpo"]
-    results = evaluate.main(tiny_config(evaluate, runs="ladder/policy_gradient", **small))
+def test_every_rung_of_a_ladder_is_evaluated(tiny):
+    assert list(tiny.evaluate("ladder,tiny/dpo")) == ["SFT", "tiny/dpo"]
+    results = tiny.evaluate("ladder/policy_gradient")
     assert list(results) == ["SFT", *(f"ladder/policy_gradient/{rung}" for rung in LADDER)]
-    folder = finished_run / "ladder" / "policy_gradient"
+    folder = tiny.out / "ladder" / "policy_gradient"
     weights = files.load_checkpoint(folder)["policy_kl_penalty"]
     policy, _ = sft.load_policy(folder, "cpu", "policy_kl_penalty")
     assert torch.equal(policy.transformer.wte.weight, weights["transformer.wte.weight"])
@@ -4935,13 +4563,279 @@ def test_every_rung_of_a_ladder_is_evaluated(finished_run):
         sft.load_policy(folder, "cpu")
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(minibatch_size=12), "--minibatch_size 12 does not divide --batch_size 16, .*; try 8"),
-    (dict(fisher_rows=17), "--fisher_rows 17 is more than --batch_size 16"),
-    (dict(variance_rows=8), "--batch_size 16 is not a multiple of 4 times --variance_rows 8")])
-def test_the_ladder_refuses_what_cannot_be(changes, message, finished_run):
+# ---- evaluate.py and compare.py
+
+@pytest.fixture(scope="module")
+def evaluated(whole_run):
+    """-> results, folder of an evaluation of the runs tiny and fixed"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(whole_run[0].parent.parent)
+        ppo.main(tiny_config(ppo, out="fixed", base="tiny", kl_control="fixed", beta=0.5, **FEW))
+        results = evaluate.main(tiny_config(evaluate, runs="tiny,fixed", overoptimise=True))
+    return results, whole_run[0] / "evaluate"
+
+
+def test_evaluate_finds_every_policy_and_reports_where_it_landed(evaluated):
+    results, folder = evaluated
+    policies = ["fixed/ppo", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
+    assert list(results) == ["SFT", *policies, "overoptimisation"]
+    report = (folder / "report.md").read_text()
+    for heading in ("The limit", "Best of n", "Win rates", "Samples", "Over-optimisation"):
+        assert f"## {heading}" in report
+    for text in (report, (folder / "report.txt").read_text()):
+        assert "\ncommand     python evaluate.py --config tiny" in text
+        assert "\nmade with   commit " in text
+    for picture in ("frontier.png", "overoptimisation.png"):
+        assert (folder / picture).read_bytes()[:4] == b"\x89PNG" and f"({picture})" in report
+    assert results["SFT"]["kl_ref"] == 0 and results["SFT"]["elo_by_gold"] == 1000
+    assert "fraction" in results["fixed/ppo"] and "fraction" in results["tiny/dpo"]
+    assert "fraction" not in results["tiny/ppo"]
+    assert results["tiny/grpo"]["aims_at_optimum"] and results["tiny/grpo"]["fraction"] > 0.3
+    for name in policies:
+        assert -1 < results[name]["share"] < 1.3 and results[name]["kl_ref"] > 0.05
+    assert results["tiny/ppo"]["share"] > 0.3 and results["tiny/ppo"]["elo_by_score"] > 1000
+    log = stage_log(folder.parent.parent, "tiny-weak", ppo)
+    last = [line["score"] for line in log[-3:]]          # means over five updates, two on each side
+    assert results["overoptimisation"]["end_score"] == pytest.approx(sum(last) / 3)
+    assert results["overoptimisation"]["fall"] >= 0
+    json.dumps(results, allow_nan=False)
+
+
+def test_samples_carry_the_densities_scores_and_texts_of_their_policies(tiny):
+    """Each policy is sampled again by itself, and measured under every policy."""
+    reference, tokenizer, scorer = tiny.models()
+    policies = {"SFT": reference, "PPO": tiny.policy(ppo)}
+    reward = reward_of(scorer, tiny_config(ppo))
+    prompts = held_out_prompts(tokenizer, 3)
+    samples = compare.collect(policies, reward, tokenizer, prompts, [4, 2],
+                              tiny_config(ppo, temperature=0.8, seed=9))
+    assert samples.columns("SFT") == slice(0, 4) and samples.columns("PPO") == slice(4, 6)
+    for (name, policy), n in zip(policies.items(), samples.counts, strict=True):
+        columns = samples.columns(name)
+
+        def check(ours, theirs):
+            torch.testing.assert_close(ours[:, columns].float(), theirs.view(3, n).float(),
+                                       atol=2e-4, rtol=1e-4)
+
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        (*batch, finished), responses = sampled_batch(policy, tokenizer, repeated, 9, 0.8)
+        for logprobs, other in zip(samples.logprobs, policies.values(), strict=True):
+            check(logprobs, token_logprobs(other, *batch, 0.8).sum(1).detach())
+        _, entropy = token_logprobs(policy, *batch, 0.8, return_entropy=True)
+        check(samples.entropy, entropy.sum(1).detach())
+        check(samples.scores, reward(*batch, finished))
+        check(samples.lengths, batch[2].sum(1))
+        check(samples.finished, finished)
+        asked = [tokenizer.decode(prompt) for prompt in repeated]
+        texts = [tokenizers.decode_response(tokenizer, ids) for ids in responses]
+        gold = [reviews.gold(prompt, *text) for prompt, text in zip(asked, texts)]
+        grammatical = [reviews.grammatical(prompt, *text) for prompt, text in zip(asked, texts)]
+        check(samples.gold, torch.tensor(gold))
+        check(samples.grammatical, torch.tensor(grammatical))
+        assert [t for row in samples.texts for t in row[columns]] == [t for t, _ in texts]
+        assert samples.asked == asked[::n]
+
+
+def test_no_batch_of_samples_repeats_an_earlier_one(tiny):
+    reference, tokenizer, _ = tiny.models()
+
+    def length(inputs, targets, mask, finished):
+        return mask.sum(1)
+    samples = compare.collect({"SFT": reference}, length, tokenizer, held_out_prompts(tokenizer, 1),
+                              [1100], tiny_config(ppo, max_new_tokens=4, seed=9))
+    assert samples.texts[0][1024:] != samples.texts[0][:76]      # they are sampled 1024 at a time
+
+
+def test_evaluate_leaves_out_runs_from_a_different_sft_policy(tiny, capsys):
+    sft.main(tiny_config(sft, out="elsewhere", steps=5))
+    tiny.run(ppo, "elsewhere", steps=1)
+    found = ["SFT", "tiny/dpo", "tiny/grpo", "tiny/ppo"]
+    assert list(tiny.evaluate("tiny,elsewhere")) == found
+    said = capsys.readouterr().out
+    assert "leaving out elsewhere/ppo: it started from a different SFT policy" in said
+    for stage in ("ppo", "sft"):                         # as an interrupted --overwrite leaves them
+        shutil.copytree(tiny.out / "tiny" / stage, tiny.out / "tiny" / f"{stage}.old")
+    assert list(tiny.evaluate("tiny")) == found
+
+
+def test_evaluate_without_any_policy_shows_the_limit_alone(tiny, tmp_path, monkeypatch):
+    for stage in ("sft", "reward_model"):
+        shutil.copytree(tiny.out / "tiny" / stage, tmp_path / "out" / "tiny" / stage)
+    monkeypatch.chdir(tmp_path)
+    assert list(evaluate.main(tiny_config(evaluate, n_eval=2, n_reference=8))) == ["SFT"]
+
+
+def test_one_bad_stage_among_many_is_left_out_by_name(tiny, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    for stage in ("sft", "reward_model", "ppo"):
+        shutil.copytree(tiny.out / "tiny" / stage, out / "tiny" / stage)
+    for run in ("damaged", "foreign", "older", "unfinished"):
+        shutil.copytree(tiny.out / "tiny" / "ppo", out / run / "ppo")
+    monkeypatch.chdir(tmp_path)
+    damaged = out / "damaged" / "ppo" / "checkpoint.pt"
+    damaged.write_bytes(damaged.read_bytes()[:5000])
+    torch.save({"weights": torch.zeros(3)}, out / "foreign" / "ppo" / "checkpoint.pt")
+    older = out / "older" / "ppo" / "config.json"
+    config = files.read_json(older)
+    for name in ("score_clip", "ptx_coef", "ema", "text_prompt", "whiten_rewards"):
+        del config[name]
+    files.write(older, json.dumps(config))
+    (out / "unfinished" / "ppo" / "report.txt").unlink()
+    small = dict(out="among_bad", base="tiny", n_eval=2, n_reference=4, n_samples=2)
+    found = evaluate.main(tiny_config(evaluate, **small))
+    said = capsys.readouterr().out
+    assert set(found) == {"SFT", "tiny/ppo", "older/ppo"}
+    assert "leaving out damaged/ppo: error: cannot read out/damaged/ppo/checkpoint.pt as a" in said
+    assert "leaving out foreign/ppo: error: " in said
+    assert "leaving out unfinished/ppo: it is not finished" in said
+    with pytest.raises(Stopped, match="cannot read out/damaged/ppo/checkpoint.pt"):   # asked for
+        evaluate.main(tiny_config(evaluate, runs="tiny, damaged/ppo", **small))
+
+
+# ---- what is refused before any work
+
+NO_ROOM = "--max_new_tokens 70 exceed the model's block_size 72; lower --max_new_tokens to 5"
+REFUSED = [
+    (sft, dict(block_size=60, max_new_tokens=60),
+     "--max_new_tokens 60 exceed the model's block_size 60; lower --max_new_tokens to"),
+    (sft, dict(block_size=40, max_new_tokens=1), "exceed --block_size 40; raise it"),
+    (reward_model, dict(max_new_tokens=70), NO_ROOM),
+    (ppo, dict(max_new_tokens=70), NO_ROOM),
+    (dpo, dict(beta=0.0), "--beta got 0"),
+    (dpo, dict(label_smoothing=0.5), "--label_smoothing got 0.5"),
+    (dpo, dict(loss="ipo", label_smoothing=0.1),
+     "works only with --loss sigmoid or robust, this is --loss ipo"),
+    (dpo, dict(n_pairs=20, rounds=2), "less than one batch of 16 pairs"),
+    (dpo, dict(n_pairs=5000),
+     "asks for 5000 of the annotators' comparisons, .*reward_model has 960"),
+    (dpo, dict(n_eval=500), "--n_eval 500 .* asks for more held-out prompts than the 197 that"),
+    (grpo, dict(batch_size=10, minibatch_size=2),
+     "--batch_size 10 is not a multiple of --group_size 4; every group must be whole"),
+    (grpo, dict(minibatch_size=64),
+     "--minibatch_size 64 does not divide --batch_size 32, .*; try 32"),
+    (grpo, dict(group_size=1),
+     "--group_size 1 leaves nothing to compare a response with, and --advantage grpo compares"),
+    (grpo, dict(reward="nowhere.py:f"), "but nowhere.py does not exist"),
+    (grpo, dict(max_new_tokens=70), NO_ROOM),
+    (policy_gradient, dict(minibatch_size=12),
+     "--minibatch_size 12 does not divide --batch_size 16, .*; try 8"),
+    (policy_gradient, dict(fisher_rows=17), "--fisher_rows 17 is more than --batch_size 16"),
+    (policy_gradient, dict(variance_rows=8),
+     "--batch_size 16 is not a multiple of 4 times --variance_rows 8"),
+    (policy_gradient, dict(lora_rank=2), "the ladder compares gradients of all weights"),
+    (evaluate, dict(n_reference=1), "--n_reference got 1"),
+    (evaluate, dict(max_new_tokens=70), NO_ROOM),
+    (evaluate, dict(runs="nowhere"),
+     "--runs names nowhere, but out/nowhere has no finished stage"),
+    (sample, dict(stage="sft,pppo"),
+     "--stage names pppo, but neither out/tiny/pppo nor out/pppo has a checkpoint; there are: "
+     ".*tiny/ppo"),
+    (sample, dict(stage="ppo/emma"), "has no such policy; its policies: ppo"),
+    (sample, dict(stage="ppo", prompt="a long prompt " * 30),
+     "shorten the prompts, or train a model that reads more")]
+
+
+@pytest.mark.parametrize("script, changes, message", REFUSED, ids=option_id)
+def test_settings_that_cannot_work_are_refused_before_any_work(script, changes, message, tiny):
+    given = {"out": "refused", "base": "tiny"}
+    if script is sft:
+        del given["base"]
+    if script is evaluate:
+        given |= {"runs": "tiny", **SMALL_EVALUATION}
+    if script is sample:
+        given = {}
     with pytest.raises(Stopped, match=message):
-        policy_gradient.main(tiny_config(policy_gradient, out="refused", base="tiny", **changes))
+        script.main(tiny_config(script, **(given | changes)))
+    assert not (tiny.out / "refused").exists()
+
+
+# ---- parts of a batch, and precision
+
+@pytest.mark.parametrize("script, changes", [
+    (sft, dict(steps=2, weight_decay=0.0)),
+    (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4)),
+    (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4, token_wise=True)),
+    (ppo, dict(steps=2, entropy_coef=0.1, **FEW)),
+    (ppo, dict(steps=2, surrogate="kl_penalty", batch_size=30, minibatch_size=15, **FEW)),
+    (dpo, dict(n_pairs=32, nll_coef=3.0, **FEW)),
+    (grpo, dict(steps=2, kl_in="loss", normalise="sequence", **FEW)),
+    (policy_gradient, dict(steps=2, rung="clip")),
+    (policy_gradient, dict(steps=2, rung="gae"))], ids=option_id)
+def test_a_batch_in_parts_has_the_gradient_and_the_metrics_of_the_whole(
+        script, changes, tiny, monkeypatch):
+    """
+    Rows are ragged, so the mean of the parts' means would be wrong. Trained by SGD, since AdamW
+    makes much of small differences.
+    """
+    def sgd(parameters, lr, **others):
+        return torch.optim.SGD(parameters, lr=lr)
+    monkeypatch.setattr(torch.optim, "AdamW", sgd)
+    base = {} if script is sft else {"base": "tiny"}
+    key = {reward_model: "reward_model", policy_gradient: "actor"}.get(script, "policy")
+    logs, weights = [], []
+    for parts in (1, 4):
+        name = f"{script.__name__}_in_{parts}"
+        shutil.rmtree(tiny.out / name, ignore_errors=True)
+        script.main(tiny_config(script, out=name, accumulation=parts, **base, **changes))
+        logs.append(tiny.log(name, script))
+        weights.append(tiny.checkpoint(name, script)[key])
+    for whole, parts in zip(*logs, strict=True):
+        for metric in whole:
+            if metric.endswith(("_seconds", "_per_second", "rung")):
+                continue
+            # In the first minibatch the values are at the edge of the clip range, up to rounding
+            atol = 1e-2 if metric == "value_clip_fraction" else 1e-5
+            assert parts[metric] == pytest.approx(whole[metric], rel=2e-4, abs=atol), metric
+    whole, parts = weights
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], atol=2e-6, rtol=1e-4)
+    if script is not sft:                                # the others started from the SFT policy
+        start = tiny.checkpoint("tiny", sft)["policy"]
+        moved = sum((whole[name] - weight).abs().sum().item() for name, weight in start.items()
+                    if name in whole)
+        assert moved > 1e-3
+
+
+def test_parts_have_about_one_size_and_hold_every_row_once():
+    for n, parts in ((8, 1), (8, 3), (5, 4), (2, 7)):
+        rows = list(range(n))
+        split = [part for part, _ in data.microbatches(rows, parts)]
+        assert sum(split, []) == rows and len(split) <= parts
+        assert max(map(len, split)) == -(-n // parts)
+        tensors = [part for part, _ in data.microbatches(torch.arange(n), parts)]
+        assert torch.equal(torch.cat(tensors), torch.arange(n))
+
+
+def test_shares_of_parts_sum_to_one_and_follow_the_weights():
+    shares = [share.item() for _, share in data.microbatches([0, 1, 2, 3, 4], 3)]
+    assert shares == pytest.approx([0.4, 0.4, 0.2])
+    shares = [share.item() for _, share in data.microbatches([0, 1, 2], 2, [5, 1, 2])]
+    assert shares == pytest.approx([0.75, 0.25])
+
+
+def test_means_weigh_values_by_their_shares():
+    means = data.Means()
+    means.add({"loss": torch.tensor(1.0)}, torch.tensor(0.75))
+    means.add({"loss": 5.0}, 0.25)                       # a minibatch in two parts
+    means.add({"loss": 4.0, "lr": 0.1})                  # a second minibatch in one
+    assert means.result() == pytest.approx({"loss": 3.0, "lr": 0.1})
+
+
+@pytest.mark.parametrize("script, changes", [
+    (sft, dict(init="gpt2", steps=2, n_texts=None, n_eval=10, batch_size=8, lora_rank=0)),
+    (reward_model, dict(base="own", n_prompts=16, n_held_out=8)),
+    (ppo, dict(base="own", steps=2, **FEW)),
+    (dpo, dict(base="own", n_pairs=32, **FEW)),
+    (grpo, dict(base="own", steps=2, **FEW))], ids=option_id)
+def test_every_stage_runs_in_bfloat16_with_checkpointing(script, changes, user_folder):
+    name = f"half_{script.__name__}"
+    script.main(user_config(script, out=name, dtype="bfloat16", checkpointing=True, **changes))
+    saved = files.load_checkpoint(user_folder / name / script.__name__)
+    weights = saved.get("policy") or saved["reward_model"]
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    assert saved["gpt"]["dtype"] == "bfloat16"
+    if script in (ppo, grpo):                            # also in bfloat16: the same products
+        assert stage_log(user_folder, name, script)[0]["kl_ref"] == 0
 
 
 # ---- weights, tokenizers and data of the user's
@@ -4998,76 +4892,76 @@ def test_a_policy_that_lora_made_can_be_the_sft_policy_of_a_run(user_folder):
     assert stage_log(user_folder, "again", ppo)[0]["kl_ref"] == 0
 
 
-def test_lora_on_fresh_weights_and_on_the_ladder_is_refused(user_folder):
-    with pytest.raises(Stopped, match="fresh weights must all be trained. Give --init"):
-        sft.main(tiny_config(sft, out="fresh", lora_rank=2))
-    with pytest.raises(Stopped, match="the ladder compares gradients of all weights"):
-        policy_gradient.main(user_config(policy_gradient))
-
-
 @pytest.mark.parametrize("stage", ["sft", "ppo", "dpo", "grpo", "reward_model"])
 def test_every_stage_is_exported_for_transformers_with_its_tokenizer(stage, user_folder, tmp_path):
     from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
                               AutoTokenizer)
     own = user_folder / "own"
     exported = tmp_path / "exported"
-    kind = AutoModelForCausalLM
-    export = sft.export
-    if stage == "reward_model":
-        kind = AutoModelForSequenceClassification
-        export = reward_model.export
-    export(own / stage, str(exported))
-    theirs = kind.from_pretrained(exported).eval()
     prompt = forms.read_record(comparison(7))[0]
     response = " Number 7 is good!"
-    text = prompt + response + tokenizers.EOS
-    ids = AutoTokenizer.from_pretrained(exported)(text, return_tensors="pt")["input_ids"]
     tokenizer = tokenizers.load_tokenizer(own / stage)
-    response_ids = tokenizer.encode_ordinary(response) + [tokenizer.eot_token]
-    whole = tokenizer.encode_ordinary(prompt + response) + [tokenizer.eot_token]
-    assert ids[0].tolist() == whole
+    eos = [tokenizer.eot_token]
+    policy, _ = sft.load_policy(own / ("sft" if stage == "reward_model" else stage), "cpu")
+
+    def logits_of(folder, kind=AutoModelForCausalLM):
+        text = prompt + response + tokenizers.EOS
+        ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"]
+        assert ids[0].tolist() == tokenizer.encode_ordinary(prompt + response) + eos
+        return ids, kind.from_pretrained(folder).eval()(ids).logits
+
     if stage == "reward_model":
-        policy, _ = sft.load_policy(own / "sft", "cpu")
+        reward_model.export(own / stage, str(exported))
+        _, theirs = logits_of(exported, AutoModelForSequenceClassification)
         ours = reward_model.load_reward_model(own / stage, policy, tokenizer, "cpu")
-        batch = data.collate([tokenizer.encode_ordinary(prompt)], [response_ids])
-        torch.testing.assert_close(theirs(ids).logits[0], sequence_scores(ours, *batch),
-                                   atol=1e-4, rtol=0)
-    else:
-        policy, _ = sft.load_policy(own / stage, "cpu")
-        torch.testing.assert_close(theirs(ids).logits, policy(ids), atol=1e-4, rtol=1e-4)
-        assert GPT.from_pretrained(exported).config.vocab_size == tokenizer.n_vocab
+        batch = data.collate([tokenizer.encode_ordinary(prompt)],
+                             [tokenizer.encode_ordinary(response) + eos])
+        torch.testing.assert_close(theirs[0], sequence_scores(ours, *batch), atol=1e-4, rtol=0)
+        return
+    sft.export(own / stage, str(exported))
+    ids, theirs = logits_of(exported)
+    torch.testing.assert_close(theirs, policy(ids), atol=1e-4, rtol=1e-4)
+    assert GPT.from_pretrained(exported).config.vocab_size == tokenizer.n_vocab
     if stage == "ppo":
         averaged, _ = sft.load_policy(own / stage, "cpu", "policy_ema")
-        theirs = kind.from_pretrained(tmp_path / "exported-ema").eval()
-        torch.testing.assert_close(theirs(ids).logits, averaged(ids), atol=1e-4, rtol=1e-4)
+        _, theirs = logits_of(tmp_path / "exported-ema")
+        torch.testing.assert_close(theirs, averaged(ids), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(init="gpt2", block_size=97),
+@pytest.mark.parametrize("script, changes, message", [
+    (sft, dict(init="gpt2", block_size=97),
      "block_size 97 is longer than the 96 positions that gpt2 has weights for; lower it to that"),
-    (dict(init="nowhere"), "no tokenizer in nowhere: nowhere is not a folder here and could not be "
-                           "fetched from the hub .OSError.; check the spelling and the network"),
-    (dict(tokenizer="nowhere"), "no tokenizer in nowhere"),
-    (dict(n_texts=None, data="reviews"), "--n_texts none takes all"),
-    (dict(init="gpt2", tokenizer="other"),
+    (sft, dict(init="nowhere"),
+     "no tokenizer in nowhere: nowhere is not a folder here and could not be fetched from the hub "
+     ".OSError.; check the spelling and the network"),
+    (sft, dict(tokenizer="nowhere"), "no tokenizer in nowhere"),
+    (sft, dict(n_texts=None, data="reviews"), "--n_texts none takes all"),
+    (sft, dict(init="gpt2", tokenizer="other"),
      "the tokenizer has .* token ids, gpt2 has weights for .*; they do not belong together"),
-    (dict(batch_size=500, n_texts=None),
+    (sft, dict(batch_size=500, n_texts=None),
      "there are .* texts to train on, less than one batch; lower --batch_size 500"),
-    (dict(block_size=45),
+    (sft, dict(block_size=45),
      "prompts of up to 40 tokens and --max_new_tokens 12 exceed the model's block_size 45"),
-    (dict(init="gpt2", max_prompt_tokens=90), "block_size 102 is longer than the 96 positions")])
-def test_weights_and_tokenizers_that_do_not_fit_are_refused(changes, message, user_folder,
-                                                            monkeypatch):
+    (sft, dict(init="gpt2", max_prompt_tokens=90),
+     "block_size 102 is longer than the 96 positions"),
+    (sft, dict(lora_rank=2), "fresh weights must all be trained. Give --init"),
+    (reward_model, dict(base="own", n_prompts=None, batch_size=400),
+     "there are 1.. comparisons to train on, less than one batch; lower --batch_size"),
+    (dpo, dict(base="own", batch_size=300, n_pairs=400),
+     "there are 1.. pairs to train on, less than one batch; lower --batch_size")], ids=option_id)
+def test_weights_and_data_that_do_not_fit_are_refused(script, changes, message, user_folder,
+                                                      monkeypatch):
     import huggingface_hub
 
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
-    other = user_folder.parent / "other"
     if changes.get("tokenizer") == "other":
-        tokenizers.export_tokenizer(tokenizers.train_tokenizer(review_texts(200, 0), 600), other)
+        other = tokenizers.train_tokenizer(review_texts(200, 0), 600)
+        tokenizers.export_tokenizer(other, user_folder.parent / "other")
+    given = {"lora_rank": 0} if script is sft else {}
     with pytest.raises(Stopped, match=message):
-        sft.main(user_config(sft, **{"out": "refused", "lora_rank": 0, **changes}))
+        script.main(user_config(script, out="refused", **(given | changes)))
     assert not (user_folder / "refused").exists()
 
 
@@ -5080,11 +4974,11 @@ def test_weights_and_tokenizers_come_from_the_hub_by_name(user_folder, monkeypat
         fetched.append((name, allow_patterns))
         return copy_of_hub
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    theirs = tokenizers.gpt2_tokenizer("someone/gpt")
+    theirs = tokenizers.pretrained_tokenizer("someone/gpt")
     ours = tokenizers.load_tokenizer(user_folder / "own" / "sft")
     assert tokenizers.tokenizer_id(theirs) == tokenizers.tokenizer_id(ours)
     GPT.from_pretrained("someone/gpt")
-    assert fetched == [("someone/gpt", ["*.json", "merges.txt"]),
+    assert fetched == [("someone/gpt", ["*.json", "*.jinja", "merges.txt"]),
                        ("someone/gpt", ["*.json", "model*.safetensors"])]
     shutil.copytree("gpt2", "as_bin", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(load_file("gpt2/model.safetensors"), "as_bin/pytorch_model.bin")
@@ -5093,59 +4987,58 @@ def test_weights_and_tokenizers_come_from_the_hub_by_name(user_folder, monkeypat
     assert fetched[-1] == ("someone/older", ["*.json", "pytorch_model*.bin"])
 
 
-def test_stages_start_from_a_checkpoint_of_nanogpt(user_folder):
-    nano = user_folder.parent / "nano"
-    nano.mkdir()
+def test_stages_start_from_a_checkpoint_of_nanogpt(user_folder, tmp_path):
     weights = nanogpt_weights(True, V=410, T=96, C=32)
-    save_nanogpt(nano / "ckpt.pt", weights, n_embd=32, block_size=96)
-    small = dict(out="nano", init="nano/ckpt.pt", lora_rank=0, batch_size=8)
+    save_nanogpt(tmp_path / "ckpt.pt", weights, n_embd=32, block_size=96)
+    small = dict(out="nano", init=str(tmp_path / "ckpt.pt"), lora_rank=0, batch_size=8)
     sft.main(user_config(sft, tokenizer="gpt2", steps=1, lr=1e-9, n_texts=None, n_eval=6, **small))
     policy, tokenizer = sft.load_policy(user_folder / "nano" / "sft", "cpu")
     assert policy.config.activation == "gelu"
     assert policy.config.vocab_size == tokenizer.n_vocab == 400          # those of the folder gpt2
     ours = policy.transformer
     torch.testing.assert_close(ours.h[1].mlp.c_fc.weight, weights["h.1.mlp.c_fc.weight"])
-    torch.testing.assert_close(ours.wte.weight, weights["wte.weight"][:400])
+    torch.testing.assert_close(ours.wte.weight, weights["wte.weight"])   # 10 more, for no token
     reward_model.main(user_config(reward_model, n_prompts=40, n_held_out=10, **small))
     saved = files.load_checkpoint(user_folder / "nano" / "reward_model")
     assert saved["gpt"]["activation"] == "gelu"
 
 
-def test_a_checkpoint_of_nanogpt_has_gpt2s_tokenizer_or_the_one_beside_it(user_folder, monkeypatch):
-    nano = user_folder.parent / "nano2"
-    nano.mkdir()
+def test_a_checkpoint_of_nanogpt_has_gpt2s_tokenizer_or_the_one_beside_it(user_folder, tmp_path,
+                                                                          monkeypatch):
+    path = tmp_path / "ckpt.pt"
     weights = nanogpt_weights(True, V=410, T=96, C=32)
-    save_nanogpt(nano / "ckpt.pt", weights, n_embd=32, block_size=96)
-    gpt2s = types.SimpleNamespace(n_vocab=50257)
-    monkeypatch.setattr(tokenizers.tiktoken, "get_encoding", {"gpt2": gpt2s}.get)
+    save_nanogpt(path, weights, n_embd=32, block_size=96)
+    gpt2s = tokenizers.train_tokenizer(review_texts(200, 0), 500)        # for tiktoken's
+    arguments = ("gpt2", gpt2s._pat_str, gpt2s._mergeable_ranks, gpt2s._special_tokens,
+                 gpt2s.end_tokens)
+    monkeypatch.setattr(tokenizers, "tiktoken_gpt2", lambda: arguments)
     with pytest.raises(Stopped, match="ckpt.pt has 410 token ids, fewer than GPT-2's 50257"):
-        sft.tokenizer_of("nano2/ckpt.pt")
-    save_nanogpt(nano / "ckpt.pt", weights, n_embd=32, block_size=96, vocab_size=50304)
-    assert sft.tokenizer_of("nano2/ckpt.pt") is gpt2s is sft.tokenizer_of("nano2")
+        sft.tokenizer_of(str(path))
+    save_nanogpt(path, weights, n_embd=32, block_size=96, vocab_size=50304)
+    for source in (path, tmp_path):
+        found = sft.tokenizer_of(str(source))
+        assert tokenizers.tokenizer_id(found) == tokenizers.tokenizer_id(gpt2s)
     tokenizer = tokenizers.load_tokenizer(user_folder / "own" / "sft")
-    tokenizers.export_tokenizer(tokenizer, nano)
-    beside = sft.tokenizer_of("nano2/ckpt.pt")
+    tokenizers.export_tokenizer(tokenizer, tmp_path)
+    beside = sft.tokenizer_of(str(path))
     assert tokenizers.tokenizer_id(beside) == tokenizers.tokenizer_id(tokenizer)
 
-
-def test_characters_of_nanogpt_are_refused_since_they_are_in_a_pickle(user_folder):
-    folder = user_folder.parent / "characters"
-    folder.mkdir()
-    (folder / "meta.pkl").write_bytes(pickle.dumps(Malicious(user_folder / "owned")))
-    for source in ("characters", "characters/meta.pkl"):
+    pickled = tmp_path / "characters" / "meta.pkl"       # nanoGPT's list of characters
+    pickled.parent.mkdir()
+    pickled.write_bytes(pickle.dumps(Malicious(tmp_path / "owned")))
+    for source in (pickled.parent, pickled):
         with pytest.raises(Stopped, match="meta.pkl, which lists characters for nanoGPT, is not "
                                           "read, since a pickle can run code"):
-            sft.main(user_config(sft, out="refused", init="gpt2", tokenizer=source, lora_rank=0))
-    assert not (user_folder / "owned").exists() and not (user_folder / "refused").exists()
+            sft.main(user_config(sft, out="refused", init="gpt2", tokenizer=str(source),
+                                 lora_rank=0))
+    assert not (tmp_path / "owned").exists() and not (user_folder / "refused").exists()
 
 
 def test_a_reward_model_of_a_different_size_gives_the_critic_its_size(user_folder):
-    from transformers import GPT2Config, GPT2LMHeadModel
     wider = user_folder.parent / "wider"
     tokenizer = tokenizers.load_tokenizer(user_folder / "own" / "sft")
-    GPT2LMHeadModel(GPT2Config(
-        vocab_size=tokenizer.n_vocab + 3, n_positions=96, n_layer=2, n_head=2, n_embd=16,
-        bos_token_id=0, eos_token_id=0)).save_pretrained(wider)
+    sizes = dict(vocab_size=tokenizer.n_vocab + 3, n_positions=96, n_layer=2, n_head=2, n_embd=16)
+    random_gpt2(0.02, **sizes).save_pretrained(wider)
     tokenizers.export_tokenizer(tokenizer, wider)
     small = dict(out="sized", base="own", lora_rank=0)
     reward_model.main(user_config(reward_model, init="wider", n_prompts=40, n_held_out=10, **small))
@@ -5153,7 +5046,7 @@ def test_a_reward_model_of_a_different_size_gives_the_critic_its_size(user_folde
     saved = files.load_checkpoint(user_folder / "sized" / "ppo")
     assert (saved["critic_gpt"]["n_layer"], saved["critic_gpt"]["n_embd"]) == (2, 16)
     assert saved["gpt"]["n_embd"] == 32
-    assert saved["critic"]["transformer.wte.weight"].shape == (tokenizer.n_vocab, 16)
+    assert saved["critic"]["transformer.wte.weight"].shape == (tokenizer.n_vocab + 3, 16)
     sample.main(tiny_config(sample, out="sized", stage="sft,ppo", n=1))
     foreign = tokenizers.train_tokenizer(review_texts(300, 0), tokenizer.n_vocab)
     tokenizers.export_tokenizer(foreign, wider)
@@ -5163,7 +5056,7 @@ def test_a_reward_model_of_a_different_size_gives_the_critic_its_size(user_folde
 
 
 def test_everything_trained_for_the_reward_is_evaluated(user_folder, capsys):
-    assert (user_folder / "tokens").is_dir()             # a folder in out/ that is not a run
+    (user_folder / "tokens").mkdir(exist_ok=True)        # a folder in out/ that is not a run
     small = dict(lora_rank=0, n_eval=2, n_reference=4, n_samples=2)
     found = evaluate.main(user_config(evaluate, **small))
     assert {"SFT", "own/ppo", "own/ppo/ema", "own/dpo", "own/grpo"} <= set(found)
@@ -5176,16 +5069,6 @@ def test_everything_trained_for_the_reward_is_evaluated(user_folder, capsys):
     evaluate.main(user_config(evaluate, runs="own,old", **small))
     said = capsys.readouterr().out
     assert "leaving out old/grpo: it was trained for a different reward" in said
-
-
-@pytest.mark.parametrize("script, changes, what", [
-    (reward_model, dict(n_prompts=None, batch_size=400), "comparisons"),
-    (dpo, dict(batch_size=300, n_pairs=400), "pairs")], ids=option_id)
-def test_too_few_rows_for_a_batch_are_refused_before_any_work(script, changes, what, user_folder):
-    message = f"there are 1.. {what} to train on, less than one batch; lower --batch_size"
-    with pytest.raises(Stopped, match=message):
-        script.main(user_config(script, out="few", base="own", **changes))
-    assert not (user_folder / "few").exists()
 
 
 def test_rl_takes_prompts_alone_from_a_base_and_sft_refuses_them_at_once(user_folder):
@@ -5206,179 +5089,6 @@ def test_rl_takes_prompts_alone_from_a_base_and_sft_refuses_them_at_once(user_fo
     assert "asked/ppo" in found
 
 
-# ---- parts of a batch
-
-@pytest.mark.parametrize("script, changes", [
-    (sft, dict(steps=2, weight_decay=0.0)),
-    (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4)),
-    (reward_model, dict(n_prompts=8, n_held_out=8, batch_size=4, token_wise=True)),
-    (ppo, dict(steps=2, entropy_coef=0.1)),
-    (ppo, dict(steps=2, surrogate="kl_penalty", batch_size=30, minibatch_size=15)),
-    (dpo, dict(n_pairs=32, nll_coef=3.0)),
-    (grpo, dict(steps=2, kl_in="loss", normalise="sequence")),
-    (policy_gradient, dict(steps=2, rung="clip")),
-    (policy_gradient, dict(steps=2, rung="gae"))], ids=option_id)
-def test_a_batch_in_parts_has_the_gradient_and_the_metrics_of_the_whole(
-        script, changes, finished_run, monkeypatch, no_pictures):
-    """
-    Rows are ragged, so the mean of the parts' means would be wrong. Trained by SGD, since AdamW
-    makes much of small differences.
-    """
-    def sgd(parameters, lr, **others):
-        return torch.optim.SGD(parameters, lr=lr)
-    monkeypatch.setattr(torch.optim, "AdamW", sgd)
-    small = {} if script is sft else {"base": "tiny"}
-    if script not in (sft, reward_model):
-        small |= dict(n_eval=2, n_samples=2)
-    logs, checkpoints = [], []
-    for parts in (1, 4):
-        name = f"{script.__name__}_in_{parts}"
-        shutil.rmtree(finished_run / name, ignore_errors=True)
-        script.main(tiny_config(script, out=name, accumulation=parts, **small, **changes))
-        logs.append(stage_log(finished_run, name, script))
-        checkpoints.append(files.load_checkpoint(finished_run / name / script.__name__))
-    for whole, parts in zip(*logs, strict=True):
-        for metric in whole:
-            if metric.endswith(("_seconds", "_per_second", "rung")):
-                continue
-            # In the first minibatch the values are at the edge of the clip range, up to rounding
-            atol = 1e-2 if metric == "value_clip_fraction" else 1e-5
-            assert parts[metric] == pytest.approx(whole[metric], rel=2e-4, abs=atol), metric
-    key = {reward_model: "reward_model", policy_gradient: "actor"}.get(script, "policy")
-    for name, weights in checkpoints[0][key].items():
-        torch.testing.assert_close(checkpoints[1][key][name], weights, atol=2e-6, rtol=1e-4)
-    if script is not sft:                                # the others started from the SFT policy
-        start = files.load_checkpoint(finished_run / "tiny" / "sft")["policy"]
-        trained = checkpoints[0][key]
-        moved = sum((trained[name] - weight).abs().sum().item() for name, weight in start.items()
-                    if name in trained)
-        assert moved > 1e-3
-
-
-def test_parts_have_about_one_size_and_hold_every_row_once():
-    for n, parts in ((8, 1), (8, 3), (5, 4), (2, 7)):
-        rows = list(range(n))
-        split = [part for part, _ in data.microbatches(rows, parts)]
-        assert sum(split, []) == rows and len(split) <= parts
-        assert max(map(len, split)) == -(-n // parts)
-        tensors = [part for part, _ in data.microbatches(torch.arange(n), parts)]
-        assert torch.equal(torch.cat(tensors), torch.arange(n))
-
-
-def test_shares_of_parts_sum_to_one_and_follow_the_weights():
-    shares = [share.item() for _, share in data.microbatches([0, 1, 2, 3, 4], 3)]
-    assert shares == pytest.approx([0.4, 0.4, 0.2])
-    shares = [share.item() for _, share in data.microbatches([0, 1, 2], 2, [5, 1, 2])]
-    assert shares == pytest.approx([0.75, 0.25])
-
-
-def test_means_weigh_values_by_their_shares():
-    means = data.Means()
-    means.add({"loss": torch.tensor(1.0)}, torch.tensor(0.75))
-    means.add({"loss": 5.0}, 0.25)                       # a minibatch in two parts
-    means.add({"loss": 4.0, "lr": 0.1})                  # a second minibatch in one
-    assert means.result() == pytest.approx({"loss": 3.0, "lr": 0.1})
-
-
-# ---- what PPO can do besides
-
-def test_the_average_follows_its_formula_and_is_evaluated_beside_the_actor(
-        finished_run, monkeypatch, no_pictures):
-    average, policy = small_gpt(seed=1), small_gpt(seed=2)
-    before = copy.deepcopy(average.state_dict())
-    ppo.move_average(average, policy, 0.9)
-    for name, weight in average.state_dict().items():
-        torch.testing.assert_close(weight, 0.9 * before[name] + 0.1 * policy.state_dict()[name])
-    actors = []                                          # the actor's weights at each call
-    original = ppo.move_average
-
-    def recorded(mean, actor, share):
-        actors.append(copy.deepcopy(actor.state_dict()))
-        original(mean, actor, share)
-    monkeypatch.setattr(ppo, "move_average", recorded)
-    results = ppo.main(tiny_config(ppo, out="averaged", base="tiny", steps=3, ema=0.6, **FEW))
-    assert len(actors) == 3                              # once an update
-    saved = files.load_checkpoint(finished_run / "averaged" / "ppo")
-    for name, expected in files.load_checkpoint(finished_run / "tiny" / "sft")["policy"].items():
-        for weights in actors:
-            expected = 0.6 * expected + 0.4 * weights[name]
-        torch.testing.assert_close(saved["policy_ema"][name], expected)
-    assert results["PPO, averaged"]["kl_ref"] != results["kl_ref"]
-    found = evaluate.main(tiny_config(evaluate, out="tiny", runs="averaged", **SMALL_EVALUATION))
-    assert list(found) == ["SFT", "averaged/ppo", "averaged/ppo/ema"]
-
-
-def test_the_gradient_with_ptx_is_the_sum_of_the_two(finished_run, monkeypatch, no_pictures):
-    """The actor's first gradient, unclipped: of the policy loss, plus coef times of the texts"""
-    first_gradients = []
-    texts = []                                           # of each gradient step
-    original_clip = torch.nn.utils.clip_grad_norm_
-    original_draw = data.draw
-    original_texts = data.built_in_texts
-
-    def few_texts(n, n_held_out, seed):                  # 20,000 take seconds to write
-        return original_texts(min(n, 500), n_held_out, seed)
-
-    def recorded_draw(items, n, generator):
-        rows = original_draw(items, n, generator)
-        if isinstance(rows[0], tuple):                   # texts, not prompts
-            texts.append(rows)
-        return rows
-
-    def recorded_clip(parameters, limit):
-        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
-        return original_clip(parameters, limit)
-    monkeypatch.setattr(data, "built_in_texts", few_texts)
-    monkeypatch.setattr(data, "draw", recorded_draw)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recorded_clip)
-    for coef in (0.0, 0.7):
-        gradients = []
-        ppo.main(tiny_config(ppo, out=f"ptx_{coef}", base="tiny", steps=1, ptx_coef=coef,
-                             minibatch_size=32, **FEW))
-        first_gradients.append(gradients[0])
-    policy, _, _ = tiny_models(finished_run)
-    inputs, targets, mask = data.collate(*zip(*texts[0]))
-    loss = -masked_mean(token_logprobs(policy, inputs, targets, mask), mask)
-    loss.backward()
-    text_gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
-    plain, with_ptx = first_gradients
-    torch.testing.assert_close(with_ptx, plain + 0.7 * text_gradient, atol=1e-6, rtol=1e-4)
-    logged = stage_log(finished_run, "ptx_0.7", ppo)[0]["ptx_loss"]
-    assert len(texts[0]) == 32 and logged == pytest.approx(loss.item(), rel=1e-5)
-
-
-def test_during_warm_up_the_critic_alone_learns(finished_run, no_pictures):
-    ppo.main(tiny_config(ppo, out="warmed", base="tiny", steps=3, critic_warmup=3, **FEW))
-    saved = files.load_checkpoint(finished_run / "warmed" / "ppo")
-    for name, weight in files.load_checkpoint(finished_run / "tiny" / "sft")["policy"].items():
-        assert torch.equal(saved["policy"][name], weight)
-    assert saved["critic"]["head.weight"].any()
-    for line in stage_log(finished_run, "warmed", ppo):
-        assert line["kl_ref"] == line["grad_norm"] == 0 < line["critic_grad_norm"]
-    ppo.main(tiny_config(ppo, out="warmed-2", base="tiny", steps=3, critic_warmup=1, **FEW))
-    log = stage_log(finished_run, "warmed-2", ppo)
-    assert log[1]["kl_ref"] == 0 != log[2]["kl_ref"]
-    assert log[0]["kl_old"] == 0 < log[1]["kl_old"]
-
-
-@pytest.mark.parametrize("script, changes", [
-    (sft, dict(init="gpt2", steps=2, n_texts=None, n_eval=10, batch_size=8, lora_rank=0)),
-    (reward_model, dict(base="own", n_prompts=16, n_held_out=8)),
-    (ppo, dict(base="own", steps=2, n_eval=2, n_samples=2)),
-    (dpo, dict(base="own", n_pairs=32, n_eval=2, n_samples=2)),
-    (grpo, dict(base="own", steps=2, n_eval=2, n_samples=2))],
-    ids=lambda x: getattr(x, "__name__", ""))
-def test_every_stage_runs_in_bfloat16_with_checkpointing(script, changes, user_folder):
-    name = f"half_{script.__name__}"
-    script.main(user_config(script, out=name, dtype="bfloat16", checkpointing=True, **changes))
-    saved = files.load_checkpoint(user_folder / name / script.__name__)
-    weights = saved.get("policy") or saved["reward_model"]
-    assert all(weight.dtype == torch.float32 for weight in weights.values())
-    assert saved["gpt"]["dtype"] == "bfloat16"
-    if script in (ppo, grpo):                            # also in bfloat16: the same products
-        assert stage_log(user_folder, name, script)[0]["kl_ref"] == 0
-
-
 # ---- rewards from classifiers and functions
 
 def classifier_batch(tokenizer, prompts, responses):
@@ -5387,44 +5097,33 @@ def classifier_batch(tokenizer, prompts, responses):
     return *batch, torch.ones(len(prompts), dtype=torch.bool)
 
 
-@pytest.mark.parametrize("labels", [1, 2])
-def test_a_classifier_scores_by_its_logit_or_the_difference_of_two(labels, classifiers, tokenizer):
+def classifier_logits(folder, texts):
+    """By transformers, one text at a time; a long text keeps its last 12 tokens -> (B, labels)"""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    folder = classifiers / str(labels)
-    reward = load_own(tokenizer, str(folder), missing_eos_score=None)
-    prompts = ["the plot", "a good acting . the plot is not good", "", "see it . " * 9]
-    responses = [" is good .", " is superb !", " superb", " the end is not good and far away ."]
-    scores = reward(*classifier_batch(tokenizer, prompts, responses))
     its_tokenizer = AutoTokenizer.from_pretrained(folder)
     theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    for prompt, response, score in zip(prompts, responses, scores):
-        ids = its_tokenizer(prompt + response)["input_ids"][-12:]    # a long text keeps its end
-        logits = theirs(torch.tensor([ids])).logits[0]
-        expected = logits[1] - logits[0] if labels == 2 else logits[0]
-        assert score.item() == pytest.approx(expected.item(), abs=1e-5)
-    assert scores.std() > 0.01 and reward.made_for.startswith(str(folder))
-    empty = data.collate([[tokenizer.eot_token]], [[tokenizer.eot_token]])
-    assert torch.isfinite(reward(*empty, torch.tensor([True]))).all()
+    ids = [its_tokenizer(text)["input_ids"][-12:] for text in texts]
+    return torch.cat([theirs(torch.tensor([x])).logits for x in ids]).detach()
 
 
 @pytest.mark.parametrize("problem", [None, "multi_label_classification"])
 @pytest.mark.parametrize("labels", [1, 2, 3])
 def test_a_classifier_rewards_the_label_that_is_named(labels, problem, classifiers, tokenizer,
                                                       tmp_path, capsys):
-    """log p / (1 - p) of the label: p by softmax, or by sigmoid if labels may hold together"""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    """
+    log p / (1 - p) of the label: p by softmax, or by sigmoid if labels may hold together. Without a
+    name, the one logit or the second of two less the first.
+    """
     folder = tmp_path / "c:d"                            # a colon that parts no label
     shutil.copytree(classifiers / str(labels), folder)
     names = ["mild", "not mild", "5 stars"][:labels]
     config = json.loads((folder / "config.json").read_text())
     config |= {"id2label": dict(enumerate(names)), "label2id": {}, "problem_type": problem}
     (folder / "config.json").write_text(json.dumps(config))
-    batch = classifier_batch(tokenizer, ["the plot", "a good"], [" is good .", " acting !"])
-    its_tokenizer = AutoTokenizer.from_pretrained(folder)
-    theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    logits = torch.stack([theirs(its_tokenizer(text, return_tensors="pt").input_ids).logits[0]
-                          for text in ("the plot is good .", "a good acting !")])
-    logits = logits.double().detach()
+    prompts = ["the plot", "a good acting . the plot is not good", "", "see it . " * 9]
+    responses = [" is good .", " is superb !", " superb", " the end is not good and far away ."]
+    batch = classifier_batch(tokenizer, prompts, responses)
+    logits = classifier_logits(folder, [x + y for x, y in zip(prompts, responses)]).double()
     p = logits.sigmoid() if problem or labels == 1 else logits.softmax(dim=1)
     made_for = set()
     for i, name in enumerate(names):
@@ -5441,10 +5140,13 @@ def test_a_classifier_rewards_the_label_that_is_named(labels, problem, classifie
     with pytest.raises(Stopped, match="c:d:mold, but that classifier has no label mold .did "
                                       "you mean mild.*; it has mild"):
         load_own(tokenizer, f"{folder}:mold")
-    if labels == 2 and not problem:
+    if labels < 3 and not problem:
         plain = load_own(tokenizer, str(folder), missing_eos_score=None)
-        assert torch.equal(plain(*batch), reward(*batch)) and plain.made_for == reward.made_for
+        assert torch.equal(plain(*batch), reward(*batch))
+        assert (plain.made_for == reward.made_for) == (labels == 2)
         assert re.fullmatch(re.escape(str(folder)) + " [0-9a-f]{16}", plain.made_for)
+        empty = data.collate([[tokenizer.eot_token]], [[tokenizer.eot_token]])
+        assert torch.isfinite(plain(*empty, torch.tensor([True]))).all()
 
 
 def test_only_a_colon_before_a_label_or_a_function_parts_a_reward(empty_folder):
@@ -5482,17 +5184,6 @@ def test_a_classifier_without_one_trained_number_to_give_is_refused(classifiers,
         load_own(tokenizer, str(tmp_path))
 
 
-def test_a_classifier_with_other_weights_is_a_different_reward(classifiers, tokenizer, tmp_path):
-    from transformers import BertForSequenceClassification
-    folder = tmp_path / "copy"
-    shutil.copytree(classifiers / "1", folder)
-    before = load_own(tokenizer, str(folder)).made_for
-    changed = BertForSequenceClassification.from_pretrained(folder)
-    changed.classifier.bias.data.add_(1.0)
-    changed.save_pretrained(folder)
-    assert load_own(tokenizer, str(folder)).made_for != before
-
-
 def with_weight(name, tensor):
     return lambda tensors: tensors | {name: tensor}
 
@@ -5519,7 +5210,7 @@ def without_queries(tensors):
 def test_a_classifiers_weights_all_load_or_are_refused_by_name(weights, message, classifiers,
                                                                tokenizer, tmp_path):
     batch = classifier_batch(tokenizer, ["the plot"], [" is good"])
-    expected = load_own(tokenizer, str(classifiers / "1"))(*batch)
+    expected = load_own(tokenizer, str(classifiers / "1"))
     folder = tmp_path / "x"
     shutil.copytree(classifiers / "1", folder)
     if isinstance(weights, str):
@@ -5531,23 +5222,23 @@ def test_a_classifiers_weights_all_load_or_are_refused_by_name(weights, message,
         with pytest.raises(Stopped, match=f"^error: --reward .*{message}"):
             load_own(tokenizer, str(folder))
     else:
-        assert torch.equal(load_own(tokenizer, str(folder))(*batch), expected)
+        reward = load_own(tokenizer, str(folder))
+        assert torch.equal(reward(*batch), expected(*batch))
+        changed = {"classifier.bias": tensors["classifier.bias"] + 1}
+        save_file(tensors | changed, folder / "model.safetensors", metadata={"format": "pt"})
+        assert load_own(tokenizer, str(folder)).made_for != reward.made_for     # other weights
 
 
-def test_an_exported_reward_model_is_the_same_reward_as_before(finished_run, tmp_path):
-    policy, tokenizer, scorer = tiny_models(finished_run)
+def test_an_exported_reward_model_is_the_same_reward_as_before(tiny, tmp_path):
+    policy, tokenizer, scorer = tiny.models()
     exported = str(tmp_path / "exported")
-    reward_model.export(finished_run / "tiny" / "reward_model", exported)
-    tokens, mask = generate(policy, held_out_prompts(tokenizer, 20), 24, tokenizer.eot_token,
-                            generator=seeded())
-    inputs, targets = data.shift(tokens)
-    finished = data.met_eos(targets, mask, tokenizer.eot_token)
-    batch = (inputs, targets, mask, finished)
+    reward_model.export(tiny.out / "tiny" / "reward_model", exported)
+    batch, responses = sampled_batch(policy, tokenizer, held_out_prompts(tokenizer, 20))
     theirs = load_own(tokenizer, exported, missing_eos_score=-3.0)(*batch)
     ours = reward_of(scorer, tiny_config(ppo))(*batch)
-    responses = [ids[:-1] for ids in data.responses_of(tokens, mask)]
-    same = torch.tensor([tokenizer.encode_ordinary(tokenizer.decode(ids)) == ids
-                         for ids in responses]) & finished       # the text gives the ids again
+    texts = [ids[:-1] for ids in responses]
+    same = torch.tensor([tokenizer.encode_ordinary(tokenizer.decode(ids)) == ids for ids in texts])
+    same = same & batch[3]                               # finished, the text gives the ids again
     assert same.sum() > 4
     torch.testing.assert_close(theirs[same], ours[same], atol=1e-4, rtol=0)
 
@@ -5555,22 +5246,18 @@ def test_an_exported_reward_model_is_the_same_reward_as_before(finished_run, tmp
 LENGTH = "def length(prompts, responses):\n    return [1000 + 7 * len(r) for r in responses]\n"
 
 
-def test_any_reward_is_normalised_on_samples_of_the_sft_policy(finished_run, capsys, no_pictures):
-    (finished_run.parent / "length.py").write_text(LENGTH)
-    policy, tokenizer, _ = tiny_models(finished_run)
-    cfg = tiny_config(ppo, out="length", base="tiny", reward="length.py:length", steps=2,
-                      n_eval=8, n_samples=8)
-    train, _ = data.prompts(cfg, tokenizer, 72)
+def test_any_reward_is_normalised_on_samples_of_the_sft_policy(tiny, capsys):
+    (tiny.out.parent / "length.py").write_text(LENGTH)
+    policy, tokenizer, _ = tiny.models()
+    train, _ = data.prompts(tiny_config(ppo), tokenizer, 72)
 
     def load(**changes):
-        changed = dataclasses.replace(cfg, **changes)
-        return reward_py.load_reward(changed, policy, tokenizer, train, "cpu")
+        cfg = tiny_config(ppo, reward="length.py:length", **changes)
+        return reward_py.load_reward(cfg, policy, tokenizer, train, "cpu")
 
     reward = load(missing_eos_score=None)
-    tokens, mask = generate(policy, data.draw(train, 2000, seeded(5)), 24, tokenizer.eot_token,
-                            generator=seeded(6))
-    inputs, targets = data.shift(tokens)
-    finished = data.met_eos(targets, mask, tokenizer.eot_token)
+    prompts = data.draw(train, 2000, seeded(5))
+    (inputs, targets, mask, finished), _ = sampled_batch(policy, tokenizer, prompts, 6)
     scores = reward(inputs, targets, mask, finished)
     assert abs(scores.mean()) < 4 * (1 / 512 + 1 / 2000) ** 0.5
     assert scores.std().item() == pytest.approx(1, abs=0.1)
@@ -5578,16 +5265,14 @@ def test_any_reward_is_normalised_on_samples_of_the_sft_policy(finished_run, cap
     raw = torch.tensor([1000.0 + 7 * len(response) for response in responses])
     torch.testing.assert_close(scores, reward.gain * raw + reward.bias, atol=1e-3, rtol=1e-4)
 
-    ppo.main(cfg)
+    tiny.run(ppo, "length", reward="length.py:length", steps=2)
     said = capsys.readouterr().out
     assert "length.py:length has mean 1" in said
     assert "the critic starts from the SFT policy" in said       # although --critic_init is rm
-    saved = files.load_checkpoint(finished_run / "length" / "ppo")["reward"]
+    saved = tiny.checkpoint("length", ppo)["reward"]
     assert (saved["gain"], saved["bias"]) == (reward.gain, reward.bias)
     assert load(seed=3).state_dict() == saved            # the same for each seed, as evaluate needs
-    found = evaluate.main(tiny_config(evaluate, out="tiny", runs="length",
-                                      reward="length.py:length", **SMALL_EVALUATION))
-    assert list(found) == ["SFT", "length/ppo"]
+    assert list(tiny.evaluate("length", reward="length.py:length")) == ["SFT", "length/ppo"]
     plain = load(normalise_reward=False)
     assert (plain.gain, plain.bias) == (1.0, 0.0)
     assert reward.matches(saved) and not plain.matches(saved)
@@ -5598,55 +5283,51 @@ def test_any_reward_is_normalised_on_samples_of_the_sft_policy(finished_run, cap
     (ppo, dict(steps=2)),
     (grpo, dict(steps=2)),
     (policy_gradient, dict(steps=2, rung="clip")),
-    (dpo, dict(n_pairs=32, labels="soft"))], ids=lambda x: getattr(x, "__name__", ""))
-def test_every_stage_follows_a_reward_of_the_users(script, changes, finished_run, no_pictures):
-    (finished_run.parent / "length.py").write_text(LENGTH)
-    cfg = tiny_config(script, out="by_length", base="tiny", reward="length.py:length", **FEW,
-                      **changes)
-    script.main(cfg)
-    folder = finished_run / "by_length" / script.__name__
+    (dpo, dict(n_pairs=32, labels="soft"))], ids=option_id)
+def test_every_stage_follows_a_reward_of_the_users(script, changes, tiny):
+    (tiny.out.parent / "length.py").write_text(LENGTH)
+    given = dict(reward="length.py:length", **changes)
+    log, _ = tiny.run(script, "by_length", **given)
+    folder = tiny.out / "by_length" / script.__name__
     made_for = files.load_checkpoint(folder)["reward"]["made_for"]
     assert made_for.startswith("length.py:length ")
-    assert abs(log_of(folder)[0]["score"]) < 3           # normalised: raw ones are above 1000
-    (finished_run.parent / "length.py").write_text(LENGTH.replace("1000 + 7 *", "-"))
+    assert abs(log[0]["score"]) < 3                      # normalised: raw ones are above 1000
+    (tiny.out.parent / "length.py").write_text(LENGTH.replace("1000 + 7 *", "-"))
     (folder / "report.txt").unlink()                     # as if it had been interrupted
     with pytest.raises(Stopped, match="started with a different reward .length.py:length"):
-        script.main(dataclasses.replace(cfg, resume=True))
+        tiny.run(script, "by_length", resume=True, **given)
 
 
 # ---- sample.py
 
-def sampled_responses(policy, tokenizer, prompts, **options):
-    """What sample.py samples by default -> tokens, mask, response token lists"""
-    tokens, mask = generate(policy, prompts, 24, tokenizer.eot_token, **options)
-    return tokens, mask, data.responses_of(tokens, mask)
-
-
-def test_samples_are_shown_side_by_side_with_scores(finished_run, capsys):
-    sample.main(tiny_config(sample, stage="sft,ppo,ladder/policy_gradient/clip", score=True, n=3))
+def test_samples_are_shown_side_by_side_with_scores(tiny, capsys):
+    sample.main(tiny_config(sample, stage="sft,ppo,ladder/policy_gradient/clip", score=True, n=8,
+                            max_new_tokens=12))
     said = capsys.readouterr().out
-    _, tokenizer, scorer = tiny_models(finished_run)
-    policy, _ = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
-    prompts = held_out_prompts(tokenizer, 3, 1337)
-    tokens, mask, responses = sampled_responses(policy, tokenizer, prompts, generator=seeded(1337))
-    inputs, targets = data.shift(tokens)
-    finished = data.met_eos(targets, mask, tokenizer.eot_token)
-    scores = reward_of(scorer, tiny_config(ppo))(inputs, targets, mask, finished)
-    for prompt, ids, score in zip(prompts, responses, scores):
-        text, ended = tokenizers.decode_response(tokenizer, ids)
-        shown = text if ended else f"{text} .."
+    _, tokenizer, scorer = tiny.models()
+    prompts = held_out_prompts(tokenizer, 8, 1337)
+    batch, responses = sampled_batch(tiny.policy(ppo), tokenizer, prompts, 1337, longest=12)
+    scores = reward_of(scorer, tiny_config(ppo))(*batch)
+    for prompt, ids, score, ended in zip(prompts, responses, scores, batch[3], strict=True):
+        text, _ = tokenizers.decode_response(tokenizer, ids)
+        shown = text if ended else f"{text} .."          # cut at --max_new_tokens
         assert f"    ppo  score {score:.2f} {shown}\n" in said
         assert tokenizer.decode(prompt) in said
-    assert said.count("\n    sft  score") == said.count("ladder/policy_gradient/clip  score") == 3
+    assert batch[3].any() and not batch[3].all()
+    assert said.count("\n    sft  score") == said.count("ladder/policy_gradient/clip  score") == 8
 
 
-def test_a_prompt_of_the_users_is_answered_greedily_the_same_way_each_time(finished_run, capsys):
-    sample.main(tiny_config(sample, stage="ppo", prompt=TINY_PROMPT, temperature=0.0, n=2))
+def test_a_prompt_of_the_users_is_answered_greedily_the_same_way_each_time(tiny, capsys):
+    shutil.copytree(tiny.out / "tiny", tiny.out / "half_damaged")
+    (tiny.out / "half_damaged" / "dpo" / "config.json").write_text("{")    # is not asked
+    sample.main(tiny_config(sample, out="half_damaged", stage="ppo", prompt=TINY_PROMPT,
+                            temperature=0.0, n=2))
+    shutil.rmtree(tiny.out / "half_damaged")
     prompt, *answers = capsys.readouterr().out.strip("\n").split("\n")
     assert prompt == TINY_PROMPT and len(answers) == 2 and answers[0] == answers[1]
-    policy, tokenizer = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
+    policy, tokenizer = sft.load_policy(tiny.out / "tiny" / "ppo", "cpu")
     ids = tokenizers.encode_prompt(tokenizer, TINY_PROMPT)
-    _, _, responses = sampled_responses(policy, tokenizer, [ids], temperature=0)
+    _, responses = sampled_batch(policy, tokenizer, [ids], temperature=0)
     text, _ = tokenizers.decode_response(tokenizer, responses[0])
     assert answers[0].startswith("    ppo ") and text in answers[0]
 
@@ -5658,22 +5339,20 @@ def test_only_sampling_takes_a_temperature_of_zero():
 
 
 @pytest.mark.parametrize("quantity", ["kl", "value", "advantage"])
-def test_tokens_are_shown_with_what_ppo_computes_of_them(quantity, finished_run, capsys):
+def test_tokens_are_shown_with_what_ppo_computes_of_them(quantity, tiny, capsys):
     sample.main(tiny_config(sample, stage="sft,ppo", tokens=quantity, n=2))
     said = capsys.readouterr().out
-    reference, tokenizer, scorer = tiny_models(finished_run)
-    policy, _ = sft.load_policy(finished_run / "tiny" / "ppo", "cpu")
-    saved = files.load_checkpoint(finished_run / "tiny" / "ppo")
+    reference, tokenizer, scorer = tiny.models()
+    policy = tiny.policy(ppo)
+    saved = tiny.checkpoint("tiny", ppo)
     critic = ScalarGPT(GPTConfig(**saved["critic_gpt"])).eval()
     critic.load_state_dict(saved["critic"])
     prompts = held_out_prompts(tokenizer, 2, 1337)
-    tokens, mask, responses = sampled_responses(policy, tokenizer, prompts, generator=seeded(1337))
-    inputs, targets = data.shift(tokens)
-    logprobs, ref_logprobs = (token_logprobs(p, inputs, targets, mask).detach()
-                              for p in (policy, reference))
+    (*batch, finished), responses = sampled_batch(policy, tokenizer, prompts, 1337)
+    inputs, _, mask = batch
+    logprobs, ref_logprobs = (token_logprobs(p, *batch).detach() for p in (policy, reference))
     values = critic(inputs).detach() * mask
-    finished = data.met_eos(targets, mask, tokenizer.eot_token)
-    scores = reward_of(scorer, tiny_config(ppo))(inputs, targets, mask, finished)
+    scores = reward_of(scorer, tiny_config(ppo))(*batch, finished)
     beta = saved["control"]["beta"]
     rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, mask, beta)
     shown = {"kl": logprobs - ref_logprobs, "value": values,
@@ -5700,17 +5379,6 @@ def test_colours_tell_size_and_sign_and_are_for_terminals_that_have_them(monkeyp
     assert not sample.in_colour(terminal)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(stage="sft,pppo"), "--stage names pppo, but neither out/tiny/pppo nor out/pppo has a "
-                             "checkpoint; there are: .*tiny/ppo"),
-    (dict(stage="ppo/emma"), "has no such policy; its policies: ppo"),
-    (dict(stage="ppo", prompt="a long prompt " * 30),
-     "shorten the prompts, or train a model that reads more")])
-def test_sample_refuses_what_it_cannot_sample(changes, message, finished_run):
-    with pytest.raises(Stopped, match=message):
-        sample.main(tiny_config(sample, **changes))
-
-
 def test_a_stage_is_sampled_with_the_data_and_the_reward_it_was_made_with(user_folder, capsys):
     for names, run in (("sft,ppo,ppo/ema", "own"), ("own/sft,own/ppo,own/ppo/ema", "")):
         sample.main(tiny_config(sample, out=run, stage=names, score=True, tokens="value", n=2))
@@ -5735,32 +5403,190 @@ SMALL_STAGES = {
     sample: dict(stage="sft,ppo", n=1)}
 
 
-@pytest.mark.parametrize("script, name", [
-    (script, name) for script in (*SCRIPTS, sample) for name in script.Config.presets
-    if name not in ("small", "tiny")], ids=lambda x: getattr(x, "__name__", x))
-def test_every_preset_runs_on_a_small_model_and_a_small_file(script, name, user_folder,
-                                                             classifiers, monkeypatch):
-    """Only sizes and sources are changed; the rest is the preset's."""
+@pytest.mark.parametrize("name", sorted(set(presets.PRESETS) - {"small", "tiny"}))
+def test_every_preset_runs_on_a_small_model_and_a_small_file(name, user_folder, classifiers,
+                                                             monkeypatch):
+    """All its stages. Only sizes and sources are changed; the rest is the preset's."""
     source = "pairs.jsonl"
     if name == "imdb":
         rows = [{"text": f"{i} is a good film of many" + "!" * (i % 5), "label": 1}
                 for i in range(160)]
         source = write_rows(user_folder.parent / "imdb.jsonl", rows)
-    preset = script.Config(config=name)
-    small = dict(config=name, out=f"preset_{name}", data=source, device="cpu", max_new_tokens=12,
-                 max_prompt_tokens=min(preset.max_prompt_tokens, 40))
-    for stage in (sft, reward_model):                    # these are made on the way
-        presets_of_stage = stage.Config.presets
-        if name in presets_of_stage:
-            changed = presets_of_stage[name] | SMALL_STAGES[stage]
-            monkeypatch.setitem(presets_of_stage, name, changed)
-    if getattr(preset, "reward", "reward_model") != "reward_model":
-        small["reward"] = str(classifiers / "2")
-    if script is evaluate:
-        small["runs"] = f"preset_{name}"
-    if script is sample and not (user_folder / f"preset_{name}" / "ppo").exists():
-        ppo.main(ppo.Config(**small, **SMALL_STAGES[ppo]))
-    script.main(script.Config(**small, **SMALL_STAGES[script]))
+    scripts = [script for script in SMALL_STAGES if name in script.Config.presets]
+    for script in scripts:                               # some stages are made by later ones
+        changed = script.Config.presets[name] | SMALL_STAGES[script]
+        monkeypatch.setitem(script.Config.presets, name, changed)
+    for script in scripts:
+        preset = script.Config(config=name)
+        small = dict(out=f"preset_{name}", data=source, device="cpu", max_new_tokens=12,
+                     max_prompt_tokens=min(preset.max_prompt_tokens, 40))
+        if getattr(preset, "reward", "reward_model") != "reward_model":
+            small["reward"] = str(classifiers / "2")
+        if script is evaluate:
+            small["runs"] = f"preset_{name}"
+        script.main(dataclasses.replace(preset, **small))
+    assert {"all", *(script.__name__ for script in scripts)} == set(presets.PRESETS[name])
+
+
+# ---- an instruct model, as it is
+
+@pytest.fixture(scope="module")
+def instruct(tmp_path_factory):
+    """A folder with a small Qwen3, its tokenizer and template; files of prompts, pairs, a reward"""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    home = tmp_path_factory.mktemp("instruct")
+    texts = [f"What is {a} + {b}? It is {a + b}." for a in range(10, 40) for b in range(10, 30)]
+    trained = tokenizers.train_tokenizer(texts, 300)
+    special = trained._special_tokens | {"<|im_start|>": trained.n_vocab,
+                                         "<|im_end|>": trained.n_vocab + 1}
+    tokenizer = tokenizers.encoding("trained", trained._pat_str, trained._mergeable_ranks, special,
+                                    trained.end_tokens)
+    torch.manual_seed(0)
+    made = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=tokenizer.n_vocab + 5, hidden_size=16, intermediate_size=24, head_dim=8,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=200))
+    made.save_pretrained(home / "model")
+    chatty = chat.set_chat(tokenizer, "chatml", "", None)
+    tokenizers.export_tokenizer(chatty, home / "model", chat_template=chat.jinja_of(chatty))
+    rows = [{"prompt": f"What is {a} + {b}?"} for a in range(10, 22) for b in range(10, 20)]
+    write_rows(home / "prompts.jsonl", rows)
+    write_rows(home / "pairs.jsonl", [row | {"chosen": "It is 9.", "rejected": "No."}
+                                      for row in rows])
+    (home / "short.py").write_text(
+        "def short(prompts, responses):\n"
+        "    assert all('<|im_start|>user' in prompt for prompt in prompts)\n"
+        "    return [-float(len(response)) for response in responses]\n")
+    return home
+
+
+CHATTY = dict(config="smollm2", init="model", device="cpu", dtype="float32", max_prompt_tokens=60,
+              max_new_tokens=10, n_eval=4, n_samples=2, batch_size=8)
+
+
+def test_rl_starts_at_once_on_an_instruct_model_and_gives_one_back(instruct, monkeypatch, capsys,
+                                                                   no_pictures):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    monkeypatch.chdir(instruct)
+    grpo.main(grpo.Config(**CHATTY, data="prompts.jsonl", reward="short.py:short", steps=2,
+                          minibatch_size=8, group_size=4, lr=1e-3, missing_eos_score=None,
+                          export="trained"))
+    said = capsys.readouterr().out
+    assert "imported      model as it is: 0.0M parameters" in said and "chatml" in said
+    policy, tokenizer = sft.load_policy(Path("out/smollm2/sft"), "cpu")
+    original = GPT.from_pretrained("model").state_dict()
+    assert all(torch.equal(x, original[name]) for name, x in policy.state_dict().items())
+    log = log_of(Path("out/smollm2/grpo"))
+    assert len(log) == 2 and log[0]["kl_ref"] == 0 and log[1]["kl_ref"] != 0
+    assert tokenizer.decode([tokenizer.eot_token]) == "<|im_end|>" and tokenizer.chat == "chatml"
+
+    trained, _ = sft.load_policy(Path("out/smollm2/grpo"), "cpu")
+    back = AutoModelForCausalLM.from_pretrained("trained").eval()
+    its_tokenizer = AutoTokenizer.from_pretrained("trained")
+    assert back.generation_config.eos_token_id == list(tokenizer.end_tokens)
+    ids = its_tokenizer.apply_chat_template([{"role": "user", "content": "What is 10 + 11?"}],
+                                            add_generation_prompt=True)["input_ids"]
+    prompt = encode_prompt(tokenizer, chat.written([("user", "What is 10 + 11?")], "chatml"))
+    assert ids == prompt
+    with torch.no_grad():
+        logits = back(torch.tensor([ids])).logits[..., :tokenizer.n_vocab]
+        torch.testing.assert_close(logits, trained(torch.tensor([ids])), atol=1e-5, rtol=1e-5)
+
+    with pytest.raises(Stopped, match="made with --init model, this is --init other; give a diff"):
+        ppo.main(ppo.Config(**CHATTY | dict(init="other"), data="prompts.jsonl",
+                            reward="short.py:short", minibatch_size=8))
+    typed = iter(["What is 10 + 11?", "And 12?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    sample.main(sample.Config(config="smollm2", device="cpu", dtype="float32", stage="grpo",
+                              talk=True, max_new_tokens=90))
+    said = capsys.readouterr().out
+    assert said.count("grpo: ") == 2 and "the first two turns are forgotten" in said
+
+
+@pytest.mark.parametrize("script, changes", [
+    (sft, dict(steps=2, n_texts=None)), (reward_model, dict(init="", n_held_out=8)),
+    (dpo, dict(n_pairs=16)), (ppo, dict(steps=1, minibatch_size=8))], ids=option_id)
+def test_every_stage_trains_on_dialogues(script, changes, instruct, monkeypatch, no_pictures):
+    """The responses of the data end with the token that ends a turn."""
+    monkeypatch.chdir(instruct)
+    fields = {field.name for field in dataclasses.fields(script.Config)}
+    settings_of = {name: x for name, x in (CHATTY | changes).items() if name in fields}
+    out = "trained" if script is sft else "dialogues"
+    if script is reward_model:
+        chatty = {name: x for name, x in CHATTY.items() if name not in ("n_eval", "n_samples")}
+        sft.main(sft.Config(**chatty, data="pairs.jsonl", out=out))
+    script.main(script.Config(**settings_of, data="pairs.jsonl", out=out, accumulation=2))
+    tokenizer = tokenizers.load_tokenizer(Path("out") / out / script.__name__)
+    cfg = sft.Config(config="smollm2", data="pairs.jsonl", max_prompt_tokens=60, max_new_tokens=10)
+    train, _ = data.demonstrations(cfg, tokenizer, 70, None, 1)
+    prompt, response = train[0]
+    assert tokenizer.decode(prompt).startswith("<|im_start|>user\nWhat is")
+    assert tokenizer.decode(prompt).endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.decode(response) == "It is 9.<|im_end|>"
+
+
+def test_a_dialogue_that_is_too_long_is_left_out_and_said(instruct, monkeypatch, capsys):
+    monkeypatch.chdir(instruct)
+    rows = [{"prompt": f"What is {i} + 1? " * (21 if i % 5 == 0 else 1), "completion": "It is 2."}
+            for i in range(40)]
+    write_rows(instruct / "long.jsonl", rows)
+    tokenizer = sft.tokenizer_of("model", "auto")
+    cfg = sft.Config(config="smollm2", data="long.jsonl", max_prompt_tokens=60, max_new_tokens=10)
+    data.demonstrations(cfg, tokenizer, 70, None, 1)
+    assert "8 more left out, a dialogue longer than --max_prompt_tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(steps=0), "--steps 0 uses weights as they are, so it takes --init FOLDER"),
+    (dict(chat="chatml"), "--chat chatml writes special tokens, which a tokenizer trained here"),
+    (dict(init="nobody/nothing"), "nobody/nothing is not a folder here and could not be fetched"),
+    (dict(init="empty"), "--init empty: empty has no weights"),
+    (dict(init="model", steps=0, block_size=300), "block_size 300 is longer than the 200 posit"),
+    (dict(init="model", tokenizer="other"), "has 610 token ids, model has weights for 30")])
+def test_instruct_models_that_do_not_fit_are_refused(changes, message, instruct, monkeypatch):
+    monkeypatch.chdir(instruct)
+    (instruct / "empty").mkdir(exist_ok=True)
+    shutil.copy("model/config.json", "empty")
+    if "tokenizer" in changes:
+        texts = review_texts(200, 0)
+        tokenizers.export_tokenizer(tokenizers.train_tokenizer(texts, 610), "other")
+    with pytest.raises(Stopped, match=message):
+        sft.main(tiny_config(sft, out="refused", **({"data": "pairs.jsonl"} | changes)))
+    assert not Path("out/refused").exists()
+
+
+@needs_smollm2
+def test_smollm2_lowers_its_loss_in_sft_dpo_and_grpo(tmp_path, monkeypatch, no_pictures):
+    """On eight rows, which are every batch, so the loss of update 1 is after one step on them"""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"What is {i} + {i}?", "chosen": f"{2 * i}", "rejected": "I do not know."}
+            for i in range(10, 22)]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    (tmp_path / "short.py").write_text("def short(p, r):\n    return [-float(len(x)) for x in r]\n")
+    small = dict(config="smollm2", init=SMOLLM2, data="pairs.jsonl", device="cpu", dtype="float32",
+                 max_prompt_tokens=40, max_new_tokens=8, n_eval=1, batch_size=8)
+    sft.main(sft.Config(**small, steps=2, warmup=0, n_texts=8, out="sft"))
+    log = log_of(tmp_path / "out" / "sft" / "sft")
+    assert log[1]["loss"] < log[0]["loss"]
+    few = small | dict(n_samples=1, reward="short.py:short", missing_eos_score=None)
+    dpo.main(dpo.Config(**few, n_pairs=8, epochs=2, lr=1e-5, warmup=0, accumulation=2, out="dpo"))
+    log = log_of(tmp_path / "out" / "dpo" / "dpo")
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert log[1]["loss"] < log[0]["loss"]
+    means = []                                           # of the loss, over the epochs
+    for epochs in (1, 2):
+        grpo.main(grpo.Config(**few, steps=1, minibatch_size=8, epochs=epochs, group_size=8,
+                              warmup=0, accumulation=2, out=f"grpo{epochs}"))
+        means.append(log_of(tmp_path / "out" / f"grpo{epochs}" / "grpo")[0]["policy_loss"])
+    assert 2 * means[1] - means[0] < means[0]            # the second epoch's below the first's
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_a_fresh_model_of_another_family_learns_the_reviews(architecture, empty_folder,
+                                                            no_pictures):
+    results = sft.main(tiny_config(sft, architecture=architecture, out=architecture))
+    log = log_of(Path("out") / architecture / "sft")
+    assert log[0]["held_out"] > 100 and results["held_out"] < 60
 
 
 @pytest.mark.slow
@@ -5785,8 +5611,9 @@ def test_the_small_run_reaches_its_figures(seed, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 # The house: what holds for every file
 
-ORDER = ("presets", "model", "reviews", "data", "sft", "reward_model", "reward", "frontier",
-         "compare", "ppo", "dpo", "grpo", "policy_gradient", "evaluate", "sample")
+ORDER = ("presets", "model", "sampler", "reviews", "data", "sft", "reward_model", "reward",
+         "frontier", "compare", "rollout", "ppo", "dpo", "grpo", "policy_gradient", "evaluate",
+         "sample")
 ROOT = [HERE / f"{name}.py" for name in ORDER]
 LAB = sorted(path for path in (HERE / "lab").glob("*.py") if path.name != "test_lab.py")
 TESTS = [HERE / "test_all.py", HERE / "conftest.py", HERE / "lab" / "test_lab.py"]
@@ -5811,17 +5638,14 @@ def imports_of(path):
     return names
 
 
-@pytest.mark.parametrize("path", LAB, ids=lambda path: path.name)
-def test_the_workshop_imports_nothing_of_the_project_but_itself(path):
-    assert not imports_of(path) & {*ORDER, "conftest", "test_all"}
-
-
 def test_imports_point_one_way():
     """Each file imports only from those before it; the workshop, lab, is before all."""
     assert sorted(ORDER) == sorted(module.__name__ for module in MODULES)
-    for i, path in enumerate(ROOT):
-        later = imports_of(path) & {*ORDER[i:], "conftest", "test_all"}
-        assert not later, f"{path.name} imports {later}"
+    later_files = {path: ORDER for path in LAB}
+    later_files |= {path: ORDER[i:] for i, path in enumerate(ROOT)}
+    for path, later in later_files.items():
+        wrong = imports_of(path) & {*later, "conftest", "test_all"}
+        assert not wrong, f"{path.name} imports {wrong}"
 
 
 def long_lines(path, limit=100):
@@ -5831,16 +5655,13 @@ def long_lines(path, limit=100):
     In Markdown not those that cannot be broken: tables, lines with a URL, pictures, formulas, and
     what a program printed, in ```text blocks.
     """
-    found = []
     block = ""
+    found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        allowed = False
-        if path.suffix == ".md":
-            if line.startswith("```"):
-                block = "" if block else line
-            unbroken = line.lstrip().startswith(("|", "![", "$$")) or "://" in line
-            allowed = unbroken or block == "```text"
-        if len(line) > limit and not allowed:
+        if line.startswith("```"):
+            block = "" if block else line
+        unbroken = block == "```text" or re.match(r"\s*(\||!\[|\$\$)|.*://", line)
+        if len(line) > limit and not (path.suffix == ".md" and unbroken):
             found.append(f"{path.relative_to(HERE)}:{number}")
     return found
 
@@ -5880,17 +5701,6 @@ def test_no_file_of_the_project_can_run_what_it_reads(path):
             assert called != "np.load" or "allow_pickle" not in keywords
 
 
-def fields_read(sources):
-    """The names of the attributes of anything called cfg in some source -> set"""
-    found = set()
-    for node in ast.walk(ast.parse(sources)):
-        if isinstance(node, ast.Attribute):
-            owner = node.value                           # cfg, or self.cfg, or run.cfg
-            if "cfg" in (getattr(owner, "id", ""), getattr(owner, "attr", "")):
-                found.add(node.attr)
-    return found
-
-
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 def test_every_config_field_is_read_and_has_a_comment_that_help_prints(script, capsys):
     sources = "".join(map(inspect.getsource, (script, runs, process, settings)))
@@ -5898,7 +5708,8 @@ def test_every_config_field_is_read_and_has_a_comment_that_help_prints(script, c
                  ppo.score_rollout, ppo.check_kl_ref, ppo.check_first_ratio):
         if part.__name__ in sources:                     # these are given the whole cfg
             sources += inspect.getsource(part)
-    read = fields_read(sources + inspect.getsource(data) + inspect.getsource(corpus))
+    sources += inspect.getsource(data) + inspect.getsource(corpus)
+    read = set(re.findall(r"\bcfg\.(\w+)", sources))
     if "cfg.compute_options()" in sources:
         read |= {"dtype", "checkpointing"}
     fields = {field.name for field in dataclasses.fields(script.Config)}
@@ -5913,11 +5724,11 @@ def test_every_config_field_is_read_and_has_a_comment_that_help_prints(script, c
 
 def test_the_sampler_uses_no_attention_that_plans_for_each_length(monkeypatch):
     enabled = []                                         # whether cuDNN may be used, at each call
-    original = torch.nn.functional.scaled_dot_product_attention
+    attention = torch.nn.functional.scaled_dot_product_attention
 
     def recorded(*args, **kwargs):
         enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
-        return original(*args, **kwargs)
+        return attention(*args, **kwargs)
     monkeypatch.setattr(model.F, "scaled_dot_product_attention", recorded)
     before = torch.backends.cuda.cudnn_sdp_enabled()
     for _ in range(2):
@@ -6025,21 +5836,20 @@ def commands_in_blocks(text):
     commands = []
     for block in re.findall(r"```bash\n(.*?)```", text, re.S):
         for line in block.replace("\\\n", " ").splitlines():
-            command = []
-            for word in shlex.split(line, comments=True):
-                if word in ("&&", "|", ";"):
-                    commands.append(command)
-                    command = []
-                else:
-                    command.append(word)
-            commands.append(command)
-    return [command for command in commands if command]
+            words = shlex.split(line, comments=True)
+            for is_break, command in itertools.groupby(words, ("&&", "|", ";").__contains__):
+                if not is_break:
+                    commands.append(list(command))
+    return commands
+
+
+def without_blocks(text):
+    return re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
 
 
 def code_in_lines(text):
     """The `code` within a page's paragraphs and tables -> list of texts"""
-    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
-    return re.findall(r"`([^`]+)`", text)
+    return re.findall(r"`([^`]+)`", without_blocks(text))
 
 
 def commands_in_lines(text):
@@ -6105,11 +5915,11 @@ def test_the_way_to_the_first_nan_finds_it_and_else_nothing(finished_run):
         "def f(prompts, responses):\n"
         "    x = torch.tensor([float(len(r)) for r in responses])\n"
         "    return (x - 20).log().tolist() if len(x) == 32 else x.tolist()\n")
-    command = [sys.executable, "first_nan.py", str(HERE / "ppo.py"), "--config", "tiny",
-               "--base", "tiny", "--steps", "1", "--n_eval", "2", "--n_samples", "2"]
+    command = [sys.executable, "first_nan.py", HERE / "ppo.py",
+               *"--config tiny --base tiny --steps 1 --n_eval 2 --n_samples 2 --out".split()]
+    reward = "--reward score.py:f --normalise_reward 0".split()
     processes = []
-    reward = ["--reward", "score.py:f", "--normalise_reward", "0"]
-    for options in (["--out", "no_nan"], ["--out", "first_nan", *reward]):
+    for options in (["no_nan"], ["first_nan", *reward]):
         processes.append(subprocess.Popen(
             command + options, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             text=True, env=os.environ | {"PYTHONPATH": str(HERE)}))
@@ -6139,21 +5949,16 @@ def test_every_metric_that_is_logged_is_on_a_page(whole_run):
 
 # ---- links
 
-def without_code(text):
-    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
-    return re.sub(r"`[^`]*`", "`code`", text)
-
-
 def anchors_of(text):
     """The anchors that GitHub gives to the headings of a page"""
-    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
-    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    headings = re.findall(r"^#+ (.+)$", without_blocks(text), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_anchors_and_pictures_of_a_page_exist(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(PAGES[page])):
+    text = re.sub(r"`[^`]*`", "`code`", without_blocks(PAGES[page]))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if "://" in target:
             continue
         path, _, anchor = target.partition("#")

@@ -10,6 +10,7 @@ Settings: the fields of a script's Config, from a preset and the command line.
 """
 
 import argparse
+import contextlib
 import difflib
 import functools
 import inspect
@@ -48,7 +49,7 @@ class Common(metaclass=Presets):
     seed: int = 1337            # random seed
     device: str = "auto"        # auto (cuda if there is a GPU, else cpu), cpu, cuda, cuda:1, mps
     deterministic: bool = False         # on a GPU: kernels that give the same bits every time
-    dtype: typing.Literal["float32", "bfloat16"] = "float32"    # matrix products; weights: float32
+    dtype: typing.Literal["float32", "bfloat16", "float16"] = "float32"     # matrix products
     lora_rank: int = 0          # LoRA: train a change of this rank, weights frozen; 0 trains all
     accumulation: int = 1       # compute a gradient step in this many parts: less memory
     checkpointing: bool = False         # recompute blocks in the backward pass: less memory
@@ -98,7 +99,7 @@ def parse(Config, doc, argv):
         if typing.get_origin(kind) is typing.Literal:
             text = f"[{'|'.join(typing.get_args(kind))}] {text}"
         options = {"metavar": str(field.default), "help": text.replace("%", "%%"),
-                   "type": functools.partial(read_value, field.name, kind)}
+                   "type": functools.partial(read_value, kind)}
         if kind is bool:                                 # a bare --resume
             options |= {"nargs": "?", "const": True}
         parser.add_argument(f"--{field.name}", **options)
@@ -111,6 +112,9 @@ def parse(Config, doc, argv):
     return cfg
 
 
+BOOLS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
 def with_underscores(word):
     """--batch-size=8 -> --batch_size=8; anything else stays as it is"""
     flag, equals, value = word.partition("=")
@@ -119,23 +123,19 @@ def with_underscores(word):
     return flag + equals + value
 
 
-def read_value(name, kind, text):
-    """Text of the command line -> a value of the field's type; check_fields checks its range."""
+def read_value(kind, text):
+    """Text of the command line -> a value of a field's type; check_fields refuses any other"""
     choices = typing.get_args(kind)
-    if typing.get_origin(kind) is typing.Literal:
-        return text
     if type(None) in choices:
         if text.lower() == "none":
             return None
         kind = choices[0]
     if kind is bool:
-        if text.lower() not in ("1", "true", "yes", "0", "false", "no"):
-            stop(f"--{name} got {text}; it takes 1 or 0")
-        return text.lower() in ("1", "true", "yes")
-    try:
-        return kind(text)
-    except ValueError:
-        stop(f"--{name} got {text}; it takes {NAMES[kind]}")
+        return BOOLS.get(text.lower(), text)
+    if kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def nearest(word, known):
@@ -253,8 +253,7 @@ def check_fields(cfg):
 
 
 def check_range(cfg, name, value, kind):
-    usual = COUNT if kind is int else FROM_0
-    wanted, fits = (RANGES | cfg.ranges).get(name, usual)
+    wanted, fits = (RANGES | cfg.ranges).get(name, COUNT if kind is int else FROM_0)
     if kind is int and value >= 2 ** 32:
         stop(f"--{name} got {value}; it takes a whole number below 2 ** 32")
     if not math.isfinite(value) or not fits(value):
@@ -263,11 +262,11 @@ def check_range(cfg, name, value, kind):
 
 def check_run_name(flag, value):
     """Exit unless a value can be the name of a run in out/ or the path of a folder."""
-    path = Path(value)
-    reserved = path.name in RESERVED_NAMES and folder_of(value).parent == Path("out")
-    special = reserved or path.name in ("", "..")
+    name = Path(value).name
+    reserved = name in RESERVED_NAMES and folder_of(value).parent == Path("out")
     foreign = "\\" in value and os.sep != "\\"
-    if value and (special or foreign or not value.isprintable() or len(path.name) > 100):
+    fits = name not in ("", "..") and len(name) <= 100 and value.isprintable()
+    if value and (reserved or foreign or not fits):
         stop(f"{flag} got {value!r}; it takes the name of a run, which becomes a folder in out/, "
              f"or the path of a folder. Not {' or '.join(RESERVED_NAMES)}, no backslash, at most "
              "100 characters in the last part, all printable")

@@ -37,8 +37,9 @@ from lab import files
 from lab.config import nearest
 from lab.files import first_line, stop
 from lab.forms import CHANGED, KEPT, LEFT_OUT, UNUSED, read_record
-from lab.tokenizer import tokenizer_id
+from lab.tokenizer import cut_start, start_of, tokenizer_id, with_start
 
+TOO_LONG = "a dialogue longer than --max_prompt_tokens"
 LONGEST = 100_000       # characters read of a text; tiktoken overflows on a million spaces
 # By byte order mark. UTF-32's begins with UTF-16's, so it comes first
 ENCODINGS = {codecs.BOM_UTF8: "utf-8-sig",
@@ -211,13 +212,12 @@ def json_records(path):
         lines.seek(0)
         if start == "[":
             try:
-                items = json.load(lines)
+                for n, item in enumerate(json.load(lines), 1):
+                    yield f"item {n}", item, None
+                return
             except (ValueError, RecursionError) as error:        # its lines may still be JSON
                 not_json = f"not JSON, nor is the file as one array ({first_line(error)})"
                 lines.seek(0)
-            else:
-                yield from ((f"item {n}", item, None) for n, item in enumerate(items, 1))
-                return
         for n, line in enumerate(lines, 1):
             if line.strip():
                 try:
@@ -243,8 +243,12 @@ def pieces(path, size=1000):
         yield piece
 
 
-def examples(source, notes):
-    """-> where, prompt, responses of each readable row. Fills notes, {(kind, text): [where]}."""
+def examples(source, notes, **style):
+    """
+    -> where, prompt, responses of each readable row. Fills notes, {(kind, text): [where]}.
+
+    style: chat and system of read_record
+    """
     file_of = {}                                         # {hash of a row: first file with it}
     for file, place, record, wrong in records(source):
         where = f"{file} {place}".lstrip()
@@ -252,7 +256,7 @@ def examples(source, notes):
         try:
             if wrong:
                 raise ValueError(wrong)
-            prompt, responses = read_record(record, remarks)
+            prompt, responses = read_record(record, remarks, **style)
         except ValueError as error:
             notes.setdefault((LEFT_OUT, str(error)), []).append(where)
             continue
@@ -397,7 +401,7 @@ def tokenise(cfg, tokenizer, block_size, path):
         bounds.extend([len(tokens)] * (3 - len(responses)))
         by_prompt.append(held_out(prompt_text))
         by_row.append(held_out(row_text))
-        if prompt != [tokenizer.eot_token]:              # otherwise there is no prompt to share
+        if prompt != [start_of(tokenizer)]:              # otherwise there is no prompt to share
             prompt_text = array.array(code, prompt).tobytes()
         prompts.append(hashlib.blake2b(prompt_text, digest_size=12).digest())
     if not prompts:
@@ -427,7 +431,7 @@ def encoded(cfg, tokenizer, block_size, notes, counts):
     The token lists are cut to fit and the bytes are not. Counts what was cut.
     """
     eos_id = tokenizer.eot_token
-    found = examples(cfg.data, notes)
+    found = examples(cfg.data, notes, chat=tokenizer.chat, system=tokenizer.system)
     while True:
         chunk = list(itertools.islice(found, 1000))
         if not chunk:
@@ -446,9 +450,13 @@ def encoded(cfg, tokenizer, block_size, notes, counts):
                 prompt = whole[:cfg.text_prompt]
                 responses = [whole[cfg.text_prompt:]]
                 prompt_text = tokenizer.decode_bytes(prompt)
-            prompt = prompt or [eos_id]
-            counts["prompts cut"] += len(prompt) > cfg.max_prompt_tokens
-            prompt = prompt[-cfg.max_prompt_tokens:]
+            prompt = with_start(tokenizer, prompt)
+            if len(prompt) > cfg.max_prompt_tokens:
+                if tokenizer.chat != "plain":            # cut, it would not be a dialogue any more
+                    notes.setdefault((LEFT_OUT, TOO_LONG), []).append(where)
+                    continue
+                counts["prompts cut"] += 1
+                prompt = cut_start(tokenizer, prompt, cfg.max_prompt_tokens)
             room = block_size - len(prompt)
             counts["responses cut"] += any(len(response) > room for response in responses)
             responses = [response[:room] for response in responses]

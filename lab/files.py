@@ -53,12 +53,7 @@ def first_line(error):
 
 
 def out_of_memory(error):
-    """
-    Whether the memory of the CPU or of a GPU ran out
-
-    torch has an exception for it on CUDA only, and there an AcceleratorError can mean it too. The
-    CPU's allocator and MPS raise a plain RuntimeError.
-    """
+    """Whether memory ran out. torch has an exception for that on CUDA only; the words must do."""
     words = ("out of memory", "can't allocate memory", "cudaErrorMemoryAllocation")
     return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
             or isinstance(error, RuntimeError) and any(word in str(error) for word in words))
@@ -73,11 +68,10 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError):              # torch.save wraps what went wrong
-            error = error.__context__
-            if not isinstance(error, (OSError, KeyboardInterrupt)):
-                raise
-        if isinstance(error, KeyboardInterrupt):
+        cause = error.__context__
+        if isinstance(error, RuntimeError) and isinstance(cause, (OSError, KeyboardInterrupt)):
+            error = cause                                # torch.save wraps what went wrong
+        if not isinstance(error, (OSError, SafetensorError)):
             raise error
         why = getattr(error, "strerror", None) or first_line(error)
         stop(f"could not write {path}: {why}. The previous version is intact. Free some space or "
@@ -170,7 +164,6 @@ def one_process(path, holder):
     """
     path = Path(path).resolve()
     lock = filelock.FileLock(path, is_singleton=True)
-    marker = filelock.SoftFileLock(f"{path}.marker", is_singleton=True)
     with writing(path):
         try:
             # One second: a process that is just starting takes the lock for a moment to look
@@ -179,7 +172,7 @@ def one_process(path, holder):
             except OSError as error:
                 if error.errno not in UNSUPPORTED:
                     raise
-                lock = marker
+                lock = filelock.SoftFileLock(f"{path}.marker", is_singleton=True)
                 lock.acquire(timeout=1)
         except filelock.Timeout:
             stop(holder())
@@ -196,24 +189,25 @@ def recovery_hint(folder):
             f"{folder.parent.name}, or choose a different --out")
 
 
+def unreadable(path, error, kind=""):
+    stop(f"cannot read {path}{kind} ({type(error).__name__}: {first_line(error)[:100]}); "
+         + recovery_hint(path.parent))
+
+
 def read_json(path):
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        stop(f"cannot read {path} ({type(error).__name__}: {first_line(error)[:100]}); "
-             + recovery_hint(path.parent))
+        unreadable(path, error)
 
 
 def read_lines(path):
     """The objects of a log, up to the first line that is not whole; [] if there is no file"""
     found = []
-    if Path(path).exists():
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError, RecursionError):
         for line in Path(path).read_bytes().splitlines():
-            try:
-                found.append(dict(json.loads(line)))
-            except (ValueError, TypeError, RecursionError):
-                break
+            found.append(dict(json.loads(line)))
     return found
 
 
@@ -225,8 +219,7 @@ def load_checkpoint(folder, *wanted):
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        stop(f"cannot read {path} as a checkpoint ({type(error).__name__}: "
-             f"{first_line(error)[:100]}); {recovery_hint(folder)}")
+        unreadable(path, error, " as a checkpoint")
     must_hold(saved, folder, "step", "config", *wanted)
     if type(saved["step"]) is not int or not isinstance(saved["config"], dict):
         stop(f"{path} is not a checkpoint of this project: its step is {saved['step']!r:.50}, its "

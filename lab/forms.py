@@ -17,7 +17,9 @@ A record has the first of these forms whose fields it has. A field that is null 
     {"info", "summaries", "choice"}     OpenAI's comparisons of summaries
     {"prompt"}                          a prompt without a response, for RL and evaluation
 
-Any text may also be a list of messages, which is written out as HH-RLHF writes dialogues. The
+Any text may also be a list of messages, which is written out as HH-RLHF writes dialogues, or by
+the model's chat template. With a template, a prompt that is a text is a user's turn, or HH-RLHF's
+turns if it has them; a text without a prompt stays as it is. The
 messages of a response continue those of the prompt, which they may repeat. If the prompt ends with
 an assistant's message, the response continues that message. In a comparison, messages that end
 with a user's are the prompt. A "system" text comes first. If a "label" (or "kto_tag") is false, 0
@@ -28,10 +30,10 @@ and no prompt, a label is a class and is not used.
 import os
 import re
 
+from lab.chat import SPEAKER, TURN, answer, clean, written
 from lab.files import CONTROL
+from lab.tokenizer import MARK
 
-TURN = "\n\nAssistant:"
-SPEAKER = {"user": "\n\nHuman:", "assistant": TURN, "system": "\n\nSystem:"}
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
          "model": "assistant", "bot": "assistant", "system": "system", "developer": "system"}
 GOOD = ("true", "1", "1.0", "desirable", "chosen", "good", "positive", "yes")
@@ -42,20 +44,22 @@ LEFT_OUT, CHANGED, KEPT = "more left out,", "of them", "of them kept as they are
 UNUSED = "fields not used:"
 
 
-def read_record(record, remarks=None):
+def read_record(record, remarks=None, chat="plain", system=""):
     """
     A record -> prompt, responses ([better, worse], [response] or []), as texts
 
-    Anything else to say about it is added to remarks, as (kind, text). Raises a ValueError with the
+    chat names the template of dialogues, system is the turn before those that have none. Anything
+    else to say about it is added to remarks, as (kind, text). Raises a ValueError with the
     reason if it cannot be read.
     """
     remarks = [] if remarks is None else remarks
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     fields = {name: value for name, value in record.items() if value is not None}
-    system, prompt, responses, is_rated = take_form(fields)
+    style = {"chat": chat, "system": system}
+    given_system, prompt, responses, is_rated = take_form(fields)
     is_bad = is_rated and take_label(fields) in BAD
-    prompt, responses = texts_of(system, prompt, responses)
+    prompt, responses = texts_of(given_system, prompt, responses, style)
     if not all(text.strip() for text in responses):
         raise ValueError("an empty response")
     if not (prompt.strip() or responses):
@@ -80,6 +84,9 @@ def read_record(record, remarks=None):
     if any(CONTROL.search(text) for text in (prompt, *responses)):
         remarks.append((KEPT, "with control characters"))
     remarks += [(UNUSED, name) for name in fields]
+    if chat != "plain" and prompt and MARK not in prompt:        # a text, not messages
+        prompt = written(dialogue_in(prompt), **style)
+        responses = [answer(text.strip(), chat) for text in responses]
     return prompt, responses
 
 
@@ -102,16 +109,12 @@ def take_form(fields):
     if has("chosen", "rejected"):
         move_dialogue_to_prompt(fields)
         return *take("system", "prompt"), take("chosen", "rejected"), False
-    if has("completion"):
-        return *take("system", "prompt"), take("completion"), True
-    if has("messages"):
-        return *take("system", "prompt"), take("messages"), True
-    if has("conversations"):
-        return *take("system", "prompt"), take("conversations"), True
-    if has("prompt", "output"):
-        return *take("system", "prompt"), take("output"), True
-    if has("prompt", "text"):
-        return *take("system", "prompt"), take("text"), True
+    for name in ("completion", "messages", "conversations"):
+        if has(name):
+            return *take("system", "prompt"), take(name), True
+    for name in ("output", "text"):
+        if has("prompt", name):
+            return *take("system", "prompt"), take(name), True
     if has("text"):
         return None, "", take("text"), False
     if has("summaries", "choice"):
@@ -161,25 +164,38 @@ def read_summaries(info, summaries, choice):
 # --------------------------------------------------------------------------------------------------
 # Texts and messages -> texts
 
-def texts_of(system, prompt, responses):
+def texts_of(system, prompt, responses, style):
     """System, prompt and responses, each a text, messages or None -> prompt, responses, as texts"""
     if any(isinstance(part, (list, dict)) for part in (prompt, *responses)):
         before = turns_of(prompt, "user") if prompt else []
         if system:
             before = join(turns_of(system, "system"), before)
-        return dialogue_of(before, [turns_of(response, "assistant") for response in responses])
-    texts = [system or "", *responses]
-    if prompt is not None:
-        texts.append(prompt)
+        answers = [turns_of(response, "assistant") for response in responses]
+        return dialogue_of(before, answers, style)
+    texts = [system or "", prompt if prompt is not None else "", *responses]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a text is not a string")
     if prompt is None:
         prompt, responses = split_dialogues(responses)
     if system and prompt.startswith(SPEAKER["user"]):
         prompt = f"{SPEAKER['system']} {system}{prompt}"
+    elif system and style["chat"] != "plain":            # as turns, which dialogue_in reads
+        prompt = f"{SPEAKER['system']} {system}{SPEAKER['user']} {prompt}"
     elif system:
         prompt = f"{system}\n\n{prompt}"
+    if style["chat"] != "plain":
+        return clean(prompt), [clean(text) for text in responses]
     return prompt, responses
+
+
+def dialogue_in(text):
+    """A prompt as a text -> its turns: HH-RLHF's if it has them, or else one of the user"""
+    start, *rest = re.split(r"\n\n(Human|Assistant|System):", text)
+    turns = [("system", start.strip())] if start.strip() else []
+    turns += [(ROLES[name.lower()], said.strip()) for name, said in zip(rest[::2], rest[1::2])]
+    if not rest:
+        return [("user", text)]
+    return turns[:-1] if turns[-1] == ("assistant", "") else turns
 
 
 def repeats(prompt, response):
@@ -230,13 +246,13 @@ def turn_of(message):
     return ROLES[role], "".join(texts)
 
 
-def dialogue_of(before, answers):
+def dialogue_of(before, answers, style):
     """The prompt's turns and each response's turns -> prompt, responses, as texts"""
     if before[-1:] == [("assistant", "")]:               # a cue to answer, with nothing to continue
         before = before[:-1]
     if not (before or answers):
         raise ValueError("an empty prompt and no response")
-    prompts, responses = zip(*(split_turns(before, turns) for turns in answers or [[]]))
+    prompts, responses = zip(*(split_turns(before, turns, style) for turns in answers or [[]]))
     if len(set(prompts)) > 1:
         raise ValueError("the dialogues differ before their last turn")
     if len(answers) > 1 and None in responses:
@@ -246,20 +262,20 @@ def dialogue_of(before, answers):
     return prompts[0], list(responses)
 
 
-def split_turns(before, turns):
+def split_turns(before, turns, style):
     """The prompt's turns, the turns after them -> prompt, response (None unless an assistant's)"""
     if before and before[-1][0] == "assistant":          # the response continues this turn
         *earlier, (_, start) = before
         if not turns:
-            return written(before), None
+            return written(before, **style, unfinished=True), None
         role, text = turns[-1]
         repeated = turns[:-1] == earlier and text.startswith(start)
         if role == "assistant" and (repeated or turns[:-1] in ([], before)):
-            return written(before), text.removeprefix(start)
+            return written(before, **style, unfinished=True), text.removeprefix(start)
     turns = join(before, turns)
     if turns[-1][0] == "assistant":
-        return written(turns[:-1]) + TURN, spoken(turns[-1][1])
-    return written(turns) + TURN, None
+        return written(turns[:-1], **style), clean(answer(turns[-1][1], style["chat"]))
+    return written(turns, **style), None
 
 
 def join(before, turns):
@@ -270,13 +286,3 @@ def join(before, turns):
         return turns
     shared = max(k for k in range(n + 1) if ours[n - k:] == theirs[:k])
     return before + turns[shared:]
-
-
-def written(turns):
-    """Turns as HH-RLHF writes them"""
-    return "".join(SPEAKER[role] + spoken(text) for role, text in turns)
-
-
-def spoken(text):
-    """A turn's text, with a space between it and the speaker's name unless it starts with one"""
-    return f" {text}" if text[:1].strip() else text

@@ -1,9 +1,10 @@
 """
-Weights and settings of other projects, as plain names and tensors. model.py maps them to its own.
+Weights and settings of other projects, as plain names and tensors; families.py maps them to ours.
 
     check          whether there is anything to read, before any long work
     read           a folder saved by transformers, its name on the hub, or nanoGPT's ckpt.pt
                    -> its config, {name: tensor} without the prefixes that wrappers add
+    write          a folder that transformers reads
     read_json      a JSON object
     from_hub       the files of a model on the hub
 
@@ -17,7 +18,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lab.files import first_line
 
@@ -161,3 +162,17 @@ def unwrapped(weights, source):
             raise ValueError(f"{source} holds {short} twice, once as {name}; wanted one of them")
         plain[short] = weight
     return plain
+
+
+def write(folder, config, weights, eos_id=None, note=""):
+    """config.json, generation_config.json, model.safetensors, a note as README.md; eos_id: one or
+    several"""
+    ids = {} if eos_id is None else {"eos_token_id": eos_id}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (("config.json", config | ids), ("generation_config.json", ids)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if note:
+        (folder / "README.md").write_text(note, encoding="utf-8")
+    save_file({name: weight.contiguous() for name, weight in weights.items()},
+              folder / "model.safetensors", metadata={"format": "pt"})

@@ -5,7 +5,6 @@ The process around a run: random states, output, device, versions.
     safe_output                         nothing that is printed can end a run
     process_state                       remember all that a main changes, to put it back
     pick_device, environment            where and with which versions a run computes
-    out_of_memory                       whether an exception means that
 """
 
 import contextlib
@@ -129,22 +128,22 @@ class Output:
         return bool(self.stream) and not self.stream.closed and self.stream.isatty()
 
     def write(self, text):
-        if self.stream is not None:
-            try:
+        try:
+            if self.stream is not None:
                 self.stream.write(text)
-            except UnicodeEncodeError:
-                encoding = self.stream.encoding
-                self.write(text.encode(encoding, "backslashreplace").decode(encoding))
-            except (OSError, ValueError) as error:
-                self.give_up(error)
+        except UnicodeEncodeError:
+            encoding = self.stream.encoding
+            self.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except (OSError, ValueError) as error:
+            self.give_up(error)
         return len(text)
 
     def flush(self):
-        if self.stream is not None:
-            try:
+        try:
+            if self.stream is not None:
                 self.stream.flush()
-            except (OSError, ValueError) as error:
-                self.give_up(error)
+        except (OSError, ValueError) as error:
+            self.give_up(error)
 
     def give_up(self, error):
         # Python would try to write what is still in the buffer when it exits: send it nowhere
@@ -162,10 +161,8 @@ class Output:
 def safe_output():
     """Inside this block sys.stdout cannot end the run."""
     stream = sys.stdout
-    if isinstance(stream, Output):
-        yield
-        return
-    sys.stdout = Output(stream)
+    if not isinstance(stream, Output):
+        sys.stdout = Output(stream)
     try:
         yield
         sys.stdout.flush()
@@ -196,7 +193,7 @@ def environment(device):
     """What the bits of a result depend on besides its settings, as a dict of plain values"""
     root = Path(__file__).resolve().parent.parent
     commit = ask_git(root, "rev-parse", "--short=12", "HEAD")
-    if commit and ask_git(root, "status", "--porcelain", "--", "*.py"):      # or a new script
+    if commit and ask_git(root, "status", "--porcelain", "--", "*.py"):      # new scripts too
         commit += " with changes"
     found = {"host": platform.node(), "device": str(device), "threads": torch.get_num_threads(),
              "commit": commit or "unknown", "python": platform.python_version()}
@@ -210,8 +207,7 @@ def environment(device):
 
 def ask_git(folder, *command):
     """What git says about a folder, or nothing"""
-    # A clone may belong to a different user. A folder without a .git of its own has no commit: git
-    # would search the folders above it, and find the project that it was copied into.
+    # Not about a project above it that it was copied into. A clone may belong to a different user
     ceiling = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
     try:
         return subprocess.run(["git", "-c", "safe.directory=*", *command], cwd=folder, env=ceiling,

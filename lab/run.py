@@ -69,8 +69,8 @@ def self_contained(main):
     """
     Decorator: main(cfg) leaves the process as it found it, so a notebook or a program can call it.
 
-    It puts back the states of the random generators, the deterministic flag, the signal handlers
-    and standard output, and releases the lock on the stage's folder, however main ends.
+    However main ends, process.process_state and standard output are put back, and the lock on the
+    stage's folder is released.
     """
     @functools.wraps(main)
     def wrapped(cfg):
@@ -104,12 +104,14 @@ def set_learning_rate(optimizer, lr):
 # --------------------------------------------------------------------------------------------------
 # An earlier stage
 
-def ensure(cfg, script):
+def ensure(cfg, script, **given):
     """
     The folder of a finished earlier stage, in this run or in --base
 
-    If it is missing or unfinished in this run, its script's main makes it first.
+    If it is missing or unfinished in this run, its script's main makes it first. given are settings
+    that it must have; empty ones do not matter.
     """
+    given = {name: value for name, value in given.items() if value}
     stage = script.__name__
     run = config.run_name(cfg)
     here = config.folder_of(run) / stage
@@ -121,7 +123,7 @@ def ensure(cfg, script):
             stop(f"{folder} was made with --config {made_by['config']}, this is --config "
                  f"{cfg.config}; give a different --out, or a --base of the same config")
         if folder == here:
-            check_data(cfg, here, made_by)
+            check_data(cfg, here, made_by, given)
         source = made_by.get("data", "reviews")
         told = "" if source == "reviews" else f", data {source}"
         print(f"using {folder} (seed {made_by['seed']}{told})")
@@ -133,18 +135,17 @@ def ensure(cfg, script):
              f"python {stage}.py --config {cfg.config} --out {cfg.base} --resume")
     if started:                                          # perhaps with settings of its own
         made_by = stored_config(here)
-        check_data(cfg, here, made_by)
-        fields = {field.name for field in dataclasses.fields(script.Config)}
-        unknown = sorted(made_by.keys() - fields)
+        check_data(cfg, here, made_by, given)
+        unknown = made_by.keys() - {field.name for field in dataclasses.fields(script.Config)}
         if unknown:
-            stop(f"{here}/config.json has the settings {', '.join(unknown)}, which {stage}.py "
-                 f"does not have: a different version started it. {stage}.py --overwrite starts it "
-                 "again")
+            stop(f"{here}/config.json has the settings {', '.join(sorted(unknown))}, which "
+                 f"{stage}.py does not have: a different version started it. {stage}.py "
+                 "--overwrite starts it again")
         theirs = script.Config(**made_by)
         print(f"{here} is unfinished; running {stage}.py first\n")
     else:
         shared = {name: getattr(cfg, name) for name in config.Common.inherited}
-        theirs = script.Config(config=cfg.config, seed=cfg.seed, **shared)
+        theirs = script.Config(config=cfg.config, seed=cfg.seed, **shared, **given)
         print(f"{here} does not exist; running {stage}.py first\n")
     script.main(dataclasses.replace(theirs, out=cfg.out, device=cfg.device, export="", resume=True,
                                     overwrite=False))
@@ -152,11 +153,13 @@ def ensure(cfg, script):
     return here
 
 
-def check_data(cfg, folder, made_by):
-    """Exit if an earlier stage of the same run has different data."""
-    for name in ("data", "text_prompt"):
-        theirs = made_by.get(name, getattr(config.Common, name))
-        ours = getattr(cfg, name)
+def check_data(cfg, folder, made_by, given):
+    """Exit if an earlier stage of the same run has different data or different given settings."""
+    wanted = dict(given)
+    if made_by.get("steps") != 0:                        # otherwise it has trained on no data
+        wanted |= {"data": cfg.data, "text_prompt": cfg.text_prompt}
+    for name, ours in wanted.items():
+        theirs = made_by.get(name, getattr(config.Common, name, None))
         if theirs != ours:
             stop(f"{folder} was made with --{name} {theirs}, this is --{name} {ours}; give a "
                  f"different --out, and --base {folder.parent.name} to use that stage anyway")
@@ -204,20 +207,18 @@ class Run:
         self.stage = stage
         self.export = export
         self.device = process.pick_device(cfg)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.dtype == "float16")
         self.script = script_name(stage)                 # for the commands in its messages
         self.folder = config.folder_of(config.run_name(cfg)) / stage
         self.old = self.folder.with_name(f"{stage}.old")
-        self.lock = None
         self.looping = False
         self.interrupted = False
-        self.taken = 0                                   # gradient steps so far in this update
         self.lines = 0                                   # printed by log
         self.found = self.existing_files()
-        self.finished = self.found["report.txt"]
-        self.resuming = self.found["checkpoint.pt"] and not self.finished
-        if cfg.overwrite and not (self.resuming and cfg.resume):
-            self.finished = False
-            self.resuming = False
+        unfinished = self.found["checkpoint.pt"] and not self.found["report.txt"]
+        keep = not cfg.overwrite or (cfg.resume and unfinished)
+        self.finished = keep and self.found["report.txt"]
+        self.resuming = keep and unfinished
         if self.finished or self.resuming:
             self.require_same_settings(stored_config(self.folder))
         if self.resuming and not cfg.resume:
@@ -242,14 +243,14 @@ class Run:
             stop(f"{self.folder} holds a run with {theirs}, this one has {wanted}; --out NAME "
                  "keeps both, --overwrite replaces that one")
 
-    def acquire_lock(self):
-        def holder():
-            start = (self.starts() or [{}])[-1]
-            return (f"process {start.get('process', '?')} on {start.get('host', '?')} "
-                    f"({start.get('command', '?')}), started {start.get('time', 'just now')}, is "
-                    f"writing to {self.folder}; wait until it has ended, or give a different --out")
-        self.lock = files.one_process(self.folder.with_name(f".{self.stage}.lock"), holder)
-        OPENED.runs.append(self)
+    def holder(self):
+        """Who has the lock on this folder, for the message"""
+        start = {"process": "?", "host": "?", "command": "?", "time": "just now"}
+        for later in self.starts():
+            start |= later
+        return (f"process {start['process']} on {start['host']} ({start['command']}), started "
+                f"{start['time']}, is writing to {self.folder}; wait until it has ended, or give "
+                "a different --out")
 
     def starts(self):
         """The objects in started.jsonl, one for each time this run was started or resumed"""
@@ -262,7 +263,8 @@ class Run:
         now = process.environment(self.device)
         with files.writing(self.folder):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self.acquire_lock()
+        self.lock = files.one_process(self.folder.with_name(f".{self.stage}.lock"), self.holder)
+        OPENED.runs.append(self)
         if self.existing_files() != self.found:
             stop(f"{self.folder} has changed while this run was starting; look at it and run the "
                  "command again")
@@ -312,6 +314,8 @@ class Run:
 
         Every later checkpoint holds them: objects by their state_dict, anything else as it is.
         """
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler
         self.state = state
         log = self.folder / "log.jsonl"
         if not self.resuming:
@@ -322,7 +326,7 @@ class Run:
         plain = [name for name in state if not hasattr(state[name], "load_state_dict")]
         plain.sort(key=lambda name: "data" not in name)          # the likeliest reason comes first
         for name in plain:
-            if without_free_fields(saved[name]) != without_free_fields(state[name]):
+            if not is_same(saved[name], state[name]):
                 changed = f"the contents of --{name}" if "data" in name else "the earlier stages"
                 stop(f"{self.folder} was started with a different {name}: {changed} have changed "
                      "since. --overwrite starts again, --out NAME keeps both")
@@ -356,16 +360,12 @@ class Run:
         """
         self.first = first
         self.last = last
-        self.looping = True
         with self.signals_caught():
-            try:
-                for self.step_number in range(first, last):
-                    self.taken = 0
-                    self.random_at_start = self.random_states()
-                    self.clock = report.Clock(self.device)
-                    yield self.step_number
-            finally:
-                self.looping = False
+            for self.step_number in range(first, last):
+                self.taken = 0                           # gradient steps in this update
+                self.random_at_start = self.random_states()
+                self.clock = report.Clock(self.device)
+                yield self.step_number
 
     @contextlib.contextmanager
     def signals_caught(self):
@@ -392,9 +392,11 @@ class Run:
                 nohup = kind.name == "SIGHUP" and signal.getsignal(kind) == signal.SIG_IGN
                 if not nohup:
                     before[kind] = signal.signal(kind, interrupt)
+        self.looping = True
         try:
             yield
         finally:
+            self.looping = False
             for kind, handler in before.items():
                 signal.signal(kind, handler)
 
@@ -402,23 +404,34 @@ class Run:
         """Log the time since the last lap as this phase's seconds."""
         self.clock.lap(phase)
 
+    def backward(self, loss):
+        """loss.backward(); in float16 the loss is scaled, or small gradients would round to 0"""
+        self.scaler.scale(loss).backward()
+
     def step(self, grad_clip, hint=LOWER_LR, **optimizers):
         """
         Clip the gradients, take a step with each optimizer, zero -> {name: gradient norm}
 
-            run.step(cfg.grad_clip, grad_norm=optimizer)
-
-        No optimizer takes its step unless every norm is finite. hint says what to try then.
+        No optimizer takes its step unless every norm is finite. hint says what to try then. Where
+        float16 has overflowed the step is left out, and later losses are scaled less.
         """
         norms = {}
         for name, optimizer in optimizers.items():
+            self.scaler.unscale_(optimizer)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             norms[name] = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
-        self.must_be_finite(hint, **norms)
+        finite = all(torch.isfinite(norm) for norm in norms.values())
+        can_scale_less = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        if not finite and can_scale_less:
+            norms = {"steps_skipped": 1.0}
+        else:
+            self.must_be_finite(hint, **norms)
+            for optimizer in optimizers.values():
+                optimizer.step()
+            self.taken += 1
         for optimizer in optimizers.values():
-            optimizer.step()
             optimizer.zero_grad()
-        self.taken += 1
+        self.scaler.update()
         return norms
 
     def must_be_finite(self, hint=LOWER_LR, **values):
@@ -579,12 +592,12 @@ def check_export(cfg, export):
         stop("--export needs the transformers package: pip install transformers")
 
 
-def without_free_fields(value):
-    """A model's description in a checkpoint, without the fields that may change on resume"""
-    if not isinstance(value, dict):
-        return value
-    fixed = {name: x for name, x in value.items() if name not in config.MAY_CHANGE_ON_RESUME}
-    return {"activation": "gelu_tanh"} | fixed           # earlier versions did not store it
+def is_same(saved, ours):
+    """Whether a plain value of a checkpoint is ours; of a dict only the fields that it has"""
+    if not (isinstance(saved, dict) and isinstance(ours, dict)):
+        return saved == ours
+    return all(ours.get(name) == value for name, value in saved.items()
+               if name not in config.MAY_CHANGE_ON_RESUME)
 
 
 def check_finite(x, what):

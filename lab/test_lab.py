@@ -32,7 +32,7 @@ import time
 import tracemalloc
 import types
 import typing
-import zipfile
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -46,103 +46,115 @@ import grpo
 import policy_gradient
 import ppo
 import reward_model
+import rollout
 import sample
 import sft
 from conftest import (AWKWARD, HUMAN, Malicious, TURN, assert_same_run, comparison, crash_at,
-                      in_a_child, killed_at, load_own, log_of, user_config,
-                      preset_of, review_texts, short_config, small_gpt,
-                      texts_cfg, tiny_config, write_rows)
+                      in_a_child, killed_at, load_own, log_of, preset_of, review_texts,
+                      short_config, small_gpt, texts_cfg, tiny_config, user_config, write_rows)
 from lab import config as settings
-from lab import corpus, files, forms, guest, process
+from lab import chat, corpus, files, forms, guest, process
 from lab import report as reports
 from lab import run as runs
 from lab import tokenizer as tokenizers
 from lab.files import Stopped
 
 HERE = Path(__file__).parent.parent
-SCRIPTS = (sft, reward_model, ppo, dpo, grpo, policy_gradient, evaluate)
+STAGES = [sft, reward_model, ppo, dpo, grpo, policy_gradient]
+
+
+def name_of(x):
+    """The id of a test's parameter: the name of a script"""
+    return getattr(x, "__name__", None)
+
+
+def failing(error):
+    """A function that raises the error"""
+    def fails(*args, **kwargs):
+        raise error
+    return fails
 
 
 # --------------------------------------------------------------------------------------------------
 # files.py
 
-
-@pytest.mark.parametrize("name", ["fsync", "replace"])
-@pytest.mark.parametrize("after", [False, True])
-def test_a_process_killed_while_it_writes_leaves_the_old_file_or_the_new(
-        name, after, tmp_path, monkeypatch):
-    path = tmp_path / "x.json"
-    files.write(path, "old")
-
-    def work():
-        killed_at(monkeypatch, os, name, 1, after)
-        files.write(path, "new")
-
-    assert in_a_child(work) == -signal.SIGKILL
-    was_renamed = name == "replace" and after
-    assert path.read_text() == ("new" if was_renamed else "old")
-    files.write(path, "newer")                           # over anything left beside it
-    assert path.read_text() == "newer" and list(tmp_path.iterdir()) == [path]
+def refused(message):
+    """Inside this block an error whose message begins so is expected."""
+    return pytest.raises(Stopped, match=f"^error: {message}")
 
 
-def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path):
+@pytest.mark.parametrize("content", [b"x", {"w": torch.ones(100_000)}], ids=["a byte", "a tensor"])
+def test_a_full_disk_leaves_the_old_file_and_says_so(content, tmp_path):
     """/dev/full is a disk without any space, as far as a program can tell."""
     path = tmp_path / "checkpoint.pt"
     files.write(path, "old")
-
-    def write_a_byte(file):
-        file.write(b"x")
-
-    def save_a_tensor(file):
-        torch.save({"w": torch.ones(100_000)}, file)
-
-    for write in (write_a_byte, save_a_tensor):
-        (tmp_path / "checkpoint.pt.tmp").symlink_to("/dev/full")
-        with pytest.raises(Stopped, match="^error: could not write .*checkpoint.pt: No space left "
-                                          "on device. The previous version is intact. Free some "
-                                          "space .* --resume if a checkpoint exists"):
-            with files.replacing(path, "wb") as file:
-                write(file)
-        assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    (tmp_path / "checkpoint.pt.tmp").symlink_to("/dev/full")
+    with refused("could not write .*checkpoint.pt: No space left on device. The previous version "
+                 "is intact. Free some space .* --resume if a checkpoint exists"):
+        with files.replacing(path, "wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                torch.save(content, file)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
-    with pytest.raises(Stopped, match="could not write .*log.jsonl: No space left on device"):
+    with refused("could not write .*log.jsonl: No space left on device"):
         files.append(tmp_path / "log.jsonl", "{}\n")
+    try:
+        raise KeyboardInterrupt                          # a disk that fails while this is handled
+    except KeyboardInterrupt:
+        with refused("could not write .*log.jsonl: No such file or directory"):
+            files.append(tmp_path / "gone" / "log.jsonl", "{}\n")
+
+
+def calls_of(monkeypatch, *names):
+    """From now on these functions of os note their name when called -> the list of notes"""
+    calls = []
+    for name in names:
+        def noted(*args, name=name, original=getattr(os, name)):
+            calls.append(name)
+            return original(*args)
+        monkeypatch.setattr(os, name, noted)
+    return calls
 
 
 def test_content_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
-    calls = []
-    for name in ("fsync", "replace"):
-        def recorded(*args, name=name, original=getattr(os, name)):
-            calls.append(name)
-            return original(*args)
-        monkeypatch.setattr(os, name, recorded)
+    calls = calls_of(monkeypatch, "fsync", "replace")
     files.write(tmp_path / "a", "text")
     assert calls == ["fsync", "replace"]
-    calls.clear()
     with files.new_folder(tmp_path / "b") as folder:
         (folder / "one").write_text("1")
         (folder / "deeper").mkdir()
         (folder / "deeper" / "two").write_text("2")
-    assert calls == ["fsync", "fsync", "replace"]        # two files, then the folder's name
+    assert calls[2:] == ["fsync", "fsync", "replace"]    # two files, then the folder's name
     names = sorted(path.name for path in tmp_path.rglob("*"))
     assert names == ["a", "b", "deeper", "one", "two"]
 
 
 def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x"
     with pytest.raises(ZeroDivisionError):
-        with files.new_folder(tmp_path / "x") as folder:
+        with files.new_folder(path) as folder:
             (folder / "half").write_text("1")
             1 / 0
     assert not list(tmp_path.iterdir())
-    (tmp_path / "x").mkdir()                             # an empty one may be replaced
-    with files.new_folder(tmp_path / "x") as folder:
+    path.mkdir()                                         # an empty one may be replaced
+    with files.new_folder(path) as folder:
         (folder / "file").write_text("first")
-    assert (tmp_path / "x" / "file").read_text() == "first"
-    with pytest.raises(Stopped, match="could not write .*x: Directory not empty"):
-        with files.new_folder(tmp_path / "x") as folder:
+    with refused("could not write .*x: Directory not empty"):
+        with files.new_folder(path) as folder:
             (folder / "file").write_text("second")
-    assert (tmp_path / "x" / "file").read_text() == "first"
-    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+    assert (path / "file").read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("code", files.UNSUPPORTED)
+def test_a_file_system_without_fsync_can_be_written_to(code, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", failing(OSError(code, "unsupported")))
+    files.write(tmp_path / "a", "text")
+    with files.new_folder(tmp_path / "b") as folder:
+        (folder / "one").write_text("1")
+    assert (tmp_path / "a").read_text() == "text"
+    assert (tmp_path / "b" / "one").read_text() == "1"
 
 
 def test_a_digest_covers_the_whole_file_and_reads_it_in_blocks(tmp_path):
@@ -158,121 +170,98 @@ def test_a_digest_covers_the_whole_file_and_reads_it_in_blocks(tmp_path):
 
 
 def test_one_process_at_a_time_has_a_lock_and_a_killed_one_gives_it_back(tmp_path):
-    path = tmp_path / "lock"
     readable, writable = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            lock = files.one_process(path, lambda: "taken")
+
+    def hold():
+        with files.one_process(tmp_path / "lock", lambda: "taken"):
             os.write(writable, b"held")
             time.sleep(60)
-        finally:
-            os._exit(1)
-    os.close(writable)
+    child = torch.multiprocessing.get_context("fork").Process(target=hold)
+    child.start()
     assert os.read(readable, 4) == b"held"
-    os.close(readable)
-    with pytest.raises(Stopped, match="error: taken by another"):
-        files.one_process(path, lambda: "taken by another")
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    lock = files.one_process(path, lambda: "taken by another")
-    assert files.one_process(path, lambda: "taken by another") is lock         # this process has it
+    with refused("taken by another"):
+        files.one_process(tmp_path / "lock", lambda: "taken by another")
+    child.kill()
+    child.join()
+    lock = files.one_process(tmp_path / "lock", lambda: "taken by another")
+    assert files.one_process(tmp_path / "lock", lambda: "taken") is lock       # this process has it
     lock.release(force=True)
 
 
-def stored_checkpoint(folder):
-    """The path of a small checkpoint in a new folder"""
-    folder.mkdir(exist_ok=True)
-    torch.manual_seed(0)
-    saved = {"step": 3, "config": {}, "policy": {"w": torch.randn(2000)}}
-    torch.save(saved, folder / "checkpoint.pt")
-    return folder / "checkpoint.pt"
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_still_keeps_a_second_process_out(code, tmp_path, monkeypatch):
+    monkeypatch.setattr("fcntl.flock", failing(OSError(code, "unsupported")))
+    lock = files.one_process(tmp_path / ".lock", lambda: "taken")
+    other = in_a_child(lambda: files.one_process(tmp_path / ".lock", lambda: os._exit(7)))
+    assert other == 7
+    lock.release()
+    files.one_process(tmp_path / ".lock", lambda: "taken").release()
 
 
-def test_a_checkpoint_that_was_cut_short_is_refused_by_name(tmp_path):
-    path = stored_checkpoint(tmp_path / "stage")
-    whole = path.read_bytes()
-    files.load_checkpoint(path.parent)
-    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(Stopped, match=r"cannot read .*stage/checkpoint.pt as a checkpoint \("):
-            files.load_checkpoint(path.parent)
-
-
-def test_a_checkpoint_too_large_for_the_memory_is_not_called_damaged(tmp_path, monkeypatch):
-    def load(*args, **kwargs):
-        raise MemoryError
-    path = stored_checkpoint(tmp_path / "stage")
-    monkeypatch.setattr(torch, "load", load)
-    with pytest.raises(MemoryError):
-        files.load_checkpoint(path.parent)
-
-
-def test_foreign_and_malicious_checkpoints_are_refused_and_run_nothing(tmp_path):
-    path = stored_checkpoint(tmp_path / "stage")
+def test_damaged_and_malicious_checkpoints_are_refused_and_run_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
     owned = tmp_path / "owned"
+    unreadable = "cannot read .*/checkpoint.pt as a checkpoint .{}"
+    has_no = ".*/checkpoint.pt has no {}, so a different stage or program wrote it"
+    not_ours = ".*/checkpoint.pt is not a checkpoint of this project: its step is {}"
 
-    def assert_refused(message):
-        with pytest.raises(Stopped, match=f"^error: {message}"):
-            files.load_checkpoint(path.parent, "policy", "gpt")
+    def load(message):
+        with refused(message):
+            files.load_checkpoint(tmp_path, "policy", "gpt")
 
-    def assert_unreadable(error):
-        assert_refused(f"cannot read .*stage/checkpoint.pt as a checkpoint .{error}")
-
-    foreign = ".*stage/checkpoint.pt has no {}, so a different stage or program wrote it"
-    assert_refused(foreign.format("gpt"))
-    for saved in ({"model": {}}, [1, 2], torch.zeros(3), {}):
+    for saved, message in (
+            ({"model": {}}, has_no.format("step")),
+            ([1, 2], has_no.format("step")),
+            (torch.zeros(3), has_no.format("step")),
+            ({"step": 1, "config": {}, "policy": 1}, has_no.format("gpt")),
+            ({"step": "x", "config": {}, "policy": 1, "gpt": 1}, not_ours.format("'x'")),
+            ({"step": 1, "config": [], "policy": 1, "gpt": 1}, not_ours.format("1, its config a")),
+            ({"step": 1, "config": {}, "policy": Malicious(owned), "gpt": 1},
+             unreadable.format("UnpicklingError"))):
         torch.save(saved, path)
-        assert_refused(foreign.format("step"))
-    for step, config in (("x", {}), (1, [])):
-        torch.save({"step": step, "config": config, "policy": 1, "gpt": 1}, path)
-        assert_refused(".*stage/checkpoint.pt is not a checkpoint of this project: its step is "
-                       f"{step!r}")
-    torch.save({"step": 1, "config": {}, "policy": Malicious(owned), "gpt": {}}, path)
-    assert_unreadable("UnpicklingError")
+        load(message)
     torch.save({"step": Malicious(owned)}, path, _use_new_zipfile_serialization=False)
-    assert_unreadable("UnpicklingError")
+    load(unreadable.format("UnpicklingError"))
     path.write_bytes(pickle.dumps(Malicious(owned), protocol=2))
-    assert_unreadable("UnpicklingError")
-    torch.save({"step": 1}, path)
-    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "other", "w") as empty:
-        for name in whole.namelist():                    # right checksums, and no data
-            content = b"" if name.endswith("data.pkl") else whole.read(name)
-            empty.writestr(name, content)
-    shutil.copy(tmp_path / "other", path)
-    assert_unreadable("EOFError")
-    path.unlink()
-    assert_unreadable("FileNotFoundError")
-    path.mkdir()
-    assert_unreadable("IsADirectoryError")
+    load(unreadable.format("UnpicklingError"))
     assert not owned.exists()
 
+    saved = {"step": 3, "config": {}, "policy": torch.randn(2000), "gpt": 1}
+    torch.save(saved, path)
+    assert files.load_checkpoint(tmp_path, "policy", "gpt")["step"] == 3
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):           # it is not damaged
+        patch.setattr(torch, "load", failing(MemoryError()))
+        files.load_checkpoint(tmp_path)
+    whole = path.read_bytes()
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        load(unreadable.format(""))
+    path.unlink()
+    load(unreadable.format("FileNotFoundError"))
 
-@pytest.mark.parametrize("state, message", [
-    ({}, "Missing key.s. in state_dict: .weight., .bias."),
-    ({"weight": torch.zeros(3, 2), "bias": torch.zeros(2)},
+
+LINEAR = torch.nn.Linear(3, 2)
+ADAMW = torch.optim.AdamW(LINEAR.parameters())
+CONTROL = ppo.ProportionalKL(1, 2, 3)
+
+
+@pytest.mark.parametrize("thing, state, message", [
+    (LINEAR, {}, "Missing key.s. in state_dict: .weight., .bias."),
+    (LINEAR, {"weight": torch.zeros(3, 2), "bias": torch.zeros(2)},
      r"size mismatch for weight: .*\[3, 2\].*\[2, 3\]"),
-    ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "more": torch.zeros(1)},
-     "Unexpected key.s. in state_dict: .more"),
-    ({"weight": 1.0, "bias": 2.0}, "weight"),
-    (None, "Expected state_dict to be dict-like"),
-    ([1], "Expected state_dict to be dict-like")])
-def test_weights_that_do_not_fit_are_refused_with_the_difference(state, message):
-    with pytest.raises(Stopped, match="^error: out/here/sft/checkpoint.pt: the policy in it does "
-                                      f"not fit this Linear: .*{message}.*; restore it from a "
-                                      "copy, run sft.py with --overwrite for the run here, or"):
-        files.load_state(torch.nn.Linear(3, 2), state, "out/here/sft", "policy")
-
-
-@pytest.mark.parametrize("thing, state", [
-    (torch.optim.AdamW([torch.zeros(2, requires_grad=True)]), {"state": {}, "param_groups": []}),
-    (torch.optim.AdamW([torch.zeros(2, requires_grad=True)]), {}),
-    (ppo.ProportionalKL(1, 2, 3), {"coef": 1.0}),
-    (ppo.ProportionalKL(1, 2, 3), 7)], ids=["groups", "empty", "names", "number"])
-def test_optimizer_states_and_controllers_that_do_not_fit_are_refused(thing, state):
-    with pytest.raises(Stopped, match="^error: x/checkpoint.pt: the y in it does not fit this "
-                                      f"{type(thing).__name__}"):
-        files.load_state(thing, state, "x", "y")
+    (LINEAR, LINEAR.state_dict() | {"more": torch.zeros(1)}, "Unexpected key.s. in .*: .more"),
+    (LINEAR, {"weight": 1.0, "bias": 2.0}, "weight"),
+    (LINEAR, None, "Expected state_dict to be dict-like"),
+    (ADAMW, {"state": {}, "param_groups": []}, "different number of parameter groups"),
+    (ADAMW, {}, "param_groups"),
+    (CONTROL, {"coef": 1.0}, ""),
+    (CONTROL, 7, "")])
+def test_a_state_that_does_not_fit_is_refused_with_the_difference(thing, state, message):
+    with refused(f"out/here/sft/checkpoint.pt: the y in it does not fit this {type(thing).__name__}"
+                 f": .*{message}.*; restore it from a copy, run sft.py with --overwrite for the "
+                 "run here, or"):
+        files.load_state(thing, state, "out/here/sft", "y")
 
 
 def test_unreadable_json_is_refused_and_a_log_is_read_up_to_a_torn_line(tmp_path):
@@ -280,9 +269,9 @@ def test_unreadable_json_is_refused_and_a_log_is_read_up_to_a_torn_line(tmp_path
     for content, error in ((b"", "JSONDecodeError"), (b"{", "JSONDecodeError"),
                            (b"[" * 100_000, "RecursionError"), (b"\xff\xfe", "UnicodeDecodeError")):
         path.write_bytes(content)
-        with pytest.raises(Stopped, match=f"^error: cannot read .*config.json .{error}"):
+        with refused(f"cannot read .*config.json .{error}"):
             files.read_json(path)
-    for torn in ('{"ste', '{"ste\n{"step": 3}\n'):
+    for torn in ('{"ste', '{"ste\n{"step": 3}\n', "5\n{}\n", "[" * 100_000):
         path.write_text('{"step": 0}\n{"step": 1}\n' + torn)
         assert files.read_lines(path) == [{"step": 0}, {"step": 1}]
     assert files.read_lines(tmp_path / "none") == []
@@ -291,32 +280,27 @@ def test_unreadable_json_is_refused_and_a_log_is_read_up_to_a_torn_line(tmp_path
 # --------------------------------------------------------------------------------------------------
 # config.py, process.py, report.py
 
-
 @pytest.mark.parametrize("argv, message", [
     ("--stesp 5", "unknown option --stesp (did you mean --steps?)"),
-    ("--steps five", "--steps got five; it takes a whole number"),
-    ("--steps 1.5", "--steps got 1.5; it takes a whole number"),
-    ("--steps", "--steps needs a value"),
+    ("--steps five", "--steps got 'five'; it takes a whole number"),
+    ("--steps 1.5", "--steps got '1.5'; it takes a whole number"),
+    ("--steps", "--steps needs a value; --help lists all options"),
     ("--steps --resume", "--steps needs a value"),
     ("--lr nan", "--lr got nan; it takes a number"),
-    ("--lr fast", "--lr got fast; it takes a number"),
+    ("--lr fast", "--lr got 'fast'; it takes a number"),
     ("--surrogate clap",
      "--surrogate got 'clap' (did you mean clip?); it takes one of: clip, kl_penalty"),
     ("--config smal", "unknown --config smal (did you mean small?); there are: small, tiny"),
-    ("--resume maybe", "--resume got maybe; it takes 1 or 0"),
+    ("--resume maybe", "--resume got 'maybe'; it takes 1 or 0"),
     ("steps 5", "unknown option steps"),
-    ("--missing_eos_score low", "--missing_eos_score got low; it takes a number"),
-    ("--score_clip", "--score_clip needs a value; --help lists all options"),
+    ("--missing_eos_score low", "--missing_eos_score got 'low'; it takes a number or none"),
     ("--batch_size 0", "--batch_size got 0; it takes a whole number, 1 or more"),
     ("--ema 1.0", "--ema got 1.0; it takes a number from 0 up to, but not, 1"),
-    ("--save_every -1", "--save_every got -1; it takes a whole number, 1 or more"),
     ("--beta -0.1", "--beta got -0.1; it takes a number, 0 or more"),
-    ("--temperature 0", "--temperature got 0.0; it takes a number above 0"),
-    ("--kl_target 0", "--kl_target got 0.0; it takes a number above 0")])
+    ("--temperature 0", "--temperature got 0.0; it takes a number above 0")])
 def test_bad_command_lines_are_refused_with_the_value_and_a_valid_range(argv, message):
-    with pytest.raises(Stopped) as stopped:
+    with refused(re.escape(message)):
         settings.parse(ppo.Config, "", argv.split())
-    assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
 
 
 WRONG = {bool: [1, "yes", None], int: [2.0, True, "3", -1, 2 ** 32],
@@ -333,12 +317,12 @@ OUT_OF_RANGE = {                                         # by what the message s
 WRONG_NAMES = ["..", "a/..", "/", "a\\b", "tokens", "out/tokens", "x\0y", "x" * 101, "\udcff"]
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, sample], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [*STAGES, evaluate, sample], ids=name_of)
 def test_every_field_is_typed_and_range_checked_before_any_work(script, empty_folder):
     """A Config made in Python and an edited preset are checked too."""
     kinds = typing.get_type_hints(script.Config)
     ranges = settings.RANGES | script.Config.ranges
-    refused = set()
+    checked = set()
     for name, kind in kinds.items():
         optional = type(None) in typing.get_args(kind)
         base = typing.get_args(kind)[0] if optional else kind
@@ -351,16 +335,14 @@ def test_every_field_is_typed_and_range_checked_before_any_work(script, empty_fo
         for value in wrong:
             if value is None and optional:
                 continue
-            got = re.escape(repr(value))
-            with pytest.raises(Stopped, match=rf"^error: --{name} got {got}.*; it takes ."):
+            with refused(f"--{name} got {re.escape(repr(value))}.*; it takes ."):
                 settings.check_fields(dataclasses.replace(tiny_config(script), **{name: value}))
-            refused.add(name)
+            checked.add(name)
         if base is float and ranges.get(name) != settings.BELOW_1:
             settings.check_fields(dataclasses.replace(tiny_config(script), **{name: 1}))
-    assert refused == kinds.keys()
+    assert checked == kinds.keys() and script.main.__wrapped__                 # self-contained
     if script is not sample:                             # which has no folder of its own
-        message = "^error: --seed got -1; it takes a whole number, 0 or more"
-        with pytest.raises(Stopped, match=message):
+        with refused("--seed got -1; it takes a whole number, 0 or more"):
             script.main(tiny_config(script, seed=-1))
     for preset in script.Config.presets:
         settings.check_fields(script.Config(config=preset))
@@ -369,49 +351,44 @@ def test_every_field_is_typed_and_range_checked_before_any_work(script, empty_fo
 
 def id_of_case(part):
     """A script's name, the changed fields, and nothing for a message"""
-    if isinstance(part, types.ModuleType):
-        return part.__name__
-    return " ".join(part) if isinstance(part, dict) else ""
+    return " ".join(part) if isinstance(part, dict) else getattr(part, "__name__", "")
 
 
 @pytest.mark.parametrize("script, changes, message", [
-    (ppo, dict(minibatch_size=24),
-     "--minibatch_size 24 does not divide --batch_size 32.*; try 16"),
-    (ppo, dict(n_eval=100_000),
-     r"--n_eval 100000 .* asks for more held-out prompts than the \d+ that"),
-    (ppo, dict(reward="nowhere.py:f"),
-     "--reward got nowhere.py:f, but nowhere.py does not exist"),
-    (ppo, dict(reward="broken.py:f"), "but broken.py cannot be read .SyntaxError"),
-    (ppo, dict(reward="fine.py:g"), "but fine.py has no function g"),
-    (ppo, dict(reward="fine.py:"), "nothing after the colon; give"),
-    (ppo, dict(reward="nowhere/c2:toxic"),
-     "--reward got nowhere/c2; it takes reward_model, path"),
+    (ppo, dict(minibatch_size=24), "--minibatch_size 24 does not divide --batch_size 32.*; try 16"),
+    (ppo, dict(n_eval=100_000), r"--n_eval 100000 .* more held-out prompts than the \d+ that"),
+    (ppo, dict(reward="nowhere.py:f"), "--reward got nowhere.py:f, but nowhere.py does not exist"),
+    (ppo, dict(reward="broken.py:f"), ".*but broken.py cannot be read .SyntaxError"),
+    (ppo, dict(reward="fine.py:g"), ".*but fine.py has no function g"),
+    (ppo, dict(reward="fine.py:"), ".*nothing after the colon; give"),
+    (ppo, dict(reward="nowhere/c2:toxic"), "--reward got nowhere/c2; it takes reward_model, path"),
     (ppo, dict(data="review"), r"--data got review .did you mean reviews\?.; it takes reviews, hh"),
     (ppo, dict(data="fine.jsnl"), r"--data got fine.jsnl .did you mean fine.jsonl\?.; it takes"),
     (ppo, dict(ptx_coef=1.0, ptx_data="none.txt"), "--ptx_data got none.txt.*; it takes"),
-    (ppo, dict(base="tinny"),
-     r"--base tinny has no finished out/tinny/sft .did you mean tiny\?."),
-    (grpo, dict(minibatch_size=12), "does not divide"),
-    (policy_gradient, dict(minibatch_size=5), "does not divide"),
+    (ppo, dict(base="tinny"), r"--base tinny has no finished out/tinny/sft .did you mean tiny\?."),
+    (grpo, dict(minibatch_size=12), ".* does not divide"),
+    (policy_gradient, dict(minibatch_size=5), ".* does not divide"),
     (ppo, dict(reward="reward_modle"), r"--reward got reward_modle .did you mean reward_model\?."),
     (ppo, dict(reward="fine.py"), "--reward got fine.py; name the function .* fine.py:FUNCTION"),
     (ppo, dict(data="stories.txt"),
      "--data stories.txt has no comparisons, only rows with one response or none"),
-    (ppo, dict(config="imdb", reward="reward_model"),
-     "--config imdb has no reward model; give a --reward"),
+    (ppo, dict(config="imdb", reward="reward_model"), "--config imdb has no reward model; give a"),
     (ppo, dict(kl_horizon=5.0),
      "--kl_horizon 5.0 is so short that one update could take beta below 0"),
-    (ppo, dict(device="meta"), "these scripts know cpu, cuda and mps"),
+    (ppo, dict(device="meta"), ".*these scripts know cpu, cuda and mps"),
+    (ppo, dict(device="cuda:99"), "cannot use --device cuda:99 here .*--device cpu always works"),
     (evaluate, dict(runs="tinny"), "--runs names tinny, but out/tinny has no finished stage"),
     (evaluate, dict(overoptimise=True, weak_rankings=2),
      "--weak_rankings 2 is less than one batch of 4"),
+    (evaluate, dict(lora_rank=2), "--export, --lora_rank .*; this one trains nothing"),
     (reward_model, dict(n_prompts=2), "there are 2 rankings to train on, less than one batch"),
-    (reward_model, dict(n_responses=1), "a comparison takes at least 2"),
+    (reward_model, dict(n_responses=1), ".*a comparison takes at least 2"),
     (dpo, dict(data="nowhere"), "--data got nowhere"),
     (sft, dict(n_head=3), "--n_embd 32 is not a multiple of --n_head 3"),
     (sft, dict(vocab_size=256), "--vocab_size got 256; it takes 257 or more"),
+    (sft, dict(export="fine.jsonl/there"), "cannot make --export .*/there: .*fine.jsonl is not a "),
     (evaluate, dict(data="nowhere"), "--data got nowhere"),
-    (evaluate, dict(n_eval=100_000), "asks for more held-out prompts")], ids=id_of_case)
+    (evaluate, dict(n_eval=100_000), ".* asks for more held-out prompts")], ids=id_of_case)
 def test_impossible_settings_are_refused_before_any_work(script, changes, message, empty_folder):
     (empty_folder / "broken.py").write_text("def f(:")
     (empty_folder / "fine.py").write_text(
@@ -420,19 +397,22 @@ def test_impossible_settings_are_refused_before_any_work(script, changes, messag
     (empty_folder / "stories.txt").write_text("a story")
     (empty_folder / "out" / "tiny" / "sft").mkdir(parents=True)
     (empty_folder / "out" / "tiny" / "sft" / "report.txt").write_text("")
-    with pytest.raises(Stopped, match="^error: .*" + message):
+    with refused(message):
         script.main(tiny_config(script, out="new", **changes))
     assert not (empty_folder / "out" / "new").exists()
 
 
-def test_command_lines_set_typed_fields_over_a_preset():
+def test_command_lines_set_typed_fields_over_a_preset_and_are_given_back():
     argv = ("--config tiny --lr=1e-5 --missing_eos_score none --kl-control fixed --whiten_rewards "
-            "--seed 3 --score_clip 2 --warmup 0")
+            "--seed 3 --score_clip 2 --warmup 0 --normalise_reward no --reward x")
     cfg = settings.parse(ppo.Config, "", argv.split())
-    assert (cfg.config, cfg.lr, cfg.missing_eos_score, cfg.kl_control) == (
-        "tiny", 1e-5, None, "fixed")
-    assert (cfg.whiten_rewards, cfg.seed, cfg.score_clip, cfg.warmup) == (True, 3, 2.0, 0)
-    assert cfg.batch_size == ppo.Config.presets["tiny"]["batch_size"]
+    assert cfg == ppo.Config(config="tiny", lr=1e-5, missing_eos_score=None, kl_control="fixed",
+                             whiten_rewards=True, seed=3, score_clip=2.0, warmup=0, reward="x",
+                             normalise_reward=False)
+    assert isinstance(cfg.score_clip, float)
+    cfg = dataclasses.replace(cfg, out="a", reward="some where/my file.py:f")
+    words = shlex.split(settings.command(cfg, "ppo"))
+    assert words[:2] == ["python", "ppo.py"] and settings.parse(ppo.Config, "", words[2:]) == cfg
 
 
 def test_a_config_takes_its_presets_values_and_then_those_given():
@@ -440,8 +420,7 @@ def test_a_config_takes_its_presets_values_and_then_those_given():
     assert (cfg.steps, cfg.batch_size, cfg.max_new_tokens) == (3, 32, 24)
     assert ppo.Config() == ppo.Config(config="small") and ppo.Config().save_every == 20
     assert dataclasses.replace(cfg, lr=1.0).batch_size == 32
-    wrong = r"unknown --config tine .did you mean tiny\?.; there are: small, tiny"
-    with pytest.raises(Stopped, match=wrong):
+    with refused(r"unknown --config tine .did you mean tiny\?.; there are: small, tiny"):
         ppo.Config(config="tine")
 
     class Mine(ppo.Config):                              # as in a notebook
@@ -465,7 +444,7 @@ def test_any_value_can_be_given_with_an_equals_sign(words, value):
     assert (cfg.prompt, cfg.n) == (value, 2)
     again = shlex.split(settings.command(cfg, "sample"))[2:]
     assert settings.parse(sample.Config, "", again) == cfg
-    with pytest.raises(Stopped, match="--prompt needs a value; .* as --flag=VALUE"):
+    with refused("--prompt needs a value; .* as --flag=VALUE"):
         settings.parse(sample.Config, "", ["--prompt", "--n", "2"])
 
 
@@ -503,9 +482,6 @@ def test_characters_that_the_output_cannot_encode_are_escaped(encoding, shown, m
     None])
 def test_output_that_cannot_be_written_is_dropped(error, monkeypatch):
     """None: there is no standard output at all."""
-    def fails(*args):
-        raise error
-
     def main(cfg):
         print("a line", flush=True)
         list(reports.progress([1], "working"))
@@ -513,9 +489,21 @@ def test_output_that_cannot_be_written_is_dropped(error, monkeypatch):
 
     stream = None
     if error:
+        fails = failing(error)
         stream = types.SimpleNamespace(write=fails, flush=fails, isatty=lambda: True, closed=False)
     monkeypatch.setattr(sys, "stdout", stream)
     assert runs.self_contained(main)(None) == "done" and sys.stdout is stream
+
+
+def test_a_bar_goes_over_a_terminal_and_only_its_last_line_into_a_file(monkeypatch):
+    for terminal in (True, False):
+        stream = io.StringIO()
+        stream.isatty = lambda: terminal
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert list(reports.progress([1, 2, 3], "working")) == [1, 2, 3]
+        *bars, last = re.split(r"\r(?:\033\[K)?", stream.getvalue())
+        assert [bar.count("#") for bar in bars[1:]] == ([0, 10, 20] if terminal else [])
+        assert re.fullmatch(r"working: 0\.\d s\n", last)
 
 
 def test_a_main_leaves_the_process_as_it_found_it(monkeypatch):
@@ -537,7 +525,7 @@ def test_a_main_leaves_the_process_as_it_found_it(monkeypatch):
     process.seed_all(5)
     first = numbers()
     runs.self_contained(main)(False)
-    with pytest.raises(Stopped, match="error: as asked"):
+    with refused("as asked"):
         runs.self_contained(main)(True)
     assert (first, numbers()) == expected
     assert not torch.are_deterministic_algorithms_enabled()
@@ -570,43 +558,26 @@ def test_the_random_state_of_mps_is_kept_and_its_clock_waits(monkeypatch):
     assert kept == [torch.tensor([7])] and waited == [1]
 
 
-def test_a_package_without_metadata_and_a_clone_without_git_are_unknown(monkeypatch, tmp_path):
-    monkeypatch.setattr(process, "PACKAGES", ("torch", "no-such-package"))
-    assert process.environment(torch.device("cpu"))["no-such-package"] == "unknown"
-    subprocess.run("git init -q . && mkdir -p lab vendored/lab && "
-                   "git -c user.name=a -c user.email=a@b commit -q --allow-empty -m outer",
+def test_the_commit_is_this_folders_with_a_note_of_edited_and_new_scripts(monkeypatch, tmp_path):
+    """A folder without a .git of its own has none, even in a repository."""
+    def commit(folder):
+        monkeypatch.setattr(process, "__file__", str(tmp_path / folder / "lab" / "process.py"))
+        return process.environment("cpu")["commit"]
+
+    (tmp_path / "ppo.py").write_text("")
+    subprocess.run("git init -q . && mkdir -p lab vendored/lab && git add . && "
+                   "git -c user.name=a -c user.email=a@b commit -qm one",
                    shell=True, cwd=tmp_path, check=True)
-    monkeypatch.setattr(process, "__file__", str(tmp_path / "vendored" / "lab" / "process.py"))
-    assert process.environment(torch.device("cpu"))["commit"] == "unknown"
-    monkeypatch.setattr(process, "__file__", str(tmp_path / "lab" / "process.py"))
-    assert re.fullmatch("[0-9a-f]{12}", process.environment(torch.device("cpu"))["commit"])
-
-
-@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_file_system_without_fsync_can_be_written_to(code, tmp_path, monkeypatch):
-    def unsupported(handle):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", unsupported)
-    files.write(tmp_path / "a", "text")
-    with files.new_folder(tmp_path / "b") as folder:
-        (folder / "one").write_text("1")
-    assert (tmp_path / "a").read_text() == "text"
-    assert (tmp_path / "b" / "one").read_text() == "1"
-
-
-@pytest.mark.filterwarnings("ignore:flock not supported")
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_file_system_without_locks_still_keeps_a_second_process_out(code, tmp_path, monkeypatch):
-    def unsupported(handle, how):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr("fcntl.flock", unsupported)
-    lock = files.one_process(tmp_path / ".lock", lambda: "taken")
-    other = in_a_child(lambda: files.one_process(tmp_path / ".lock", lambda: os._exit(7)))
-    assert other == 7
-    lock.release()
-    files.one_process(tmp_path / ".lock", lambda: "taken").release()
+    assert re.fullmatch("[0-9a-f]{12}", commit("")) and commit("vendored") == "unknown"
+    (tmp_path / "my_ppo.py").write_text("")
+    assert commit("").endswith(" with changes")
+    (tmp_path / "my_ppo.py").unlink()
+    (tmp_path / "ppo.py").write_text("edited = True\n")
+    assert commit("").endswith(" with changes")
+    monkeypatch.setattr(subprocess, "run", failing(FileNotFoundError("git")))
+    assert commit("") == "unknown"
+    monkeypatch.setattr(process, "PACKAGES", ("torch", "no-such-package"))
+    assert process.environment("cpu")["no-such-package"] == "unknown"
 
 
 def test_learning_rate_warms_up_and_decays_linearly_to_its_floor():
@@ -617,7 +588,6 @@ def test_learning_rate_warms_up_and_decays_linearly_to_its_floor():
 
 # --------------------------------------------------------------------------------------------------
 # tokenizer.py
-
 
 def huggingface_bpe(texts, vocab_size, special_tokens=()):
     """A byte-level BPE that the tokenizers library has trained"""
@@ -660,34 +630,11 @@ def test_a_tokenizer_is_stored_whole_and_its_id_differs_from_others(tokenizer, t
     for text in AWKWARD:
         assert loaded.encode_ordinary(text) == tokenizer.encode_ordinary(text)
     other = tokenizers.train_tokenizer(review_texts(400, seed=3), 500)
-    with pytest.raises(Stopped, match="trained with a different vocabulary"):
+    with refused(".* trained with a different vocabulary"):
         tokenizers.check_vocabulary(tokenizers.tokenizer_id(other), tokenizer, "out/x")
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(Stopped, match="cannot be read as a tokenizer"):
+    with refused(".* cannot be read as a tokenizer"):
         tokenizers.load_tokenizer(tmp_path)
-
-
-def test_gpt2_tokenizer_from_local_files_equals_transformers(tmp_path):
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import GPT2TokenizerFast
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(review_texts(300, seed=1), vocab_size=600, special_tokens=[],
-                            show_progress=False)
-    bpe.save_model(str(tmp_path))
-    vocab = json.loads((tmp_path / "vocab.json").read_text())
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {tokenizers.EOS: len(vocab)}))
-    theirs = GPT2TokenizerFast.from_pretrained(tmp_path)
-    ours = tokenizers.gpt2_tokenizer(tmp_path)
-    assert ours.eot_token == theirs.eos_token_id
-    for text in AWKWARD:
-        wanted = theirs(text, split_special_tokens=True)["input_ids"]
-        assert ours.encode_ordinary(text) == wanted, text
-    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
-    with pytest.raises(ValueError, match="does not number the merges"):
-        tokenizers.gpt2_tokenizer(tmp_path)
-    (tmp_path / "merges.txt").unlink()
-    with pytest.raises(ValueError, match="merges.txt does not exist"):
-        tokenizers.gpt2_tokenizer(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -705,7 +652,7 @@ def bpe():
 def bpe_folder(folder, content, **extra_files):
     """A folder with tokenizer.json and other files, given by their names without .json"""
     folder.mkdir(exist_ok=True)
-    for name, x in {"tokenizer": content, **extra_files}.items():
+    for name, x in ({"tokenizer": content} | extra_files).items():
         (folder / f"{name}.json").write_text(json.dumps(x))
     return folder
 
@@ -746,7 +693,7 @@ def test_ids_are_as_in_the_files_and_text_never_becomes_a_special_token(bpe, tmp
     late = dict(bpe["added_tokens"][0], id=620, content="<|pad|>")
     content = changed(bpe, "added_tokens", -1, to=late)
     content["model"]["vocab"]["<|pad|>"] = 620
-    ours = tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "x", content))
+    ours = tokenizers.pretrained_tokenizer(bpe_folder(tmp_path / "x", content))
     theirs = Tokenizer.from_file(str(tmp_path / "x" / "tokenizer.json"))
     theirs.encode_special_tokens = True                  # as text
     rng = random.Random(0)
@@ -784,7 +731,7 @@ END_AS_DICT = {"eos_token": {"content": "<|end|>"}}
 def test_the_eos_is_the_one_that_the_files_name(eos, said, extra_files, bpe, tmp_path, capsys):
     """The tokenizer's files win over the model's, and a note says where they differ."""
     from transformers import AutoTokenizer
-    ours = tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe, **extra_files))
+    ours = tokenizers.pretrained_tokenizer(bpe_folder(tmp_path / "x", bpe, **extra_files))
     assert ours.eot_token == eos and tokenizers.encode_prompt(ours, "") == [eos]
     note = capsys.readouterr().out
     if said:
@@ -796,42 +743,44 @@ def test_the_eos_is_the_one_that_the_files_name(eos, said, extra_files, bpe, tmp
     tokenizers.export_tokenizer(ours, tmp_path / "exported")
     ours_id = tokenizers.tokenizer_id(ours)
     for again in (tokenizers.load_tokenizer(tmp_path),
-                  tokenizers.gpt2_tokenizer(tmp_path / "exported")):
+                  tokenizers.pretrained_tokenizer(tmp_path / "exported")):
         assert again.eot_token == eos and tokenizers.tokenizer_id(again) == ours_id
         assert again.decode(list(range(607))) == ours.decode(list(range(607)))
     assert AutoTokenizer.from_pretrained(tmp_path / "exported").eos_token_id == eos
     renamed_token = json.loads(json.dumps(bpe).replace("<|start|>", "<|begin|>"))
-    other = tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "y", renamed_token))
+    other = tokenizers.pretrained_tokenizer(bpe_folder(tmp_path / "y", renamed_token))
     assert tokenizers.tokenizer_id(other) != ours_id
 
 
 ADDED = dict(id=600, content="<x>", single_word=False, lstrip=False, rstrip=False,
              normalized=False, special=True)
-BOS = dict(type="TemplateProcessing", single=[
-    {"SpecialToken": {"id": "<|start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}])
-NFC = {"type": "NFC"}
+ENDING = dict(type="TemplateProcessing", single=[
+    {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|end|>", "type_id": 0}}])
+BOS_X = dict(type="TemplateProcessing", single=[
+    {"SpecialToken": {"id": "<x>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}])
+LOWER = {"type": "Lowercase"}
 DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]}
 
 
 @pytest.mark.parametrize("path, to, message", [
-    (["normalizer"], NFC, "normalizer NFC"),
-    (["normalizer"], {"type": "Sequence", "normalizers": [NFC]}, "normalizer NFC"),
+    (["normalizer"], LOWER, "normalizer Lowercase"),
+    (["normalizer"], {"type": "Sequence", "normalizers": [{"type": "NFC"}, LOWER]},
+     "normalizer Lowercase"),
     (["pre_tokenizer", "add_prefix_space"], True, "add_prefix_space"),
-    (["pre_tokenizer", "use_regex"], False, "use_regex false"),
+    (["pre_tokenizer", "use_regex"], False, "pre-tokenizer ByteLevel, with these"),
     (["pre_tokenizer"], None, "pre-tokenizer null"),
     (["pre_tokenizer"], {"type": "Whitespace"}, "pre-tokenizer Whitespace"),
     (["pre_tokenizer"], DIGITS, r"pre-tokenizer Digits \+ ByteLevel"),
-    (["post_processor"], BOS, "TemplateProcessing, which adds tokens"),
-    (["post_processor"], {"type": "Sequence", "processors": [BOS]},
+    (["post_processor"], ENDING, "TemplateProcessing, which adds tokens"),
+    (["post_processor"], {"type": "Sequence", "processors": [ENDING]},
      "TemplateProcessing, which adds tokens"),
+    (["post_processor"], BOS_X, "puts <x> before every text, but has no such token"),
     (["post_processor"], {"type": "RobertaProcessing"}, "RobertaProcessing"),
     (["model", "unk_token"], "<|end|>", r"unk_token '<\|end\|>'"),
     (["model", "byte_fallback"], True, "byte_fallback True"),
     (["model", "dropout"], 0.1, "dropout 0.1"),
-    (["model", "ignore_merges"], True, "ignore_merges True"),
     (["model", "end_of_word_suffix"], "</w>", "end_of_word_suffix"),
     (["model", "type"], "Unigram", "byte-level BPE"),
-    (["added_tokens", -1], ADDED | {"special": False}, "'<x>' .not special"),
     (["added_tokens", -1], ADDED | {"lstrip": True, "single_word": True},
      "'<x>' .lstrip, single_word"),
     (["added_tokens", -1], ADDED | {"rstrip": True}, "'<x>' .rstrip"),
@@ -842,24 +791,22 @@ DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "By
     (["added_tokens", -1], ADDED | {"id": 10 ** 9},
      "token with the id 1000000000; wanted ids below"),
     (["model", "merges"], [["t", "h"]], "number the merges in their order"),
-    (["model", "vocab", "a▁"], 610, "number the merges in their order")])
+    (["model", "vocab", "a▁"], 610, "number the merges in their order"),
+    ("tokenizer_config", {"add_prefix_space": True}, "add_prefix_space"),
+    ("tokenizer_config", {"add_bos_token": True}, "puts None before every text"),
+    ("tokenizer_config", {"add_eos_token": True}, "add_eos_token"),
+    ("tokenizer_config", {"eos_token": "</s>"}, "special tokens ends a text.* got </s>"),
+    ("tokenizer_config", {"eos_token": "a"}, "which of its special tokens ends a text.* got a"),
+    ("tokenizer", [1], "holds a list"),
+    ("config", [1], "config.json holds a list")])
 def test_tokenizer_features_beyond_gpt2s_are_refused_by_name(path, to, message, bpe, tmp_path):
-    folder = bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))
-    with pytest.raises(Stopped, match=f"^error: no tokenizer in .*{message}"):
+    """A change of tokenizer.json at a path, or the content of a file beside it or in its place"""
+    if isinstance(path, str):
+        folder = bpe_folder(tmp_path / "x", bpe, **{path: to})
+    else:
+        folder = bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))
+    with refused(f"no tokenizer in .*{message}"):
         sft.tokenizer_of(str(folder))
-
-
-@pytest.mark.parametrize("extra_files, message", [
-    (dict(tokenizer_config={"add_prefix_space": True}), "add_prefix_space"),
-    (dict(tokenizer_config={"add_bos_token": True}), "add_bos_token"),
-    (dict(tokenizer_config={"eos_token": "</s>"}),
-     "which of its special tokens ends a text.* got </s>"),
-    (dict(tokenizer_config={"eos_token": "a"}), "which of its special tokens ends a text.* got a"),
-    (dict(tokenizer=[1]), "holds a list"),
-    (dict(config=[1]), "config.json holds a list")])
-def test_impossible_settings_beside_a_tokenizer_are_refused(extra_files, message, bpe, tmp_path):
-    with pytest.raises(Stopped, match=f"^error: no tokenizer in .*{message}"):
-        sft.tokenizer_of(str(bpe_folder(tmp_path / "x", bpe, **extra_files)))
 
 
 @pytest.mark.parametrize("merges", [
@@ -871,11 +818,12 @@ def test_merges_that_tiktoken_would_make_in_a_different_way_are_refused(merges, 
         content["model"]["vocab"][left + right] = 700 + i
         content["model"]["merges"].append([left, right])
     with pytest.raises(ValueError, match="number the merges in their order"):
-        tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "x", content))
+        tokenizers.pretrained_tokenizer(bpe_folder(tmp_path / "x", content))
 
 
 def test_harmless_settings_in_a_tokenizer_json_change_nothing(bpe, tmp_path):
-    wanted = tokenizers.tokenizer_id(tokenizers.gpt2_tokenizer(bpe_folder(tmp_path / "x", bpe)))
+    folder = bpe_folder(tmp_path / "x", bpe)
+    wanted = tokenizers.tokenizer_id(tokenizers.pretrained_tokenizer(folder))
     plain = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
     merges = [" ".join(pair) for pair in bpe["model"]["merges"]]
     untyped = {key: x for key, x in bpe["model"].items() if key != "type"}
@@ -889,36 +837,40 @@ def test_harmless_settings_in_a_tokenizer_json_change_nothing(bpe, tmp_path):
             (["model", "dropout"], 0.0),
             (["model"], untyped)):
         folder = bpe_folder(tmp_path / "x", changed(bpe, *path, to=to))
-        ours = tokenizers.gpt2_tokenizer(folder / "tokenizer.json")
+        ours = tokenizers.pretrained_tokenizer(folder / "tokenizer.json")
         assert tokenizers.tokenizer_id(ours) == wanted, path
 
 
 def test_vocab_and_merges_files_know_their_special_tokens_too(bpe, tmp_path):
     """They come first in the vocabulary, or slow tokenizers of transformers list them."""
     folder = bpe_folder(tmp_path / "x", bpe)
-    wanted = tokenizers.tokenizer_id(tokenizers.gpt2_tokenizer(folder))
+    wanted = tokenizers.tokenizer_id(tokenizers.pretrained_tokenizer(folder))
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text(json.dumps(bpe["model"]["vocab"]))
     merges = "\n".join(" ".join(pair) for pair in bpe["model"]["merges"])
     (folder / "merges.txt").write_text("#version: 0.2\n" + merges + "\n")
-    assert tokenizers.tokenizer_id(tokenizers.gpt2_tokenizer(folder)) == wanted
+    assert tokenizers.tokenizer_id(tokenizers.pretrained_tokenizer(folder)) == wanted
+    (folder / "merges.txt").rename(folder / "merges")
+    with pytest.raises(ValueError, match="merges.txt does not exist"):
+        tokenizers.pretrained_tokenizer(folder)
+    (folder / "merges").rename(folder / "merges.txt")
     (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 607}))
-    assert tokenizers.gpt2_tokenizer(folder).decode([607, 2]) == "<pad><|end|>"
+    assert tokenizers.pretrained_tokenizer(folder).decode([607, 2]) == "<pad><|end|>"
 
     def with_added_token(**flags):
         decoder = {"added_tokens_decoder": {"608": ADDED | flags}, "eos_token": "<x>"}
         (folder / "tokenizer_config.json").write_text(json.dumps(decoder))
-        return tokenizers.gpt2_tokenizer(folder)
+        return tokenizers.pretrained_tokenizer(folder)
 
     assert with_added_token(special=True).eot_token == 608
-    with pytest.raises(ValueError, match="'<x>' .not special"):
-        with_added_token(special=False)
+    ours = with_added_token(special=False)               # an EOS is special whatever its file says
+    assert ours.eot_token == 608 and 608 not in ours.encode_ordinary("a <x>")
     (folder / "tokenizer_config.json").unlink()
     vocab = bpe["model"]["vocab"]
     nameless = {token.replace(tokenizers.EOS, "<s>"): i for token, i in vocab.items()}
     (folder / "vocab.json").write_text(json.dumps(nameless))
     with pytest.raises(ValueError, match=r"wanted one of .*<s>, .*<\|end\|> as eos_token"):
-        tokenizers.gpt2_tokenizer(folder)
+        tokenizers.pretrained_tokenizer(folder)
 
 
 def test_a_tokenizer_that_an_earlier_version_wrote_is_the_same_tokenizer(tokenizer, tmp_path):
@@ -933,16 +885,324 @@ def test_a_tokenizer_that_an_earlier_version_wrote_is_the_same_tokenizer(tokeniz
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     loaded = tokenizers.load_tokenizer(tmp_path)
     assert tokenizers.tokenizer_id(loaded) == before and loaded.eot_token == tokenizer.eot_token
-    for eos in (3, None):                                # an ordinary token, nothing
-        broken = content | {"special": {"<x>": 900}, "eos": eos}
+    byte, other = list(content["ranks"])[7:9]
+    special = content | {"special": {"<x>": 900}}
+    for broken in (special | {"eos": 3}, special | {"eos": None},              # ordinary, nothing
+                   content | {"ranks": content["ranks"] | {byte: content["ranks"][other]}},
+                   content | {"ranks": {}}, {"ranks": 3}, []):
         (tmp_path / "tokenizer.json").write_text(json.dumps(broken))
-        with pytest.raises(Stopped, match="cannot be read as a tokenizer"):
+        with refused(".*tokenizer.json.* as a tokenizer"):
             tokenizers.load_tokenizer(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------
-# forms.py, corpus.py
+# tokenizer.py: Llama 3, Qwen and SmolLM2; chat.py
 
+QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+CHAT_TOKENS = {
+    "gpt2": [], "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    "llama3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "smollm2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]}
+KINDS = list(CHAT_TOKENS)
+NO_TOKEN = (4, 6, 19, 192, 193, 241, 245, 255)           # bytes that this smollm2 has no token for
+
+
+def trained_kind(kind):
+    """A tokenizer.json of one of these kinds, trained on the spot"""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+    made = Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
+    patterns = {"qwen": QWEN, "llama3": LLAMA}
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind not in patterns)
+    made.pre_tokenizer = last
+    if kind in patterns:
+        cut = pre_tokenizers.Split(Regex(patterns[kind]), "isolated")
+        made.pre_tokenizer = pre_tokenizers.Sequence([cut, last])
+    if kind == "smollm2":
+        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), last])
+    if kind == "qwen":
+        made.normalizer = normalizers.NFC()
+    absent = {tokenizers.printable()[byte] for byte in NO_TOKEN if kind == "smollm2"}
+    alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - absent)
+    first = CHAT_TOKENS[kind] if kind == "smollm2" else []
+    texts = ["The years 1999 and 2024, don't WE'LL go?  \n\n naïve café in Việt Nam; 日本語 текст",
+             "def f(x):\n    return x + 17\n\n\nShe said: it isn't so ... 3,141.59"] * 20
+    made.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=520, initial_alphabet=alphabet, special_tokens=first, show_progress=False))
+    content = json.loads(made.to_str())
+    vocab = content["model"]["vocab"]
+    if kind == "llama3":                                 # each way to make a token, by its id
+        vocab["Ġzqxj"] = len(vocab)                      # reached by no merge: whole words only
+        content["model"]["merges"] = [
+            pair for token, _ in sorted(vocab.items(), key=lambda item: item[1])
+            for pair in sorted(([token[:i], token[i:]] for i in range(1, len(token))
+                                if token[:i] in vocab and token[i:] in vocab),
+                               key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))]
+    if kind in patterns:
+        n = max(vocab.values()) + 1
+        content["added_tokens"] = [added(n + i, x) for i, x in enumerate(CHAT_TOKENS[kind])]
+        if kind == "qwen":
+            content["added_tokens"].append(added(n + 3, "<think>", special=False))
+    if kind == "llama3":
+        template = {"type": "TemplateProcessing", "pair": [], "single": [
+            {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}}], "special_tokens": {
+            "<|begin_of_text|>": {"id": "<|begin_of_text|>", "ids": [n],
+                                  "tokens": ["<|begin_of_text|>"]}}}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False,
+                      "use_regex": True}
+        content["post_processor"] = {"type": "Sequence", "processors": [byte_level, template]}
+    return content
+
+
+def added(i, text, special=True):
+    return dict(id=i, content=text, special=special, single_word=False, lstrip=False, rstrip=False,
+                normalized=False)
+
+
+CHATML = ("{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>'"
+          " + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+          "{% endif %}")
+LLAMA3 = ("{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + "
+          "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+          "{% endif %}")
+TEMPLATES = {"gpt2": None, "qwen": CHATML, "llama3": LLAMA3, "smollm2": CHATML}
+END_OF = {"gpt2": "<|endoftext|>", "qwen": "<|endoftext|>", "llama3": "<|eot_id|>",
+       "smollm2": "<|im_end|>"}
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """{kind: a folder with its tokenizer files}"""
+    folders = {}
+    for kind in KINDS:
+        folders[kind] = folder = tmp_path_factory.mktemp(kind)
+        (folder / "tokenizer.json").write_text(json.dumps(trained_kind(kind)))
+        config = {"eos_token": END_OF[kind]}
+        if TEMPLATES[kind]:
+            config["chat_template"] = TEMPLATES[kind]
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folders
+
+
+UNICODE = [(0, 32), (32, 127), (32, 127), (32, 127), (160, 0x250), (0x300, 0x370), (0x370, 0x530),
+          (0x900, 0x980), (0x1100, 0x1200), (0x2000, 0x2070), (0x3000, 0xd7a4),
+          (0x1f300, 0x1f600), (0x40000, 0x40010)]
+FRAGMENTS = [" ", "\n", "\t", "\r\n", "  ", "   ", "'s", "'LL", "1999", " the", " 42", "\u00a0",
+          "e\u0301", "ﬁ", "don't", " Việt", "½", "²", " zqxj", "zqxj", "<|im_end|>", "<|eot_id|>"]
+
+
+def unicode_text(rng):
+    return "".join(chr(rng.randrange(*rng.choice(UNICODE))) if rng.random() < 0.55
+                   else rng.choice(FRAGMENTS) for _ in range(rng.randrange(14)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_equal_those_of_the_tokenizers_library(kind, kinds, tmp_path):
+    """On 20,000 random texts; what is exported and read again has the same ids"""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+    ours = tokenizers.pretrained_tokenizer(kinds[kind])
+    theirs = Tokenizer.from_file(str(kinds[kind] / "tokenizer.json"))
+    theirs.encode_special_tokens = True                  # as text
+    tokenizers.export_tokenizer(ours, tmp_path)
+    exported = AutoTokenizer.from_pretrained(tmp_path)
+    absent = bytes(NO_TOKEN) if kind == "smollm2" else b""
+    rng = random.Random(0)
+    for i in range(20_000):
+        text = unicode_text(rng)
+        ids = ours.encode_ordinary(text)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids, text
+        wanted = unicodedata.normalize("NFC", text) if kind == "qwen" else text
+        assert ours.decode_bytes(ids) == wanted.encode().translate(None, absent)
+        if i < 500:
+            again = exported(text, add_special_tokens=False, split_special_tokens=True)
+            assert again["input_ids"] == ids
+    ours.decode(list(range(ours.n_vocab)))               # gaps too
+    again = tokenizers.pretrained_tokenizer(tmp_path)
+    tokenizers.save_tokenizer(ours, tmp_path)
+    stored = tokenizers.load_tokenizer(tmp_path)
+    assert stored.options() == ours.options()
+    assert (tokenizers.tokenizer_id(ours) == tokenizers.tokenizer_id(again)
+            == tokenizers.tokenizer_id(stored))
+
+
+def test_a_byte_without_a_token_is_said_and_left_out(kinds, capsys):
+    ours = tokenizers.pretrained_tokenizer(kinds["smollm2"])
+    assert "no token for 8 of the 256 bytes (4, 6, 19, 192, 193, ..)" in capsys.readouterr().out
+    assert ours.decode(ours.encode_ordinary("a\x04b\x06")) == "ab"
+    assert ours.encode_ordinary("\x04") == [] and tokenizers.encode_prompt(ours, "\x04") == [2]
+
+
+def test_added_tokens_that_are_not_special_are_read_in_text(kinds):
+    ours = tokenizers.pretrained_tokenizer(kinds["qwen"])
+    think = ours._special_tokens["<think>"]
+    ids = ours.encode_ordinary("so <think>\n17")
+    assert ids.count(think) == 1 and ours.decode(ids) == "so <think>\n17"
+    assert ours._special_tokens["<|im_end|>"] not in ours.encode_ordinary("<|im_end|>")
+
+
+def test_a_prompt_starts_with_exactly_one_bos_where_the_model_uses_one(kinds):
+    ours = tokenizers.pretrained_tokenizer(kinds["llama3"])
+    bos = ours._special_tokens["<|begin_of_text|>"]
+    assert tokenizers.encode_prompt(ours, "") == [bos]
+    ids = tokenizers.encode_prompt(ours, "some words in a row")
+    assert ids[0] == bos and ids.count(bos) == 1
+    cut = tokenizers.cut_start(ours, ids, 3)
+    assert cut == [bos, *ids[-2:]] and tokenizers.cut_start(ours, ids, 1) == ids[-1:]
+    ours = chat.set_chat(ours, "auto", "", kinds["llama3"])
+    ids = tokenizers.encode_prompt(ours, chat.written([("user", "Hi")], ours.chat))
+    assert ids[0] == bos and ids.count(bos) == 1
+    plain = tokenizers.pretrained_tokenizer(kinds["gpt2"])
+    assert tokenizers.cut_start(plain, [5, 6, 7], 2) == [6, 7]
+
+
+def test_the_sampler_stops_at_every_end_that_generation_config_names(kinds, tmp_path):
+    for path in kinds["qwen"].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    n = tokenizers.pretrained_tokenizer(tmp_path).eot_token
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [n + 2, n]}))
+    ours = tokenizers.pretrained_tokenizer(tmp_path)
+    assert ours.end_tokens == (n, n + 2)
+    ours = chat.set_chat(ours, "auto", "", tmp_path)     # now the END_OF is what ends a turn
+    assert ours.eot_token == n + 2 and ours.end_tokens == (n + 2, n)
+    text = ours.encode_ordinary("yes")
+    assert tokenizers.decode_response(ours, text + [n]) == ("yes", True)
+    assert tokenizers.decode_response(ours, text + [n + 2]) == ("yes", True)
+    assert tokenizers.decode_response(ours, text) == ("yes", False)
+
+
+# ---- chat templates
+
+DIALOGUES = [[("user", "Hi")], [("system", "Be brief."), ("user", " 2 + 2?\n")],
+             [("user", "a"), ("assistant", "b"), ("user", "c")],
+             [("system", "S"), ("user", "a"), ("assistant", "b\n\nc"), ("user", "<|im_end|> 1999")]]
+
+
+@pytest.mark.parametrize("kind", ["qwen", "llama3", "smollm2"])
+def test_dialogues_are_the_ids_that_the_models_own_template_gives(kind, kinds, capsys):
+    from tokenizers import Tokenizer
+    ours = chat.set_chat(tokenizers.pretrained_tokenizer(kinds[kind]), "auto", "", kinds[kind])
+    assert "note: the model's" not in capsys.readouterr().out
+    theirs = Tokenizer.from_file(str(kinds[kind] / "tokenizer.json"))
+    for turns in DIALOGUES:
+        if "<|im_end|>" in turns[-1][1]:                 # there theirs takes it for the token
+            turns = [*turns[:-1], ("user", "1999")]
+        text = chat.rendered(TEMPLATES[kind], turns, ours)
+        ids = ours.encode_ordinary(chat.written(turns, ours.chat))
+        assert ids == theirs.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ids) == text == chat.rendered(chat.jinja_of(ours), turns, ours)
+
+
+@pytest.mark.parametrize("kind", ["qwen", "llama3", "smollm2"])
+def test_text_never_ends_a_turn_or_starts_one(kind, kinds):
+    ours = chat.set_chat(tokenizers.pretrained_tokenizer(kinds[kind]), "auto", "", kinds[kind])
+    special = set(ours._special_tokens.values())
+    clean = ours.encode_ordinary(chat.written([("user", "hi")], ours.chat))
+    for token in ours._special_tokens:
+        forged = f"hi{token}{tokenizers.MARK}{token}"
+        ids = ours.encode_ordinary(chat.written([("user", forged)], ours.chat))
+        n_special = sum(i in special for i in ids)
+        assert n_special == sum(i in special for i in clean) or token == "<think>"
+
+
+def test_an_exported_tokenizer_writes_dialogues_as_ours_does(kinds, tmp_path, capsys):
+    """With the default system turn, whose quotes and line ends are kept"""
+    from transformers import AutoTokenizer
+    ours = tokenizers.pretrained_tokenizer(kinds["qwen"])
+    ours = chat.set_chat(ours, "chatml", 'Say "so".\n', kinds["qwen"])
+    tokenizers.export_tokenizer(ours, tmp_path, chat_template=chat.jinja_of(ours))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for turns in DIALOGUES[:3]:
+        messages = [{"role": role, "content": text} for role, text in turns]
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert ids == ours.encode_ordinary(chat.written(turns, ours.chat, ours.system))
+    capsys.readouterr()
+    again = tokenizers.pretrained_tokenizer(tmp_path)
+    again = chat.set_chat(again, "auto", ours.system, tmp_path)
+    assert again.chat == "chatml" and again.eot_token == ours.eot_token
+    assert capsys.readouterr().out == ""
+    assert chat.jinja_of(tokenizers.pretrained_tokenizer(kinds["gpt2"])) is None
+
+
+def test_a_note_says_where_the_models_template_differs(kinds, tmp_path, capsys):
+    for path in kinds["qwen"].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    own = ("{% if messages[0]['role'] != 'system' %}"
+           "{{ '<|im_start|>system\nBe nice.<|im_end|>\n' }}{% endif %}" + CHATML)
+    (tmp_path / "chat_template.jinja").write_text(own)   # wins over tokenizer_config.json
+    ours = tokenizers.pretrained_tokenizer(tmp_path)
+    chat.set_chat(ours, "auto", "", tmp_path)
+    note = capsys.readouterr().out
+    assert "own chat template writes '<|im_start|>system\\nBe nice.<|im_end|>" in note
+    chat.set_chat(ours, "auto", "Be nice.", tmp_path)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "chat_template.jinja").write_text("{{ broken")
+    chat.set_chat(ours, "chatml", "", tmp_path)
+    assert "could not be compared" in capsys.readouterr().out
+
+
+def test_templates_and_tokens_that_are_not_known_are_refused(kinds, tmp_path):
+    for path in kinds["gpt2"].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    ours = tokenizers.pretrained_tokenizer(tmp_path)
+    assert chat.set_chat(ours, "auto", "", tmp_path).chat == "plain"
+    with pytest.raises(ValueError, match="writes <.im_start.>, <.im_end.>, which this tokenizer"):
+        chat.set_chat(ours, "chatml", "", tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("[INST] {{ messages[0].content }} [/INST]")
+    with pytest.raises(ValueError, match="neither chatml nor llama3; give --chat plain"):
+        chat.set_chat(ours, "auto", "", tmp_path)
+    assert chat.set_chat(ours, "plain", "", tmp_path).chat == "plain"
+
+
+SHOWN = {"\ufdd0<|im_start|>": "[", "\ufdd0<|im_end|>\n": "]"}
+
+
+def chatml_record(record, system=""):
+    prompt, responses = forms.read_record(record, [], "chatml", system)
+    for token, short in SHOWN.items():
+        prompt = prompt.replace(token, short)
+    return prompt, responses
+
+
+HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Hello. "}]
+MARKED = "a\ufdd0<|im_end|>"
+
+
+@pytest.mark.parametrize("record, prompt, responses", [
+    ({"prompt": "Hi", "completion": " Hello."}, "[user\nHi][assistant\n", ["Hello."]),
+    ({"prompt": "Hi"}, "[user\nHi][assistant\n", []),
+    ({"system": "S", "prompt": "Hi"}, "[system\nS][user\nHi][assistant\n", []),
+    ({"messages": HELLO}, "[user\nHi][assistant\n", [" Hello. "]),
+    ({"system": "S", "messages": HELLO}, "[system\nS][user\nHi][assistant\n", [" Hello. "]),
+    ({"chosen": "\n\nHuman: Hi\n\nAssistant: Yes", "rejected": "\n\nHuman: Hi\n\nAssistant: No"},
+     "[user\nHi][assistant\n", ["Yes", "No"]),
+    ({"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", "completion": " d"},
+     "[user\na][assistant\nb][user\nc][assistant\n", ["d"]),
+    ({"prompt": "Hi", "completion": "Hi there"}, "[user\nHi][assistant\n", ["there"]),
+    ({"prompt": HELLO[:1] + [{"role": "assistant", "content": "Hel"}], "completion": "lo"},
+     "[user\nHi][assistant\nHel", ["lo"]),
+    ({"text": "as it is"}, "", ["as it is"]),
+    ({"text": MARKED}, "", ["a\ufffd<|im_end|>"]),
+    ({"prompt": MARKED, "completion": MARKED}, "[user\na\ufffd<|im_end|>][assistant\n",
+     ["a\ufffd<|im_end|>"]),
+    ({"messages": [{"role": "user", "content": MARKED}, {"role": "assistant", "content": MARKED}]},
+     "[user\na\ufffd<|im_end|>][assistant\n", ["a\ufffd<|im_end|>"])])
+def test_records_are_written_by_the_template(record, prompt, responses):
+    assert chatml_record(record) == (prompt, responses)
+
+
+def test_a_system_turn_is_added_only_where_there_is_none():
+    assert chatml_record({"prompt": "Hi"}, "S")[0] == "[system\nS][user\nHi][assistant\n"
+    assert (chatml_record({"system": "T", "prompt": "Hi"}, "S")[0]
+            == "[system\nT][user\nHi][assistant\n")
+    assert chatml_record({"text": "x"}, "S")[0] == ""
+
+
+# --------------------------------------------------------------------------------------------------
+# forms.py, corpus.py
 
 def by(role):
     """A function that makes a message by a role from a text"""
@@ -955,37 +1215,33 @@ KIND_HI = f"\n\nSystem: Be kind.{HI}"
 YES = [USER("hi"), ASSISTANT("yes")]
 NO = [USER("hi"), ASSISTANT("no")]
 SURE = [USER("hi"), ASSISTANT("Sure,")]
+SYSTEM_FROM, HUMAN_FROM, GPT_FROM = (
+    {"from": "system", "value": "Be kind."}, {"from": "human", "value": "hi"},
+    {"from": "gpt", "value": "yes"})
 
 
 @pytest.mark.parametrize("record, prompt, responses", [
     ({"chosen": f"{HI} hello", "rejected": f"{HI} go away"}, HI, [" hello", " go away"]),
     ({"chosen": f"{HUMAN}a{TURN} b{HI} d", "rejected": f"{HUMAN}a{TURN} b{HI} e"},
      f"{HUMAN}a{TURN} b{HI}", [" d", " e"]),
-    ({"chosen": f"{HI} same", "rejected": f"{HI} same"}, HI, [" same", " same"]),
     ({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}, "2 + 2 =", [" 4", " 5"]),
     ({"prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 =", [" 4"]),
-    ({"prompt": "", "completion": " 4"}, "", [" 4"]),
     ({"text": "Once upon a time", "label": 1}, "", ["Once upon a time"]),
     ({"text": "2 + 2 = 4", "prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 =", [" 4"]),
-    ({"messages": [SYSTEM("Be kind."), USER("hi"), ASSISTANT("hello")]}, KIND_HI, [" hello"]),
-    ({"messages": [USER("a"), ASSISTANT("b"), USER("c"), ASSISTANT("d")]},
-     f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d"]),
+    ({"messages": [SYSTEM("Be kind."), *YES]}, KIND_HI, [" yes"]),
     ({"prompt": [USER("hi")], "chosen": [ASSISTANT("yes")], "rejected": [ASSISTANT("no")]},
      HI, [" yes", " no"]),
-    ({"prompt": [USER("hi")], "completion": [ASSISTANT("yes")]}, HI, [" yes"]),
     ({"prompt": "hi", "chosen": YES, "rejected": NO}, HI, [" yes", " no"]),
     ({"chosen": YES, "rejected": NO}, HI, [" yes", " no"]),
     ({"prompt": [USER("hi")], "completion": " as text"}, HI, [" as text"]),
-    ({"prompt": [USER("hi")], "chosen": "yes", "rejected": " no"}, HI, [" yes", " no"]),
     ({"info": {"id": "t3", "post": "I did it.", "title": "TIFU", "subreddit": "tifu"},
-      "summaries": [{"text": " worse", "policy": "a", "note": None},
-                    {"text": " better", "policy": "b", "note": None}],
+      "summaries": [{"text": " worse", "policy": "a"}, {"text": " better", "policy": "b"}],
       "choice": 1, "worker": "w", "split": "train"},
      "SUBREDDIT: r/tifu\n\nTITLE: TIFU\n\nPOST: I did it.\n\nTL;DR:", [" better", " worse"]),
-    ({"conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "hi"},
-                        {"from": "gpt", "value": "hello"}]}, KIND_HI, [" hello"]),
-    ({"conversations": [{"from": "human", "value": "hi"}],
-      "chosen": {"from": "gpt", "value": "yes"}, "rejected": {"from": "gpt", "value": "no"}},
+    ({"info": {"article": "News."}, "summaries": [{"text": " a"}, {"text": " b"}], "choice": 0},
+     "Article:\n\nNews.\n\nTL;DR:", [" a", " b"]),
+    ({"conversations": [SYSTEM_FROM, HUMAN_FROM, GPT_FROM]}, KIND_HI, [" yes"]),
+    ({"conversations": [HUMAN_FROM], "chosen": GPT_FROM, "rejected": GPT_FROM | {"value": "no"}},
      HI, [" yes", " no"]),
     ({"messages": [USER("hi")], "chosen": ASSISTANT("yes"), "rejected": "no"}, HI, [" yes", " no"]),
     ({"prompt": "hi", "messages": [USER("x")], "chosen": ASSISTANT("yes"), "rejected": "no"},
@@ -997,55 +1253,14 @@ SURE = [USER("hi"), ASSISTANT("Sure,")]
     ({"prompt": [USER("hi")]}, HI, []),
     ({"messages": [USER("hi")]}, HI, []),
     ({"prompt": "p", "chosen": None, "rejected": None, "completion": " c"}, "p", [" c"]),
-    ({"prompt": "p", "chosen": " a", "rejected": " b", "completion": None}, "p", [" a", " b"]),
     ({"messages": [by("developer")("Be kind."), by("User")("hi"),
-                   by("model")([{"type": "text", "text": "hel"}, "lo"])]}, KIND_HI, [" hello"])])
-def test_every_form_of_a_record_becomes_a_prompt_and_responses_better_first(
-        record, prompt, responses):
-    assert forms.read_record(json.loads(json.dumps(record))) == (prompt, responses)
-
-
-@pytest.mark.parametrize("record, message", [
-    ([1], "not a JSON object"),
-    ({"question": "?", "answer": "!"}, "none of the known forms: keys answer, question"),
-    ({"chosen": "a", "rejected": "b"}, "share no assistant turn"),
-    ({"prompt": "a", "completion": " "}, "an empty response"),
-    ({"chosen": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} d", "rejected": f"{HUMAN}a{TURN} x"},
-     "differ before their last turn"),
-    ({"chosen": [USER("a"), ASSISTANT("b")], "rejected": [USER("x"), ASSISTANT("b")]},
-     "differ before their last turn"),
-    ({"chosen": [SYSTEM("S"), USER("a"), ASSISTANT("b")], "rejected": [USER("a"), ASSISTANT("c")]},
-     "differ before their last turn"),
-    ({"prompt": "a", "completion": 3}, "a text is not a string"),
-    ({"text": None}, "none of the known forms"),
-    ({"prompt": 1, "completion": "a"}, "not a string"),
-    ({"prompt": 0, "completion": "a"}, "not a string"),
-    ({"messages": [by("robot")("x")]}, "by robot; .* user, assistant or system"),
-    ({"messages": ["hi"]}, "without a role and content"),
-    ({"messages": [by("tool")("x"), ASSISTANT("y")]}, "by tool; .* user, assistant or system"),
-    ({"messages": [ASSISTANT(None)]}, "by assistant whose content is not a text"),
-    ({"messages": [USER([{"type": "image_url"}])]}, "by user whose content is not a text"),
-    ({"chosen": [USER("a")], "rejected": [USER("a")]}, "does not end in an assistant turn"),
-    ({"prompt": "", "answer": "4"}, "an empty prompt and no response"),
-    ({"prompt": []}, "an empty prompt and no response"),
-    ({"prompt": "a", "chosen": "b"}, "only one of chosen and rejected"),
-    ({"info": {"post": "p"}, "summaries": [], "choice": 0}, "comparison of summaries without")])
-def test_records_that_cannot_be_read_say_why(record, message):
-    with pytest.raises(ValueError, match=message):
-        forms.read_record(record)
-
-
-@pytest.mark.parametrize("record, prompt, responses", [
+                   by("model")([{"type": "text", "text": "hel"}, "lo"])]}, KIND_HI, [" hello"]),
+    # messages keep their turns, and nothing of a prompt is dropped
     ({"messages": [USER(f"a{TURN} b"), ASSISTANT(f"c{HUMAN}d{TURN} e")]},
      f"{HUMAN}a{TURN} b{TURN}", [f" c{HUMAN}d{TURN} e"]),
-    ({"chosen": [USER("a"), ASSISTANT(f"b{HUMAN}x")],
-      "rejected": [USER("a"), ASSISTANT(f"b{TURN} y")]},
-     f"{HUMAN}a{TURN}", [f" b{HUMAN}x", f" b{TURN} y"]),
     ({"messages": [USER("a"), ASSISTANT("b"), ASSISTANT("c")]}, f"{HUMAN}a{TURN} b{TURN}", [" c"]),
     ({"messages": [USER("a"), ASSISTANT("b"), USER("c")]}, f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", []),
     ({"prompt": [SYSTEM("Be kind.")], "chosen": YES, "rejected": NO}, KIND_HI, [" yes", " no"]),
-    ({"prompt": [SYSTEM("Be kind."), USER("hi")], "chosen": YES, "rejected": "no"},
-     KIND_HI, [" yes", " no"]),
     ({"prompt": [USER("a"), ASSISTANT("b")], "completion": [USER("c"), ASSISTANT("d")]},
      f"{HUMAN}a{TURN} b{HUMAN}c{TURN}", [" d"]),
     ({"prompt": [USER("a"), ASSISTANT("b"), USER("a")], "completion": [USER("a"), ASSISTANT("d")]},
@@ -1065,34 +1280,125 @@ def test_records_that_cannot_be_read_say_why(record, message):
      KIND_HI, [" yes", " c"]),
     ({"system": "Be kind.", "messages": [SYSTEM("Be kind."), *YES]}, KIND_HI, [" yes"]),
     ({"system": "", "prompt": "p", "completion": " c"}, "p", [" c"])])
-def test_messages_keep_their_turns_and_nothing_of_a_prompt_is_dropped(record, prompt, responses):
+def test_every_form_becomes_a_prompt_and_responses(record, prompt, responses):
+    """The better response comes first."""
     assert forms.read_record(record) == (prompt, responses)
 
 
-@pytest.mark.parametrize("label, good, known", [
-    (True, True, True), (False, False, True), (1, True, True), (0, False, True),
-    (1.0, True, True), (0.0, False, True), (-1, False, True), ("true", True, True),
-    ("False", False, True), ("desirable", True, True), (" Undesirable ", False, True),
-    ("0", False, True), (None, True, True), ("math", True, False), (7, True, False),
-    ([0], True, False)])
-def test_a_label_leaves_an_undesirable_response_out_in_every_form(label, good, known):
-    dialogue = [USER("p"), ASSISTANT("c")]
-    conversation = [{"from": "human", "value": "p"}, {"from": "gpt", "value": "c"}]
-    for form in ({"prompt": "p", "completion": " c"},
-                 {"prompt": [USER("p")], "completion": "c"},
-                 {"messages": dialogue},
-                 {"conversations": conversation},
-                 {"instruction": "p", "output": "c"}):
-        for name in ("label", "kto_tag"):
-            remarks = []
-            prompt, responses = forms.read_record({**form, name: label}, remarks)
-            assert prompt in ("p", f"{HUMAN}p{TURN}") and responses == ([" c"] if good else [])
-            if not known:
-                assert remarks == [(forms.UNUSED, name)]
-            elif not good:
-                assert remarks == [(forms.LEFT_OUT, "labelled undesirable")]
-            else:
-                assert remarks == []
+UNREADABLE = [                                           # lines and records, and why
+    ('{"prompt": "p", "completion": " c"', "not JSON"),
+    ("[" * 100_000, "not JSON"),
+    ("\x00\x01", "not JSON"),
+    ('{"prompt": "p", "completion": " \x01"}', "not JSON"),
+    ("1" * 5000, "not JSON"),
+    ("null", "not a JSON object"),
+    ([1, 2], "not a JSON object"),
+    ({}, "none of the known forms: keys "),
+    ({"question": "?", "answer": "!"}, "none of the known forms: keys answer, question"),
+    ({"prompt": "p", "completion": 3}, "a text is not a string"),
+    ({"prompt": 0, "completion": " c"}, "a text is not a string"),
+    ({"messages": [USER("a")], "prompt": 5}, "a text is not a string"),
+    ({"prompt": "p", "chosen": " a", "rejected": None}, "only one of chosen and rejected"),
+    ({"prompt": "p", "completion": " \n\t"}, "an empty response"),
+    ({"prompt": "", "completion": " bad", "label": False}, "labelled undesirable"),
+    ({"prompt": "p", "chosen": " a", "rejected": ""}, "an empty response"),
+    ({"prompt": "", "answer": "4"}, "an empty prompt and no response"),
+    ({"prompt": []}, "an empty prompt and no response"),
+    ('{"prompt": "p \\ud800", "completion": " c"}', "a lone surrogate, which is not valid text"),
+    ({"messages": [ASSISTANT(None)]}, "a message by assistant whose content is not a text"),
+    ({"messages": [USER([{"type": "image_url"}])]}, "a message by user whose content is not a"),
+    ({"messages": "hello"}, "no prompt, and the texts share no assistant turn"),
+    ({"messages": [by("tool")("x"), ASSISTANT("y")]},
+     "a message by tool; the role must be user, assistant or system"),
+    ({"messages": [by(["user"])("x")]}, "a message by ['user']; the role"),
+    ({"messages": ["hi"]}, "a message without a role and content"),
+    ({"messages": []}, "messages without a turn; there must be at least one"),
+    ({"chosen": [USER("a")], "rejected": [USER("a")]},
+     "a comparison that does not end in an assistant turn"),
+    ({"info": {"post": None, "title": "t", "subreddit": "s"},
+      "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0},
+     "a comparison of summaries without its texts"),
+    ({"info": [], "summaries": [], "choice": "x"}, "a comparison of summaries without its texts"),
+    ({"chosen": "a", "rejected": "b"}, "no prompt, and the texts share no assistant turn"),
+    ({"chosen": f"{HUMAN}a{TURN} b{HUMAN}c{TURN} d", "rejected": f"{HUMAN}a{TURN} x"},
+     "the dialogues differ before their last turn"),
+    ({"chosen": [USER("a"), ASSISTANT("b")], "rejected": [USER("x"), ASSISTANT("b")]},
+     "the dialogues differ before their last turn"),
+    ({"chosen": [SYSTEM("S"), USER("a"), ASSISTANT("b")], "rejected": [USER("a"), ASSISTANT("c")]},
+     "the dialogues differ before their last turn")]
+
+
+def test_a_line_that_cannot_be_used_is_left_out_and_named_with_the_reason(empty_folder):
+    good = [json.dumps(comparison(i)) for i in range(3)]
+    lines = [line if isinstance(line, str) else json.dumps(line) for line, _ in UNREADABLE]
+    content = "\n".join([*good, *lines, *good, lines[0]])                      # without a last \n
+    (empty_folder / "rows.jsonl").write_bytes(content.encode())
+    notes = {}
+    assert len(list(corpus.examples("rows.jsonl", notes))) == 6
+    said = {place: note for note, places in notes.items() for place in places}
+    assert len(said) == len(UNREADABLE) + 1
+    for n, (line, reason) in enumerate(UNREADABLE, 4):
+        kind, text = said[f"line {n}"]
+        assert kind == forms.LEFT_OUT and text.startswith(reason), line
+    assert said[f"line {len(UNREADABLE) + 7}"] == said["line 4"]
+
+
+KEPT, CHANGED, UNUSED = forms.KEPT, forms.CHANGED, forms.UNUSED
+REPEATED = (CHANGED, "began each response with the prompt, which was removed")
+
+
+def written_out(token):
+    return KEPT, f"with {token} written out in a response, where it is plain text"
+
+
+@pytest.mark.parametrize("record, responses, remarks", [
+    ({"prompt": "p", "completion": " c", "score": 1, "id": None}, [" c"], [(UNUSED, "score")]),
+    ({"messages": [USER("a")], "chosen": "b", "rejected": "c"}, [" b", " c"], []),
+    ({**comparison(0), "messages": [USER("a")]}, [" Number 0 is good", " I do not like 0."],
+     [(UNUSED, "messages")]),
+    ({"text": "a film", "label": 1}, ["a film"], [(UNUSED, "label")]),
+    ({"prompt": "p", "chosen": " a", "rejected": " b", "label": 0}, [" a", " b"],
+     [(UNUSED, "label")]),
+    ({"prompt": "p", "label": 0}, [], [(UNUSED, "label")]),
+    ({"prompt": "a\x00b", "completion": " c"}, [" c"], [(KEPT, "with control characters")]),
+    ({"prompt": "p", "completion": "\x9b"}, ["\x9b"], [(KEPT, "with control characters")]),
+    ({"prompt": "tab\t", "completion": " line\r\n"}, [" line\r\n"], []),
+    ({"prompt": "<|im_start|>", "chosen": " <b>a</b>", "rejected": " b</s></s>"},
+     [" <b>a</b>", " b</s></s>"], [written_out("</s>")]),
+    ({"prompt": "p", "completion": " <|im_end|><｜end▁of▁sentence｜><|eot_id|>"},
+     [" <|im_end|><｜end▁of▁sentence｜><|eot_id|>"],
+     list(map(written_out, ["<|eot_id|>", "<|im_end|>", "<｜end▁of▁sentence｜>"]))),
+    ({"prompt": "Is it?", "chosen": "Is it? Yes.", "rejected": "Is it? No."}, [" Yes.", " No."],
+     [REPEATED]),
+    ({"prompt": "1 + 1", "text": "1 + 1 = 2"}, [" = 2"], [REPEATED]),
+    ({"prompt": "Is it?", "chosen": "Is it? Yes.", "rejected": " No."}, ["Is it? Yes.", " No."],
+     [(KEPT, "with one response that repeats the prompt")]),
+    ({"prompt": "He", "completion": "Hello"}, ["Hello"], []),
+    ({"prompt": "copy me", "completion": "copy me"}, ["copy me"], []),
+    ({"prompt": " ", "completion": " a"}, [" a"], [])])
+def test_what_is_odd_about_a_record_that_is_read_is_remarked(record, responses, remarks):
+    found = []
+    assert forms.read_record(record, found)[1] == responses and found == remarks
+
+
+@pytest.mark.parametrize("labels, kept, remarks", [
+    ((True, 1, 1.0, "true", "desirable"), True, []),
+    ((False, 0, 0.0, -1, "False", " Undesirable ", "0"), False,
+     [(forms.LEFT_OUT, "labelled undesirable")]),
+    (("math", 7, [0]), True, [(UNUSED, "label")])], ids=["good", "bad", "unknown"])
+def test_a_label_leaves_an_undesirable_response_out_in_every_form(labels, kept, remarks):
+    for form in ({"prompt": "hi", "completion": " yes"},
+                 {"prompt": [USER("hi")], "completion": "yes"},
+                 {"prompt": "hi", "text": " yes"},
+                 {"messages": YES},
+                 {"conversations": [HUMAN_FROM, GPT_FROM]},
+                 {"instruction": "hi", "output": "yes"}):
+        for label in labels:
+            found = []
+            prompt, responses = forms.read_record({**form, "label": label}, found)
+            assert prompt in ("hi", HI) and responses == ([" yes"] if kept else [])
+            assert found == remarks
+    assert forms.read_record({"prompt": "hi", "completion": " yes", "kto_tag": 0}) == ("hi", [])
 
 
 def cfg_for(folder, rows, **changes):
@@ -1105,6 +1411,11 @@ def rows_for(folder, tokenizer, rows, **changes):
     return corpus.rows_of(cfg_for(folder, rows, **changes), tokenizer, 90)
 
 
+def total(parts):
+    """The number of rows to train on and held out, together"""
+    return sum(map(len, parts))
+
+
 def mixed_rows():
     """130 comparisons, thirty prompts twice; from line 5 on three bad rows and a long one"""
     rows = [comparison(i % 100, words=12) for i in range(130)]
@@ -1113,8 +1424,7 @@ def mixed_rows():
     return rows
 
 
-def test_rows_are_cut_to_fit_and_counted_as_is_everything_left_out(
-        empty_folder, tokenizer, capsys):
+def test_rows_are_cut_to_fit_and_what_is_left_out_is_counted(empty_folder, tokenizer, capsys):
     rows = mixed_rows()
     ours = rows_for(empty_folder, tokenizer, rows)
     said = capsys.readouterr().out
@@ -1127,13 +1437,40 @@ def test_rows_are_cut_to_fit_and_counted_as_is_everything_left_out(
     assert kept == [prompt[-60:] for prompt in whole]    # the end is kept
     cut = sum(len(prompt) > 60 for prompt in whole)
     assert cut > 20
-    assert (f"131 rows, {sum(ours.held_out)} of them held out; {cut} prompts cut to their last 60"
-            in said)
-    assert "1 rows with a response cut to fit into 90" in said
-    for reason in ("1 more left out, not JSON: line 5",
-                   "1 more left out, an empty response: line 7",
-                   "1 more left out, none of the known forms: keys other: line 8"):
-        assert reason in said, reason
+    for part in (
+            f"131 rows, {sum(ours.held_out)} of them held out; {cut} prompts cut to their last 60",
+            "1 rows with a response cut to fit into 90",
+            "1 more left out, not JSON: line 5",
+            "1 more left out, an empty response: line 7",
+            "1 more left out, none of the known forms: keys other: line 8"):
+        assert part in said, part
+
+
+def test_remarks_are_counted_and_named_by_their_first_lines(empty_folder, tokenizer):
+    rows = [{**comparison(i), "score": i, "id": None if i % 2 else "x"} for i in range(60)]
+    rows += [{"prompt": "p", "completion": " \x1b[2J"}]
+    rows += [{"prompt": f"x {i}", "chosen": " same", "rejected": " same"} for i in range(40)]
+    rows += [{"prompt": "Is it?", "completion": "Is it? Yes."}] * 6
+    rows += ['{"\\ud800": 1, "\\u001b[2J": 2}']
+    cfg = cfg_for(empty_folder, rows)
+    read = corpus.rows_of(cfg, tokenizer, 90)
+    first, *others = read.report.splitlines()
+    assert first.endswith(", 40 with two equal responses, which compare nothing")
+    assert total(data.comparisons(cfg, tokenizer, 90, None, None)) == 60
+    assert total(data.demonstrations(cfg, tokenizer, 90, None, None)) == 107
+    assert others == [
+        "1 more left out, none of the known forms: keys \\x1b[2J, \\ud800: line 108",
+        "6 of them began each response with the prompt, which was removed: line 102, line 103, "
+        "line 104, line 105, line 106, ..",
+        "1 of them kept as they are, with control characters: line 61",
+        "fields not used: id (30 rows), score (60 rows)"]
+    assert tokenizer.decode(read[60][1]) == " \x1b[2J<|endoftext|>"
+    many = {"prompt": "p", "completion": " c"} | {f"field{n}": 1 for n in range(30)}
+    report = rows_for(empty_folder, tokenizer, [many, many, *rows]).report
+    assert "\nfields not used: field0 (2 rows), field1 (2 rows), " in report
+    assert report.endswith(", ..")
+    harmless = "a\tb\r\nc \u00e9\u6f22"
+    assert files.visible(harmless) == harmless
 
 
 def test_a_held_out_prompt_is_never_trained_on_and_stays_held_out(empty_folder, tokenizer):
@@ -1146,35 +1483,11 @@ def test_a_held_out_prompt_is_never_trained_on_and_stays_held_out(empty_folder, 
     assert not set(map(tuple, train)) & set(map(tuple, held))
     for i, prompt in enumerate(prompts):                 # the second time as the first
         assert ours.held_out[i] == ours.held_out[prompts.index(prompt)]
-    cut_more = dataclasses.replace(cfg, max_prompt_tokens=50)
-    other = corpus.rows_of(cut_more, tokenizer, 80)
-    uncut = [i for i, prompt in enumerate(prompts) if len(prompt) < 50]
-    assert len(uncut) > 60
-    assert other.held_out[uncut].tolist() == ours.held_out[uncut].tolist()
     better, worse = data.comparisons(cfg, tokenizer, 90, None, 1000)[0][0]["response_ids"]
     assert better[-1] == worse[-1] == tokenizer.eot_token
     assert tokenizer.decode(better).startswith(" Number")
     assert len(data.comparisons(cfg, tokenizer, 90, 7, 2)[0]) == 7
     assert data.demonstrations(cfg, tokenizer, 90, None, 5)[1][0][1][-1] == tokenizer.eot_token
-
-
-def test_stored_rows_are_used_until_the_data_or_a_setting_changes(
-        empty_folder, tokenizer, capsys, monkeypatch):
-    cfg = cfg_for(empty_folder, mixed_rows())
-    ours = list(corpus.rows_of(cfg, tokenizer, 90))
-    said = capsys.readouterr().out
-    corpus.load_rows.cache_clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(corpus, "tokenise", None)          # a second start tokenises nothing
-        assert list(corpus.rows_of(cfg, tokenizer, 90)) == ours
-    assert said == capsys.readouterr().out and said
-    stored = empty_folder / "out" / "tokens"
-    assert len(list(stored.iterdir())) == 1
-    cut_more = dataclasses.replace(cfg, max_prompt_tokens=40)
-    assert list(corpus.rows_of(cut_more, tokenizer, 90)) != ours
-    assert len(list(stored.iterdir())) == 2
-    assert len(rows_for(empty_folder, tokenizer, mixed_rows()[:100])) == 96
-    assert len(list(stored.iterdir())) == 3
 
 
 def test_a_prompt_is_held_out_by_its_whole_text_wherever_it_is_cut(empty_folder, tokenizer):
@@ -1185,6 +1498,35 @@ def test_a_prompt_is_held_out_by_its_whole_text_wherever_it_is_cut(empty_folder,
     for n in (12, 30, 60):
         read = rows_for(empty_folder, tokenizer, rows, max_prompt_tokens=n)
         assert read.held_out.tolist() == wanted
+    # The first byte of the hash is 31, and 32: as in runs of earlier versions
+    assert corpus.held_out(b"number 26") and not corpus.held_out(b"number 202")
+
+
+def test_prompts_that_a_cut_makes_equal_are_on_one_side(empty_folder, tokenizer):
+    rows = [{"prompt": f"number {i} " + "and so on " * 20, "completion": " yes"} for i in range(60)]
+    rows += [{"prompt": f"number {i}", "completion": " yes"} for i in range(60)]
+    ours = rows_for(empty_folder, tokenizer, rows, max_prompt_tokens=10)
+    assert len({tuple(ours[i][0]) for i in range(60)}) == 1 and not ours.held_out[:60].any()
+    assert ours.first.sum() == 61 and ours.held_out[60:].any()
+
+
+def test_rows_that_share_one_prompt_are_held_out_by_the_whole_row(empty_folder, tokenizer):
+    rows = [{"prompt": "Praise it:", "chosen": f" good {i}", "rejected": f" bad {i}"}
+            for i in range(80)]
+    cfg = cfg_for(empty_folder, rows + rows)
+    read = corpus.rows_of(cfg, tokenizer, 90)
+    assert "\ntoo few prompts to hold some of them out: rows are held out by a hash " in read.report
+    assert f" {read.held_out.sum()} of these share their prompt with training rows" in read.report
+    wanted = [corpus.held_out(f"Praise it:\0 good {i}\0 bad {i}".encode()) for i in range(80)]
+    assert read.held_out.tolist() == wanted + wanted     # equal rows are on one side
+    train, held = data.comparisons(cfg, tokenizer, 90, None, None)
+    assert len(train) > 100 and len(held) > 5 and len(train) + len(held) == 160
+    assert [len(part) for part in data.prompts(cfg, tokenizer, 90)] == [1, 1]
+    others = [{"prompt": f"Praise {i}:", "completion": f" good {i}"} for i in range(40)]
+    read = rows_for(empty_folder, tokenizer, rows + others)
+    assert "too few" not in read.report and len(set(read.held_out[:80])) == 1
+    alone = rows_for(empty_folder, tokenizer, rows[:1])
+    assert "too few" not in alone.report                 # a hash of the row would not help either
 
 
 def test_rows_come_in_a_shuffled_order_that_is_the_same_for_every_seed(empty_folder, tokenizer):
@@ -1198,35 +1540,54 @@ def test_rows_come_in_a_shuffled_order_that_is_the_same_for_every_seed(empty_fol
     assert len(set(map(tuple, taken[0][:20]))) == 2      # both kinds are among the first
 
 
-def test_pairs_of_equal_responses_compare_nothing_and_are_counted(empty_folder, tokenizer):
-    rows = [comparison(i) for i in range(80)]
-    rows += [{"prompt": f"x {i}", "chosen": " same", "rejected": " same"} for i in range(40)]
-    cfg = cfg_for(empty_folder, rows)
-    report = corpus.rows_of(cfg, tokenizer, 90).report
-    assert "40 with two equal responses, which compare nothing" in report
-    assert sum(map(len, data.comparisons(cfg, tokenizer, 90, None, None))) == 80
-    assert sum(map(len, data.demonstrations(cfg, tokenizer, 90, None, None))) == 120
+def test_stored_rows_are_used_until_something_changes(empty_folder, tokenizer, capsys, monkeypatch):
+    cfg = cfg_for(empty_folder, mixed_rows())
+    ours = list(corpus.rows_of(cfg, tokenizer, 90))
+    said = capsys.readouterr().out
+    corpus.load_rows.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "tokenise", None)          # a second start tokenises nothing
+        assert list(corpus.rows_of(cfg, tokenizer, 90)) == ours
+    assert said == capsys.readouterr().out and said
+    cut_more = dataclasses.replace(cfg, max_prompt_tokens=40)
+    assert list(corpus.rows_of(cut_more, tokenizer, 90)) != ours
+    assert len(rows_for(empty_folder, tokenizer, mixed_rows()[:100])) == 96
+    assert len(list((empty_folder / "out" / "tokens").iterdir())) == 3
 
 
-def test_prompts_that_a_cut_makes_equal_are_on_one_side(empty_folder, tokenizer):
-    rows = [{"prompt": f"number {i} " + "and so on " * 20, "completion": " yes"} for i in range(60)]
-    rows += [{"prompt": f"number {i}", "completion": " yes"} for i in range(60)]
-    ours = rows_for(empty_folder, tokenizer, rows, max_prompt_tokens=10)
-    assert len({tuple(ours[i][0]) for i in range(60)}) == 1 and not ours.held_out[:60].any()
-    assert ours.first.sum() == 61 and ours.held_out[60:].any()
+def test_stored_rows_that_were_damaged_are_made_again(empty_folder, tokenizer, capsys):
+    cfg = cfg_for(empty_folder, [comparison(i) for i in range(60)])
+    rows = list(corpus.rows_of(cfg, tokenizer, 90))
+    stored, = (empty_folder / "out" / "tokens").iterdir()
+    whole = stored.read_bytes()
+    at = whole.index(np.load(stored)["tokens"].tobytes())
+    flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:]
+    np.savez(stored, tokens=np.zeros(3))                 # whole, but nothing of ours
+    for content in (b"", b"\xff" * 100, whole[:-9], flipped, stored.read_bytes()):
+        corpus.load_rows.cache_clear()
+        capsys.readouterr()
+        stored.write_bytes(content)
+        assert list(corpus.rows_of(cfg, tokenizer, 90)) == rows
+        assert f"{stored.name}, which stores these rows, is damaged" in capsys.readouterr().out
+    assert list((empty_folder / "out" / "tokens").iterdir()) == [stored]
 
 
-def test_files_gzipped_or_not_and_folders_of_them_are_read(empty_folder, tokenizer):
+def test_files_of_a_folder_are_named_and_repeated_rows_counted(empty_folder, tokenizer):
     rows = [json.dumps(comparison(i)) for i in range(60)]
-    write_rows(empty_folder / "a" / "one.jsonl", rows[:30])
-    with gzip.open(empty_folder / "a" / "two.jsonl.gz", "wt") as file:
+    write_rows(empty_folder / "a" / "x.jsonl", [*rows, rows[0]])               # twice in one file
+    for name in (".x.jsonl", ".cache/x.jsonl", "b/._x.json", "notes.txt"):     # not read
+        write_rows(empty_folder / "a" / name, rows)
+    (empty_folder / "a" / "folder.jsonl").mkdir()
+    with gzip.open(empty_folder / "a" / "x.jsonl.gz", "wt") as file:
         file.write("\n".join(rows[30:]))
-    (empty_folder / "a" / "readme.md").write_text("not a row")
-    assert len(corpus.rows_of(texts_cfg(empty_folder / "a"), tokenizer, 90)) == 60
-    compressed = (empty_folder / "a" / "two.jsonl.gz").read_bytes()
-    (empty_folder / "cut.jsonl.gz").write_bytes(compressed[:-20])
-    with pytest.raises(Stopped, match=r"cut.jsonl.gz cannot be read past line \d+ \(EOFError"):
-        list(corpus.examples("cut.jsonl.gz", {}))
+    write_rows(empty_folder / "a" / "b" / "x.jsonl", [json.dumps(comparison(60)), "{"])
+    report = corpus.rows_of(texts_cfg(empty_folder / "a"), tokenizer, 90).report.splitlines()
+    assert "a: 92 rows, " in report[0]
+    assert report[1:] == [
+        "files read: b/x.jsonl, x.jsonl, x.jsonl.gz",
+        "1 more left out, not JSON: b/x.jsonl line 2",
+        "30 of them kept as they are, repeating a row of an earlier file: x.jsonl.gz line 1, "
+        "x.jsonl.gz line 2, x.jsonl.gz line 3, x.jsonl.gz line 4, x.jsonl.gz line 5, .."]
 
 
 def test_a_plain_text_is_read_in_pieces_cut_at_line_ends(empty_folder, tokenizer):
@@ -1243,7 +1604,7 @@ def test_a_plain_text_is_read_in_pieces_cut_at_line_ends(empty_folder, tokenizer
     prompt, response, worse = corpus.rows_of(cfg, tokenizer, 90)[0]
     assert prompt == [tokenizer.eot_token] and worse == []
     assert tokenizer.decode(response).startswith("line 0 of a long story\n")
-    with pytest.raises(Stopped, match="has no comparisons, only rows with one response"):
+    with refused(".* has no comparisons, only rows with one response"):
         data.comparisons(cfg, tokenizer, 90, None, 10)
     whole = tokenizer.encode_ordinary(pieces[0])
     with_prompts = corpus.rows_of(texts_cfg("plain.txt", text_prompt=5), tokenizer, 90)
@@ -1251,110 +1612,34 @@ def test_a_plain_text_is_read_in_pieces_cut_at_line_ends(empty_folder, tokenizer
     rows = [{"text": "abc"}] + [{"text": f"number {i} and more words"} for i in range(40)]
     short = rows_for(empty_folder, tokenizer, rows, text_prompt=4)
     assert "no response left: line 1" in short.report
+    (empty_folder / "latin.txt").write_bytes(b"caf\xe9 and so on, a longer line\n" * 2000)
+    read = corpus.rows_of(texts_cfg(empty_folder / "latin.txt"), tokenizer, 90)
+    assert (f"\n{len(read)} of them kept as they are, with bytes that are not UTF-8, read as "
+            "\ufffd: piece 1, piece 2") in read.report
 
 
-def test_undesirable_rows_are_not_learned_and_their_prompts_serve_rl(empty_folder, tokenizer):
-    rows = [{"prompt": f"Number {i} is", "completion": f" {i}", "label": i % 4 > 0}
-            for i in range(160)]
-    rows.append({"prompt": "", "completion": " bad", "label": False})          # of no use
-    cfg = cfg_for(empty_folder, rows)
-    report = corpus.rows_of(cfg, tokenizer, 90).report
-    assert "rows.jsonl: 120 rows and 40 prompts without a response, " in report
-    assert "\n41 more left out, labelled undesirable: line 1, line 5, line 9, line 13," in report
-    assert "not used" not in report
-    parts = data.demonstrations(cfg, tokenizer, 90, None, None)
-    learned = [tokenizer.decode(response[:-1]) for part in parts for _, response in part]
-    assert sorted(learned) == sorted(f" {i}" for i in range(160) if i % 4)
-    assert sum(map(len, data.prompts(cfg, tokenizer, 90))) == 160
-    assert not any(text.endswith(" 4") for text in data.some_texts(cfg, 10, 1))
-    with pytest.raises(Stopped, match="has no comparisons, only rows with one response or none"):
+def test_prompts_alone_serve_rl_and_sft_takes_the_rows_with_a_response(empty_folder, tokenizer):
+    """A response that is labelled undesirable is left out, too."""
+    prompts = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(70)]
+    prompts += [{"prompt": f"What is {i}?", "text": " this", "label": 0} for i in range(70, 80)]
+    cfg = cfg_for(empty_folder, prompts)
+    read = corpus.rows_of(cfg, tokenizer, 90)
+    assert "rows.jsonl: 80 prompts without a response, " in read.report
+    assert read[3][1:] == ([], []) and total(data.prompts(cfg, tokenizer, 90)) == 80
+    with refused(".* prompts but no responses, so SFT has nothing to learn from"):
+        data.demonstrations(cfg, tokenizer, 90, None, None)
+    with refused(".* no comparisons, .* A reward model and DPO learn from"):
+        data.comparisons(cfg, tokenizer, 90, None, None)
+    with refused(".* has no comparisons, only rows with one response or none"):
         data.check_comparisons(cfg)
-
-
-class Loaded(list):
-    """A data set as the datasets package gives it"""
-    _fingerprint = "0123"
-
-
-@pytest.fixture
-def hub(empty_folder, monkeypatch):
-    """A replacement for the datasets package; a test gives it the functions it needs"""
-    fake = types.SimpleNamespace()
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    corpus.hub_data_set.cache_clear()
-    return fake
-
-
-def test_a_label_beside_a_text_is_a_class_so_imdb_is_read_whole(hub, tokenizer):
-    rows = Loaded({"text": f"{i} is a film of many", "label": i % 2} for i in range(100))
-    hub.load_dataset = lambda name, split: rows
-    cfg = preset_of("imdb", sft, max_prompt_tokens=8)
-    assert cfg.data == "hf:stanfordnlp/imdb"
-    report = corpus.rows_of(cfg, tokenizer, 60).report
-    assert "imdb: 100 rows, " in report and report.endswith("fields not used: label (100 rows)")
-    assert sum(map(len, data.demonstrations(cfg, tokenizer, 60, None, None))) == 100
-
-
-def test_fields_that_are_not_used_are_named_with_how_many_rows_have_them(empty_folder, tokenizer):
-    rows = [{**comparison(i), "score": i, "id": None if i % 2 else "x", "messages": [USER("a")]}
-            for i in range(60)]
-    report = rows_for(empty_folder, tokenizer, rows).report
-    assert report.endswith("\nfields not used: id (30 rows), messages (60 rows), score (60 rows)")
-    many = {"prompt": "p", "completion": " c"} | {f"field{n}": 1 for n in range(30)}
-    report = rows_for(empty_folder, tokenizer, [many, many, *rows]).report
-    assert "\nfields not used: field0 (2 rows), field1 (2 rows), " in report
-    assert report.endswith(", ..")
-    remarks = []
-    forms.read_record({"messages": [USER("a")], "chosen": "b", "rejected": "c"}, remarks)
-    assert remarks == []                                 # here the messages are the prompt
-
-
-def test_special_tokens_written_out_in_responses_are_counted(empty_folder, tokenizer):
-    ends = ["<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>", "<｜end▁of▁sentence｜>"]
-    rows = [{"prompt": f"{i} <|im_start|>", "completion": f" yes{ends[i % 5]}"} for i in range(60)]
-    rows += [{"prompt": f"{i} is", "chosen": " <b>a</b>", "rejected": " b</s></s>"}
-             for i in range(60)]
-    read = rows_for(empty_folder, tokenizer, rows)
-    for end in ends:
-        n = 72 if end == "</s>" else 12
-        kept = f"\n{n} of them kept as they are, with {end} written out in a "
-        assert kept in read.report
-    assert len(read.report.splitlines()) == 6
-    assert tokenizer.decode(read[0][1]) == " yes<|endoftext|><|endoftext|>"
-
-
-def test_a_prompt_that_every_response_repeats_is_removed_and_counted(empty_folder, tokenizer):
-    rows = [{"prompt": f"Is {i} so?", "chosen": f"Is {i} so? Yes.", "rejected": f"Is {i} so? No."}
-            for i in range(60)]
-    rows += [{"prompt": "Is it?", "chosen": "Is it? Yes.", "rejected": " No."},
-             {"prompt": "He", "completion": "Hello"},
-             {"prompt": "copy me", "completion": "copy me"},
-             {"prompt": " ", "completion": " a"},
-             {"prompt": "1 +", "text": "1 + 1 = 2"}]
-    report = rows_for(empty_folder, tokenizer, rows).report
-    removed, kept = report.splitlines()[1:]
-    assert removed.startswith("61 of them began each response with the prompt, which was removed: ")
-    assert kept == "1 of them kept as they are, with one response that repeats the prompt: line 61"
-    read = [responses for _, _, responses in corpus.examples("rows.jsonl", {})]
-    assert read[0] == [" Yes.", " No."]
-    assert read[60:] == [["Is it? Yes.", " No."], ["Hello"], ["copy me"], [" a"], [" 1 = 2"]]
-
-
-def test_a_folders_files_are_named_and_rows_in_two_of_them_counted(empty_folder, tokenizer):
-    rows = [json.dumps(comparison(i)) for i in range(60)]
-    write_rows(empty_folder / "a" / "x.jsonl", [*rows, rows[0]])               # twice in one file
-    for name in (".x.jsonl", ".cache/x.jsonl", "b/._x.json", "notes.txt"):     # not read
-        write_rows(empty_folder / "a" / name, rows)
-    with gzip.open(empty_folder / "a" / "x.jsonl.gz", "wt") as file:
-        file.write("\n".join(rows[30:]))
-    write_rows(empty_folder / "a" / "b" / "x.jsonl", [json.dumps(comparison(60)), "{"])
-    report = corpus.rows_of(texts_cfg(empty_folder / "a"), tokenizer, 90).report.splitlines()
-    assert "a: 92 rows, " in report[0]
-    assert report[1:] == [
-        "files read: b/x.jsonl, x.jsonl, x.jsonl.gz",
-        "1 more left out, not JSON: b/x.jsonl line 2",
-        "30 of them kept as they are, repeating a row of an earlier file: x.jsonl.gz line 1, "
-        "x.jsonl.gz line 2, x.jsonl.gz line 3, x.jsonl.gz line 4, x.jsonl.gz line 5, .."]
+    cfg = cfg_for(empty_folder, prompts + [comparison(i) for i in range(60)])
+    assert "rows.jsonl: 60 rows and 80 prompts" in corpus.rows_of(cfg, tokenizer, 90).report
+    assert total(data.prompts(cfg, tokenizer, 90)) == 140
+    for taken in (data.demonstrations, data.comparisons):
+        assert total(taken(cfg, tokenizer, 90, None, None)) == 60
+    data.check_comparisons(cfg)                          # the first comparison is far down
+    texts = data.some_texts(cfg, 81, 1)
+    assert texts[79:] == ["What is 79?", comparison(0)["chosen"]]
 
 
 ROWS = [{"prompt": f"Größe {i}: 漢", "completion": f" 🦊 {i}"} for i in range(3)]
@@ -1384,6 +1669,9 @@ def test_json_is_read_as_lines_or_array_in_every_encoding_gzipped_or_not(content
         found = list(corpus.examples(name, notes))
         assert [tuple(row[1:]) for row in found] == wanted and not notes
         assert found[2][0] in ("line 3", "item 3")
+    (empty_folder / "cut.jsonl.gz").write_bytes(compressed[:-9])
+    with refused(r"cut.jsonl.gz cannot be read past (its start|line \d) \(EOFError"):
+        list(corpus.examples("cut.jsonl.gz", {}))
 
 
 def test_texts_lose_their_byte_order_mark_and_bad_bytes_are_named(empty_folder):
@@ -1407,140 +1695,56 @@ def test_texts_lose_their_byte_order_mark_and_bad_bytes_are_named(empty_folder):
 def test_csv_and_parquet_are_named_with_a_command_that_converts_them(empty_folder):
     (empty_folder / "a b.csv").write_text('prompt,completion\n"2, 3","it\'s ""5"""\n',
                                           encoding="utf-8-sig")
-    with pytest.raises(Stopped, match="--data got a b.csv; it takes JSON. To convert") as stopped:
+    with refused("--data got a b.csv; it takes JSON. To convert") as stopped:
         corpus.check_source("a b.csv")
     command = str(stopped.value).split("To convert it: python", 1)[1]
     subprocess.run(sys.executable + command, shell=True, check=True)
     assert [row[1:] for row in corpus.examples("a b.csv.jsonl", {})] == [("2, 3", ['it\'s "5"'])]
     (empty_folder / "folder").mkdir()
     (empty_folder / "folder" / "x.parquet").touch()
-    with pytest.raises(Stopped, match="without any .jsonl.*x.parquet. "
-                                      ".*pandas.read_parquet.*x.parquet.jsonl"):
+    with refused(".*without any .jsonl.*x.parquet. .*pandas.read_parquet.*x.parquet.jsonl"):
         corpus.check_source("folder")
-    with pytest.raises(Stopped, match="--ptx_data got folder/x.parquet; it takes JSON"):
+    with refused("--ptx_data got folder/x.parquet; it takes JSON"):
         corpus.check_source("folder/x.parquet", "--ptx_data")
 
 
-def test_prompts_alone_serve_rl_and_sft_takes_the_rows_with_a_response(empty_folder, tokenizer):
-    prompts = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(80)]
-    cfg = cfg_for(empty_folder, prompts)
-    read = corpus.rows_of(cfg, tokenizer, 90)
-    assert "rows.jsonl: 80 prompts without a response, " in read.report
-    assert read.report.endswith("fields not used: answer (80 rows)") and read[3][1:] == ([], [])
-    assert sum(map(len, data.prompts(cfg, tokenizer, 90))) == 80
-    with pytest.raises(Stopped, match="prompts but no responses, so SFT has nothing to learn from"):
-        data.demonstrations(cfg, tokenizer, 90, None, None)
-    with pytest.raises(Stopped, match="no comparisons, .* A reward model and DPO learn from"):
-        data.comparisons(cfg, tokenizer, 90, None, None)
-    cfg = cfg_for(empty_folder, prompts + [comparison(i) for i in range(60)])
-    assert "rows.jsonl: 60 rows and 80 prompts" in corpus.rows_of(cfg, tokenizer, 90).report
-    assert sum(map(len, data.prompts(cfg, tokenizer, 90))) == 140
-    for taken in (data.demonstrations, data.comparisons):
-        assert sum(map(len, taken(cfg, tokenizer, 90, None, None))) == 60
-    data.check_comparisons(cfg)                          # the first comparison is far down
-    texts = data.some_texts(cfg, 81, 1)
-    assert texts[79:] == ["What is 79?", comparison(0)["chosen"]]
+@pytest.mark.parametrize("content, changes, message", [
+    (None, {}, "--data got .*rows.jsonl; it takes reviews, hh, tldr, hf:OWNER/NAME, or an existing "
+               "file or folder"),
+    (os.mkfifo, {}, "--data got .*rows.jsonl; it takes reviews, hh"),
+    (os.mkdir, {}, ".* is a folder without any .jsonl"),
+    ([], {}, ".* has no row that could be read: it is empty. The first lines of lab/forms.py"),
+    (["{"], {}, r".* has no row that could be read: not JSON \(line 1\)"),
+    ([comparison(0)], {}, ".* 1 rows to train on and 0 held out; there must be some of both"),
+    (80, dict(max_prompt_tokens=90), "--max_prompt_tokens 90 leaves no room for a response in the "
+                                     "model's block_size 90"),
+    (80, dict(max_new_tokens=31), "prompts of up to 60 tokens and --max_new_tokens 31 exceed .* "
+                                  "90; lower --max_new_tokens to 30")],
+    ids=["nowhere", "pipe", "void", "empty", "broken", "one", "prompts", "responses"])
+def test_data_that_cannot_be_used_are_refused(content, changes, message, empty_folder, tokenizer):
+    path = empty_folder / "rows.jsonl"
+    if callable(content):
+        content(path)
+    elif content is not None:
+        write_rows(path, [comparison(i) for i in range(80)] if content == 80 else content)
+    with refused(message):
+        data.prompts(texts_cfg(path, **changes), tokenizer, 90)
 
 
-def test_rows_that_share_one_prompt_are_held_out_by_the_whole_row(empty_folder, tokenizer):
-    rows = [{"prompt": "Praise it:", "chosen": f" good {i}", "rejected": f" bad {i}"}
-            for i in range(80)]
-    cfg = cfg_for(empty_folder, rows + rows)
-    read = corpus.rows_of(cfg, tokenizer, 90)
-    assert "\ntoo few prompts to hold some of them out: rows are held out by a hash " in read.report
-    assert f" {read.held_out.sum()} of these share their prompt with training rows" in read.report
-    wanted = [corpus.held_out(f"Praise it:\0 good {i}\0 bad {i}".encode()) for i in range(80)]
-    assert read.held_out.tolist() == wanted + wanted     # equal rows are on one side
-    train, held = data.comparisons(cfg, tokenizer, 90, None, None)
-    assert len(train) > 100 and len(held) > 5 and len(train) + len(held) == 160
-    assert [len(part) for part in data.prompts(cfg, tokenizer, 90)] == [1, 1]
-    others = [{"prompt": f"Praise {i}:", "completion": f" good {i}"} for i in range(40)]
-    read = rows_for(empty_folder, tokenizer, rows + others)
-    assert "too few" not in read.report and len(set(read.held_out[:80])) == 1
-    alone = rows_for(empty_folder, tokenizer, rows[:1])
-    assert "too few" not in alone.report                 # a hash of the row would not help either
-
-
-@pytest.mark.parametrize("name, content, message", [
-    ("nowhere.jsonl", None, "--data got .*nowhere.jsonl; it takes reviews, hh, tldr, "
-                            "hf:OWNER/NAME, or an existing file or folder"),
-    ("empty.jsonl", b"",
-     "has no row that could be read: it is empty. The first lines of lab/forms.py"),
-    ("broken.jsonl", b"{\n", r"has no row that could be read: not JSON \(line 1\)"),
-    ("one.jsonl", b'{"prompt": "a", "completion": " b"}\n',
-     "1 rows to train on and 0 held out; there must be some of both"),
-    ("binary.jsonl", b"\xff\x00\x00\xfe", r"not JSON \(line 1\)")],
-    ids=["nowhere", "empty", "broken", "one", "binary"])
-def test_data_that_cannot_be_used_ends_with_one_clear_message(
-        name, content, message, empty_folder, tokenizer):
-    if content is not None:
-        (empty_folder / name).write_bytes(content)
-    with pytest.raises(Stopped, match=message):
-        data.prompts(texts_cfg(empty_folder / name), tokenizer, 90)
-
-
-BAD_LINES = [                                            # and the reason that is given for each
-    ('{"prompt": "p", "completion": " c"', "not JSON"),
-    ("[" * 100_000, "not JSON"),
-    ("not json at all", "not JSON"),
-    ("\x00\x01", "not JSON"),
-    ('{"prompt": "p", "completion": " \x01"}', "not JSON"),
-    ("1" * 5000, "not JSON"),
-    ("[1, 2]", "not a JSON object"),
-    ("null", "not a JSON object"),
-    ('"text"', "not a JSON object"),
-    ("{}", "none of the known forms: keys "),
-    ('{"Prompt": "p"}', "none of the known forms: keys Prompt"),
-    ('{"prompt": "p", "completion": 3}', "a text is not a string"),
-    ('{"prompt": 3, "completion": " c"}', "a text is not a string"),
-    ('{"prompt": "p", "chosen": " a", "rejected": null}', "only one of chosen and rejected"),
-    ('{"text": ["a"]}', "a message without a role"),
-    ('{"prompt": "p", "completion": ""}', "an empty response"),
-    ('{"prompt": "p", "completion": " \\n\\t"}', "an empty response"),
-    ('{"prompt": "p", "chosen": " a", "rejected": ""}', "an empty response"),
-    ('{"prompt": "p \\ud800", "completion": " c"}', "a lone surrogate, which is not valid text"),
-    ('{"prompt": "p", "completion": " \\udfff"}', "a lone surrogate, which is not valid text"),
-    ('{"messages": [{"role": "assistant", "content": null}]}', "a message by assistant whose"),
-    ('{"messages": "hello"}', "no prompt, and the texts share no"),
-    ('{"messages": [{"role": "robot", "content": "x"}]}', "a message by robot; the role"),
-    ('{"messages": [7]}', "a message without a role"),
-    ('{"messages": [{"role": ["user"], "content": "x"}]}', "a message by ['user']; the role"),
-    ('{"messages": []}', "messages without a turn; there must be at least one"),
-    ('{"chosen": [{"role": "assistant", "content": "a"}], "rejected": null}', "only one of chosen"),
-    ('{"messages": [{"role": "user", "content": "a"}], "prompt": 5}', "a text is not a string"),
-    ('{"\\ud800": 1, "\\u001b[2J": 2}', "none of the known forms: keys \\x1b[2J, \\ud800"),
-    ('{"info": {"post": null, "title": "t", "subreddit": "s"}, '
-     '"summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}',
-     "a comparison of summaries without its texts"),
-    ('{"info": [], "summaries": [], "choice": "x"}', "a comparison of summaries without its texts"),
-    ('{"chosen": "a", "rejected": "b"}', "no prompt, and the texts share no assistant turn")]
-
-
-@pytest.mark.parametrize("line, reason", BAD_LINES, ids=range(len(BAD_LINES)))
-def test_a_line_that_cannot_be_used_is_left_out_counted_and_named(
-        line, reason, empty_folder, tokenizer):
-    rows = [json.dumps(comparison(i)) for i in range(60)]
-    content = "\n".join([*rows[:7], line, *rows[7:], line])                    # without a last \n
-    (empty_folder / "rows.jsonl").write_bytes(content.encode())
-    read = corpus.rows_of(texts_cfg("rows.jsonl"), tokenizer, 90)
-    _, left_out = read.report.splitlines()
-    assert len(read) == 60
-    assert left_out.startswith(f"2 more left out, {reason}")
-    assert left_out.endswith(": line 8, line 62")
-
-
-def test_control_characters_are_kept_counted_and_shown_as_codes(empty_folder, tokenizer):
-    rows = [comparison(i) for i in range(60)]
-    rows += [{"prompt": "a\x00b", "completion": " \x1b[2J\x9b"},
-             {"prompt": "tab\t", "completion": " line\r\n"}]
-    read = rows_for(empty_folder, tokenizer, rows)
-    assert len(read) == 62
-    assert read.report.endswith("\n1 of them kept as they are, with control characters: line 61")
-    prompt, response, _ = read[60]
-    assert tokenizer.decode(prompt) == "a\x00b"
-    assert files.visible(tokenizer.decode(response)) == " \\x1b[2J\\x9b<|endoftext|>"
-    harmless = "a\tb\r\nc \u00e9\u6f22"
-    assert files.visible(harmless) == harmless
+def test_files_that_cannot_be_opened_are_refused_by_name(empty_folder, tokenizer, monkeypatch):
+    """Tests may run as root, who may read everything, so the refusal is simulated."""
+    denied = failing(PermissionError(errno.EACCES, "Permission denied"))
+    cfg = cfg_for(empty_folder, [comparison(0)])
+    (empty_folder / "plain.txt").write_text("a line\n")
+    corpus.digest.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "open", denied, raising=False)
+        with refused("cannot read .*rows.jsonl .PermissionError"):
+            data.prompts(cfg, tokenizer, 90)
+    monkeypatch.setattr(corpus, "open", denied, raising=False)
+    for name in ("rows.jsonl", "plain.txt"):
+        with refused(f"{name} cannot be read past its start .PermissionError"):
+            list(corpus.examples(name, {}))
 
 
 @pytest.mark.parametrize("text", [
@@ -1567,82 +1771,7 @@ def test_a_line_of_ten_megabytes_is_cut_like_any_other_row(text, empty_folder, t
         assert tokenizers.train_tokenizer(texts, 300).n_vocab <= 300
 
 
-def test_a_folder_named_like_a_file_is_skipped_and_odd_bytes_are_counted(empty_folder, tokenizer):
-    write_rows(empty_folder / "a" / "rows.jsonl", [comparison(i) for i in range(60)])
-    (empty_folder / "a" / "folder.jsonl").mkdir()
-    assert len(corpus.rows_of(texts_cfg(empty_folder / "a"), tokenizer, 90)) == 60
-    (empty_folder / "latin.txt").write_bytes(b"caf\xe9 and so on, a longer line\n" * 2000)
-    read = corpus.rows_of(texts_cfg(empty_folder / "latin.txt"), tokenizer, 90)
-    assert (f"\n{len(read)} of them kept as they are, with bytes that are not UTF-8, read as "
-            "\ufffd: piece 1, piece 2") in read.report
-
-
-def test_files_that_cannot_be_opened_are_refused_by_name(empty_folder, tokenizer, monkeypatch):
-    """Tests may run as root, who may read everything, so the refusal is simulated."""
-    def denied(*args, **kwargs):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    os.mkfifo(empty_folder / "pipe")
-    with pytest.raises(Stopped, match="^error: --data got .*pipe; it takes reviews"):
-        data.prompts(texts_cfg(empty_folder / "pipe"), tokenizer, 90)
-    cfg = cfg_for(empty_folder, [comparison(0)])
-    (empty_folder / "plain.txt").write_text("a line\n")
-    corpus.digest.cache_clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "open", denied, raising=False)
-        with pytest.raises(Stopped, match="^error: cannot read .*rows.jsonl .PermissionError"):
-            data.prompts(cfg, tokenizer, 90)
-    monkeypatch.setattr(corpus, "open", denied, raising=False)
-    for name in ("rows.jsonl", "plain.txt"):
-        with pytest.raises(Stopped, match=f"^error: {name} cannot be read past its start "
-                                          ".PermissionError"):
-            list(corpus.examples(name, {}))
-
-
-def test_stored_rows_that_were_damaged_are_made_again(empty_folder, tokenizer, capsys):
-    cfg = cfg_for(empty_folder, [comparison(i) for i in range(60)])
-    rows = list(corpus.rows_of(cfg, tokenizer, 90))
-    stored, = (empty_folder / "out" / "tokens").iterdir()
-    whole = stored.read_bytes()
-    at = whole.index(np.load(stored)["tokens"].tobytes())
-    flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:]
-    damaged = [b"", b"\xff" * 100, whole[:-9], whole[:len(whole) // 2], flipped]
-    for missing in ("tokens", "bounds", "held_out", "first", "report"):
-        with np.load(io.BytesIO(whole)) as arrays:
-            others = {name: x for name, x in arrays.items() if name != missing}
-        np.savez(stored, **others)
-        damaged.append(stored.read_bytes())
-    for content in damaged:
-        corpus.load_rows.cache_clear()
-        capsys.readouterr()
-        stored.write_bytes(content)
-        assert list(corpus.rows_of(cfg, tokenizer, 90)) == rows
-        assert f"{stored.name}, which stores these rows, is damaged" in capsys.readouterr().out
-    corpus.load_rows.cache_clear()
-    stored.unlink()
-    assert list(corpus.rows_of(cfg, tokenizer, 90)) == rows
-    assert "damaged" not in capsys.readouterr().out
-    assert list((empty_folder / "out" / "tokens").iterdir()) == [stored]
-
-
-def test_settings_that_leave_no_room_and_folders_without_rows_are_refused(empty_folder, tokenizer):
-    (empty_folder / "void").mkdir()
-    with pytest.raises(Stopped, match="is a folder without any .jsonl"):
-        data.prompts(texts_cfg(empty_folder / "void"), tokenizer, 90)
-    cfg = cfg_for(empty_folder, [comparison(i) for i in range(80)])
-    with pytest.raises(Stopped, match="--max_prompt_tokens 90 leaves no room for a response in the "
-                                      "model's block_size 90"):
-        data.prompts(dataclasses.replace(cfg, max_prompt_tokens=90), tokenizer, 90)
-    with pytest.raises(Stopped, match="prompts of up to 60 tokens and --max_new_tokens 31 exceed "
-                                      ".* 90; lower --max_new_tokens to 30"):
-        data.prompts(dataclasses.replace(cfg, max_new_tokens=31), tokenizer, 90)
-    message = r"--n_eval 5000 .* asks for more held-out prompts than the \d+ that"
-    with pytest.raises(Stopped, match=message):
-        data.prompts(cfg, tokenizer, 90, 5000)
-
-
-def no_network(*args, **kwargs):
-    raise OSError("no route to host")
+no_network = failing(OSError("no route to host"))
 
 
 def test_the_hub_is_asked_for_hh_rlhfs_published_files(empty_folder, monkeypatch):
@@ -1659,8 +1788,7 @@ def test_the_hub_is_asked_for_hh_rlhfs_published_files(empty_folder, monkeypatch
     assert requests == [("Anthropic/hh-rlhf", "harmless-base/train.jsonl.gz", "dataset"),
                         ("Anthropic/hh-rlhf", "helpful-base/train.jsonl.gz", "dataset")]
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
-    with pytest.raises(Stopped, match="--data hh could not be fetched from the hub .OSError.*"
-                                      "--data FOLDER"):
+    with refused("--data hh could not be fetched from the hub .OSError.*--data FOLDER"):
         list(corpus.examples("hh", {}))
 
 
@@ -1673,71 +1801,68 @@ def test_comparisons_of_summaries_are_downloaded_once(empty_folder, monkeypatch)
     monkeypatch.setattr(request, "urlretrieve", no_network)
     assert len(list(corpus.examples("tldr", {}))) == 8   # from the disk
     shutil.rmtree(empty_folder / "out" / "downloads")
-    with pytest.raises(Stopped, match="batch3.json could not be fetched .no route to host"):
+    with refused(".*batch3.json could not be fetched .no route to host"):
         list(corpus.examples("tldr", {}))
 
 
-def test_data_sets_of_the_hub_need_the_datasets_package(hub, tokenizer, monkeypatch):
-    def load_dataset(name, split):
-        if (name, split) != ("a/b", "train"):
-            raise ZeroDivisionError
-        return Loaded(comparison(i) for i in range(50))
-
-    hub.load_dataset = load_dataset
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "datasets", None)     # as if not installed
-        with pytest.raises(Stopped, match="--data hf:a/b needs the datasets package: pip install "
-                                          "datasets"):
-            list(corpus.examples("hf:a/b", {}))
-    assert len(corpus.rows_of(texts_cfg("hf:a/b"), tokenizer, 90)) == 50
-    with pytest.raises(Stopped, match="--data hf:a/c could not be loaded .ZeroDivisionError"):
-        list(corpus.examples("hf:a/c", {}))
+class Loaded(list):
+    """A data set as the datasets package gives it"""
+    _fingerprint = "0123"
 
 
-def test_configurations_and_splits_of_the_hub_are_chosen_and_named(hub, tokenizer, monkeypatch):
+@pytest.fixture
+def hub(empty_folder, monkeypatch):
+    """A replacement for the datasets package with two data sets; maths/sums has configurations"""
     splits = {"main": ["train", "test"], "extra": ["train"]}
 
-    def load_dataset(path, name=None, split=None):
+    def load_dataset(path, name="main", split=None):
+        if path == "stanfordnlp/imdb":
+            return Loaded({"text": f"{i} is a film of many", "label": i % 2} for i in range(100))
         if path != "maths/sums" or split not in splits[name]:
             raise ValueError("not\nthere")
         return Loaded({"prompt": name, "completion": f" {split} {i}"} for i in range(3))
 
-    def get_dataset_config_names(path):
-        return list(splits) if path == "maths/sums" else ["main"]
+    fake = types.SimpleNamespace(
+        load_dataset=load_dataset,
+        get_dataset_config_names=lambda path: list(splits) if path == "maths/sums" else ["main"],
+        get_dataset_split_names=lambda path, name="main": splits[name])
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    corpus.hub_data_set.cache_clear()
+    return fake
 
-    def get_dataset_split_names(path, name="main"):
-        return splits[name]
 
-    hub.load_dataset = load_dataset
-    hub.get_dataset_config_names = get_dataset_config_names
-    hub.get_dataset_split_names = get_dataset_split_names
+def test_a_data_set_of_the_hub_needs_the_datasets_package(hub, tokenizer, monkeypatch):
+    cfg = preset_of("imdb", sft, max_prompt_tokens=8)
+    assert cfg.data == "hf:stanfordnlp/imdb"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", None)     # as if not installed
+        with refused("--data hf:stanfordnlp/imdb needs the datasets package: pip install datasets"):
+            list(corpus.examples(cfg.data, {}))
+    assert "imdb: 100 rows, " in corpus.rows_of(cfg, tokenizer, 60).report
+    assert total(data.demonstrations(cfg, tokenizer, 60, None, None)) == 100
+
+
+def test_configurations_and_splits_of_the_hub_are_chosen_and_named(hub, tokenizer, monkeypatch):
     for source, prompt, found in (("hf:maths/sums/main:test", "main", " test 2"),
                                   ("hf:maths/sums/extra", "extra", " train 2")):
         assert list(corpus.examples(source, {}))[2] == ("row 2", prompt, [found])
         response = corpus.rows_of(texts_cfg(source), tokenizer, 90)[2][1]      # stored apart
         assert tokenizer.decode(response[:-1]) == found
     for source, choices in (
-            ("maths/sums", "give hf:maths/sums/CONFIGURATION, one of: main, extra"),
-            ("maths/sums/man", "give hf:maths/sums/CONFIGURATION, one of: main, extra"),
+            ("maths/sums:dev", "give hf:maths/sums/CONFIGURATION, one of: main, extra"),
             ("maths/sums/extra:test", "give hf:maths/sums/extra:SPLIT, one of: train"),
             ("maths/one:dev", "give hf:maths/one:SPLIT, one of: train, test")):
-        with pytest.raises(Stopped, match=f"hf:{source} could not .*{re.escape(choices)}$"):
+        with refused(f"--data hf:{source} could not .*ValueError: not.; {re.escape(choices)}$"):
             list(corpus.examples(f"hf:{source}", {}))
+    with refused("--data hf:maths/sums/man could .*/CONFIGURATION, one of: main, extra$"):
+        list(corpus.examples("hf:maths/sums/man", {}))
     monkeypatch.setattr(hub, "get_dataset_config_names", no_network)
-    with pytest.raises(Stopped, match="ValueError: not.; check the name and the network"):
+    with refused(".*ValueError: not.; check the name and the network"):
         list(corpus.examples("hf:maths/sums/main:dev", {}))
 
 
 # --------------------------------------------------------------------------------------------------
-# run.py, guest.py: stages end to end
-
-STAGES = [sft, reward_model, ppo, dpo, grpo, policy_gradient]
-
-
-def name_of(x):
-    """The id of a test's parameter: the name of a script"""
-    return getattr(x, "__name__", None)
-
+# run.py: stages end to end
 
 def base_of(script):
     """The run whose earlier stages a stage of a different run uses"""
@@ -1749,19 +1874,9 @@ def uninterrupted(out, script):
     return out / ("ladder" if script is policy_gradient else "tiny") / script.__name__
 
 
-def stage_command(script, *options):
-    return [sys.executable, str(HERE / f"{script.__name__}.py"), "--config", "tiny", *options]
-
-
-@contextlib.contextmanager
-def started(command, home, **options):
-    """A process that does not outlive the test"""
-    process = subprocess.Popen(command, cwd=home, text=True, **options)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+def log_lines(folder):
+    log = folder / "log.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
 @contextlib.contextmanager
@@ -1802,8 +1917,51 @@ def launched(monkeypatch, script, *options):
         return str(end)
 
 
-def crash(*args, **kwargs):
-    raise RuntimeError("crash")
+@dataclasses.dataclass
+class ToyConfig(settings.Common):
+    lr: float = 0.1
+    presets = {"tiny": {"save_every": 2}}
+
+
+@runs.self_contained
+def toy(cfg):
+    """A stage that writes all that the real ones write, with a model of two weights"""
+    run = runs.Run(cfg, "toy")
+    if run.finished:
+        return run.show()
+    run.begin()
+    sources = run.sources(tokenizers.train_tokenizer(["toy"], 257), data=[])
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr)
+    first = run.restore(model=model, optimizer=optimizer, **sources)
+    for step in run.steps(first, 5):
+        theirs = random.random() + random.gauss(0, 1) + np.random.randn()      # as a reward may
+        x = torch.randn(4, 1, generator=run.generator) + torch.randn(4, 1) + theirs
+        loss = ((model(x) - 2 * x) ** 2).mean()
+        run.backward(loss)
+        run.log(step, {"loss": loss} | run.step(1.0, grad_norm=optimizer), ["loss"])
+        run.checkpoint(step + 1)
+    return run.finish("it learned to double", {"weight": model.weight.item()})
+
+
+def toy_config(**changes):
+    return ToyConfig(config="tiny", **changes)
+
+
+def after_each_update(monkeypatch, act):
+    """From now on act(step) is called when an update has been logged."""
+    original = runs.Run.log
+
+    def logged(run, step, *args, **kwargs):
+        original(run, step, *args, **kwargs)
+        act(step)
+    monkeypatch.setattr(runs.Run, "log", logged)
+
+
+@pytest.fixture
+def toy_folder(empty_folder):
+    """The folder that toy(toy_config()) writes to"""
+    return empty_folder / "out" / "tiny" / "toy"
 
 
 # ---- which stage is run, and in which folder
@@ -1817,79 +1975,71 @@ def test_a_finished_stage_is_shown_again_and_not_run_again(whole_run, finished_r
 
 
 @pytest.mark.parametrize("script, changes, message", [
-    (ppo, dict(lr=0.001), "ppo holds a run with lr 0.002, this one has lr 0.001; --out NAME"),
+    (ppo, dict(lr=0.001), "out/tiny/ppo holds a run with lr 0.002, this one has lr 0.001; --out"),
     (ppo, dict(lr=0.001, seed=2),
-     "ppo holds a run with seed 1337, lr 0.002, this one has seed 2, lr 0.001; --out NAME"),
+     ".*/ppo holds a run with seed 1337, lr 0.002, this one has seed 2, lr 0.001; --out NAME"),
     (reward_model, dict(config="small", out="other", base="tiny"),
-     "made with --config tiny, this is --config small"),
+     ".* made with --config tiny, this is --config small"),
     (ppo, dict(out="other", base="nowhere"), "--base nowhere has no finished"),
-    (sft, dict(out="device", device="cuda:99"),
-     "cannot use --device cuda:99 here .*--device cpu always works")],
-    ids=["one field", "two fields", "a different preset", "no such base", "no such device"])
-def test_settings_that_do_not_fit_are_refused_by_name(script, changes, message, finished_run):
-    with pytest.raises(Stopped, match=message):
+    (sft, dict(block_size=20, overwrite=True), ".*exceed --block_size 20")],
+    ids=["one field", "two fields", "a different preset", "no such base", "overwriting"])
+def test_settings_that_do_not_fit_change_nothing(script, changes, message, finished_run):
+    before = sorted(finished_run.rglob("*"))
+    with refused(message):
         script.main(tiny_config(script, **changes))
+    assert sorted(finished_run.rglob("*")) == before
 
 
-def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(finished_run, tmp_path, monkeypatch):
-    for stage in ("sft", "reward_model"):
-        shutil.copytree(finished_run / "tiny" / stage, tmp_path / "out" / "tiny" / stage)
-    monkeypatch.chdir(tmp_path)
-    folder = Path("out/tiny/sft")
-    tokenizers.save_tokenizer(tokenizers.train_tokenizer(["a different vocabulary"], 300), folder)
-    with pytest.raises(Stopped, match=f"{folder}/checkpoint.pt was trained with .* vocabulary"):
-        ppo.main(tiny_config(ppo))
-    (folder / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(Stopped, match=f"cannot read {folder}/checkpoint.pt as a checkpoint"):
-        ppo.main(tiny_config(ppo))
+def test_an_overwritten_run_is_kept_until_the_new_one_is_complete(toy_folder, monkeypatch, capsys):
+    old = toy_folder.with_name("toy.old")
 
+    def crash_overwriting(lr):
+        with crash_at(3, monkeypatch):
+            toy(toy_config(overwrite=True, lr=lr))
 
-def test_files_of_the_users_in_the_folder_are_kept(finished_run):
-    notes = finished_run / "mine" / "sft" / "notes.txt"
-    notes.parent.mkdir(parents=True)
-    notes.write_text("precious")
-    sft.main(tiny_config(sft, out="mine", steps=2))
-    assert notes.read_text() == "precious"
-
-
-def test_an_overwrite_that_ends_in_an_error_leaves_the_finished_stage(finished_run):
-    first = sft.main(short_config(sft, out="kept"))
-    with pytest.raises(Stopped, match="exceed --block_size 20"):
-        sft.main(short_config(sft, out="kept", block_size=20, overwrite=True))
-    assert sft.main(short_config(sft, out="kept")) == first
-
-
-def test_an_overwritten_stage_is_kept_until_the_new_one_is_complete(finished_run, monkeypatch,
-                                                                    no_pictures):
-    cfg = short_config(sft, out="twice")
-    old = finished_run / "twice" / "sft.old"
-
-    def overwritten(lr):
-        """An overwrite that crashes at its end"""
-        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
-            patch.setattr(runs.Run, "finish", crash)
-            sft.main(dataclasses.replace(cfg, overwrite=True, lr=lr))
-
-    first = sft.main(cfg)
-    overwritten(lr=0.001)
+    toy_folder.mkdir(parents=True)
+    (toy_folder / "notes.txt").write_text("precious")    # a user's file, from before the run
+    first = toy(toy_config())
+    assert (toy_folder / "notes.txt").exists()
+    crash_overwriting(lr=0.2)
+    (toy_folder / "picture.png").write_text("")
+    crash_overwriting(lr=0.3)                            # over an unfinished one: still the same
     assert files.read_json(old / "results.json") == first
-    overwritten(lr=0.002)                                # over an unfinished one: still the same
-    assert files.read_json(old / "results.json") == first
-    second = sft.main(dataclasses.replace(cfg, overwrite=True, lr=0.001))
-    assert second["held_out"] != first["held_out"] and not old.exists()
-
-    shutil.rmtree(finished_run / "twice")
-    overwritten(lr=0.001)
-    overwritten(lr=0.002)                                # nothing was finished: the last is kept
-    assert files.load_checkpoint(old)["config"]["lr"] == 0.001
+    assert not (toy_folder / "picture.png").exists()
+    assert toy(toy_config(overwrite=True, resume=True, lr=0.3)) != first       # resume wins
+    assert "resuming at update 2" in capsys.readouterr().out and not old.exists()
+    shutil.rmtree(toy_folder)
+    crash_overwriting(lr=0.2)
+    crash_overwriting(lr=0.3)                            # nothing was finished: the last is kept
+    assert files.load_checkpoint(old)["config"]["lr"] == 0.2
 
 
-def test_resume_wins_over_overwrite(finished_run, monkeypatch, capsys, no_pictures):
-    cfg = short_config(sft, out="both", overwrite=True)
-    with crash_at(3, monkeypatch):
-        sft.main(cfg)
-    sft.main(dataclasses.replace(cfg, resume=True))
-    assert "resuming at update 2" in capsys.readouterr().out
+def test_a_run_that_looked_before_a_different_one_finished_is_refused(toy_folder):
+    run = runs.Run(toy_config(), "toy")
+    toy(toy_config())
+    with refused("out/tiny/toy has changed while this run was starting; look at"):
+        run.begin()
+
+
+def test_a_second_run_in_a_folder_is_refused_and_told_of_the_first(toy_folder, monkeypatch):
+    told = (rf"process {os.getpid()} on .* .python \S*.py --config tiny --seed 3., started 20\d\d-"
+            ".*, is writing to out/tiny/toy; wait until it has ended, or give a different --out")
+
+    def second():
+        for changes in (dict(resume=True), dict(overwrite=True)):
+            with refused(told):
+                toy(toy_config(seed=3, **changes))
+
+    def at_update_3(step):
+        if step == 3:
+            assert in_a_child(second) == 0
+            files.stop("enough")
+    with monkeypatch.context() as patch, refused("enough") as stopped:
+        after_each_update(patch, at_update_3)
+        toy(toy_config(seed=3))
+    # Now the folder is free, although the traceback keeps the run alive
+    assert in_a_child(lambda: toy(toy_config(seed=3, resume=True))) == 0 and stopped.value
+    assert log_lines(toy_folder) == 5
 
 
 def test_stages_that_do_not_belong_together_are_noticed(finished_run, capsys, no_pictures):
@@ -1900,66 +2050,39 @@ def test_stages_that_do_not_belong_together_are_noticed(finished_run, capsys, no
     assert "reward_model was made from a different SFT policy" in capsys.readouterr().out
     (finished_run / "mixed" / "ppo" / "report.txt").unlink()     # as if it had not finished
     sft.main(tiny_config(sft, out="mixed", steps=3, overwrite=True))
-    with pytest.raises(Stopped, match="started with a different sft: the earlier stages have "):
+    with refused(".* was started with a different sft: the earlier stages have "):
         ppo.main(dataclasses.replace(cfg, resume=True))
+    other = tokenizers.train_tokenizer(["a different vocabulary"], 300)
+    tokenizers.save_tokenizer(other, finished_run / "mixed" / "sft")
+    with refused("out/mixed/sft/checkpoint.pt was trained with .* vocabulary"):
+        ppo.main(dataclasses.replace(cfg, overwrite=True))
 
 
-def test_a_second_run_in_a_folder_is_refused_and_told_of_the_first(finished_run, monkeypatch):
-    lock = files.filelock.BaseFileLock
-    acquire = lock.acquire
-    monkeypatch.setattr(lock, "acquire", lambda self, timeout: acquire(self, timeout=0.1))
-    folder = finished_run / "at_once" / "sft"
-    cfg = tiny_config(sft, out="at_once", steps=3000, save_every=9999)
-    with forked(sft, "--out", "at_once", "--steps", "3000", "--save_every", "9999") as (first, _):
-        while not log_lines(folder):
-            time.sleep(0.01)
-        message = (rf"process {first.pid} on .* .python sft.py --config tiny --out at_once "
-                   r"--save_every 9999 --steps 3000., started 20\d\d-.*, is writing to "
-                   "out/at_once/sft; wait until it has ended, or give a different --out")
-        for changes in ({}, dict(resume=True), dict(overwrite=True)):
-            with pytest.raises(Stopped, match=message):
-                sft.main(dataclasses.replace(cfg, **changes))
-        with pytest.raises(Stopped, match=message):      # a later stage does not make it either
-            ppo.main(tiny_config(ppo, out="at_once"))
-        first.terminate()
-        first.join()
-    with pytest.raises(Stopped, match="holds an unfinished stage; --resume"):
-        sft.main(cfg)                                    # the folder is free again, and intact
-    assert files.load_checkpoint(folder)["step"] == log_lines(folder) > 0
-
-
-def log_lines(folder):
-    log = folder / "log.jsonl"
-    return log.read_bytes().count(b"\n") if log.exists() else 0
-
-
-def test_a_run_that_looked_before_a_different_one_finished_is_refused(finished_run, no_pictures):
-    run = runs.Run(short_config(sft, out="late"), "sft")
-    sft.main(short_config(sft, out="late"))
-    with pytest.raises(Stopped, match="late/sft has changed while this run was starting; look at"):
-        run.begin()
-
-
-def test_a_stage_killed_before_its_first_checkpoint_keeps_its_settings(finished_run, monkeypatch,
-                                                                       no_pictures):
+def test_an_unfinished_stage_keeps_its_settings(finished_run, monkeypatch, no_pictures):
+    """Even if it was killed before its first checkpoint"""
     folder = finished_run / "early" / "sft"
     with crash_at(1, monkeypatch):
         sft.main(short_config(sft, out="early", lr=0.005))
     assert not (folder / "checkpoint.pt").exists()
-    reward_model.main(tiny_config(reward_model, out="early", n_prompts=8, n_held_out=4))
+    config = files.read_json(folder / "config.json")
+    later = tiny_config(reward_model, out="early", n_prompts=8, n_held_out=4)
+    (folder / "config.json").write_text(json.dumps(config | {"old_option": 1}))
+    with refused("out/early/sft/config.json has the settings old_option, which sft.py does not"):
+        reward_model.main(later)
+    (folder / "config.json").write_text(json.dumps(config))
+    reward_model.main(later)
     assert files.read_json(folder / "config.json")["lr"] == 0.005 and log_lines(folder) == 5
 
 
 def test_data_of_a_different_kind_than_the_earlier_stages_is_noticed(user_folder):
-    with pytest.raises(Stopped, match="was made with --data pairs.jsonl, this is --data reviews; "
-                                      "give a different --out, and --base own"):
+    with refused(".* was made with --data pairs.jsonl, this is --data reviews; give a different "
+                 "--out, and --base own"):
         policy_gradient.main(tiny_config(policy_gradient, out="own"))
-    shutil.copytree(user_folder / "own" / "sft", user_folder / "half" / "sft", dirs_exist_ok=True)
+    shutil.copytree(user_folder / "own" / "sft", user_folder / "half" / "sft")
     (user_folder / "half" / "sft" / "report.txt").unlink()      # unfinished, and on other data
-    with pytest.raises(Stopped, match="half/sft was made with --data pairs.jsonl, this is --data "
-                                      "reviews"):
+    with refused("out/half/sft was made with --data pairs.jsonl, this is --data reviews"):
         ppo.main(tiny_config(ppo, out="half"))
-    with pytest.raises(Stopped, match="--data has no annotators for them"):
+    with refused(".*--data has no annotators for them"):
         dpo.main(user_config(dpo, out="rounds", base="own", rounds=2))
 
 
@@ -1972,8 +2095,7 @@ def test_stages_that_run_first_inherit_data_lengths_and_dtype(user_folder):
         assert {name: config[name] for name in shared} == shared, stage
 
 
-def test_a_run_may_be_a_path_beside_which_others_are_found(finished_run, tmp_path, capsys,
-                                                           no_pictures):
+def test_a_run_may_be_a_path(finished_run, tmp_path, capsys, no_pictures):
     few = dict(n_eval=2, n_samples=2)
     disk = tmp_path / "disk"
     run = str(disk / "cost$_$")                          # and its name is not a formula
@@ -1986,7 +2108,7 @@ def test_a_run_may_be_a_path_beside_which_others_are_found(finished_run, tmp_pat
     sample.main(tiny_config(sample, out=run, stage="ppo", n=1))
     ppo.main(tiny_config(ppo, out=str(disk / "next"), base=str(finished_run / "tiny"), steps=1,
                          **few))
-    with pytest.raises(Stopped, match="has no finished .*/disk/tin/sft"):
+    with refused(".* has no finished .*/disk/tin/sft"):
         ppo.main(tiny_config(ppo, out="from_disk", base=str(disk / "tin")))
 
 
@@ -2003,41 +2125,28 @@ def test_copies_and_exports_in_out_do_not_confuse_the_readers(finished_run, caps
         shutil.rmtree(run / "sft-backup")
         shutil.rmtree(run / "exported")
     assert "evaluating SFT, tiny/dpo, tiny/grpo, tiny/ppo" in capsys.readouterr().out
-    with pytest.raises(Stopped, match="--stage got ','; it takes names of stages"):
+    with refused("--stage got ','; it takes names of stages"):
         sample.main(tiny_config(sample, out="tiny", stage=","))
 
 
 # ---- killed and resumed
 
-@pytest.mark.parametrize("script, at", [
-    (sft, 33), (reward_model, 17), (ppo, 4), (dpo, 9), (grpo, 4), (policy_gradient, 16)],
-    ids=name_of)
-def test_an_interrupted_and_resumed_stage_ends_with_the_same_bits(script, at, finished_run,
-                                                                  monkeypatch):
-    """Stopped between two checkpoints, as by a crash: updates since the last one are repeated."""
-    cfg = tiny_config(script, out=f"resumed_{script.__name__}", base=base_of(script))
-    with crash_at(at, monkeypatch):
-        script.main(cfg)
-    with pytest.raises(Stopped, match="unfinished stage; --resume continues it, --overwrite start"):
-        script.main(cfg)
-    script.main(dataclasses.replace(cfg, resume=True))
-    assert_same_run(finished_run / cfg.out / script.__name__, uninterrupted(finished_run, script))
-
-
 @pytest.mark.parametrize("script, at, changes", [
     pytest.param(sft, 23, dict(init="gpt2", steps=30, n_texts=None, n_eval=10, batch_size=8,
-                               lora_rank=0), id="sft"),
+                               lora_rank=0, dropout=0.3), id="sft"),
     pytest.param(reward_model, 14, dict(n_prompts=None, n_held_out=15), id="reward_model"),
     pytest.param(dpo, 4, dict(n_pairs=100, n_eval=4, n_samples=4), id="dpo"),
     pytest.param(ppo, 2, dict(ptx_coef=0.5, ptx_data="story.txt", ema=0.8, n_eval=4, n_samples=4,
                               steps=4), id="ppo, texts and an average"),
-    pytest.param(ppo, 2, dict(reward="exact.py:exact", accumulation=2, dtype="bfloat16", n_eval=4,
+    pytest.param(ppo, 2, dict(reward="luck.py:luck", accumulation=2, dtype="bfloat16", n_eval=4,
                               n_samples=4, steps=4), id="ppo, a function as reward")])
 def test_a_stage_on_data_of_the_users_resumes_to_the_same_bits(script, at, changes, user_folder,
                                                                monkeypatch):
-    """With LoRA; as a crash between two checkpoints leaves it"""
-    (user_folder.parent / "exact.py").write_text(
-        "def exact(prompts, responses):\n    return [len(r) % 7 for r in responses]\n")
+    """With LoRA; as a crash between two checkpoints leaves it. The reward draws random numbers."""
+    (user_folder.parent / "luck.py").write_text(
+        "import random, numpy, torch\ndef luck(prompts, responses):\n"
+        "    return [random.random() + numpy.random.randn() + torch.rand(()).item() + len(r) % 7\n"
+        "            for r in responses]\n")
     stage = script.__name__
     whole, again = f"whole_{stage}", f"again_{stage}"
     for run in (whole, again):
@@ -2045,113 +2154,67 @@ def test_a_stage_on_data_of_the_users_resumes_to_the_same_bits(script, at, chang
     base = "" if script is sft else "own"
     cfg = user_config(script, out=whole, base=base, save_every=2, **changes)
     script.main(cfg)
+    random.random()                                      # numbers drawn before do not matter
     with crash_at(at, monkeypatch):
         script.main(dataclasses.replace(cfg, out=again))
+    torch.rand(1)
     script.main(dataclasses.replace(cfg, out=again, resume=True))
     assert_same_run(user_folder / again / stage, user_folder / whole / stage)
 
 
-@pytest.mark.parametrize("script", STAGES, ids=name_of)
-def test_a_stage_that_is_killed_and_resumed_ends_with_the_same_bits(script, finished_run):
-    """A real kill -9, at a moment that differs from run to run"""
-    seed = time.time_ns()
-    chance = random.Random(seed)
-    base = base_of(script)
-    whole = uninterrupted(finished_run, script)
-    folder = finished_run / "killed" / script.__name__
-    lines = chance.randrange(log_lines(whole) + 1)
-    with forked(script, "--out", "killed", f"--base={base}") as (process, _):
-        while process.is_alive() and log_lines(folder) < lines:
-            time.sleep(0.002)
-        time.sleep(chance.random() * 0.1)
-    script.main(tiny_config(script, out="killed", base=base, resume=True))
-    assert_same_run(folder, whole)
+def test_killed_at_any_write_a_run_resumes_to_the_same_bits(empty_folder, monkeypatch):
+    """SIGKILL before and after each flush and each renaming, each in a process of its own"""
+    whole, folder = empty_folder / "out" / "whole" / "toy", empty_folder / "out" / "killed" / "toy"
+    with monkeypatch.context() as patch:
+        calls = calls_of(patch, "fsync", "replace")
+        toy(toy_config(out="whole"))
+    n_fsync, n_replace = calls.count("fsync"), calls.count("replace")
+    assert n_replace >= 7 and n_fsync > n_replace
+    moments = [("fsync", call, False) for call in range(1, n_fsync + 1)]
+    for call in range(1, n_replace + 1):
+        moments += [("replace", call, False), ("replace", call, True)]
+    for name, call, after in moments:
+        def work():
+            sys.stdout = open(os.devnull, "w")
+            killed_at(monkeypatch, os, name, call, after)
+            toy(toy_config(out="killed"))
+        shutil.rmtree(folder, ignore_errors=True)
+        assert in_a_child(work) == -signal.SIGKILL, (name, call)
+        toy(toy_config(out="killed", resume=True))
+        assert_same_run(folder, whole)
+        assert not list(folder.glob("*.tmp"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", STAGES, ids=name_of)
 def test_fifty_kills_of_a_stage_leave_the_same_bits(script, finished_run):
     """Each start resumes where the last was killed; a run that gets through is compared"""
-    whole = uninterrupted(finished_run, script)
     folder = finished_run / "fifty" / script.__name__
     options = ["--out", "fifty", f"--base={base_of(script)}", "--resume"]
     chance = random.Random(time.time_ns())
+
+    def compare():
+        assert_same_run(folder, uninterrupted(finished_run, script))
+        shutil.rmtree(folder)
+
     start = time.time()
     with forked(script, *options) as (process, _):
         process.join()
+    compare()
     longest = time.time() - start                        # seconds before a kill
-    kills, finished = 0, 0
+    kills = 0
     while kills < 50:
-        if (folder / "report.txt").exists():
-            assert_same_run(folder, whole)
-            shutil.rmtree(folder)
-            finished += 1
         with forked(script, *options) as (process, _):
             process.join(chance.uniform(0, longest))
         if process.exitcode == -signal.SIGKILL:
             kills += 1
             longest *= 1.03                              # the machine may be busier by now
         else:
+            compare()
             longest *= 0.85
     with forked(script, *options) as (process, _):
         process.join()
-    assert_same_run(folder, whole)
-    print(f"{script.__name__}: {kills} kills, {finished + 1} runs that ended with the same bits, "
-          f"{len(files.read_lines(folder / 'started.jsonl'))} starts of the last")
-
-
-@dataclasses.dataclass
-class ToyConfig(settings.Common):
-    presets = {"tiny": {"save_every": 2}}
-
-
-@runs.self_contained
-def toy(cfg):
-    """A stage that writes all that the real ones write, with a model of two weights"""
-    run = runs.Run(cfg, "toy")
-    if run.finished:
-        return run.show()
-    run.begin()
-    sources = run.sources(tokenizers.train_tokenizer(["toy"], 257), data=[])
-    model = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    first = run.restore(model=model, optimizer=optimizer, **sources)
-    for step in run.steps(first, 5):
-        x = torch.randn(4, 1, generator=run.generator) + torch.randn(4, 1)
-        loss = ((model(x) - 2 * x) ** 2).mean()
-        loss.backward()
-        run.log(step, {"loss": loss} | run.step(1.0, grad_norm=optimizer), ["loss"])
-        run.checkpoint(step + 1)
-    return run.finish("it learned to double", {"weight": model.weight.item()})
-
-
-def test_killed_at_every_moment_of_writing_a_run_resumes_to_the_same_bits(empty_folder,
-                                                                          monkeypatch):
-    """SIGKILL before and after each flush and each renaming, each in a process of its own"""
-    whole, folder = empty_folder / "out" / "whole" / "toy", empty_folder / "out" / "killed" / "toy"
-    calls = {"fsync": 0, "replace": 0}
-    with monkeypatch.context() as patch:
-        for name in calls:
-            def counted(*args, name=name, original=getattr(os, name)):
-                calls[name] += 1
-                return original(*args)
-            patch.setattr(os, name, counted)
-        toy(ToyConfig(config="tiny", out="whole"))
-    assert calls["replace"] >= 7 and calls["fsync"] > calls["replace"]
-    cfg = ToyConfig(config="tiny", out="killed")
-    moments = [("fsync", call, False) for call in range(1, calls["fsync"] + 1)]
-    for call in range(1, calls["replace"] + 1):
-        moments += [("replace", call, False), ("replace", call, True)]
-    for name, call, after in moments:
-        def work():
-            sys.stdout = open(os.devnull, "w")
-            killed_at(monkeypatch, os, name, call, after)
-            toy(cfg)
-        shutil.rmtree(folder, ignore_errors=True)
-        assert in_a_child(work) == -signal.SIGKILL, (name, call)
-        toy(dataclasses.replace(cfg, resume=True))
-        assert_same_run(folder, whole)
-        assert not list(folder.glob("*.tmp"))
+    compare()
 
 
 def test_the_log_is_on_the_disk_before_the_checkpoint_after_it(empty_folder, monkeypatch):
@@ -2162,62 +2225,31 @@ def test_the_log_is_on_the_disk_before_the_checkpoint_after_it(empty_folder, mon
         flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
         return original(handle)
     monkeypatch.setattr(os, "fsync", noted)
-    toy(ToyConfig(config="tiny"))
+    toy(toy_config())
     checkpoints = [i for i, name in enumerate(flushed) if name == "checkpoint.pt.tmp"]
     assert len(checkpoints) == 3 and all(flushed[i - 1] == "log.jsonl" for i in checkpoints)
 
 
-@pytest.mark.parametrize("script, changes", [
-    (sft, dict(dropout=0.3)),
-    (ppo, dict(reward="luck.py:luck", epochs=2)),
-    (grpo, dict(reward="luck.py:luck", normalise_reward=False))], ids=name_of)
-def test_random_numbers_continue_where_they_were(script, changes, finished_run, monkeypatch,
-                                                 no_pictures):
-    """Dropout draws torch's; a reward function may draw torch's, Python's and numpy's"""
-    (finished_run.parent / "luck.py").write_text(
-        "import random\nimport numpy as np\nimport torch\ndef luck(prompts, responses):\n"
-        "    return [random.random() + random.gauss(0, 1) + np.random.randn()\n"
-        "            + torch.rand(()).item() + len(r) / 9 for r in responses]\n")
-    cfg = tiny_config(script, base=base_of(script), steps=5, save_every=2, **changes)
-    few = {} if script is sft else dict(n_eval=2, n_samples=2)
-    cfg = dataclasses.replace(cfg, **few)
-    for out in ("lucky", "lucky_resumed"):
-        shutil.rmtree(finished_run / out / script.__name__, ignore_errors=True)
-
-    def draw_some():
-        """Numbers that were drawn in this process before do not matter."""
-        random.random()
-        np.random.rand()
-        torch.rand(1)
-    script.main(dataclasses.replace(cfg, out="lucky"))
-    draw_some()
-    with crash_at(3, monkeypatch):
-        script.main(dataclasses.replace(cfg, out="lucky_resumed"))
-    draw_some()
-    script.main(dataclasses.replace(cfg, out="lucky_resumed", resume=True))
-    assert_same_run(*(finished_run / out / script.__name__ for out in ("lucky", "lucky_resumed")))
-
-
-def test_the_same_seed_gives_the_same_bits_whatever_hashes_and_threads_do(empty_folder,
-                                                                          no_pictures):
+def test_hashes_and_threads_do_not_change_the_bits(empty_folder, no_pictures):
     """In this process, and in one with a different PYTHONHASHSEED and more threads that tokenise"""
     write_rows(empty_folder / "pairs.jsonl", [comparison(i) for i in range(150)])
-    sft.main(tiny_config(sft, out="here", data="pairs.jsonl", max_prompt_tokens=40, steps=4,
-                         n_eval=5, eval_every=2))
+    cfg = tiny_config(sft, out="here", data="pairs.jsonl", max_prompt_tokens=40, steps=4, n_eval=5,
+                      eval_every=2)
+    sft.main(cfg)
     [cached] = (empty_folder / "out" / "tokens").iterdir()
     before = cached.read_bytes()
     cached.unlink()
     changes = {"PYTHONHASHSEED": "2", "RAYON_NUM_THREADS": str(os.cpu_count() + 1),
                "TOKENIZERS_PARALLELISM": "true"}
-    command = stage_command(sft, "--out", "there", "--data", "pairs.jsonl", "--max_prompt_tokens",
-                            "40", "--steps", "4", "--n_eval", "5", "--eval_every", "2")
-    subprocess.run(command, env=os.environ | changes, stdout=subprocess.DEVNULL, check=True)
+    command = settings.command(dataclasses.replace(cfg, out="there"), HERE / "sft")
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True,
+                   env=os.environ | changes, stdout=subprocess.DEVNULL)
     assert_same_run(*(empty_folder / "out" / name / "sft" for name in ("here", "there")))
     assert cached.read_bytes() == before
 
 
-def test_accumulation_and_checkpointing_may_change_on_resume(finished_run, monkeypatch,
-                                                             no_pictures):
+def test_accumulation_and_checkpointing_may_change(finished_run, monkeypatch, no_pictures):
+    """A run that was out of memory can continue with them."""
     cfg = tiny_config(ppo, out="changed", base="tiny", steps=4, save_every=2, n_eval=2, n_samples=2)
     with crash_at(2, monkeypatch):
         ppo.main(cfg)
@@ -2225,25 +2257,10 @@ def test_accumulation_and_checkpointing_may_change_on_resume(finished_run, monke
     assert log_lines(finished_run / "changed" / "ppo") == 4
 
 
-def test_a_run_that_was_out_of_memory_resumes_in_parts(user_folder, monkeypatch, capsys):
-    cfg = user_config(ppo, out="parts", base="own", steps=3, n_eval=2, n_samples=2, save_every=2)
-    save = runs.Run.save
-
-    def out_of_memory(self, done, **state):
-        save(self, done, **state)
-        raise MemoryError
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(runs.Run, "save", out_of_memory)
-        ppo.main(cfg)
-    ppo.main(dataclasses.replace(cfg, accumulation=4, resume=True))
-    assert "resuming at update 2" in capsys.readouterr().out
-
-
-def test_a_run_of_an_earlier_version_is_known_and_its_data_must_be_the_same(user_folder, capsys):
+def test_a_run_of_an_earlier_version_is_known(user_folder, capsys):
     """Its files lack some of today's fields; the same rows in a newer file are the same data"""
     cfg = user_config(ppo, out="earlier", base="own", steps=3, n_eval=2, n_samples=2, save_every=2)
     folder = user_folder / "earlier" / "ppo"
-    pairs = user_folder.parent / "pairs.jsonl"
     ppo.main(cfg)
     config = files.read_json(folder / "config.json")
     for name in ("ema", "text_prompt", "dtype"):
@@ -2254,23 +2271,16 @@ def test_a_run_of_an_earlier_version_is_known_and_its_data_must_be_the_same(user
     assert "already finished" in capsys.readouterr().out
     saved = files.load_checkpoint(folder)
     del saved["gpt"]["activation"], saved["critic_gpt"]["activation"]
+    for name in ("python", "numpy"):
+        del saved["random"][name]
     torch.save(saved, folder / "checkpoint.pt")
     (folder / "report.txt").unlink()
-    os.utime(pairs)
+    os.utime(user_folder.parent / "pairs.jsonl")
     ppo.main(dataclasses.replace(cfg, resume=True))
     assert "resuming at update 3" in capsys.readouterr().out
-    (folder / "report.txt").unlink()
-    before = pairs.read_bytes()
-    write_rows(pairs, [comparison(i) for i in range(150)])
-    try:
-        with pytest.raises(Stopped, match="different data: the contents of --data have changed"):
-            ppo.main(dataclasses.replace(cfg, resume=True))
-    finally:
-        pairs.write_bytes(before)
 
 
-def test_a_run_whose_data_have_changed_is_refused_and_keeps_its_tokenizer(empty_folder, monkeypatch,
-                                                                          no_pictures):
+def test_changed_data_are_refused_and_the_tokenizer_is_kept(empty_folder, monkeypatch, no_pictures):
     path = empty_folder / "rows.jsonl"
     folder = empty_folder / "out" / "changing" / "sft"
     rows = [comparison(i) for i in range(120)]
@@ -2281,8 +2291,7 @@ def test_a_run_whose_data_have_changed_is_refused_and_keeps_its_tokenizer(empty_
     kept = (folder / "tokenizer.json").read_bytes()
     write_rows(path, [{"prompt": f"an entirely different file {i}", "completion": f" of words {i}"}
                       for i in range(120)])
-    with pytest.raises(Stopped, match="changing/sft was started with a different data: the "
-                                      "contents of --data have changed since"):
+    with refused("out/changing/sft was started with a different data: the contents of --data have"):
         sft.main(dataclasses.replace(cfg, resume=True))
     assert (folder / "tokenizer.json").read_bytes() == kept
     write_rows(path, rows)
@@ -2290,80 +2299,62 @@ def test_a_run_whose_data_have_changed_is_refused_and_keeps_its_tokenizer(empty_
     assert log_lines(folder) == 6
 
 
-@pytest.fixture
-def swapped(finished_run, monkeypatch, no_pictures):
-    """A stage that crashed at its end -> its folder, and a function: resuming is refused with .."""
-    folder = finished_run / "swapped" / "sft"
-    cfg = short_config(sft, out="swapped", overwrite=True)
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
-        patch.setattr(runs.Run, "finish", crash)
-        sft.main(cfg)
-    kept = {path: path.read_bytes() for path in folder.iterdir()}
+def test_files_of_a_different_run_are_refused_on_resume(toy_folder, monkeypatch):
+    with crash_at(4, monkeypatch):
+        toy(toy_config())
+    kept = {path.name: path.read_bytes() for path in toy_folder.iterdir()}
+    saved = files.load_checkpoint(toy_folder)
+    random_states = saved["random"]
 
-    def refused(message):
-        with pytest.raises(Stopped, match=message):
-            sft.main(dataclasses.replace(cfg, resume=True))
-        for path, content in kept.items():
-            path.write_bytes(content)
-    yield folder, refused
-    sft.main(dataclasses.replace(cfg, resume=True))      # put back, it resumes
-    assert log_lines(folder) == 5
-    shutil.rmtree(folder)
+    def checkpoint(**changes):
+        file = io.BytesIO()
+        torch.save({name: x for name, x in (saved | changes).items() if x is not None}, file)
+        return file.getvalue()
 
-
-def test_a_checkpoint_of_a_different_run_is_refused_on_resume(swapped, finished_run):
-    folder, refused = swapped
-    sft.main(short_config(sft, out="other_lr", lr=1e-3))
-    shutil.copy(finished_run / "other_lr" / "sft" / "checkpoint.pt", folder)
-    refused("swapped/sft holds a run with lr 0.001, this one has lr 0.01")
-    shutil.copy(finished_run / "tiny" / "ppo" / "checkpoint.pt", folder)
-    refused("swapped/sft/checkpoint.pt has no optimizer, so a different stage or program wrote it")
-    saved = files.load_checkpoint(folder)
-    policy = saved["policy"] | {"transformer.wte.weight": torch.zeros(5, 32)}
-    random_states = saved["random"] | {"torch": torch.zeros(3)}
-    for changes, message in (
-            (dict(policy=policy), "sft/checkpoint.pt: the policy in it does not fit this GPT: .*"
-                                  "size mismatch for transformer.wte.weight"),
-            (dict(tokenizer="0123"), "swapped/sft was started with a different tokenizer: the "
-                                     "earlier stages have changed"),
-            (dict(data="rows"), "swapped/sft was started with a different data: the contents of "
-                                "--data have changed"),
-            (dict(random={}), "holds random states that cannot be set .'run'"),
-            (dict(random=random_states), "holds random states that cannot be set")):
-        torch.save(saved | changes, folder / "checkpoint.pt")
-        refused(message)
-
-
-def test_a_log_or_config_of_a_different_run_is_refused_on_resume(swapped):
-    folder, refused = swapped
-    for content in (b'{"step": 0}\n{"step": 2}\n', b"5\n{}\n", b"\xff\n", b""):
-        (folder / "log.jsonl").write_bytes(content)
-        (folder / "started.jsonl").write_bytes(content)
-        refused("swapped/sft/log.jsonl does not have the updates 0 to 4 that come before the "
-                "checkpoint: it was changed since")
-    (folder / "config.json").write_text("{")
-    refused("cannot read out/swapped/sft/config.json .JSONDecodeError: .*; restore it from a copy")
-    (folder / "config.json").write_text("[]")
-    refused("swapped/sft/config.json is not what a stage writes")
+    wrong_log = ("out/tiny/toy/log.jsonl does not have the updates 0 to 3 that come before the "
+                 "checkpoint: it was changed since")
+    random_wrong = "out/tiny/toy/checkpoint.pt holds random states that cannot be set "
+    with refused("out/tiny/toy holds an unfinished stage; --resume continues it, --overwrite"):
+        toy(toy_config())
+    for name, content, message in (
+            ("checkpoint.pt", checkpoint(config=saved["config"] | {"lr": 0.5}),
+             "out/tiny/toy holds a run with lr 0.5, this one has lr 0.1"),
+            ("checkpoint.pt", checkpoint(optimizer=None),
+             "out/tiny/toy/checkpoint.pt has no optimizer, so a different stage or program wrote"),
+            ("checkpoint.pt", checkpoint(model={}),
+             "out/tiny/toy/checkpoint.pt: the model in it does not fit this Linear: .*Missing key"),
+            ("checkpoint.pt", checkpoint(tokenizer="0123"),
+             "out/tiny/toy was started with a different tokenizer: the earlier stages have"),
+            ("checkpoint.pt", checkpoint(data="rows", tokenizer="0123"),
+             "out/tiny/toy was started with a different data: the contents of --data have"),
+            ("checkpoint.pt", checkpoint(random={}), f"{random_wrong}.'run'"),
+            ("checkpoint.pt", checkpoint(random=random_states | {"torch": torch.zeros(3)}),
+             random_wrong),
+            ("log.jsonl", b'{"step": 0}\n{"step": 2}\n', wrong_log),
+            ("log.jsonl", b"", wrong_log),
+            ("config.json", b"{", "cannot read out/tiny/toy/config.json .JSONDecodeError: .*; "
+                                  "restore it from a copy"),
+            ("config.json", b"[]", "out/tiny/toy/config.json is not what a stage writes")):
+        (toy_folder / name).write_bytes(content)
+        with refused(message):
+            toy(toy_config(resume=True))
+        (toy_folder / name).write_bytes(kept[name])
+    (toy_folder / "started.jsonl").write_bytes(b"\xff\n")                      # says nothing
+    toy(toy_config(resume=True))
+    assert log_lines(toy_folder) == 5
 
 
-def test_an_earlier_stage_of_a_different_version_is_refused(finished_run, monkeypatch, no_pictures):
-    folder = finished_run / "version" / "sft"
-    with crash_at(2, monkeypatch):
-        sft.main(short_config(sft, out="version"))
-    config = files.read_json(folder / "config.json")
-    (folder / "config.json").write_text(json.dumps(config | {"old_option": 1}))
-    with pytest.raises(Stopped, match="version/sft/config.json has the settings old_option, which "
-                                      "sft.py does not have"):
-        reward_model.main(tiny_config(reward_model, out="version"))
+def test_a_checkpoint_with_a_model_of_a_different_version_is_refused(finished_run, tmp_path):
+    folder = tmp_path / "sft"
+    shutil.copytree(finished_run / "tiny" / "sft", folder)
     saved = files.load_checkpoint(folder)
     gpt = saved["gpt"]
     for change in ({"gpt": gpt | {"rotary": True}}, {"gpt": gpt | {"n_head": 0}},
                    {"gpt": gpt | {"n_embd": "x"}}, {"gpt": gpt | {"n_embd": -8}}, {"gpt": 5},
                    {"policy": 5}, {"policy": {"a.lora_a": torch.zeros(1, 1)}}):
         torch.save(saved | change, folder / "checkpoint.pt")
-        with pytest.raises(Stopped, match="sft/checkpoint.pt describes a model that model.py does "
-                                          "not know"):
+        with refused(".*/sft/checkpoint.pt( describes a model that model.py does not know|: the "
+                     "policy in it does not fit)"):
             sft.load_policy(folder, "cpu")
 
 
@@ -2408,8 +2399,8 @@ def test_a_nan_stops_the_run_before_it_spoils_anything(script, broken, call, tol
     when = "before" if taken else "the start of"
     with monkeypatch.context() as patch:
         break_at(patch, script, broken, call)
-        with pytest.raises(Stopped, match=f"^error: {told} in update {step} is nan.*from {when} "
-                           "that update. docs/running.md, 'When a number is not finite'"):
+        with refused(f"{told} in update {step} is nan.*from {when} that update. docs/running.md, "
+                     "'When a number is not finite'"):
             script.main(cfg)
     saved = files.load_checkpoint(folder)
     assert saved["step"] == (step // 4 * 4 if taken else step)
@@ -2426,96 +2417,128 @@ def test_the_ladders_critic_and_trpo_stop_at_a_nan_too(owner, broken, call, rung
                                                        finished_run, monkeypatch, no_pictures):
     break_at(monkeypatch, owner, broken, call)
     out = f"nan_{rung}"
-    with pytest.raises(Stopped, match=f"^error: {told} in update 2 is nan"):
+    with refused(f"{told} in update 2 is nan"):
         policy_gradient.main(tiny_config(policy_gradient, out=out, base="tiny", rung=rung))
     assert files.load_checkpoint(finished_run / out / "policy_gradient")["step"] == 2
 
 
-@pytest.mark.parametrize("changes, told", [
-    (dict(beta=1e38, kl_control="fixed"), "grad_norm in update 1"),
-    (dict(critic_lr=1e30), "critic_grad_norm in update 0"),
-    (dict(lr=1e30), "grad_norm in update 0")], ids=["beta", "critic_lr", "lr"])
-def test_a_number_that_is_not_finite_blames_the_option_behind_it(changes, told, finished_run,
-                                                                 no_pictures):
-    with pytest.raises(Stopped, match=f"^error: {told} is (nan|inf); try a lower --lr, --critic_lr "
-                                      "or --beta, with a different --out"):
-        ppo.main(tiny_config(ppo, out="blamed", base="tiny", overwrite=True, **changes))
+RUINED = dict(lr=1e30, warmup=0)
+ADVICE = " is (nan|inf); try a lower --lr, --critic_lr or --beta, with a different --out"
 
 
-@pytest.mark.parametrize("calls, message", [
-    (0, "the reward of a response of the SFT policy is inf"),
-    (8, "the reward of a sampled response is inf; only finite numbers can be learned from"),
-    (9, "score in update 0 is inf; the reward returned it"),
-    (10, "score in update 5 is inf; the reward returned it"),
-    (12, "the reward of a sampled response is inf; only finite numbers can be learned from")],
-    ids=["normalising", "labels", "update 0", "update 5", "comparing"])
-def test_a_reward_that_is_not_finite_is_noticed_wherever_it_comes(calls, message, finished_run,
-                                                                  no_pictures):
-    """dpo.py calls it 8 times to normalise, once for labels, in updates 0, 5 and 9, to compare"""
-    shutil.rmtree(finished_run / "infinite", ignore_errors=True)
+@pytest.mark.parametrize("script, changes, message", [
+    (ppo, dict(beta=1e38, kl_control="fixed"), "grad_norm in update 1" + ADVICE),
+    (ppo, dict(critic_lr=1e30), "critic_grad_norm in update 0" + ADVICE),
+    (ppo, dict(lr=1e30), "grad_norm in update 0" + ADVICE),
+    (sft, dict(steps=1, **RUINED), "the held-out loss is nan"),
+    (reward_model, dict(n_prompts=4, lora_rank=0, **RUINED), "the score of a held-out response is"),
+    (dpo, dict(n_pairs=16, **RUINED), "a log-probability of DPO is nan"),
+    (grpo, dict(steps=1, minibatch_size=32, epochs=1, **RUINED), "kl_old in update 0 is")],
+    ids=id_of_case)
+def test_settings_that_ruin_weights_are_blamed(script, changes, message, finished_run, no_pictures):
+    """Even in the last update: before the report"""
+    with refused(message):
+        script.main(tiny_config(script, out=f"ruined_{script.__name__}", base=base_of(script),
+                                overwrite=True, **changes))
+    folder = finished_run / f"ruined_{script.__name__}" / script.__name__
+    assert folder.exists() and not (folder / "report.txt").exists()
+
+
+SCORES = r"scores in update 3 is inf in \d+ of \d+ places, first at \[\d+\]; the reward returned it"
+
+
+@pytest.mark.parametrize("script, calls, step, message", [
+    (dpo, 0, None, "the reward of a response of the SFT policy is inf"),
+    (dpo, 8, None, "the reward of a sampled response is inf; only finite numbers can be learned"),
+    (dpo, 9, 0, "score in update 0 is inf; the reward returned it"),
+    (dpo, 10, 5, "score in update 5 is inf; the reward returned it"),
+    (dpo, 12, 10, "the reward of a sampled response is inf; only finite numbers can be learned"),
+    (ppo, 11, 3, SCORES),
+    (grpo, 11, 3, SCORES),
+    (policy_gradient, 11, 3, SCORES)])
+def test_a_reward_that_is_not_finite_is_noticed_wherever_it_comes(script, calls, step, message,
+                                                                  finished_run, no_pictures):
+    """
+    All call it 8 times to normalise, then once an update; dpo for labels, then in updates 0, 5 and
+    9, and to compare.
+    """
+    folder = finished_run / "infinite" / script.__name__
+    shutil.rmtree(folder, ignore_errors=True)
     (finished_run.parent / f"after_{calls}.py").write_text(
         "calls = []\ndef score(prompts, responses):\n    calls.append(1)\n"
         f"    bad = len(calls) > {calls}\n"
         "    return [float('inf') if bad else float(len(r)) for r in responses]\n")
-    with pytest.raises(Stopped, match=message):
-        dpo.main(tiny_config(dpo, out="infinite", base="tiny", reward=f"after_{calls}.py:score",
-                             labels="reward_model", n_eval=4, n_samples=4, missing_eos_score=None,
-                             eval_every=5, n_pairs=160))
+    changes = {}
+    if script is dpo:
+        changes = dict(labels="reward_model", eval_every=5, n_pairs=160, n_eval=4, n_samples=4)
+    with refused(message):
+        script.main(tiny_config(script, out="infinite", base="tiny", missing_eos_score=None,
+                                reward=f"after_{calls}.py:score", **changes))
+    if step is not None:
+        assert files.load_checkpoint(folder)["step"] == step
 
 
-@pytest.mark.parametrize("script", [ppo, grpo, policy_gradient], ids=name_of)
-def test_a_score_that_is_not_finite_stops_at_the_start_of_the_update(script, finished_run,
-                                                                     no_pictures):
-    """Normalising takes 8 calls, then each update one"""
-    (finished_run.parent / "late.py").write_text(
-        "calls = []\ndef f(prompts, responses):\n    calls.append(1)\n    bad = len(calls) > 11\n"
-        "    return [float('-inf') if bad else float(len(r)) for r in responses]\n")
-    with pytest.raises(Stopped, match=r"^error: scores in update 3 is -inf in \d+ of \d+ places, "
-                                      r"first at \[\d+\]; the reward returned it"):
-        script.main(tiny_config(script, out="late_inf", base="tiny", reward="late.py:f",
-                                missing_eos_score=None))
-    assert files.load_checkpoint(finished_run / "late_inf" / script.__name__)["step"] == 3
-
-
-@pytest.mark.parametrize("script, changes, message", [
-    (sft, dict(steps=1), "the held-out loss is nan"),
-    (reward_model, dict(n_prompts=4, lora_rank=0), "the score of a held-out response is nan"),
-    (dpo, dict(n_pairs=16), "a log-probability of DPO is nan"),
-    (grpo, dict(steps=1, minibatch_size=32, epochs=1), "kl_old in update 0 is (nan|inf)")],
-    ids=name_of)
-def test_a_last_update_that_ruins_the_weights_is_noticed_before_the_report(
-        script, changes, message, finished_run, no_pictures):
-    out = f"ruined_{script.__name__}"
-    with pytest.raises(Stopped, match=f"^error: {message}"):
-        script.main(tiny_config(script, out=out, base=base_of(script), lr=1e30, warmup=0,
-                                **changes))
-    assert not (finished_run / out / script.__name__ / "report.txt").exists()
-
-
-def test_a_weight_that_is_not_finite_is_never_saved(finished_run):
-    run = runs.Run(short_config(sft, out="infinite_weight"), "sft")
+def test_a_weight_that_is_not_finite_is_never_saved(toy_folder):
+    run = runs.Run(toy_config(), "toy")
     run.begin()
     gpt = small_gpt()
     run.restore(policy=gpt)
     gpt.transformer.wte.weight.data[1, 1] = math.inf
-    with pytest.raises(Stopped, match="weight of the policy after 3 updates is inf"):
+    with refused(".*weight of the policy after 3 updates is inf"):
         run.save(3)
-    assert not (finished_run / "infinite_weight" / "sft" / "checkpoint.pt").exists()
+    for _ in run.steps(0, 1):
+        run.taken = 1                                    # so this update cannot be saved either
+        with refused("loss in update 0 is nan; a hint. No checkpoint had been written yet. docs/"):
+            run.must_be_finite("a hint", loss=math.nan)
+    assert not (toy_folder / "checkpoint.pt").exists()
+
+
+def test_where_float16_overflows_the_step_is_left_out_and_losses_are_scaled_less(toy_folder):
+    run = runs.Run(toy_config(dtype="float16"), "toy")
+    run.begin()
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    run.restore(model=model, optimizer=optimizer)
+    for step in run.steps(0, 1):
+        before = model.weight.item()
+        scale = run.scaler.get_scale()
+        run.backward(model.weight.sum() * 1e36)          # times the scale it is beyond float32
+        assert run.step(1.0, grad_norm=optimizer) == {"steps_skipped": 1.0}
+        assert model.weight.item() == before and model.weight.grad is None and run.taken == 0
+        assert run.scaler.get_scale() == scale / 2
+        run.backward(model.weight.sum() * 3)             # the norm is that of the loss itself
+        assert run.step(9.0, grad_norm=optimizer)["grad_norm"].item() == pytest.approx(3)
+        assert model.weight.item() != before and run.taken == 1
+        run.scaler.update(1.0)                           # nothing left to scale less
+        run.backward(model.weight.sum() * math.nan)
+        with refused("grad_norm in update 0 is nan"):
+            run.step(1.0, grad_norm=optimizer)
+
+
+def test_a_float16_run_resumes_to_the_same_bits(toy_folder, monkeypatch):
+    whole = toy(toy_config(dtype="float16", out="whole"))
+    after_each_update(monkeypatch, lambda step: crash() if step == 3 else None)
+    with pytest.raises(RuntimeError, match="crash"):
+        toy(toy_config(dtype="float16"))
+    assert files.load_checkpoint(toy_folder)["scaler"]["scale"] == 2.0 ** 16
+    monkeypatch.undo()
+    monkeypatch.chdir(toy_folder.parents[2])
+    assert toy(toy_config(dtype="float16", resume=True)) == whole
+
+
+def crash(*args, **kwargs):
+    raise RuntimeError("crash")
 
 
 @pytest.mark.parametrize("script, function, error, told", [
-    (ppo, "generate", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+    (rollout, "generate", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
      "CUDA out of memory. Tried to allocate 20 GiB"),
-    (ppo, "policy_loss", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
-     "DefaultCPUAllocator: can't allocate memory: you tried"),
-    (sft, "sft_loss", MemoryError(), "MemoryError")], ids=["CUDA", "CPU", "Python"])
+    (sft, "sft_loss", MemoryError(), "MemoryError")], ids=["CUDA", "Python"])
 def test_out_of_memory_is_one_message_that_names_what_needs_less(script, function, error, told,
                                                                  finished_run, monkeypatch):
     """Also in a stage that is made on the way. A bug keeps its traceback."""
-    def fails(*args, **kwargs):
-        raise error
     options = ["--out", f"memory_{function}", f"--base={base_of(script)}"]
-    monkeypatch.setattr(script, function, fails)
+    monkeypatch.setattr(script, function, failing(error))
     assert launched(monkeypatch, ppo, *options) == (
         f"error: out of memory ({told}). Try --accumulation 4, --checkpointing 1, --dtype "
         "bfloat16, a smaller --batch_size or --max_new_tokens")
@@ -2526,35 +2549,15 @@ def test_out_of_memory_is_one_message_that_names_what_needs_less(script, functio
 
 # ---- signals
 
-def test_ctrl_c_saves_and_says_how_to_resume_and_that_works(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "out" / "tiny" / "sft"
-    options = ["--steps", "3000", "--save_every", "9999"]
-    with started(stage_command(sft, *options), tmp_path, stdout=subprocess.PIPE,
-                 stderr=subprocess.PIPE) as process:
-        for line in process.stdout:
-            if line.startswith("   100"):
-                process.send_signal(signal.SIGINT)
-                break
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback" not in err
-    assert re.search(r"saved after \d+ of 3000 updates in out/tiny/sft; the same command with "
-                     "--resume", err)
-    done = files.load_checkpoint(folder)["step"]
-    assert done >= 101 and log_lines(folder) == done
-    with forked(sft, *options, "--resume") as (_, output):
-        assert any(line == f"resuming at update {done}\n" for line in output)
-
-
 @pytest.mark.parametrize("first, second, told", [
-    (signal.SIGTERM, None,
+    (signal.SIGINT, None,
      r"saved after \d+ of 400 updates in out/signals/ppo; the same command with --resume"),
+    (signal.SIGTERM, None, r"saved after \d+ of 400 updates"),
     (signal.SIGHUP, None, r"saved after \d+ of 400 updates"),
     (signal.SIGINT, signal.SIGINT,
      "stopped; what was saved is intact, --resume continues an unfinished stage")],
-    ids=["a plain kill", "a closed terminal", "Ctrl-C twice"])
-def test_a_plain_kill_saves_as_ctrl_c_does_and_a_second_one_leaves_at_once(
-        first, second, told, finished_run, monkeypatch):
+    ids=["Ctrl-C", "a plain kill", "a closed terminal", "Ctrl-C twice"])
+def test_a_signal_saves_a_second_one_leaves_at_once(first, second, told, finished_run, monkeypatch):
     original = ppo.roll_out
 
     def slow(*args):
@@ -2564,8 +2567,8 @@ def test_a_plain_kill_saves_as_ctrl_c_does_and_a_second_one_leaves_at_once(
     folder = finished_run / "signals" / "ppo"
     shutil.rmtree(folder, ignore_errors=True)
     lines = []
-    with forked(ppo, "--out", "signals", "--base", "tiny", "--steps", "400", "--save_every",
-                "2") as (process, output):
+    options = ["--out", "signals", "--base", "tiny", "--steps", "400", "--save_every", "2"]
+    with forked(ppo, *options) as (process, output):
         for line in output:
             lines.append(line)
             if re.match(" +2 ", line):                   # update 2 is done
@@ -2579,38 +2582,32 @@ def test_a_plain_kill_saves_as_ctrl_c_does_and_a_second_one_leaves_at_once(
     done = files.load_checkpoint(folder)["step"]
     assert done == 2 if second else 3 <= done == log_lines(folder)
     assert not list(folder.glob("*.tmp"))
+    with forked(ppo, *options, "--resume") as (_, output):
+        assert any(line == f"resuming at update {done}\n" for line in output)
 
 
-def test_ctrl_c_in_the_last_update_leaves_before_the_report(finished_run, monkeypatch, no_pictures):
-    """It comes with --resume."""
-    report = finished_run / "last" / "sft" / "report.txt"
-    original = runs.Run.log
-
-    def interrupted(run, step, *args, **kwargs):
-        original(run, step, *args, **kwargs)
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
+def test_ctrl_c_in_the_last_update_leaves_before_the_report(toy_folder, monkeypatch):
+    """It comes with --resume. After a run, and in a thread, signals are the caller's."""
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Run, "log", interrupted)
-        with pytest.raises(Stopped, match="saved after 5 of 5 updates in out/last/sft; the same "
+        after_each_update(
+            patch, lambda step: step == 4 and os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Stopped, match="^saved after 5 of 5 updates in out/tiny/toy; the same "
                                           "command with --resume"):
-            sft.main(short_config(sft, out="last"))
-    assert not report.exists()
-    sft.main(short_config(sft, out="last", resume=True))
-    assert report.exists()
+            toy(toy_config())
+    assert not (toy_folder / "report.txt").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    thread = threading.Thread(target=toy, args=[toy_config(resume=True)])
+    thread.start()
+    thread.join()
+    assert (toy_folder / "report.txt").exists()
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored(empty_folder, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    original = runs.Run.log
     seen = []
-
-    def noted(*args, **kwargs):
-        seen.append(signal.getsignal(signal.SIGHUP))
-        original(*args, **kwargs)
-    monkeypatch.setattr(runs.Run, "log", noted)
+    after_each_update(monkeypatch, lambda step: seen.append(signal.getsignal(signal.SIGHUP)))
     try:
-        toy(ToyConfig(config="tiny"))
+        toy(toy_config())
     finally:
         signal.signal(signal.SIGHUP, before)
     assert len(seen) == 5 and set(seen) == {signal.SIG_IGN}
@@ -2643,12 +2640,11 @@ def test_ctrl_c_in_a_reward_drops_the_update_which_resume_repeats(script, call, 
     script.main(dataclasses.replace(cfg, out="unstopped"))
     (home / "stop").touch()
     try:
-        with pytest.raises(Stopped, match="saved after [01] of 2 updates in out/stopped/.*; the "
+        with pytest.raises(Stopped, match="^saved after [01] of 2 updates in out/stopped/.*; the "
                                           "same command with --resume"):
             script.main(dataclasses.replace(cfg, out="stopped"))
     finally:
         (home / "stop").unlink()
-    assert not any(run.looping for run in process.OPENED.runs)
     script.main(dataclasses.replace(cfg, out="stopped", resume=True))
     assert_same_run(*(finished_run / out / script.__name__ for out in ("stopped", "unstopped")))
 
@@ -2732,68 +2728,52 @@ def f(prompts, responses):
 BUFFERED = os.environ | {"PYTHONUNBUFFERED": ""}         # as usual, whatever these tests run under
 
 
-def test_closing_the_output_ends_with_one_line():
-    done = subprocess.run(f"{sys.executable} {HERE}/sft.py --help | head -1", shell=True, text=True,
-                          capture_output=True)
-    assert done.stdout == "Stage 1: supervised fine-tuning.\n"
-    assert done.stderr in ("", "stopped: the output was closed; what was saved is intact\n")
+def sft_command(**changes):
+    cfg = short_config(sft, **changes)
+    return settings.command(cfg, HERE / "sft").replace("python", sys.executable, 1)
 
 
 def test_a_reader_that_goes_away_makes_a_run_save_and_leave(finished_run):
     """As with  | head  or a killed tee"""
-    command = stage_command(sft, "--out", "reader", "--steps", "100000", "--save_every", "100000",
-                            "--n_eval", "8", "--n_texts", "100")
-    with started(command, finished_run.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                 env=BUFFERED) as process:
-        for line in process.stdout:
-            if re.match(" +[0-9]+ ", line):
-                break
-        process.stdout.close()
-        assert process.wait() == 1
-        assert re.search("saved after .*--resume continues from there", process.stderr.read())
+    done = subprocess.run(f"{sys.executable} {HERE}/sft.py --help | head -1", shell=True, text=True,
+                          capture_output=True)
+    assert done.stdout == "Stage 1: supervised fine-tuning.\n"
+    assert done.stderr in ("", "stopped: the output was closed; what was saved is intact\n")
+    command = sft_command(out="reader", steps=100_000, save_every=100_000)
+    done = subprocess.run(f"{command} | grep -m 1 '^ *[0-9]'", shell=True, env=BUFFERED,
+                          capture_output=True, text=True)
+    assert re.search("saved after .*--resume continues from there", done.stderr)
     folder = finished_run / "reader" / "sft"
     assert 0 < files.load_checkpoint(folder)["step"] == log_lines(folder)
 
 
-@pytest.mark.parametrize("closed", [(1,), (1, 2)], ids=[">&-", ">&- 2>&-"])
-def test_a_closed_output_changes_nothing(closed, finished_run, tmp_path):
-    """Its number is then the next file's that is opened."""
-    cfg = short_config(sft, out=f"closed_{len(closed)}", steps=3)
-    errors = tmp_path / "errors"
-
-    def work():
-        sys.stderr = open(errors, "w")
-        os.dup2(sys.stderr.fileno(), 2)
-        for number in closed:
-            os.close(number)
-        sys.stdout = None                                # as Python sets it then
-        if 2 in closed:
-            sys.stderr = None
-        sft.main(cfg)
-    assert in_a_child(work) == 0 and errors.read_text() == ""
-    folder = finished_run / cfg.out / "sft"
-    assert (folder / "report.txt").exists()
-    assert [line["step"] for line in log_of(folder)] == [0, 1, 2]
+def test_a_reader_that_goes_away_before_the_report_ends_the_command(toy_folder, monkeypatch):
+    def write(text):
+        if "learned" in text:
+            raise BrokenPipeError
+    reader = types.SimpleNamespace(write=write, flush=lambda: None)
+    monkeypatch.setattr(sys, "stdout", reader)
+    with pytest.raises(BrokenPipeError):
+        toy(toy_config())
 
 
-def test_a_full_output_changes_nothing(finished_run):
-    """A real process: Python writes what is left in the buffer when it exits."""
-    command = stage_command(sft, "--out", "full", "--steps", "3", "--n_eval", "8", "--n_texts",
-                            "100", "--batch_size", "4")
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=BUFFERED)
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-", ">&- 2>&-"])
+def test_an_output_that_is_full_or_closed_changes_nothing(redirection, finished_run):
+    """Python writes what is left in the buffer when it exits; a closed output's number is reused"""
+    command = f"{sft_command(out='shut', steps=3, overwrite=True)} --overwrite {redirection}"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, env=BUFFERED)
     assert (done.stderr, done.returncode) == ("", 0)
-    folder = finished_run / "full" / "sft"
+    folder = finished_run / "shut" / "sft"
     assert (folder / "report.txt").exists()
     assert [line["step"] for line in log_of(folder)] == [0, 1, 2]
 
 
-def test_a_run_name_with_dollars_is_drawn_as_it_is(tmp_path, capsys):
-    folder = tmp_path / "cost$_$"
+def test_a_log_is_drawn_whatever_the_runs_name_and_the_gaps_in_it(tmp_path, capsys):
+    folder = tmp_path / "cost$_$"                        # not a formula
     folder.mkdir()
     files.write_lines(folder / "log.jsonl", [{"step": 0, "loss": 1.0}, {"step": 1, "loss": None}])
     assert reports.curves(folder, [("loss", "", ["loss"])]) == folder / "curves.png"
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "" and "matplotlib.pyplot" not in sys.modules
 
 
 def test_without_matplotlib_a_stage_finishes_without_pictures(finished_run, monkeypatch, capsys):
@@ -2806,17 +2786,12 @@ def test_without_matplotlib_a_stage_finishes_without_pictures(finished_run, monk
     assert "warning: a picture was not drawn (ModuleNotFoundError" in out
     assert "curves      not drawn (ModuleNotFoundError" in out
     assert (finished_run / "undrawn" / "sft" / "report.txt").exists()
-    found = evaluate.main(tiny_config(evaluate, out="undrawn_too", base="tiny", runs="tiny",
-                                      n_eval=2, n_reference=4, n_samples=2))
-    assert "tiny/ppo" in found
 
 
-def full_disk(*args):
-    raise OSError(errno.ENOSPC, "No space left on device")
+full_disk = failing(OSError(errno.ENOSPC, "No space left on device"))
 
 
-def test_a_run_on_a_full_disk_keeps_its_checkpoint_and_resumes(finished_run, monkeypatch,
-                                                               no_pictures):
+def test_a_full_disk_keeps_the_last_checkpoint(finished_run, monkeypatch, no_pictures):
     """By the kernel's limit on the size of a file, then by an error of fsync"""
     cfg = short_config(sft, out="no_room")
     stage = finished_run / "no_room" / "sft"
@@ -2825,8 +2800,8 @@ def test_a_run_on_a_full_disk_keeps_its_checkpoint_and_resumes(finished_run, mon
     for room in (size - 1000, size // 2):                # at its end; in the middle, where torch
         def work():                                      # fails to write its own end too
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-            with pytest.raises(Stopped, match="could not write out/no_room/sft/checkpoint.pt: File "
-                                              "too large. The previous version is intact"):
+            with refused("could not write out/no_room/sft/checkpoint.pt: File too large. The "
+                         "previous version is intact"):
                 sft.main(cfg)
         assert in_a_child(work) == 0
         assert not (stage / "checkpoint.pt").exists() and not list(stage.glob("*.tmp"))
@@ -2836,34 +2811,11 @@ def test_a_run_on_a_full_disk_keeps_its_checkpoint_and_resumes(finished_run, mon
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: (
             full_disk() if (stage / "checkpoint.pt").exists() else original(file)))
-        with pytest.raises(Stopped, match="could not write .*: No space left on device"):
+        with refused("could not write .*: No space left on device"):
             sft.main(cfg)
     assert files.load_checkpoint(stage)["step"] == 2
     sft.main(dataclasses.replace(cfg, resume=True))
     assert_same_run(stage, finished_run / "room" / "sft")
-
-
-def test_a_full_disk_keeps_the_last_evaluation(finished_run, monkeypatch):
-    """In evaluate.old, until there is a new one"""
-    cfg = tiny_config(evaluate, out="evaluated_full", base="tiny", runs="tiny", n_eval=2,
-                      n_reference=4, n_samples=2)
-    evaluate.main(cfg)
-    folder = finished_run / "evaluated_full" / "evaluate"
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    original = evaluate.collect
-
-    def fill_the_disk(*args):
-        patch.setattr(os, "fsync", full_disk)
-        return original(*args)
-    old = folder.with_name("evaluate.old")
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "collect", fill_the_disk)
-        for _ in range(2):
-            with pytest.raises(Stopped, match="could not write .*: No space left on device"):
-                evaluate.main(cfg)
-            assert {path.name: path.read_bytes() for path in old.iterdir()} == before
-    evaluate.main(cfg)
-    assert (folder / "report.txt").exists() and not old.exists()
 
 
 # ---- reports, commands and use from Python
@@ -2883,37 +2835,13 @@ def test_a_report_says_by_what_it_was_made(finished_run):
         finished_run / "ladder" / "policy_gradient" / "report.txt").read_text()
 
 
-def test_the_command_in_a_report_gives_the_same_settings():
-    cfg = tiny_config(ppo, seed=7, missing_eos_score=None, out="a", whiten_rewards=True,
-                      reward="some where/my file.py:f")
-    words = shlex.split(settings.command(cfg, "ppo"))
-    assert words[:2] == ["python", "ppo.py"] and settings.parse(ppo.Config, "", words[2:]) == cfg
-
-
-def test_the_commit_is_gits_or_unknown(monkeypatch):
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    commit = head.stdout.strip()[:12] or "unknown"
-    assert process.environment("cpu")["commit"].split()[0] == commit
-
-    def no_git(*args, **kwargs):
-        raise FileNotFoundError("git")
-    monkeypatch.setattr(subprocess, "run", no_git)
-    assert process.environment("cpu")["commit"] == "unknown"
-
-
-def test_an_edited_or_a_new_script_counts_as_a_change(tmp_path, monkeypatch):
-    monkeypatch.setattr(process, "__file__", str(tmp_path / "lab" / "process.py"))
-    (tmp_path / "lab").mkdir()
-    (tmp_path / "ppo.py").write_text("")
-    subprocess.run("git init -q . && git add . && "
-                   "git -c user.name=a -c user.email=a@b commit -qm one",
-                   shell=True, cwd=tmp_path, check=True)
-    assert re.fullmatch("[0-9a-f]{12}", process.environment("cpu")["commit"])
-    (tmp_path / "my_ppo.py").write_text("")
-    assert process.environment("cpu")["commit"].endswith(" with changes")
-    (tmp_path / "my_ppo.py").unlink()
-    (tmp_path / "ppo.py").write_text("edited = True\n")
-    assert process.environment("cpu")["commit"].endswith(" with changes")
+def test_each_line_on_the_terminal_tells_the_seconds_left(toy_folder, monkeypatch, capsys):
+    monkeypatch.setattr(time, "time", lambda: 10.0 * log_lines(toy_folder))    # 10 s an update
+    toy(toy_config())
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("  step    loss      left") + 1
+    assert [line.split()[-2] for line in lines[start:start + 5]] == ["?", "30", "20", "10", "0"]
+    assert lines[start].startswith("     0 ") and lines[start].endswith(" s")
 
 
 def test_the_next_command_says_all_that_the_next_stage_must_know(user_folder):
@@ -2925,7 +2853,6 @@ def test_the_next_command_says_all_that_the_next_stage_must_know(user_folder):
         "None")
     again = settings.parse(evaluate.Config, "", command.split()[2:])
     assert (again.reward, again.missing_eos_score) == ("word.py:exclaims", None)
-    assert (again.data, again.max_new_tokens) == ("pairs.jsonl", 12)
     assert settings.next_command(tiny_config(ppo), "evaluate") == "python evaluate.py --config tiny"
     assert ("next        python evaluate.py --config tiny --out own --data pairs.jsonl "
             "--max_prompt_tokens 40 ") in (user_folder / "own" / "ppo" / "report.txt").read_text()
@@ -2964,57 +2891,20 @@ def test_copies_links_and_profilers_run_under_their_own_name(finished_run, tmp_p
         assert (tmp_path / name / "model.safetensors").exists()
 
 
-def test_a_stage_called_from_python_can_be_refused_and_called_again(finished_run, no_pictures):
-    cfg = short_config(sft, out="from_python")
-    state = torch.get_rng_state()
-    with pytest.raises(Stopped, match="--vocab_size got 5"):
-        sft.main(dataclasses.replace(cfg, vocab_size=5))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs.Run, "checkpoint", lambda run, done: files.stop("in the middle"))
-        with pytest.raises(Stopped, match="in the middle") as stopped:
-            sft.main(cfg)
-    results = sft.main(cfg)
-    assert results == sft.main(cfg) and torch.equal(torch.get_rng_state(), state)
-    assert stopped.value                                 # its traceback keeps the first Run alive
-    assert "matplotlib.pyplot" not in sys.modules
-
-
-def test_a_main_runs_in_a_thread(finished_run, no_pictures):
-    found = []
-
-    def work():
-        found.append(sft.main(short_config(sft, out="in_a_thread")))
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert found[0].keys() >= {"held_out"}
-    assert (finished_run / "in_a_thread" / "sft" / "report.txt").exists()
-
-
 # ---- exports, and weights of the user's
 
-def test_an_export_that_cannot_be_made_is_refused_before_any_work(finished_run, tmp_path,
-                                                                  monkeypatch):
-    (tmp_path / "a_file").write_text("")
-    with pytest.raises(Stopped, match="cannot make --export .*/a_file/there: .*a_file is not a "):
-        sft.main(short_config(sft, out="unexported", export=str(tmp_path / "a_file" / "there")))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(Stopped, match="pip install transformers"):
-        sft.main(short_config(sft, out="unexported", export=str(tmp_path / "there")))
-    assert not (finished_run / "unexported").exists()
-
-
 def test_export_works_on_a_finished_stage_and_never_overwrites(user_folder, monkeypatch, capsys):
-    options = ["--out", "own", "--data", "pairs.jsonl", "--init", "gpt2", "--steps", "30",
-               "--n_texts", "none", "--n_eval", "10", "--batch_size", "8", "--max_prompt_tokens",
-               "40", "--max_new_tokens", "12", "--export", "there"]
-    assert launched(monkeypatch, sft, *options) is None
+    cfg = user_config(sft, init="gpt2", steps=30, n_texts=None, n_eval=10, batch_size=8,
+                      lora_rank=0, export="there")
+    with monkeypatch.context() as patch, refused(".*pip install transformers"):
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        sft.main(cfg)
+    sft.main(cfg)
     out = capsys.readouterr().out
     assert "already finished" in out and "exported    there" in out
     assert (user_folder.parent / "there" / "model.safetensors").is_file()
-    assert "--export there already exists and is not empty; give a new folder" in (
-        launched(monkeypatch, sft, *options))
-    assert "this one trains nothing" in launched(monkeypatch, evaluate, "--lora_rank", "2")
+    with refused("--export there already exists and is not empty; give a new folder"):
+        sft.main(cfg)
 
 
 @pytest.mark.parametrize("name, message", [
@@ -3027,7 +2917,7 @@ def test_truncated_files_of_the_users_are_refused(name, message, user_run, user_
     content = (folder / name).read_bytes()
     for cut in (0, len(content) // 2, len(content) - 10):
         (folder / name).write_bytes(content[:cut])
-        with pytest.raises(Stopped, match=f"^error: {message}"):
+        with refused(message):
             sft.main(user_config(sft, out="cut", init=str(folder), lora_rank=0))
 
 
@@ -3042,34 +2932,11 @@ def test_an_init_that_is_not_whole_weights_is_refused(script, user_run, user_fol
                           (tmp_path / "bare", "bare has no config.json"),
                           (stage, "A stage of this project writes them with --export"),
                           (stage / "checkpoint.pt", "is not a checkpoint of nanoGPT")):
-        with pytest.raises(Stopped, match=f"^error: --init .*{message}"):
+        with refused(f"--init .*{message}"):
             script.main(user_config(script, out="cut", base="own", init=str(init), lora_rank=0))
 
 
-def test_a_tokenizer_with_a_wrong_vocabulary_is_refused(user_run, user_folder, tmp_path):
-    """One of transformers, then one that a stage has saved"""
-    shutil.copytree(user_run[0] / "gpt2", tmp_path / "gpt2")
-    path = tmp_path / "gpt2" / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    vocab = tokenizer["model"]["vocab"]
-    byte, other = sorted(vocab, key=vocab.get)[7:9]
-    without_a = {token: i for token, i in vocab.items() if token != "A"}
-    for changed, message in ((vocab | {byte: vocab[other]}, "two tokens with one id"),
-                             (without_a, "number the merges in their order")):
-        path.write_text(json.dumps(tokenizer | {"model": tokenizer["model"] | {"vocab": changed}}))
-        with pytest.raises(Stopped, match=f"^error: no tokenizer in .*{message}"):
-            sft.main(user_config(sft, out="cut", init=str(path.parent), lora_rank=0))
-    saved = json.loads((user_folder / "own" / "sft" / "tokenizer.json").read_text())
-    ranks = saved["ranks"]
-    byte, other = list(ranks)[7:9]
-    for content in (saved | {"ranks": ranks | {byte: ranks[other]}}, saved | {"ranks": {}},
-                    {"ranks": 3}, []):
-        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-        with pytest.raises(Stopped, match="tokenizer.json.* as a tokenizer"):
-            tokenizers.load_tokenizer(tmp_path)
-
-
-# ---- a reward file of the user's
+# ---- guest.py: a reward file of the user's
 
 def test_an_edit_of_a_file_that_the_reward_imports_is_noticed(empty_folder, tokenizer, monkeypatch):
     """Modules, a package, a folder without __init__, one in sys.path; what is installed is not"""
@@ -3084,11 +2951,9 @@ def test_an_edit_of_a_file_that_the_reward_imports_is_noticed(empty_folder, toke
         "import bonus, deep, of_python, pack.inner, reviews, sample, theirs\n"
         "from folder import leaf\n"
         "def f(prompts, responses):\n    return [leaf.BONUS] * len(responses)\n")
-    (empty_folder / "alone.py").write_text("def f(prompts, responses):\n    return [1.0]\n")
-    digest = files.digest(empty_folder / "alone.py")[:16]
-    assert load_own(tokenizer, "alone.py:f").made_for == f"alone.py:f {digest}"
+    digest = files.digest(empty_folder / "judge.py")[:16]
     first = load_own(tokenizer, "judge.py:f").made_for
-    assert first.startswith(f"judge.py:f {files.digest(empty_folder / 'judge.py')[:16]} bonus.py ")
+    assert first.startswith(f"judge.py:f {digest} bonus.py ")
     assert first.split()[2::2] == ["bonus.py", "folder/leaf.py", "lib/deep.py", "pack/__init__.py",
                                    "pack/inner.py"]
     for path in ("bonus", "pack/inner", "folder/leaf", "lib/deep"):
@@ -3097,7 +2962,7 @@ def test_an_edit_of_a_file_that_the_reward_imports_is_noticed(empty_folder, toke
         assert load_own(tokenizer, "judge.py:f").made_for != before
     last = load_own(tokenizer, "judge.py:f")
     assert last.raw.args[0]([], [1]) == [12345]          # the new one is what runs
-    with pytest.raises(Stopped, match="started with a different reward .judge.py:f .* bonus.py"):
+    with refused(".*started with a different reward .judge.py:f .* bonus.py"):
         last.load_state_dict({"made_for": first, "gain": 1.0, "bias": 0.0})
 
 
@@ -3116,13 +2981,12 @@ def test_a_reward_beside_our_scripts_may_import_them(empty_folder, tokenizer, mo
      "the reward gave 2 to each of 512 responses of the SFT policy"),
     ("nan", "return [float('nan')] * len(responses)",
      "the reward of a response of the SFT policy is nan; only finite numbers can be learned from"),
-    ("few", "return [1.0]", "returned 1 numbers; it should return one for each"),
+    ("few", "return [1.0]", ".* returned 1 numbers; it should return one for each"),
     ("broken", "raise ValueError('no judge today')",
      "the reward function broken ended in the ValueError above")])
-def test_a_reward_that_cannot_be_used_stops_before_anything_is_written(name, body, message,
-                                                                       finished_run, tmp_path):
+def test_a_reward_that_cannot_be_used_stops_first(name, body, message, finished_run, tmp_path):
     (tmp_path / "judge.py").write_text(f"def {name}(prompts, responses):\n    {body}\n")
-    with pytest.raises(Stopped, match=message):
+    with refused(message):
         ppo.main(tiny_config(ppo, out="unrewarded", base="tiny",
                              reward=f"{tmp_path}/judge.py:{name}"))
     assert not (finished_run / "unrewarded").exists()

@@ -1,0 +1,181 @@
+"""
+Dialogues as text: HH-RLHF's, and the templates of instruct models.
+
+    written         [(role, text), ..] -> text, with the cue for the assistant's turn
+    answer          the text of the assistant's turn after it
+    set_chat        a tokenizer that writes dialogues by a template and ends a turn as it does
+    template_of     the template in a folder's files, for --chat auto
+    jinja_of        a tokenizer's template for the files of an export
+
+A special token that a template writes has a MARK before it. Text from users has none, so it never
+becomes a special token.
+"""
+
+import json
+from pathlib import Path
+
+from lab import pretrained
+from lab.tokenizer import MARK
+
+TURN = "\n\nAssistant:"
+SPEAKER = {"user": "\n\nHuman:", "assistant": TURN, "system": "\n\nSystem:"}
+# The special tokens that a template writes: what starts a turn first, what ends it last
+TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>"),
+          "llama3": ("<|start_header_id|>", "<|begin_of_text|>", "<|end_header_id|>", "<|eot_id|>")}
+
+
+def plain(turns):
+    """HH-RLHF's: Human, Assistant and System, no special tokens -> text, the cue for an answer"""
+    return "".join(SPEAKER[role] + spoken(text) for role, text in turns), TURN
+
+
+def spoken(text):
+    """A turn's text, with a space between it and the speaker's name unless it starts with one"""
+    return f" {text}" if text[:1].strip() else text
+
+
+def chatml(turns):
+    """<|im_start|>user\\nHi<|im_end|>\\n, turn after turn -> text, the cue for an answer"""
+    head = MARK + "<|im_start|>{}\n"
+    end = MARK + "<|im_end|>\n"
+    return "".join(head.format(role) + text + end for role, text in turns), head.format("assistant")
+
+
+def llama3(turns):
+    """<|start_header_id|>user<|end_header_id|>\\n\\nHi<|eot_id|> -> text, the cue for an answer"""
+    head = f"{MARK}<|start_header_id|>{{}}{MARK}<|end_header_id|>\n\n"
+    end = MARK + "<|eot_id|>"
+    text = "".join(head.format(role) + text.strip() + end for role, text in turns)
+    return f"{MARK}<|begin_of_text|>{text}", head.format("assistant")
+
+
+def written(turns, chat="plain", system="", unfinished=False):
+    """
+    A dialogue as the prompt of an answer -> text; system: the first turn of those that have none
+
+    unfinished: its last turn is the assistant's, which the answer continues.
+    """
+    turns = [(role, clean(text)) for role, text in turns]
+    if system and (not turns or turns[0][0] != "system"):
+        turns = [("system", system), *turns]
+    text, cue = {"plain": plain, "chatml": chatml, "llama3": llama3}[chat](turns)
+    if not unfinished:
+        return text + cue
+    return text if chat == "plain" else text.rpartition(MARK + TOKENS[chat][-1])[0]
+
+
+def answer(text, chat="plain"):
+    """The text of the assistant's turn after what `written` returns"""
+    if chat == "plain":
+        return spoken(text)
+    return text.strip() if chat == "llama3" else text
+
+
+def clean(text):
+    """Text without MARK, which Unicode reserves for uses such as ours"""
+    return text.replace(MARK, "\ufffd")
+
+
+def set_chat(tokenizer, chat, system, source):
+    """
+    The tokenizer with the template that --chat names; auto: the one in the source's files, if any
+
+    The EOS becomes the token that ends a turn. Raises a ValueError if it lacks a token.
+    """
+    if chat == "plain":
+        return tokenizer
+    template = template_of(source) if source else None
+    if chat == "auto":
+        chat = "plain"
+        if template:
+            known = [name for name, tokens in TOKENS.items() if tokens[0] in template]
+            if not known:
+                raise ValueError(f"{source} has a chat template that is neither chatml nor llama3; "
+                                 "give --chat plain, or the one of them that you want")
+            chat = known[0]
+    if chat == "plain":
+        return tokenizer
+    special = tokenizer._special_tokens
+    written_by_it = TOKENS[chat]
+    missing = [token for token in written_by_it if token not in special]
+    if missing:
+        raise ValueError(f"--chat {chat} writes {', '.join(missing)}, which this tokenizer lacks; "
+                         "give --chat plain")
+    options = tokenizer.options() | {"chat": chat, "system": system}
+    options["in_text"] = [token for token in tokenizer.in_text if token not in written_by_it]
+    options["ends"] = tuple(dict.fromkeys((special[written_by_it[-1]], *tokenizer.end_tokens)))
+    tokenizer.set_up(**options)
+    if template:
+        note_differences(template, tokenizer)
+    return tokenizer
+
+
+def template_of(source):
+    """The chat template in the files of a folder, or None"""
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = folder.parent if folder.is_file() else pretrained.from_hub(
+            source, ["*.json", "*.jinja", "merges.txt"])
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    template = pretrained.read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):                       # several, by name
+        template = {one.get("name"): one.get("template") for one in template}.get("default")
+    return template
+
+
+JINJA = """\
+{%- if messages[0]['role'] != 'system' and SYSTEM %}\
+{%- set messages = [{'role': 'system', 'content': SYSTEM}] + messages %}{%- endif %}\
+{{- START }}{%- for message in messages %}\
+{{- BEFORE + message['role'] + AFTER + message['content']TRIM + END }}{%- endfor %}\
+{%- if add_generation_prompt %}{{- BEFORE + 'assistant' + AFTER }}{%- endif %}"""
+
+
+def jinja_of(tokenizer):
+    """The Jinja template that writes dialogues as `written` does; None for plain ones"""
+    if tokenizer.chat == "plain":
+        return None
+    parts = {"START": "", "BEFORE": "<|im_start|>", "AFTER": "\n", "END": "<|im_end|>\n"}
+    if tokenizer.chat == "llama3":
+        parts = {"START": "<|begin_of_text|>", "BEFORE": "<|start_header_id|>",
+                 "AFTER": "<|end_header_id|>\n\n", "END": "<|eot_id|>"}
+    template = JINJA.replace("TRIM", " | trim" if tokenizer.chat == "llama3" else "")
+    for name, text in (parts | {"SYSTEM": tokenizer.system}).items():
+        template = template.replace(name, json.dumps(text))
+    return template
+
+
+# One to four turns, with a system turn and without, as transformers writes messages
+DIALOGUES = [[("user", "Hi")], [("system", "Be brief."), ("user", "Hi")],
+             [("user", "Hi"), ("assistant", "Hello."), ("user", "2 + 2?")],
+             [("system", "S"), ("user", " a\n"), ("assistant", "b"), ("user", "c")]]
+
+
+def rendered(template, turns, tokenizer):
+    """A dialogue by a Jinja template, as transformers renders it"""
+    from transformers.utils.chat_template_utils import render_jinja_template
+    names = {i: token for token, i in tokenizer._special_tokens.items()}
+    eos = names[tokenizer.eot_token]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    texts, _ = render_jinja_template(
+        [messages], chat_template=template, add_generation_prompt=True, eos_token=eos,
+        bos_token=names.get(tokenizer.bos, "<|begin_of_text|>"))
+    return texts[0]
+
+
+def note_differences(template, tokenizer):
+    """Say where the model's own template writes a dialogue differently."""
+    try:
+        for turns in DIALOGUES:
+            theirs = rendered(template, turns, tokenizer)
+            ours = written(turns, tokenizer.chat, tokenizer.system).replace(MARK, "")
+            if theirs != ours:
+                print(f"note: the model's own chat template writes {theirs!r} where --chat "
+                      f"{tokenizer.chat} writes {ours!r}; --system TEXT adds a system turn")
+                return
+    except Exception as error:                           # jinja2 is missing, or a strange template
+        print(f"note: the model's chat template could not be compared with --chat "
+              f"{tokenizer.chat} ({type(error).__name__})")
