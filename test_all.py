@@ -5537,7 +5537,7 @@ def test_a_dialogue_that_is_too_long_is_left_out_and_said(instruct, monkeypatch,
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(steps=0), "--steps 0 uses weights as they are, so it takes --init FOLDER"),
+    (dict(steps=0), "--steps 0 uses weights as they are, so it needs --init FOLDER"),
     (dict(chat="chatml"), "--chat chatml writes special tokens, which a tokenizer trained here"),
     (dict(init="nobody/nothing"), "nobody/nothing is not a folder here and could not be fetched"),
     (dict(init="empty"), "--init empty: empty has no weights"),
