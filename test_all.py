@@ -1252,7 +1252,7 @@ def test_sharded_and_bin_files_are_read(families, tmp_path):
     ("llama", dict(mlp_bias=True), "mlp_bias True"),
     ("llama", dict(hidden_act="gelu"), "hidden_act 'gelu', wanted 'silu'"),
     ("llama", dict(intermediate_size=None), "no number for intermediate_size"),
-    ("llama3", dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "llama3 rope has"),
+    ("llama3", dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "llama3 RoPE has"),
     ("qwen2", dict(use_sliding_window=True), "use_sliding_window True"),
     ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "with sliding_attention"),
     ("llama", dict(model_type="smollm3"), "every fourth layer has no positions"),
@@ -5542,7 +5542,7 @@ def test_a_dialogue_that_is_too_long_is_left_out_and_said(instruct, monkeypatch,
     (dict(init="nobody/nothing"), "nobody/nothing is not a folder here and could not be fetched"),
     (dict(init="empty"), "--init empty: empty has no weights"),
     (dict(init="model", steps=0, block_size=300), "block_size 300 is longer than the 200 posit"),
-    (dict(init="model", tokenizer="other"), "has 610 token ids, model has weights for 30")])
+    (dict(init="model", tokenizer="other"), "has 610 token ids, but model has weights for 30")])
 def test_instruct_models_that_do_not_fit_are_refused(changes, message, instruct, monkeypatch):
     monkeypatch.chdir(instruct)
     (instruct / "empty").mkdir(exist_ok=True)

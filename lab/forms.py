@@ -127,7 +127,7 @@ def take_form(fields):
 
 
 def move_dialogue_to_prompt(fields):
-    """In a comparison without a prompt, messages that end with a user's message become the prompt."""
+    """In a comparison without a prompt, messages that end with a user's become the prompt."""
     chosen = fields["chosen"]
     holds_prompt = isinstance(chosen, str) and TURN in chosen
     for name in ("conversations", "messages"):
