@@ -111,7 +111,7 @@ QWEN = {
     "all": SMOLLM2["all"],
     "sft": SMOLLM2["sft"] | dict(init="Qwen/Qwen2.5-0.5B-Instruct", accumulation=8, lr=1e-5),
     "reward_model": SMOLLM2["reward_model"] | dict(accumulation=16, lr=5e-6),
-    # Actor and critic, trained whole, would take 18 GB before the first activation
+    # Actor and critic, trained in full, would take 18 GB before the first activation
     "ppo": SMOLLM2["ppo"] | dict(accumulation=8, lora_rank=16, lr=3e-5, critic_lr=1e-4),
     "dpo": SMOLLM2["dpo"] | dict(accumulation=16, lr=5e-7),
     "grpo": SMOLLM2["grpo"] | dict(accumulation=8, lr=2e-6),

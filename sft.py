@@ -184,7 +184,7 @@ def choose_tokenizer(cfg):
 
 
 def check_init(init):
-    """Exit, before any work, unless --init names whole weights."""
+    """Exit, before any work, unless --init names complete weights."""
     try:
         pretrained.check(init)
     except ValueError as error:

@@ -1265,7 +1265,7 @@ def test_sharded_and_bin_files_are_read(families, tmp_path):
     ("llama", dict(tie_word_embeddings=True), "lm_head.weight differs from embed_tokens.weight"),
     ("llama", dict(num_key_value_heads=4), r"k_proj.weight: got \(16, 32\), wanted 32 rows"),
     ("llama", dict(hidden_size=40, head_dim=8), "wte.weight: got .97, 32. of .*, wanted .97, 40."),
-    ("llama", dict(num_hidden_layers=3), "not those of a Llama of 3 layers: missing: layers.2")])
+    ("llama", dict(num_hidden_layers=3), "do not fit a Llama of 3 layers: missing: layers.2")])
 def test_what_is_not_computed_is_refused_by_name(name, config, message, families, tmp_path):
     with pytest.raises(ValueError, match=message):
         GPT.from_pretrained(edited(families, name, tmp_path, config=config))

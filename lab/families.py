@@ -9,7 +9,7 @@ The transformers models that model.py computes: their settings and the names of 
     to_ours, to_theirs          the names of weights
 
 The families: GPT-2 (and nanoGPT, which has its names), Llama (and SmolLM2), Qwen2 (and Qwen2.5),
-Qwen3. model.py stacks the matrices of queries, keys and values into one, and those of gate and up.
+Qwen3. model.py stacks the query, key and value matrices into one, and the gate and up matrices.
 Whatever model.py would compute differently raises a ValueError that names the setting.
 """
 
@@ -290,7 +290,7 @@ def to_ours(weights, fields, nanogpt=False):
         missing.append("lm_head.weight")
     if missing or unknown:
         family = CLASSES[family_of(fields)].replace("GPT2", "GPT-2")
-        raise ValueError(f"the weights are not those of a {family} of {fields['n_layer']} layers: "
+        raise ValueError(f"the weights do not fit a {family} of {fields['n_layer']} layers: "
                          f"missing: {', '.join(missing[:5]) or 'none'}; unknown: "
                          f"{', '.join(unknown[:5]) or 'none'}")
     ours = {}

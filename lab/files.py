@@ -203,7 +203,7 @@ def read_json(path):
 
 
 def read_lines(path):
-    """The objects of a log, up to the first line that is not whole; [] if there is no file"""
+    """The objects of a log, up to the first incomplete line; [] if there is no file"""
     found = []
     with contextlib.suppress(FileNotFoundError, ValueError, TypeError, RecursionError):
         for line in Path(path).read_bytes().splitlines():

@@ -147,7 +147,7 @@ def read_tensors(path):
         reason = f"{type(error).__name__}: {first_line(error)[:100]}"
         if "Weights only" in reason:
             reason = "it holds more than tensors and plain values, which may run code"
-        raise ValueError(f"{path} cannot be read as weights ({reason}); wanted a whole file "
+        raise ValueError(f"{path} cannot be read as weights ({reason}); wanted a complete file "
                          "written by save_pretrained or torch.save, with only tensors") from error
 
 

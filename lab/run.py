@@ -551,7 +551,7 @@ class Run:
             print(f"exported    {self.cfg.export}")
 
     def made_by(self):
-        """The command that makes this result again, and the versions it was made with"""
+        """The command that reproduces this result, and the versions it was made with"""
         starts = self.starts()
         last = starts[-1]
         packages = ", ".join(f"{name} {last[name]}" for name in ("python", *process.PACKAGES))
