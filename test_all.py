@@ -475,7 +475,7 @@ def test_a_gpt2_loads_in_every_form_that_wrappers_and_old_versions_wrote(change,
 
 def test_where_two_files_of_weights_exist_safetensors_come_first(gpt2_folder, capsys):
     GPT.from_pretrained(gpt2_variant(gpt2_folder, edit=written("pytorch_model.bin", "")))
-    assert "model.safetensors is used, as transformers does" in capsys.readouterr().out
+    assert "model.safetensors is used, as in transformers" in capsys.readouterr().out
 
 
 def cut_to(share):
@@ -494,10 +494,10 @@ SAFETENSORS_CUT = "changed/model.safetensors cannot be read as weights"
 @pytest.mark.parametrize("change, message", [
     # its weights: one is missing, unknown or of a different shape
     (dict(weights=prefixed("foo.")),
-     "missing are h.0.attn.c_attn.bias, .* unknown are foo.transformer.h.0"),
-    (dict(weights=renamed("c_fc.b", "c_fc.x")), "missing are h.0.mlp.c_fc.bias, h.1"),
+     "missing: h.0.attn.c_attn.bias, .* unknown: foo.transformer.h.0"),
+    (dict(weights=renamed("c_fc.b", "c_fc.x")), "missing: h.0.mlp.c_fc.bias, h.1"),
     (dict(weights=lambda x: x | {"v_head.weight": torch.zeros(2)}),
-     "missing are none; unknown are v_head.weight"),
+     "missing: none; unknown: v_head.weight"),
     (dict(weights=lambda x: x | {MLP: torch.zeros(8, 31)}),
      r"h.1.mlp.c_fc.weight: got \(31, 8\) .*, wanted \(32, 8\)"),
     (dict(weights=lambda x: x | {WTE: torch.zeros(31, 8)}),
@@ -517,8 +517,8 @@ SAFETENSORS_CUT = "changed/model.safetensors cannot be read as weights"
     (dict(layer_norm_epsilon=1e-6), "epsilon 1e-06"),
     (dict(add_cross_attention=True), "add_cross_attention"),
     (dict(quantization_config=QUANTIZED), "quantized weights .*gptq"),
-    (dict(n_layer=1), "unknown are h.1.attn"),
-    (dict(n_layer=3), "missing are h.2.attn"),
+    (dict(n_layer=1), "unknown: h.1.attn"),
+    (dict(n_layer=3), "missing: h.2.attn"),
     (dict(n_head=3), "n_embd 8 must be a multiple of n_head 3"),
     (dict(n_head=0), "zero"),
     (dict(n_embd="8"), ""),
@@ -606,7 +606,7 @@ def test_checkpoints_that_are_not_nanogpts_are_refused(tmp_path):
     path = tmp_path / "x.pt"
     weights = nanogpt_weights(True)
     incomplete = {name: w for name, w in weights.items() if name != "h.1.ln_2.bias"}
-    assert_refused(save_nanogpt(path, incomplete), "missing are h.1.ln_2.bias")
+    assert_refused(save_nanogpt(path, incomplete), "missing: h.1.ln_2.bias")
     assert_refused(save_nanogpt(path, weights, n_kv_head=1), "variant of nanoGPT .*n_kv_head")
     assert_refused(save_nanogpt(path, weights, vocab_size=65),
                    r"wte.weight: got \(40, 8\) .*, wanted \(65, 8\)")
@@ -1243,16 +1243,16 @@ def test_sharded_and_bin_files_are_read(families, tmp_path):
 
 
 @pytest.mark.parametrize("name, config, message", [
-    ("llama", dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "rope of the type yarn"),
+    ("llama", dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "RoPE of the type yarn"),
     ("llama", dict(rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}),
-     "rope of the type dynamic"),
+     "RoPE of the type dynamic"),
     ("llama", dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}),
-     "rope of the type linear"),
+     "RoPE of the type linear"),
     ("llama", dict(attention_bias=True), "attention_bias True, wanted False"),
     ("llama", dict(mlp_bias=True), "mlp_bias True"),
     ("llama", dict(hidden_act="gelu"), "hidden_act 'gelu', wanted 'silu'"),
     ("llama", dict(intermediate_size=None), "no number for intermediate_size"),
-    ("llama3", dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "llama3 rope has"),
+    ("llama3", dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "llama3 RoPE has"),
     ("qwen2", dict(use_sliding_window=True), "use_sliding_window True"),
     ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "with sliding_attention"),
     ("llama", dict(model_type="smollm3"), "every fourth layer has no positions"),
@@ -1261,11 +1261,11 @@ def test_sharded_and_bin_files_are_read(families, tmp_path):
     ("qwen3", dict(model_type="qwen3_moe"), "qwen3_moe .a mixture of experts"),
     ("llama", dict(model_type="deepseek_v3"), "deepseek_v3, which model.py does not compute"),
     ("llama", dict(quantization_config={"quant_method": "gptq"}), "quantized weights"),
-    ("qwen3", dict(tie_word_embeddings=False), "missing are lm_head.weight"),
+    ("qwen3", dict(tie_word_embeddings=False), "missing: lm_head.weight"),
     ("llama", dict(tie_word_embeddings=True), "lm_head.weight differs from embed_tokens.weight"),
     ("llama", dict(num_key_value_heads=4), r"k_proj.weight: got \(16, 32\), wanted 32 rows"),
     ("llama", dict(hidden_size=40, head_dim=8), "wte.weight: got .97, 32. of .*, wanted .97, 40."),
-    ("llama", dict(num_hidden_layers=3), "not those of a Llama of 3 layers: missing are layers.2")])
+    ("llama", dict(num_hidden_layers=3), "do not fit a Llama of 3 layers: missing: layers.2")])
 def test_what_is_not_computed_is_refused_by_name(name, config, message, families, tmp_path):
     with pytest.raises(ValueError, match=message):
         GPT.from_pretrained(edited(families, name, tmp_path, config=config))
@@ -1274,7 +1274,7 @@ def test_what_is_not_computed_is_refused_by_name(name, config, message, families
 def test_a_weight_too_many_and_a_file_cut_short_are_refused(families, tmp_path):
     folder = edited(families, "llama", tmp_path,
                     lambda x: x | {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)})
-    with pytest.raises(ValueError, match="unknown are layers.0.self_attn.q_norm.weight"):
+    with pytest.raises(ValueError, match="unknown: layers.0.self_attn.q_norm.weight"):
         GPT.from_pretrained(folder)
     whole = (families["llama"][0] / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:len(whole) // 2])
@@ -4937,7 +4937,7 @@ def test_every_stage_is_exported_for_transformers_with_its_tokenizer(stage, user
     (sft, dict(tokenizer="nowhere"), "no tokenizer in nowhere"),
     (sft, dict(n_texts=None, data="reviews"), "--n_texts none takes all"),
     (sft, dict(init="gpt2", tokenizer="other"),
-     "the tokenizer has .* token ids, gpt2 has weights for .*; they do not belong together"),
+     "the tokenizer has .* token ids, but gpt2 has weights for .*; they do not belong together"),
     (sft, dict(batch_size=500, n_texts=None),
      "there are .* texts to train on, less than one batch; lower --batch_size 500"),
     (sft, dict(block_size=45),
@@ -5492,7 +5492,7 @@ def test_rl_starts_at_once_on_an_instruct_model_and_gives_one_back(instruct, mon
         logits = back(torch.tensor([ids])).logits[..., :tokenizer.n_vocab]
         torch.testing.assert_close(logits, trained(torch.tensor([ids])), atol=1e-5, rtol=1e-5)
 
-    with pytest.raises(Stopped, match="made with --init model, this is --init other; give a diff"):
+    with pytest.raises(Stopped, match="made with --init model, but this is --init other; give"):
         ppo.main(ppo.Config(**CHATTY | dict(init="other"), data="prompts.jsonl",
                             reward="short.py:short", minibatch_size=8))
     typed = iter(["What is 10 + 11?", "And 12?", ""])
@@ -5537,12 +5537,12 @@ def test_a_dialogue_that_is_too_long_is_left_out_and_said(instruct, monkeypatch,
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(steps=0), "--steps 0 uses weights as they are, so it takes --init FOLDER"),
+    (dict(steps=0), "--steps 0 uses weights as they are, so it needs --init FOLDER"),
     (dict(chat="chatml"), "--chat chatml writes special tokens, which a tokenizer trained here"),
     (dict(init="nobody/nothing"), "nobody/nothing is not a folder here and could not be fetched"),
     (dict(init="empty"), "--init empty: empty has no weights"),
     (dict(init="model", steps=0, block_size=300), "block_size 300 is longer than the 200 posit"),
-    (dict(init="model", tokenizer="other"), "has 610 token ids, model has weights for 30")])
+    (dict(init="model", tokenizer="other"), "has 610 token ids, but model has weights for 30")])
 def test_instruct_models_that_do_not_fit_are_refused(changes, message, instruct, monkeypatch):
     monkeypatch.chdir(instruct)
     (instruct / "empty").mkdir(exist_ok=True)

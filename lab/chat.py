@@ -3,9 +3,9 @@ Dialogues as text: HH-RLHF's, and the templates of instruct models.
 
     written         [(role, text), ..] -> text, with the cue for the assistant's turn
     answer          the text of the assistant's turn after it
-    set_chat        a tokenizer that writes dialogues by a template and ends a turn as it does
+    set_chat        make a tokenizer write dialogues by a template and end a turn as it does
     template_of     the template in a folder's files, for --chat auto
-    jinja_of        a tokenizer's template for the files of an export
+    jinja_of        a tokenizer's template as Jinja, for an export
 
 A special token that a template writes has a MARK before it. Text from users has none, so it never
 becomes a special token.
@@ -51,9 +51,9 @@ def llama3(turns):
 
 def written(turns, chat="plain", system="", unfinished=False):
     """
-    A dialogue as the prompt of an answer -> text; system: the first turn of those that have none
+    A dialogue as the prompt for an answer -> text; system: a first turn for those that have none
 
-    unfinished: its last turn is the assistant's, which the answer continues.
+    unfinished: its last turn is the assistant's, and the answer continues it.
     """
     turns = [(role, clean(text)) for role, text in turns]
     if system and (not turns or turns[0][0] != "system"):
@@ -80,7 +80,7 @@ def set_chat(tokenizer, chat, system, source):
     """
     The tokenizer with the template that --chat names; auto: the one in the source's files, if any
 
-    The EOS becomes the token that ends a turn. Raises a ValueError if it lacks a token.
+    The EOS becomes the token that ends a turn. Raises a ValueError if a token is missing.
     """
     if chat == "plain":
         return tokenizer
@@ -91,7 +91,7 @@ def set_chat(tokenizer, chat, system, source):
             known = [name for name, tokens in TOKENS.items() if tokens[0] in template]
             if not known:
                 raise ValueError(f"{source} has a chat template that is neither chatml nor llama3; "
-                                 "give --chat plain, or the one of them that you want")
+                                 "give --chat plain, or whichever of the two fits")
             chat = known[0]
     if chat == "plain":
         return tokenizer
@@ -155,7 +155,7 @@ DIALOGUES = [[("user", "Hi")], [("system", "Be brief."), ("user", "Hi")],
 
 
 def rendered(template, turns, tokenizer):
-    """A dialogue by a Jinja template, as transformers renders it"""
+    """A dialogue written by a Jinja template, as transformers renders it"""
     from transformers.utils.chat_template_utils import render_jinja_template
     names = {i: token for token, i in tokenizer._special_tokens.items()}
     eos = names[tokenizer.eot_token]
@@ -176,6 +176,6 @@ def note_differences(template, tokenizer):
                 print(f"note: the model's own chat template writes {theirs!r} where --chat "
                       f"{tokenizer.chat} writes {ours!r}; --system TEXT adds a system turn")
                 return
-    except Exception as error:                           # jinja2 is missing, or a strange template
+    except Exception as error:                           # no jinja2, or a strange template
         print(f"note: the model's chat template could not be compared with --chat "
               f"{tokenizer.chat} ({type(error).__name__})")

@@ -1,5 +1,5 @@
 """
-The models of transformers that model.py computes: their settings, and the names of their weights.
+The transformers models that model.py computes: their settings and the names of their weights.
 
     load            a folder, a name on the hub or nanoGPT's ckpt.pt -> fields of model.py's
                     GPTConfig, weights by model.py's names
@@ -9,8 +9,8 @@ The models of transformers that model.py computes: their settings, and the names
     to_ours, to_theirs          the names of weights
 
 The families: GPT-2 (and nanoGPT, which has its names), Llama (and SmolLM2), Qwen2 (and Qwen2.5),
-Qwen3. model.py stacks the matrices of queries, keys and values into one, and those of gate and up.
-Whatever model.py would compute differently is a ValueError that names the setting.
+Qwen3. model.py stacks the query, key and value matrices into one, and the gate and up matrices.
+Whatever model.py would compute differently raises a ValueError that names the setting.
 """
 
 import re
@@ -51,8 +51,8 @@ def load(source, changes):
         raise ValueError(f"block_size {fields['block_size']} is longer than the {longest} "
                          f"positions that {source} has weights for; lower it to that or less")
     if fields["vocab_size"] > n_ids:
-        raise ValueError(f"the tokenizer has {fields['vocab_size']} token ids, {source} has "
-                         f"weights for {n_ids}; they do not belong together")
+        raise ValueError(f"the tokenizer has {fields['vocab_size']} token ids, but {source} "
+                         f"has weights for {n_ids}; they do not belong together")
     nanogpt = config.get("model_type") == "nanogpt"
     if nanogpt and not config.get("bias", True):         # biases of zero do the same
         zeros = {name.replace(".weight", ".bias"): x.new_zeros(len(x))
@@ -81,8 +81,8 @@ def save(folder, fields, weights, eos_id=None, score=None, constant=0.0):
     """
     Write config.json and model.safetensors of a language model, or with `score` of a classifier.
 
-    score is the (1, C) head of one label. The classifier reads it before the first pad token, which
-    is the first id beyond the vocabulary. constant is what its scores lack, for config.json.
+    score is the (1, C) head of one label. The classifier reads it just before the first pad token,
+    whose id is the first beyond the vocabulary. constant is what its scores lack, for config.json.
     """
     trunk = {name.removeprefix("transformer."): x for name, x in weights.items()
              if name.startswith("transformer.")}
@@ -122,7 +122,7 @@ def fields_of(config):
 
 
 def check_computed(config, computed):
-    """Raise if a setting is not one of those that model.py computes; the first is the default."""
+    """Raise unless model.py computes every setting; the first value of each list is the default."""
     for key, values in computed.items():
         value = config.get(key)
         if (values[0] if value is None else value) not in values:
@@ -132,7 +132,7 @@ def check_computed(config, computed):
 
 
 def gpt2_fields(config):
-    """Keys that old files lack are as in GPT-2."""
+    """Keys that old files lack have GPT-2's values."""
     sizes = {GPT2_SIZES[key]: value for key, value in config.items() if key in GPT2_SIZES}
     check_computed(config, {
         "activation_function": ["gelu_new", *GELUS], "n_inner": [4 * sizes.get("n_embd", 768)],
@@ -169,12 +169,12 @@ def llama_fields(config, kind):
     rope |= config.get("rope_parameters") or {}          # the name since transformers 5
     kind_of_rope = rope.get("rope_type") or rope.get("type") or "default"
     if kind_of_rope not in ("default", "llama3"):
-        raise ValueError(f"it has rope of the type {kind_of_rope}; model.py computes default and "
+        raise ValueError(f"it has RoPE of the type {kind_of_rope}; model.py computes default and "
                          "llama3")
     scaling = None
     if kind_of_rope == "llama3":
         if not all(key in rope for key in LLAMA3):
-            raise ValueError(f"its llama3 rope has {', '.join(sorted(rope))}; wanted "
+            raise ValueError(f"its llama3 RoPE has {', '.join(sorted(rope))}; wanted "
                              f"{', '.join(LLAMA3)}")
         scaling = [float(rope[key]) for key in LLAMA3]
     head_dim = config.get("head_dim") or (128 if kind == "qwen3" else None)
@@ -225,7 +225,7 @@ def config_of(fields, task="CausalLM"):
 # Names of weights
 
 def layout(fields):
-    """{our name: [(their name, its rows)]} without prefixes. Several are stacked; None: all rows"""
+    """{our name: [(their name, its rows)]} without prefixes; several are stacked, None: all rows"""
     gpt2 = fields["norm"] == "layernorm"
     names = {"wte.weight": [("wte.weight" if gpt2 else "embed_tokens.weight", None)]}
     if gpt2:
@@ -263,7 +263,7 @@ def llama_block(fields):
     return names
 
 
-# Tables that old files hold beside the weights: causal masks, rotary frequencies
+# Tables that old files store with the weights: causal masks, rotary frequencies
 TABLES = re.compile(r"h\.\d+\.attn\.(masked_)?bias|layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
@@ -290,8 +290,8 @@ def to_ours(weights, fields, nanogpt=False):
         missing.append("lm_head.weight")
     if missing or unknown:
         family = CLASSES[family_of(fields)].replace("GPT2", "GPT-2")
-        raise ValueError(f"the weights are not those of a {family} of {fields['n_layer']} layers: "
-                         f"missing are {', '.join(missing[:5]) or 'none'}; unknown are "
+        raise ValueError(f"the weights do not fit a {family} of {fields['n_layer']} layers: "
+                         f"missing: {', '.join(missing[:5]) or 'none'}; unknown: "
                          f"{', '.join(unknown[:5]) or 'none'}")
     ours = {}
     for name, parts in names.items():
@@ -324,7 +324,7 @@ def to_theirs(weights, fields):
 
 
 def transposed(weights):
-    """Our matrices to those of transformers' GPT-2 (Conv1D), stored the other way, and back"""
+    """Our matrices to transformers' GPT-2's (Conv1D), which are stored transposed, and back"""
     conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     return {name: x.T if name.endswith(conv1d) and x.dim() == 2 else x
             for name, x in weights.items()}

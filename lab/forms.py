@@ -19,12 +19,12 @@ A record has the first of these forms whose fields it has. A field that is null 
 
 Any text may also be a list of messages, which is written out as HH-RLHF writes dialogues, or by
 the model's chat template. With a template, a prompt that is a text is a user's turn, or HH-RLHF's
-turns if it has them; a text without a prompt stays as it is. The
-messages of a response continue those of the prompt, which they may repeat. If the prompt ends with
-an assistant's message, the response continues that message. In a comparison, messages that end
-with a user's are the prompt. A "system" text comes first. If a "label" (or "kto_tag") is false, 0
-or undesirable, the response is left out, and the prompt still serves RL. In a record with a text
-and no prompt, a label is a class and is not used.
+turns if it has them; a text without a prompt stays as it is. The messages of a response continue
+those of the prompt, which they may repeat. If the prompt ends with an assistant's message, the
+response continues that message. In a comparison, messages that end with a user's message are the
+prompt. A "system" text comes first. If a "label" (or "kto_tag") is false, 0 or undesirable, the
+response is left out, and the prompt still serves RL. In a record with a text and no prompt, a label
+is a class and is not used.
 """
 
 import os
@@ -48,9 +48,9 @@ def read_record(record, remarks=None, chat="plain", system=""):
     """
     A record -> prompt, responses ([better, worse], [response] or []), as texts
 
-    chat names the template of dialogues, system is the turn before those that have none. Anything
-    else to say about it is added to remarks, as (kind, text). Raises a ValueError with the
-    reason if it cannot be read.
+    chat names the template of dialogues; system is the system turn for those that have none.
+    Anything worth reporting is added to remarks, as (kind, text). Raises a ValueError with the
+    reason if the record cannot be read.
     """
     remarks = [] if remarks is None else remarks
     if not isinstance(record, dict):
@@ -127,7 +127,7 @@ def take_form(fields):
 
 
 def move_dialogue_to_prompt(fields):
-    """In a comparison without a prompt, messages or conversations that end with a user's are it."""
+    """In a comparison without a prompt, messages that end with a user's become the prompt."""
     chosen = fields["chosen"]
     holds_prompt = isinstance(chosen, str) and TURN in chosen
     for name in ("conversations", "messages"):
@@ -199,7 +199,7 @@ def dialogue_in(text):
 
 
 def repeats(prompt, response):
-    """Whether a response is the prompt, not cut within a word, and more"""
+    """Whether a response is the prompt, not cut within a word, with more text after it"""
     rest = response[len(prompt):]
     mid_word = prompt[-1:].isalnum() and rest[:1].isalnum()
     return bool(prompt.strip() and rest.strip()) and response.startswith(prompt) and not mid_word

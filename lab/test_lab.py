@@ -290,12 +290,12 @@ def test_unreadable_json_is_refused_and_a_log_is_read_up_to_a_torn_line(tmp_path
     ("--lr fast", "--lr got 'fast'; it takes a number"),
     ("--surrogate clap",
      "--surrogate got 'clap' (did you mean clip?); it takes one of: clip, kl_penalty"),
-    ("--config smal", "unknown --config smal (did you mean small?); there are: small, tiny"),
+    ("--config smal", "unknown --config smal (did you mean small?); it takes one of: small, tiny"),
     ("--resume maybe", "--resume got 'maybe'; it takes 1 or 0"),
     ("steps 5", "unknown option steps"),
     ("--missing_eos_score low", "--missing_eos_score got 'low'; it takes a number or none"),
     ("--batch_size 0", "--batch_size got 0; it takes a whole number, 1 or more"),
-    ("--ema 1.0", "--ema got 1.0; it takes a number from 0 up to, but not, 1"),
+    ("--ema 1.0", "--ema got 1.0; it takes a number, 0 or more but below 1"),
     ("--beta -0.1", "--beta got -0.1; it takes a number, 0 or more"),
     ("--temperature 0", "--temperature got 0.0; it takes a number above 0")])
 def test_bad_command_lines_are_refused_with_the_value_and_a_valid_range(argv, message):
@@ -311,7 +311,7 @@ OUT_OF_RANGE = {                                         # by what the message s
     "a number, 0 or more": [-0.5],
     "a number above 0": [-0.5, 0.0],
     "a number from 0 to 1": [-0.5, 1.5],
-    "a number from 0 up to, but not, 1": [-0.5, 1.0, 1.5],
+    "a number, 0 or more but below 1": [-0.5, 1.0, 1.5],
     "a finite number": [],
 }
 WRONG_NAMES = ["..", "a/..", "/", "a\\b", "tokens", "out/tokens", "x\0y", "x" * 101, "\udcff"]
@@ -420,7 +420,7 @@ def test_a_config_takes_its_presets_values_and_then_those_given():
     assert (cfg.steps, cfg.batch_size, cfg.max_new_tokens) == (3, 32, 24)
     assert ppo.Config() == ppo.Config(config="small") and ppo.Config().save_every == 20
     assert dataclasses.replace(cfg, lr=1.0).batch_size == 32
-    with refused(r"unknown --config tine .did you mean tiny\?.; there are: small, tiny"):
+    with refused(r"unknown --config tine .did you mean tiny\?.; it takes one of: small, tiny"):
         ppo.Config(config="tine")
 
     class Mine(ppo.Config):                              # as in a notebook
@@ -1975,11 +1975,11 @@ def test_a_finished_stage_is_shown_again_and_not_run_again(whole_run, finished_r
 
 
 @pytest.mark.parametrize("script, changes, message", [
-    (ppo, dict(lr=0.001), "out/tiny/ppo holds a run with lr 0.002, this one has lr 0.001; --out"),
+    (ppo, dict(lr=0.001), "out/tiny/ppo holds a run with lr 0.002, but this one has lr 0.001"),
     (ppo, dict(lr=0.001, seed=2),
-     ".*/ppo holds a run with seed 1337, lr 0.002, this one has seed 2, lr 0.001; --out NAME"),
+     ".*/ppo holds a run with seed 1337, lr 0.002, but this one has seed 2, lr 0.001; --out NAME"),
     (reward_model, dict(config="small", out="other", base="tiny"),
-     ".* made with --config tiny, this is --config small"),
+     ".* made with --config tiny, but this is --config small"),
     (ppo, dict(out="other", base="nowhere"), "--base nowhere has no finished"),
     (sft, dict(block_size=20, overwrite=True), ".*exceed --block_size 20")],
     ids=["one field", "two fields", "a different preset", "no such base", "overwriting"])
@@ -2075,12 +2075,12 @@ def test_an_unfinished_stage_keeps_its_settings(finished_run, monkeypatch, no_pi
 
 
 def test_data_of_a_different_kind_than_the_earlier_stages_is_noticed(user_folder):
-    with refused(".* was made with --data pairs.jsonl, this is --data reviews; give a different "
-                 "--out, and --base own"):
+    with refused(".* was made with --data pairs.jsonl, but this is --data reviews; give a "
+                 "different --out, and --base own"):
         policy_gradient.main(tiny_config(policy_gradient, out="own"))
     shutil.copytree(user_folder / "own" / "sft", user_folder / "half" / "sft")
     (user_folder / "half" / "sft" / "report.txt").unlink()      # unfinished, and on other data
-    with refused("out/half/sft was made with --data pairs.jsonl, this is --data reviews"):
+    with refused("out/half/sft was made with --data pairs.jsonl, but this is --data reviews"):
         ppo.main(tiny_config(ppo, out="half"))
     with refused(".*--data has no annotators for them"):
         dpo.main(user_config(dpo, out="rounds", base="own", rounds=2))
@@ -2312,13 +2312,13 @@ def test_files_of_a_different_run_are_refused_on_resume(toy_folder, monkeypatch)
         return file.getvalue()
 
     wrong_log = ("out/tiny/toy/log.jsonl does not have the updates 0 to 3 that come before the "
-                 "checkpoint: it was changed since")
+                 "checkpoint: it has been changed")
     random_wrong = "out/tiny/toy/checkpoint.pt holds random states that cannot be set "
     with refused("out/tiny/toy holds an unfinished stage; --resume continues it, --overwrite"):
         toy(toy_config())
     for name, content, message in (
             ("checkpoint.pt", checkpoint(config=saved["config"] | {"lr": 0.5}),
-             "out/tiny/toy holds a run with lr 0.5, this one has lr 0.1"),
+             "out/tiny/toy holds a run with lr 0.5, but this one has lr 0.1"),
             ("checkpoint.pt", checkpoint(optimizer=None),
              "out/tiny/toy/checkpoint.pt has no optimizer, so a different stage or program wrote"),
             ("checkpoint.pt", checkpoint(model={}),
@@ -2555,7 +2555,7 @@ def test_out_of_memory_is_one_message_that_names_what_needs_less(script, functio
     (signal.SIGTERM, None, r"saved after \d+ of 400 updates"),
     (signal.SIGHUP, None, r"saved after \d+ of 400 updates"),
     (signal.SIGINT, signal.SIGINT,
-     "stopped; what was saved is intact, --resume continues an unfinished stage")],
+     "stopped; what was saved is intact, and --resume continues an unfinished stage")],
     ids=["Ctrl-C", "a plain kill", "a closed terminal", "Ctrl-C twice"])
 def test_a_signal_saves_a_second_one_leaves_at_once(first, second, told, finished_run, monkeypatch):
     original = ppo.roll_out
