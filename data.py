@@ -255,8 +255,8 @@ def check_room(cfg, longest, block_size):
         room = block_size - longest
         lower = f"lower --max_new_tokens to {room}" if room > 0 else "shorten the prompts"
         stop(f"prompts of up to {longest} tokens and --max_new_tokens {cfg.max_new_tokens} exceed "
-             f"the model's block_size {block_size}; {lower}, or train a model that reads more "
-             "(sft.py --block_size)")
+             f"the model's block_size {block_size}; {lower}, or make the SFT stage "
+             "again with a larger --block_size")
 
 
 def check_minibatch(cfg):

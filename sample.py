@@ -200,7 +200,11 @@ def talk(cfg, name, policy, tokenizer):
             print("    (too long: the first two turns are forgotten)")
             turns = turns[2:]
             prompt = dialogue(turns, tokenizer)
-        data.check_room(cfg, len(prompt), config.block_size)
+        if len(prompt) + cfg.max_new_tokens > config.block_size:
+            print(f"    (this message has no room: {len(prompt)} tokens and --max_new_tokens "
+                  f"{cfg.max_new_tokens} exceed {config.block_size}; try a shorter one)")
+            turns.pop()
+            continue
         tokens, mask = generate(policy, [prompt], cfg.max_new_tokens, tokenizer.end_tokens,
                                 cfg.temperature, generator)
         text, finished = decode_response(tokenizer, data.responses_of(tokens, mask)[0])

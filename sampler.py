@@ -31,7 +31,10 @@ def generate(policy, prompts, max_new_tokens, eos_id, temperature=1.0, generator
     a row's sample depends neither on the other rows nor on when finished rows are dropped.
     """
     device = policy.transformer.wte.weight.device
-    eos_ids = torch.tensor([eos_id] if isinstance(eos_id, int) else eos_id, device=device)
+    eos_ids = torch.as_tensor(eos_id, device=device).reshape(-1)
+    if len(prompts) == 0 or len(eos_ids) == 0:
+        raise ValueError(f"got {len(prompts)} prompts and {len(eos_ids)} EOS ids; wanted at least "
+                         "one of each")
     prompts = [list(prompt) or [eos_ids[0].item()] for prompt in prompts]
     B = len(prompts)
     order = sorted(range(B), key=lambda i: len(prompts[i]))      # so groups have little padding

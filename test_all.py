@@ -15,19 +15,19 @@ A test's name is the claim it checks.
      311   data.py
      347   model.py
      952   model.py: Llama, Qwen2 and Qwen3, against transformers
-    1326   sft.py
-    1344   reward_model.py
-    1402   ppo.py
-    1731   dpo.py
-    1925   grpo.py
-    2340   policy_gradient.py
-    2412   frontier.py, compare.py
-    2655   evaluate.py
-    2685   What people copy
-    2854   The proof: a problem so small that every response can be listed
-    3824   The scripts, end to end at --config tiny
-    5612   The house: what holds for every file
-    5752   README.md and docs/
+    1345   sft.py
+    1363   reward_model.py
+    1421   ppo.py
+    1750   dpo.py
+    1944   grpo.py
+    2359   policy_gradient.py
+    2431   frontier.py, compare.py
+    2674   evaluate.py
+    2704   What people copy
+    2873   The proof: a problem so small that every response can be listed
+    3843   The scripts, end to end at --config tiny
+    5631   The house: what holds for every file
+    5771   README.md and docs/
 """
 
 import ast
@@ -503,7 +503,7 @@ SAFETENSORS_CUT = "changed/model.safetensors cannot be read as weights"
     (dict(weights=lambda x: x | {WTE: torch.zeros(31, 8)}),
      r"wte.weight: got \(31, 8\) .*, wanted \(30, 8\)"),
     (dict(weights=lambda x: x | {MLP: torch.zeros(8, 32, dtype=torch.int8)}),
-     "h.1.mlp.c_fc.weight: got .* of torch.int8"),
+     "h.1.mlp.c_fc.weight is of torch.int8"),
     (dict(weights=lambda x: x | {"lm_head.weight": x[WTE] + 1e-3}),
      "lm_head.weight differs from wte.weight"),
     (dict(weights=lambda x: x | {"module." + WTE: x[WTE].clone()}), "transformer.wte.weight twice"),
@@ -520,9 +520,9 @@ SAFETENSORS_CUT = "changed/model.safetensors cannot be read as weights"
     (dict(n_layer=1), "unknown: h.1.attn"),
     (dict(n_layer=3), "missing: h.2.attn"),
     (dict(n_head=3), "n_embd 8 must be a multiple of n_head 3"),
-    (dict(n_head=0), "zero"),
+    (dict(n_head=0), "n_head 0, wanted a whole number above 0"),
     (dict(n_embd="8"), ""),
-    (dict(n_embd=-8), "negative"),
+    (dict(n_embd=-8), "n_embd -8, wanted a whole number above 0"),
     # its files
     (dict(edit=written("config.json", "{}")), "GPT-2 of 12 layers"),     # the sizes of GPT-2 itself
     (dict(edit=written("config.json", "{")), "config.json cannot be read"),
@@ -628,7 +628,7 @@ def test_weights_may_be_cut_to_fewer_positions_and_ids_but_not_stretched(tmp_pat
     ids = torch.randint(12, (2, 9), generator=seeded())
     assert (cut.config.block_size, cut.config.vocab_size) == (9, 12)
     torch.testing.assert_close(cut(ids), gpt(ids)[:, :, :12])
-    too_long = "block_size 17 is longer than the 16 positions that .* has weights for"
+    too_long = "block_size 17 .* is longer than the 16 positions that .* has weights for"
     assert_refused(tmp_path, too_long, block_size=17)
     assert_refused(tmp_path, "the tokenizer has 21 token ids, .* has weights for 20", vocab_size=21)
     assert_refused(tmp_path / "nowhere", "nowhere is not a folder here")
@@ -1251,10 +1251,18 @@ def test_sharded_and_bin_files_are_read(families, tmp_path):
     ("llama", dict(attention_bias=True), "attention_bias True, wanted False"),
     ("llama", dict(mlp_bias=True), "mlp_bias True"),
     ("llama", dict(hidden_act="gelu"), "hidden_act 'gelu', wanted 'silu'"),
-    ("llama", dict(intermediate_size=None), "no number for intermediate_size"),
+    ("llama", dict(intermediate_size=None), "has intermediate_size None, wanted a whole number"),
+    ("llama", dict(vocab_size=-4), "has vocab_size -4, wanted a whole number above 0"),
+    ("llama", dict(head_dim=[4]), r"has head_dim \[4\], wanted a whole number above 0"),
+    ("llama", dict(hidden_size=True), "has hidden_size True, wanted"),
+    ("llama", dict(rms_norm_eps="1e-06"), "has rms_norm_eps '1e-06', wanted a number above 0"),
+    ("llama", dict(rope_parameters="x"), "has rope_parameters 'x', wanted an object"),
+    ("llama", dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "RoPE of the type yarn"),
+    ("llama", dict(model_type=[]), "its model_type is ..,"),
     ("llama3", dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "llama3 RoPE has"),
     ("qwen2", dict(use_sliding_window=True), "use_sliding_window True"),
-    ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "with sliding_attention"),
+    ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "'sliding_attention'.; model.py"),
+    ("qwen3", dict(layer_types=4), "it has layer_types 4"),
     ("llama", dict(model_type="smollm3"), "every fourth layer has no positions"),
     ("llama", dict(model_type="gemma2"), "gemma2 .scaled embeddings"),
     ("llama", dict(model_type="mistral"), "mistral .sliding windows"),
@@ -1269,6 +1277,17 @@ def test_sharded_and_bin_files_are_read(families, tmp_path):
 def test_what_is_not_computed_is_refused_by_name(name, config, message, families, tmp_path):
     with pytest.raises(ValueError, match=message):
         GPT.from_pretrained(edited(families, name, tmp_path, config=config))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda x: x | {"norm.weight": torch.ones(32)}, "it has the weight norm.weight twice, once as"),
+    (lambda x: x | {"model.norm.weight": torch.full((32,), math.inf)}, "not finite; copy the weig"),
+    (lambda x: x | {"model.norm.weight": torch.ones(32, dtype=torch.int32)}, "of torch.int32, wan"),
+    (lambda x: x | {"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)}, "of torch.float8")
+], ids=["twice", "inf", "int", "float8"])
+def test_weights_that_cannot_be_right_are_refused(change, message, families, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(edited(families, "llama", tmp_path, change))
 
 
 def test_a_weight_too_many_and_a_file_cut_short_are_refused(families, tmp_path):
@@ -4732,7 +4751,7 @@ REFUSED = [
      ".*tiny/ppo"),
     (sample, dict(stage="ppo/emma"), "has no such policy; its policies: ppo"),
     (sample, dict(stage="ppo", prompt="a long prompt " * 30),
-     "shorten the prompts, or train a model that reads more")]
+     "shorten the prompts, or make the SFT stage again")]
 
 
 @pytest.mark.parametrize("script, changes, message", REFUSED, ids=option_id)
@@ -4943,7 +4962,7 @@ def test_every_stage_is_exported_for_transformers_with_its_tokenizer(stage, user
     (sft, dict(block_size=45),
      "prompts of up to 40 tokens and --max_new_tokens 12 exceed the model's block_size 45"),
     (sft, dict(init="gpt2", max_prompt_tokens=90),
-     "block_size 102 is longer than the 96 positions"),
+     "block_size 102 .* longer than the 96 positions"),
     (sft, dict(lora_rank=2), "fresh weights must all be trained. Give --init"),
     (reward_model, dict(base="own", n_prompts=None, batch_size=400),
      "there are 1.. comparisons to train on, less than one batch; lower --batch_size"),
@@ -5541,7 +5560,7 @@ def test_a_dialogue_that_is_too_long_is_left_out_and_said(instruct, monkeypatch,
     (dict(chat="chatml"), "--chat chatml writes special tokens, which a tokenizer trained here"),
     (dict(init="nobody/nothing"), "nobody/nothing is not a folder here and could not be fetched"),
     (dict(init="empty"), "--init empty: empty has no weights"),
-    (dict(init="model", steps=0, block_size=300), "block_size 300 is longer than the 200 posit"),
+    (dict(init="model", steps=0, block_size=300), "block_size 300 .* is longer than the 200 posit"),
     (dict(init="model", tokenizer="other"), "has 610 token ids, but model has weights for 30")])
 def test_instruct_models_that_do_not_fit_are_refused(changes, message, instruct, monkeypatch):
     monkeypatch.chdir(instruct)

@@ -12,6 +12,7 @@ becomes a special token.
 """
 
 import json
+import re
 from pathlib import Path
 
 from lab import pretrained
@@ -86,15 +87,13 @@ def set_chat(tokenizer, chat, system, source):
         return tokenizer
     template = template_of(source) if source else None
     if chat == "auto":
-        chat = "plain"
-        if template:
-            known = [name for name, tokens in TOKENS.items() if tokens[0] in template]
-            if not known:
-                raise ValueError(f"{source} has a chat template that is neither chatml nor llama3; "
-                                 "give --chat plain, or whichever of the two fits")
-            chat = known[0]
-    if chat == "plain":
-        return tokenizer
+        if not template:
+            return tokenizer
+        known = [name for name, tokens in TOKENS.items() if tokens[0] in template]
+        if not known or not same_tokens(template, tokenizer, known[0]):
+            raise ValueError(f"{source} has a chat template that is neither chatml nor llama3; "
+                             "give --chat plain, or whichever of the two fits")
+        chat = known[0]
     special = tokenizer._special_tokens
     written_by_it = TOKENS[chat]
     missing = [token for token in written_by_it if token not in special]
@@ -106,7 +105,7 @@ def set_chat(tokenizer, chat, system, source):
     options["ends"] = tuple(dict.fromkeys((special[written_by_it[-1]], *tokenizer.end_tokens)))
     tokenizer.set_up(**options)
     if template:
-        note_differences(template, tokenizer)
+        compare_with(template, tokenizer)
     return tokenizer
 
 
@@ -122,8 +121,11 @@ def template_of(source):
         return None
     template = pretrained.read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):                       # several, by name
-        template = {one.get("name"): one.get("template") for one in template}.get("default")
-    return template
+        template = {one.get("name"): one.get("template") for one in template
+                    if isinstance(one, dict)}
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else None
 
 
 JINJA = """\
@@ -144,7 +146,7 @@ def jinja_of(tokenizer):
                  "AFTER": "<|end_header_id|>\n\n", "END": "<|eot_id|>"}
     template = JINJA.replace("TRIM", " | trim" if tokenizer.chat == "llama3" else "")
     for name, text in (parts | {"SYSTEM": tokenizer.system}).items():
-        template = template.replace(name, json.dumps(text))
+        template = template.replace(name, json.dumps(text, ensure_ascii=False))
     return template
 
 
@@ -166,7 +168,18 @@ def rendered(template, turns, tokenizer):
     return texts[0]
 
 
-def note_differences(template, tokenizer):
+def same_tokens(template, tokenizer, chat):
+    """Whether the model's template writes the special tokens that ours does, in the same order"""
+    names = "|".join(map(re.escape, tokenizer._special_tokens))
+    turns = DIALOGUES[1]
+    try:
+        theirs = rendered(template, turns, tokenizer)
+    except Exception:                                    # no jinja2, or a template that fails
+        return True
+    return re.findall(names, theirs) == re.findall(names, written(turns, chat).replace(MARK, ""))
+
+
+def compare_with(template, tokenizer):
     """Say where the model's own template writes a dialogue differently."""
     try:
         for turns in DIALOGUES:

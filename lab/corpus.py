@@ -346,8 +346,8 @@ def rows_of(cfg, tokenizer, block_size):
     """The rows of --data: tokenised now, or loaded if nothing has changed since the last time"""
     if cfg.max_prompt_tokens >= block_size:
         stop(f"--max_prompt_tokens {cfg.max_prompt_tokens} leaves no room for a response in the "
-             f"model's block_size {block_size}; lower it, or train a model that reads more "
-             "(sft.py --block_size)")
+             f"model's block_size {block_size}; lower it, or make the SFT stage again "
+             "with a larger --block_size")
     if cfg.data.startswith("hf:"):
         version = (cfg.data, hub_data_set(cfg.data[3:])._fingerprint)
     else:

@@ -48,7 +48,8 @@ def load(source, changes):
     fields = stored | changes
     longest, n_ids = stored["block_size"], stored["vocab_size"]
     if fields["block_size"] > longest:
-        raise ValueError(f"block_size {fields['block_size']} is longer than the {longest} "
+        raise ValueError(f"block_size {fields['block_size']} (if not given, --max_prompt_tokens "
+                         f"and --max_new_tokens together) is longer than the {longest} "
                          f"positions that {source} has weights for; lower it to that or less")
     if fields["vocab_size"] > n_ids:
         raise ValueError(f"the tokenizer has {fields['vocab_size']} token ids, but {source} "
@@ -73,6 +74,9 @@ def assign(model, weights):
         if found.shape != wanted.shape or not found.is_floating_point():
             raise ValueError(f"{name}: got {tuple(found.shape)} of {found.dtype}, wanted "
                              f"{tuple(wanted.shape)} of floats")
+        if not torch.isfinite(found).all():
+            raise ValueError(f"{name} holds numbers that are not finite; copy the weights again from "
+                             "where they came from")
     weights = {name: x.to(torch.float32, copy=True).contiguous() for name, x in weights.items()}
     model.load_state_dict(weights, assign=True)
 
@@ -111,7 +115,7 @@ def save(folder, fields, weights, eos_id=None, score=None, constant=0.0):
 
 def fields_of(config):
     """A config.json, or nanoGPT's model_args -> fields of GPTConfig, as a dict"""
-    kind = config.get("model_type", "gpt2")
+    kind = str(config.get("model_type", "gpt2"))
     if kind == "nanogpt":
         return nanogpt_fields(config)
     if kind not in CLASSES:
@@ -119,6 +123,26 @@ def fields_of(config):
         raise ValueError(f"its model_type is {kind}{reason}, which model.py does not compute; it "
                          f"computes {', '.join(CLASSES)}")
     return gpt2_fields(config) if kind == "gpt2" else llama_fields(config, kind)
+
+
+def number(config, key, usual=None, whole=False):
+    """A number above 0 of a config.json; usual if it has none"""
+    value = config.get(key)
+    value = usual if value is None else value
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(f"its config.json has {key} {value!r}, wanted {kind} above 0; copy it "
+                         "again from where the weights came from")
+    return value
+
+
+def part_of(config, key):
+    """A part of a config.json, {} if it has none"""
+    part = config.get(key) or {}
+    if not isinstance(part, dict):
+        raise ValueError(f"its config.json has {key} {part!r}, wanted an object")
+    return part
 
 
 def check_computed(config, computed):
@@ -133,7 +157,8 @@ def check_computed(config, computed):
 
 def gpt2_fields(config):
     """Keys that old files lack have GPT-2's values."""
-    sizes = {GPT2_SIZES[key]: value for key, value in config.items() if key in GPT2_SIZES}
+    sizes = {GPT2_SIZES[key]: number(config, key, whole=True)
+             for key in config if key in GPT2_SIZES}
     check_computed(config, {
         "activation_function": ["gelu_new", *GELUS], "n_inner": [4 * sizes.get("n_embd", 768)],
         "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
@@ -153,38 +178,42 @@ def nanogpt_fields(config):
 
 
 def llama_fields(config, kind):
-    missing = [key for key in LLAMA_SIZES if not isinstance(config.get(key), int)]
-    if missing:
-        raise ValueError(f"its config.json has no number for {', '.join(missing)}, which "
-                         f"{CLASSES[kind]}'s has; copy it again from where the weights came from")
-    fields = {ours: config[theirs] for theirs, ours in LLAMA_SIZES.items()}
+    fields = {ours: number(config, theirs, whole=True) for theirs, ours in LLAMA_SIZES.items()}
     check_computed(config, {
         "hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False],
         "use_sliding_window": [False], "partial_rotary_factor": [1.0]})
-    layers = set(config.get("layer_types") or []) - {"full_attention"}
-    if layers:
-        raise ValueError(f"it has layers with {', '.join(sorted(layers))}; model.py computes full "
-                         "attention only")
-    rope = {"rope_theta": config.get("rope_theta")} | (config.get("rope_scaling") or {})
-    rope |= config.get("rope_parameters") or {}          # the name since transformers 5
-    kind_of_rope = rope.get("rope_type") or rope.get("type") or "default"
-    if kind_of_rope not in ("default", "llama3"):
-        raise ValueError(f"it has RoPE of the type {kind_of_rope}; model.py computes default and "
-                         "llama3")
-    scaling = None
-    if kind_of_rope == "llama3":
-        if not all(key in rope for key in LLAMA3):
-            raise ValueError(f"its llama3 RoPE has {', '.join(sorted(rope))}; wanted "
-                             f"{', '.join(LLAMA3)}")
-        scaling = [float(rope[key]) for key in LLAMA3]
-    head_dim = config.get("head_dim") or (128 if kind == "qwen3" else None)
+    layers = config.get("layer_types") or []
+    if not isinstance(layers, list) or set(map(str, layers)) - {"full_attention"}:
+        raise ValueError(f"it has layer_types {str(layers)[:80]}; model.py computes full_attention "
+                         "only")
+    theta, scaling = rope_of(config)
+    usual_dim = 128 if kind == "qwen3" else max(1, fields["n_embd"] // fields["n_head"])
     return fields | {
-        "norm": "rmsnorm", "norm_eps": config.get("rms_norm_eps", 1e-6), "activation": "swiglu",
-        "positions": "rope", "rope_theta": float(rope["rope_theta"] or 10000.0),
-        "rope_scaling": scaling, "n_kv_head": config.get("num_key_value_heads") or fields["n_head"],
-        "head_dim": head_dim or fields["n_embd"] // fields["n_head"], "bias": False,
+        "norm": "rmsnorm", "norm_eps": number(config, "rms_norm_eps", 1e-6),
+        "activation": "swiglu", "positions": "rope", "rope_theta": theta, "rope_scaling": scaling,
+        "n_kv_head": number(config, "num_key_value_heads", fields["n_head"], whole=True),
+        "head_dim": number(config, "head_dim", usual_dim, whole=True), "bias": False,
         "qkv_bias": kind == "qwen2", "qk_norm": kind == "qwen3",
         "tied_head": bool(config.get("tie_word_embeddings", False))}
+
+
+def rope_of(config):
+    """theta and, with Llama 3's scaling, its four numbers"""
+    parameters = part_of(config, "rope_parameters")      # the name since transformers 5
+    scaling = part_of(config, "rope_scaling")            # if both are there, transformers takes this
+    kinds = [part.get(key) for part in (scaling, parameters) for key in ("rope_type", "type")]
+    kind = next((kind for kind in kinds if kind), "default")
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"it has RoPE of the type {kind}; model.py computes default and llama3")
+    rope = {key: config[key] for key in ("rope_theta", LLAMA3[-1]) if key in config}
+    rope |= parameters | scaling
+    theta = float(number(rope, "rope_theta", 10000.0))
+    if kind == "default":
+        return theta, None
+    if not all(key in rope for key in LLAMA3):
+        raise ValueError(f"its llama3 RoPE has {', '.join(sorted(rope))}; wanted "
+                         f"{', '.join(LLAMA3)}")
+    return theta, [float(number(rope, key)) for key in LLAMA3]
 
 
 def family_of(fields):
@@ -274,7 +303,16 @@ def to_ours(weights, fields, nanogpt=False):
     Its head is lm_head.weight, unless it is the token embedding. A weight that is missing or
     unknown is an error.
     """
-    found = {re.sub(r"^(transformer|model)\.", "", name): x for name, x in weights.items()}
+    found = {}
+    for name, x in weights.items():
+        short = re.sub(r"^(transformer|model)\.", "", name)
+        if short in found:
+            raise ValueError(f"it has the weight {short} twice, once as {name}; wanted one of them")
+        is_number = x.is_floating_point() and x.element_size() >= 2      # float8 is quantized
+        if not (is_number or TABLES.fullmatch(short)):
+            raise ValueError(f"{name} is of {x.dtype}, wanted float32, bfloat16 or float16; give "
+                             "the folder with the original weights")
+        found[short] = x
     found = {name: x for name, x in found.items() if not TABLES.fullmatch(name)}
     head = found.pop("lm_head.weight", None)
     names = layout(fields)

@@ -85,8 +85,11 @@ def read_record(record, remarks=None, chat="plain", system=""):
         remarks.append((KEPT, "with control characters"))
     remarks += [(UNUSED, name) for name in fields]
     if chat != "plain" and prompt and MARK not in prompt:        # a text, not messages
-        prompt = written(dialogue_in(prompt), **style)
-        responses = [answer(text.strip(), chat) for text in responses]
+        turns = dialogue_in(prompt)
+        unfinished = turns[-1][0] == "assistant"         # the response continues this turn
+        prompt = written(turns, **style, unfinished=unfinished)
+        if not unfinished:
+            responses = [answer(text.strip(), chat) for text in responses]
     return prompt, responses
 
 
@@ -190,11 +193,10 @@ def texts_of(system, prompt, responses, style):
 
 def dialogue_in(text):
     """A prompt as a text -> its turns: HH-RLHF's if it has them, or else one of the user"""
-    start, *rest = re.split(r"\n\n(Human|Assistant|System):", text)
-    turns = [("system", start.strip())] if start.strip() else []
-    turns += [(ROLES[name.lower()], said.strip()) for name, said in zip(rest[::2], rest[1::2])]
-    if not rest:
+    start, *rest = re.split(r"(?:^|\n\n)(Human|Assistant|System):", text)
+    if start.strip() or "Human" not in rest[::2]:
         return [("user", text)]
+    turns = [(ROLES[name.lower()], said.strip()) for name, said in zip(rest[::2], rest[1::2])]
     return turns[:-1] if turns[-1] == ("assistant", "") else turns
 
 

@@ -122,8 +122,7 @@ def ensure(cfg, script, **given):
         if made_by["config"] != cfg.config:
             stop(f"{folder} was made with --config {made_by['config']}, but this is --config "
                  f"{cfg.config}; give a different --out, or a --base of the same config")
-        if folder == here:
-            check_data(cfg, here, made_by, given)
+        check_data(cfg, folder, made_by, given, same_run=folder == here)
         source = made_by.get("data", "reviews")
         told = "" if source == "reviews" else f", data {source}"
         print(f"using {folder} (seed {made_by['seed']}{told})")
@@ -153,14 +152,16 @@ def ensure(cfg, script, **given):
     return here
 
 
-def check_data(cfg, folder, made_by, given):
-    """Exit if an earlier stage of the same run has different data or different given settings."""
+def check_data(cfg, folder, made_by, given, same_run=True):
+    """Exit if an earlier stage has different given settings, or in the same run different data."""
     wanted = dict(given)
-    if made_by.get("steps") != 0:                        # otherwise it has trained on no data
+    if same_run and made_by.get("steps") != 0:           # with 0 it has trained on no data
         wanted |= {"data": cfg.data, "text_prompt": cfg.text_prompt}
     for name, ours in wanted.items():
         theirs = made_by.get(name, getattr(config.Common, name, None))
-        if theirs != ours:
+        paths = [value for value in (theirs, ours) if os.path.exists(str(value))]
+        same_path = len(paths) == 2 and os.path.samefile(*paths)
+        if theirs != ours and not same_path:
             stop(f"{folder} was made with --{name} {theirs}, but this is --{name} {ours}; give "
                  f"a different --out, and --base {folder.parent.name} to use that stage anyway")
 

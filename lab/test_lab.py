@@ -1036,6 +1036,37 @@ def test_a_byte_without_a_token_is_said_and_left_out(kinds, capsys):
     assert ours.encode_ordinary("\x04") == [] and tokenizers.encode_prompt(ours, "\x04") == [2]
 
 
+def test_the_longest_added_token_is_read_first(kinds, tmp_path):
+    from tokenizers import Tokenizer
+    content = json.loads((kinds["qwen"] / "tokenizer.json").read_text())
+    n = content["added_tokens"][-1]["id"]
+    content["added_tokens"] += [added(n + 1, "<a>", False), added(n + 2, "<a><b>", False)]
+    folder = bpe_folder(tmp_path / "x", content, tokenizer_config={"eos_token": "<|im_end|>"})
+    ours = tokenizers.pretrained_tokenizer(folder)
+    theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in ("<a><b>", "<a><a><b> so", "<a> <b>"):
+        assert ours.encode_ordinary(text) == theirs.encode(text).ids
+
+
+@pytest.mark.parametrize("kind, change, message", [
+    ("qwen", dict(pattern={"Regex": r"\p{N}"}), "regex leaves text out or matches nothing"),
+    ("qwen", dict(pattern={"Regex": r"\p{L}*|\s*|."}), "regex leaves text out or matches nothing"),
+    ("qwen", dict(pattern={"String": " "}), r"pre-tokenizer Split \+ ByteLevel"),
+    ("qwen", dict(behavior="Removed"), r"pre-tokenizer Split \+ ByteLevel")])
+def test_a_split_that_tiktoken_would_do_differently_is_refused(kind, change, message, kinds,
+                                                               tmp_path):
+    content = json.loads((kinds[kind] / "tokenizer.json").read_text())
+    content["pre_tokenizer"]["pretokenizers"][0] |= change
+    with refused(f"no tokenizer in .*{message}"):
+        sft.tokenizer_of(str(bpe_folder(tmp_path / "x", content)))
+
+
+def test_a_lone_surrogate_is_replaced(kinds):
+    for kind in KINDS:
+        ours = tokenizers.pretrained_tokenizer(kinds[kind])
+        assert ours.decode(ours.encode_ordinary("a\udcff\x1c")) == "a?\x1c"
+
+
 def test_added_tokens_that_are_not_special_are_read_in_text(kinds):
     ours = tokenizers.pretrained_tokenizer(kinds["qwen"])
     think = ours._special_tokens["<think>"]
@@ -1112,7 +1143,7 @@ def test_an_exported_tokenizer_writes_dialogues_as_ours_does(kinds, tmp_path, ca
     """With the default system turn, whose quotes and line ends are kept"""
     from transformers import AutoTokenizer
     ours = tokenizers.pretrained_tokenizer(kinds["qwen"])
-    ours = chat.set_chat(ours, "chatml", 'Say "so".\n', kinds["qwen"])
+    ours = chat.set_chat(ours, "chatml", 'Say "so" \U0001f600.\n', kinds["qwen"])
     tokenizers.export_tokenizer(ours, tmp_path, chat_template=chat.jinja_of(ours))
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for turns in DIALOGUES[:3]:
@@ -1151,9 +1182,12 @@ def test_templates_and_tokens_that_are_not_known_are_refused(kinds, tmp_path):
     assert chat.set_chat(ours, "auto", "", tmp_path).chat == "plain"
     with pytest.raises(ValueError, match="writes <.im_start.>, <.im_end.>, which this tokenizer"):
         chat.set_chat(ours, "chatml", "", tmp_path)
-    (tmp_path / "chat_template.jinja").write_text("[INST] {{ messages[0].content }} [/INST]")
-    with pytest.raises(ValueError, match="neither chatml nor llama3; give --chat plain"):
-        chat.set_chat(ours, "auto", "", tmp_path)
+    qwen = tokenizers.pretrained_tokenizer(kinds["qwen"])
+    for foreign in ("[INST] {{ messages[0].content }} [/INST]", "{# no <|im_start|> #} {{ 1 }}",
+                    CHATML.replace("\n'", "<|endoftext|>'")):
+        (tmp_path / "chat_template.jinja").write_text(foreign)
+        with pytest.raises(ValueError, match="neither chatml nor llama3; give --chat plain"):
+            chat.set_chat(qwen, "auto", "", tmp_path)
     assert chat.set_chat(ours, "plain", "", tmp_path).chat == "plain"
 
 
@@ -1184,6 +1218,11 @@ MARKED = "a\ufdd0<|im_end|>"
     ({"prompt": "Hi", "completion": "Hi there"}, "[user\nHi][assistant\n", ["there"]),
     ({"prompt": HELLO[:1] + [{"role": "assistant", "content": "Hel"}], "completion": "lo"},
      "[user\nHi][assistant\nHel", ["lo"]),
+    ({"prompt": "Human: hi\n\nAssistant:", "completion": " d"}, "[user\nhi][assistant\n", ["d"]),
+    ({"prompt": "\n\nHuman: hi\n\nAssistant: I think", "completion": " so"},
+     "[user\nhi][assistant\nI think", [" so"]),
+    ({"prompt": "Write a play.\n\nHuman: hello"},
+     "[user\nWrite a play.\n\nHuman: hello][assistant\n", []),
     ({"text": "as it is"}, "", ["as it is"]),
     ({"text": MARKED}, "", ["a\ufffd<|im_end|>"]),
     ({"prompt": MARKED, "completion": MARKED}, "[user\na\ufffd<|im_end|>][assistant\n",

@@ -90,6 +90,10 @@ def pretrained_tokenizer(source=None):
     options["bos"] = special.get(bos)
     options["in_text"] = [token["content"] for token in added
                           if not token.get("special") and token["id"] not in ends]
+    if options["nfc"] and not "".join(options["in_text"]).isascii():
+        raise ValueError(f"{folder} has NFC and added tokens that are not ASCII, "
+                         f"{', '.join(options['in_text'])[:100]}: which comes first is not "
+                         "implemented here")
     made = make_encoding("gpt2", ordinary, special, ends, **options)
     if made.absent:
         print(f"note: the tokenizer in {folder} has no token for {len(made.absent)} of the 256 "
@@ -210,15 +214,27 @@ def read_options(content, options):
         options["pattern"] = DIGITS
     elif kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True) and is_cut(cuts[0]):
         options["pattern"] = cuts[0]["pattern"]["Regex"]
+        if not covers_all_text(options["pattern"]):
+            found.append("a Split whose regex leaves text out or matches nothing")
     else:
         found.append(f"the pre-tokenizer {' + '.join(kinds) or 'null'}, with these settings")
     return found
 
 
+def covers_all_text(pattern):
+    """Whether a regex matches any character alone and never nothing, as tiktoken needs"""
+    try:
+        compiled = regex.compile(pattern)
+    except regex.error:
+        return False
+    probes = [chr(i) for i in (*range(0x3000), 0x4e00, 0xac00, 0xe000, 0xfffd, 0x1f600, 0x10ffff)]
+    return not compiled.match("") and all(compiled.fullmatch(probe) for probe in probes)
+
+
 def is_cut(split):
     """Whether a Split cuts text into the matches of its regex"""
     how = (split.get("behavior"), bool(split.get("invert")))
-    return "Regex" in split["pattern"] and how in (("Isolated", False), ("Removed", True))
+    return "Regex" in split.get("pattern", {}) and how in (("Isolated", False), ("Removed", True))
 
 
 def steps(part):
@@ -272,8 +288,12 @@ def special_tokens(folder, vocab, merges, added):
     if others:
         print(f"note: the tokenizer in {folder} ends a text with {eos} (id {special[eos]}), "
               f"{' and '.join(others)}; the tokenizer's is used")
-    ends = [special[eos]] + [i for i in end_ids["generation_config.json"] if i in token_of]
-    return special, tuple(dict.fromkeys(ends))
+    known = {*vocab.values(), *special.values()}
+    more = [i for i in end_ids["generation_config.json"] if i is not None]
+    if not all(isinstance(i, int) and i in known for i in more):
+        raise ValueError(f"{folder}/generation_config.json has eos_token_id {more}, wanted ids of "
+                         "tokens; correct it")
+    return special, tuple(dict.fromkeys([special[eos], *more]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -304,7 +324,8 @@ class Encoding(tiktoken.Encoding):
         self.system = system
         self.absent = [x for x in range(256) if bytes([x]) not in self._mergeable_ranks]
         marked = [MARK + token for token in self._special_tokens] if chat != "plain" else []
-        tokens = "|".join(map(re.escape, marked + self.in_text))
+        longest_first = sorted(marked + self.in_text, key=len, reverse=True)
+        tokens = "|".join(map(re.escape, longest_first))
         self.tokens_in_text = re.compile(f"({tokens})") if tokens else None
         return self
 
@@ -326,11 +347,12 @@ class Encoding(tiktoken.Encoding):
         return ids
 
     def encode_words(self, text):
+        text = text.encode(errors="replace").decode()      # a lone surrogate is no text
         if not (self.absent and set(self.absent) & set(text.encode())):
             return super().encode_ordinary(text)
         ids = []
-        for word in regex.findall(self._pat_str, text):
-            piece = word.encode().translate(None, bytes(self.absent))
+        for word in regex.finditer(self._pat_str, text):
+            piece = word.group().encode().translate(None, bytes(self.absent))
             if piece:                                    # tiktoken crashes on an empty one
                 ids += self._encode_single_piece(piece)
         return ids
@@ -426,7 +448,7 @@ def load_tokenizer(folder):
         ranks = {base64.b64decode(token): i for token, i in content["ranks"].items()}
         special = content.get("special", {EOS: content["eos"]})  # earlier versions had only this
         options = content.get("options", {"ends": [content["eos"]]})
-        if not set(options["ends"]) <= set(special.values()):
+        if options["ends"][0] not in special.values():
             raise ValueError("the EOS is not a special token")
         return encoding(content["name"], content["pattern"], ranks, special, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
