@@ -15,19 +15,19 @@ A test's name is the claim it checks.
      311   data.py
      347   model.py
      952   model.py: Llama, Qwen2 and Qwen3, against transformers
-    1345   sft.py
-    1363   reward_model.py
-    1421   ppo.py
-    1750   dpo.py
-    1944   grpo.py
-    2359   policy_gradient.py
-    2431   frontier.py, compare.py
-    2674   evaluate.py
-    2704   What people copy
-    2873   The proof: a problem so small that every response can be listed
-    3843   The scripts, end to end at --config tiny
-    5631   The house: what holds for every file
-    5771   README.md and docs/
+    1346   sft.py
+    1364   reward_model.py
+    1422   ppo.py
+    1751   dpo.py
+    1945   grpo.py
+    2360   policy_gradient.py
+    2432   frontier.py, compare.py
+    2675   evaluate.py
+    2705   What people copy
+    2874   The proof: a problem so small that every response can be listed
+    3844   The scripts, end to end at --config tiny
+    5632   The house: what holds for every file
+    5772   README.md and docs/
 """
 
 import ast
@@ -1261,7 +1261,8 @@ def test_sharded_and_bin_files_are_read(families, tmp_path):
     ("llama", dict(model_type=[]), "its model_type is ..,"),
     ("llama3", dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "llama3 RoPE has"),
     ("qwen2", dict(use_sliding_window=True), "use_sliding_window True"),
-    ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "'sliding_attention'.; model.py"),
+    ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]),
+     "'sliding_attention'.; model.py"),
     ("qwen3", dict(layer_types=4), "it has layer_types 4"),
     ("llama", dict(model_type="smollm3"), "every fourth layer has no positions"),
     ("llama", dict(model_type="gemma2"), "gemma2 .scaled embeddings"),

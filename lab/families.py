@@ -75,8 +75,8 @@ def assign(model, weights):
             raise ValueError(f"{name}: got {tuple(found.shape)} of {found.dtype}, wanted "
                              f"{tuple(wanted.shape)} of floats")
         if not torch.isfinite(found).all():
-            raise ValueError(f"{name} holds numbers that are not finite; copy the weights again from "
-                             "where they came from")
+            raise ValueError(f"{name} holds numbers that are not finite; copy the weights again "
+                             "from where they came from")
     weights = {name: x.to(torch.float32, copy=True).contiguous() for name, x in weights.items()}
     model.load_state_dict(weights, assign=True)
 
@@ -200,7 +200,7 @@ def llama_fields(config, kind):
 def rope_of(config):
     """theta and, with Llama 3's scaling, its four numbers"""
     parameters = part_of(config, "rope_parameters")      # the name since transformers 5
-    scaling = part_of(config, "rope_scaling")            # if both are there, transformers takes this
+    scaling = part_of(config, "rope_scaling")            # if there are both, transformers takes it
     kinds = [part.get(key) for part in (scaling, parameters) for key in ("rope_type", "type")]
     kind = next((kind for kind in kinds if kind), "default")
     if kind not in ("default", "llama3"):
