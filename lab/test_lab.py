@@ -1090,13 +1090,17 @@ def test_a_prompt_starts_with_exactly_one_bos_where_the_model_uses_one(kinds):
     assert tokenizers.cut_start(plain, [5, 6, 7], 2) == [6, 7]
 
 
-def test_the_sampler_stops_at_every_end_that_generation_config_names(kinds, tmp_path):
+def test_the_sampler_stops_at_every_end_that_generation_config_names(kinds, tmp_path, capsys):
     for path in kinds["qwen"].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     n = tokenizers.pretrained_tokenizer(tmp_path).eot_token
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [n + 2, n]}))
     ours = tokenizers.pretrained_tokenizer(tmp_path)
     assert ours.end_tokens == (n, n + 2)
+    capsys.readouterr()
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [n, 9999, 40]}))
+    assert tokenizers.pretrained_tokenizer(tmp_path).end_tokens == (n, 40)      # ordinary ones too
+    assert "has eos_token_id [9999], which the tokenizer does not have" in capsys.readouterr().out
     ours = chat.set_chat(ours, "auto", "", tmp_path)     # now the END_OF is what ends a turn
     assert ours.eot_token == n + 2 and ours.end_tokens == (n + 2, n)
     text = ours.encode_ordinary("yes")

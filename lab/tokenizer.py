@@ -290,10 +290,15 @@ def special_tokens(folder, vocab, merges, added):
               f"{' and '.join(others)}; the tokenizer's is used")
     known = {*vocab.values(), *special.values()}
     more = [i for i in end_ids["generation_config.json"] if i is not None]
-    if not all(isinstance(i, int) and i in known for i in more):
+    if not all(isinstance(i, int) for i in more):
         raise ValueError(f"{folder}/generation_config.json has eos_token_id {more}, wanted ids of "
                          "tokens; correct it")
-    return special, tuple(dict.fromkeys([special[eos], *more]))
+    nameless = [i for i in more if i not in known]
+    if nameless:
+        print(f"note: {folder}/generation_config.json has eos_token_id {nameless}, which the "
+              "tokenizer does not have; not used")
+    ends = [special[eos], *(i for i in more if i in known)]
+    return special, tuple(dict.fromkeys(ends))
 
 
 # --------------------------------------------------------------------------------------------------
