@@ -4950,7 +4950,7 @@ def test_every_stage_is_exported_for_transformers_with_its_tokenizer(stage, user
 
 @pytest.mark.parametrize("script, changes, message", [
     (sft, dict(init="gpt2", block_size=97),
-     "block_size 97 .* is longer than the 96 positions that gpt2 has weights for; lower it to that"),
+     "block_size 97 .* longer than the 96 positions that gpt2 has weights for; lower it to that"),
     (sft, dict(init="nowhere"),
      "no tokenizer in nowhere: nowhere is not a folder here and could not be fetched from the hub "
      ".OSError.; check the spelling and the network"),
