@@ -24,7 +24,6 @@ from typing import Literal
 import torch
 
 import data
-import reviews
 from lab import files, pretrained
 from lab.chat import jinja_of, set_chat
 from lab.config import COUNT_FROM_0, Common
@@ -262,8 +261,7 @@ def main(cfg):
     check_rows(cfg, train, held_out, block_size)
     held_prompts, held_responses = map(list, zip(*held_out))                 # lists of token lists
     if built_in:
-        held_out_texts = data.built_in_texts(cfg.n_texts, cfg.n_eval, cfg.seed)[1]
-        entropy = -sum(map(reviews.log_prob, *held_out_texts)) / cfg.n_eval  # nats per response
+        entropy = data.grammar_entropy(cfg)                                  # nats per response
         length = sum(len(response) for _, response in train) / len(train)
         print(f"{len(train)} reviews, {length:.1f} tokens a response, {tokenizer.n_vocab} token "
               f"ids; the grammar's entropy is {entropy:.2f} nats a response")
@@ -322,7 +320,7 @@ def main(cfg):
     results = {"held_out": nats, "held_out_per_token": per_token}
     then = "reward_model"
     if built_in:
-        good = sum(map(reviews.grammatical, held_out_texts[0], *zip(*samples))) / cfg.n_eval
+        good = data.share_grammatical(cfg, samples)
         lines += [f"the grammar's entropy  {entropy:6.2f} nats: {nats - entropy:.2f} above the "
                   "least possible",
                   f"grammatical samples    {good:6.1%}"]

@@ -15,19 +15,19 @@ A test's name is the claim it checks.
      311   data.py
      347   model.py
      952   model.py: Llama, Qwen2 and Qwen3, against transformers
-    1346   sft.py
-    1364   reward_model.py
-    1422   ppo.py
-    1751   dpo.py
-    1945   grpo.py
-    2360   policy_gradient.py
-    2432   frontier.py, compare.py
-    2675   evaluate.py
-    2705   What people copy
-    2874   The proof: a problem so small that every response can be listed
-    3844   The scripts, end to end at --config tiny
-    5632   The house: what holds for every file
-    5772   README.md and docs/
+    1349   sft.py
+    1367   reward_model.py
+    1425   ppo.py
+    1754   dpo.py
+    1948   grpo.py
+    2363   policy_gradient.py
+    2435   frontier.py, compare.py
+    2678   evaluate.py
+    2708   What people copy
+    2877   The proof: a problem so small that every response can be listed
+    3847   The scripts, end to end at --config tiny
+    5635   The house: what holds for every file
+    5775   README.md and docs/
 """
 
 import ast
@@ -1122,7 +1122,7 @@ def test_a_response_ends_with_any_of_several_end_tokens(families):
 
 def test_embeddings_without_a_token_are_never_sampled_and_go_back_into_the_file(families, tmp_path):
     folder, ids, wanted = families["qwen3"]
-    cut = GPT.from_pretrained(folder, vocab_size=90).eval()
+    cut = GPT.from_pretrained(folder, vocab_size=90, block_size=220).eval()
     shown = ids.clamp(max=89)
     whole = GPT.from_pretrained(folder).eval()
     with torch.no_grad():
@@ -1132,6 +1132,7 @@ def test_embeddings_without_a_token_are_never_sampled_and_go_back_into_the_file(
     cut.save_pretrained(tmp_path, eos_id=5)
     stored, originals = (load_file(x / "model.safetensors") for x in (tmp_path, folder))
     assert all(torch.equal(stored[name], originals[name]) for name in originals)
+    assert json.loads((tmp_path / "config.json").read_text())["max_position_embeddings"] == 256
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "gpt2"])
@@ -1211,6 +1212,8 @@ EMBEDDING = "model.embed_tokens.weight"
     pytest.param("qwen2", None, dict(rope_theta=10000.0), ["rope_parameters"], id="old rope"),
     pytest.param("llama3", None, dict(rope_theta=10000.0, rope_scaling=OLD_ROPE),
                  ["rope_parameters"], id="old rope scaling"),
+    pytest.param("llama3", None, dict(rope_scaling=dict(LLAMA3, factor=4.0)), [],
+                 id="both names of rope, of which the older counts"),
     pytest.param("llama3", lambda x: x | {"lm_head.weight": x[EMBEDDING].clone()}, None, [],
                  id="a head that repeats the embedding"),
     pytest.param("qwen3", lambda x: {key.removeprefix("model."): w for key, w in x.items()}, None,
