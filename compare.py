@@ -34,7 +34,7 @@ def read_gold(tokenizer, inputs, targets, mask):
             torch.tensor([reviews.grammatical(*row) for row in rows]))
 
 
-def preference(tokenizer, inputs, targets, mask, temperature):
+def annotators_preference(tokenizer, inputs, targets, mask, temperature):
     """P(the annotators prefer the first of each two rows) -> (B / 2,)"""
     gold, _ = read_gold(tokenizer, inputs, targets, mask)                    # (B,)
     return reviews.preference(gold[::2], gold[1::2], temperature)

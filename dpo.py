@@ -42,7 +42,7 @@ import torch
 import data
 import reward_model as rm
 import sft
-from compare import compare, preference, true_utility
+from compare import annotators_preference, compare, true_utility
 from lab import files
 from lab.config import ABOVE_0
 from lab.report import progress
@@ -180,7 +180,8 @@ def sample_pairs(policy, reward, tokenizer, prompts, cfg, annotator_temperature,
         tokens, mask = generate(policy, twice, cfg.max_new_tokens, eos_id, generator=generator)
         inputs, targets = data.shift(tokens)                                 # (2 b, T) each
         if cfg.labels == "annotators":
-            p_first = preference(tokenizer, inputs, targets, mask, annotator_temperature)   # (b,)
+            p_first = annotators_preference(tokenizer, inputs, targets, mask,
+                                            annotator_temperature)          # (b,)
         else:
             scores = reward(inputs, targets, mask, data.met_eos(targets, mask, eos_id)).cpu()
             check_finite(scores, "the reward of a sampled response")

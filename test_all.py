@@ -26,8 +26,8 @@ A test's name is the claim it checks.
     2708   What people copy
     2877   The proof: a problem so small that every response can be listed
     3847   The scripts, end to end at --config tiny
-    5635   The house: what holds for every file
-    5775   README.md and docs/
+    5641   The house: what holds for every file
+    5781   README.md and docs/
 """
 
 import ast
@@ -5546,6 +5546,12 @@ def test_every_stage_trains_on_dialogues(script, changes, instruct, monkeypatch,
     assert tokenizer.decode(prompt).startswith("<|im_start|>user\nWhat is")
     assert tokenizer.decode(prompt).endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.decode(response) == "It is 9.<|im_end|>"
+
+
+def test_reviews_are_no_dialogues_whatever_the_models_template(instruct, monkeypatch):
+    monkeypatch.chdir(instruct)
+    assert sft.choose_tokenizer(tiny_config(sft, init="model")).chat == "plain"
+    assert sft.choose_tokenizer(tiny_config(sft, init="model", data="hh")).chat == "chatml"
 
 
 def test_a_dialogue_that_is_too_long_is_left_out_and_said(instruct, monkeypatch, capsys):
