@@ -26,8 +26,8 @@ A test's name is the claim it checks.
     2708   What people copy
     2877   The proof: a problem so small that every response can be listed
     3847   The scripts, end to end at --config tiny
-    5641   The house: what holds for every file
-    5781   README.md and docs/
+    5643   The house: what holds for every file
+    5783   README.md and docs/
 """
 
 import ast
@@ -5518,6 +5518,8 @@ def test_rl_starts_at_once_on_an_instruct_model_and_gives_one_back(instruct, mon
     with pytest.raises(Stopped, match="made with --init model, but this is --init other; give"):
         ppo.main(ppo.Config(**CHATTY | dict(init="other"), data="prompts.jsonl",
                             reward="short.py:short", minibatch_size=8))
+    other_data = ppo.Config(**CHATTY, data="pairs.jsonl", minibatch_size=8)
+    assert runs.ensure(other_data, sft, init="./model").name == "sft"    # it has trained on no data
     typed = iter(["What is 10 + 11?", "And 12?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     sample.main(sample.Config(config="smollm2", device="cpu", dtype="float32", stage="grpo",
