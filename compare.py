@@ -34,6 +34,12 @@ def read_gold(tokenizer, inputs, targets, mask):
             torch.tensor([reviews.grammatical(*row) for row in rows]))
 
 
+def annotators_preference(tokenizer, inputs, targets, mask, temperature):
+    """P(the annotators prefer the first of each two rows) -> (B / 2,)"""
+    gold, _ = read_gold(tokenizer, inputs, targets, mask)                    # (B,)
+    return reviews.preference(gold[::2], gold[1::2], temperature)
+
+
 def true_utility(cfg, tokenizer, inputs, targets, mask):
     """{gold: mean}, for the log only; {} if the data is not the built-in task"""
     if cfg.data != "reviews":

@@ -173,6 +173,18 @@ def built_in_texts(n_texts, n_held_out, seed):
     return reviews.sample(n_texts, seed, train), reviews.sample(n_held_out, seed + 1, held_out)
 
 
+def grammar_entropy(cfg):
+    """The least nats per response that a model can have on the built-in task's held-out texts"""
+    held_out = built_in_texts(cfg.n_texts, cfg.n_eval, cfg.seed)[1]
+    return -sum(map(reviews.log_prob, *held_out)) / cfg.n_eval
+
+
+def share_grammatical(cfg, samples):
+    """The share of grammatical samples, (text, whether it ended) for each held-out prompt"""
+    prompts, _ = built_in_texts(cfg.n_texts, cfg.n_eval, cfg.seed)[1]
+    return sum(map(reviews.grammatical, prompts, *zip(*samples))) / cfg.n_eval
+
+
 def some_texts(cfg, n, n_held_out):
     """Texts to train on, from which a tokenizer may be learned"""
     if cfg.data == "reviews":
@@ -255,8 +267,8 @@ def check_room(cfg, longest, block_size):
         room = block_size - longest
         lower = f"lower --max_new_tokens to {room}" if room > 0 else "shorten the prompts"
         stop(f"prompts of up to {longest} tokens and --max_new_tokens {cfg.max_new_tokens} exceed "
-             f"the model's block_size {block_size}; {lower}, or train a model that reads more "
-             "(sft.py --block_size)")
+             f"the model's block_size {block_size}; {lower}, or make the SFT stage "
+             "again with a larger --block_size")
 
 
 def check_minibatch(cfg):

@@ -40,10 +40,9 @@ from typing import Literal
 import torch
 
 import data
-import reviews
 import reward_model as rm
 import sft
-from compare import compare, read_gold, true_utility
+from compare import annotators_preference, compare, true_utility
 from lab import files
 from lab.config import ABOVE_0
 from lab.report import progress
@@ -173,7 +172,7 @@ def pairs_of_rankings(comparisons, generator):
 @torch.no_grad()
 def sample_pairs(policy, reward, tokenizer, prompts, cfg, annotator_temperature, generator):
     """Two responses of the policy to each prompt, labelled as --labels says"""
-    eos_id = tokenizer.eot_token
+    eos_id = tokenizer.end_tokens
     pairs = []
     batches = [prompts[i:i + 256] for i in range(0, len(prompts), 256)]
     for batch in progress(batches, f"sampling and labelling {len(prompts)} pairs"):
@@ -181,8 +180,8 @@ def sample_pairs(policy, reward, tokenizer, prompts, cfg, annotator_temperature,
         tokens, mask = generate(policy, twice, cfg.max_new_tokens, eos_id, generator=generator)
         inputs, targets = data.shift(tokens)                                 # (2 b, T) each
         if cfg.labels == "annotators":
-            gold, _ = read_gold(tokenizer, inputs, targets, mask)
-            p_first = reviews.preference(gold[::2], gold[1::2], annotator_temperature)      # (b,)
+            p_first = annotators_preference(tokenizer, inputs, targets, mask,
+                                            annotator_temperature)          # (b,)
         else:
             scores = reward(inputs, targets, mask, data.met_eos(targets, mask, eos_id)).cpu()
             check_finite(scores, "the reward of a sampled response")

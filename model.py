@@ -22,10 +22,10 @@ hold 0, a valid id that nothing reads: causal attention never looks right, so no
 attention mask or position ids, and the mask keeps these cells out of every mean.
 
 If you know GPT-2, this is what Llama, Qwen2 and Qwen3 change, each by a field of GPTConfig:
-RMSNorm has no mean and no bias. There are no learned positions: RoPE turns each query and key by
-an angle that grows with its position, so their product depends on the distance. Several query
-heads share one head of keys and values. The MLP multiplies two projections, silu(gate) * up.
-Matrices have no biases, but for Qwen2's q, k, v. Qwen3 also norms each head's queries and keys.
+RMSNorm subtracts no mean and has no bias. There are no learned positions: RoPE turns each query and
+key by an angle that grows with its position, so their product depends on their distance. Several
+query heads share one head of keys and values. The MLP multiplies two projections, silu(gate) * up.
+Matrices have no biases, except Qwen2's q, k and v. Qwen3 also normalises each head's q and k.
 """
 
 import math
@@ -57,16 +57,16 @@ class GPTConfig:
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-5
     positions: Literal["learned", "rope"] = "learned"
-    rope_theta: float = 10000.0         # the longest wavelength of RoPE, nearly, over 2 pi
+    rope_theta: float = 10000.0         # RoPE's base: nearly its longest wavelength / 2 pi
     rope_scaling: list | None = None    # Llama 3's factor, low, high, original context; none: off
     n_kv_head: int | None = None        # heads of keys and values; none: n_head
     head_dim: int | None = None         # width of a head; none: n_embd / n_head
-    n_inner: int | None = None          # width inside the MLP; none: 4 n_embd, with swiglu 8/3
+    n_inner: int | None = None          # width inside the MLP; none: 4 n_embd, or 8/3 in swiglu
     bias: bool = True                   # whether matrices have biases
-    qkv_bias: bool = False              # whether those of q, k and v do anyway
+    qkv_bias: bool = False              # whether q, k and v have biases anyway
     qk_norm: bool = False               # RMSNorm of every head's queries and keys
     tied_head: bool = True              # logits by the token embedding
-    vocab_rows: int | None = None       # embeddings that a file has, some for no token
+    vocab_rows: int | None = None       # rows of a file's embedding, some without a token
     n_positions: int | None = None      # positions that a file's weights can read
 
     def __post_init__(self):
@@ -83,7 +83,7 @@ class GPTConfig:
                              f"{self.n_kv_head}")
 
 
-# Fresh models of these dialects: sft.py --architecture
+# Dialects that fresh weights can have: sft.py --architecture
 LLAMA = dict(norm="rmsnorm", activation="swiglu", positions="rope", bias=False)
 ARCHITECTURES = {"gpt2": {}, "llama": LLAMA, "qwen3": LLAMA | dict(qk_norm=True, norm_eps=1e-6)}
 
@@ -95,13 +95,13 @@ class Linear(nn.Linear):
     """
     x W^T + b, and once it has LoRA also LORA_SCALE x A^T B^T  (Hu et al. 2021, section 4.1)
 
-    n_out may be several widths, of matrices stacked into one; each has a change of its own.
+    n_out may be several widths, for matrices stacked into one; each has its own change.
     """
 
     def __init__(self, n_in, *n_out, bias=True):
         super().__init__(n_in, sum(n_out), bias)
         self.n_out = n_out
-        self.lora_a = self.lora_b = None                 # of each matrix (r, n_in), (n_out, r)
+        self.lora_a = self.lora_b = None                 # per matrix: (r, n_in), (n_out, r)
 
     def forward(self, x):
         y = super().forward(x)
@@ -128,7 +128,7 @@ def rope(config, positions):
     cos, sin (.., head_dim) of the angle by which RoPE turns a query or key at a position
 
     angle = position * theta^(-2 i / head_dim) for the pair of dimensions i and i + head_dim / 2
-    (Su et al. 2021, equation 15). Llama 3 divides the frequencies by `factor` that turn less than
+    (Su et al. 2021, equation 15). Llama 3 divides by `factor` the frequencies that turn less than
     `low` times in the original context, keeps those above `high`, and interpolates between.
     """
     pairs = torch.arange(0, config.head_dim, 2, device=positions.device).float()
@@ -183,7 +183,7 @@ class Attention(nn.Module):
             cache[0, rows, :, positions] = k[:, :, 0]
             cache[1, rows, :, positions] = v[:, :, 0]
             keys, values = cache[:, :, :, :visible.shape[-1]]                # (B, n_kv, columns, d)
-            q = q.reshape(B, self.n_kv, -1, self.d)      # the query heads that share a key's head
+            q = q.reshape(B, self.n_kv, -1, self.d)      # grouped by the key head they share
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
         return self.c_proj(y.reshape(B, T, -1))
 
@@ -241,12 +241,12 @@ class Transformer(nn.Module):
 
     def forward(self, ids, caches=None, positions=None):
         """
-        caches, one (2, B, n_kv_head, width, head_dim) a layer, are filled with keys and values.
-        With positions (B,) too, ids is one token a row, which reads them up to its own position.
+        caches, one (2, B, n_kv_head, width, head_dim) per layer, are filled with keys and values.
+        With positions (B,) too, ids is one token per row, which reads them up to its own position.
         """
         T = ids.shape[1]
         if T > self.config.block_size:
-            raise ValueError(f"got rows of {T} tokens, the model reads at most block_size = "
+            raise ValueError(f"got rows of {T} tokens; the model reads at most block_size = "
                              f"{self.config.block_size}")
         turn = visible = None
         x = self.wte(ids)                                                    # (B, T, C)
@@ -298,7 +298,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, source, **changes):
         """
         GPT-2, Llama, Qwen2 or Qwen3: a folder of transformers, a name on the hub, or nanoGPT's
-        ckpt.pt. changes are fields of GPTConfig; block_size and vocab_size take the first positions
+        ckpt.pt. changes are fields of GPTConfig; block_size and vocab_size keep the first positions
         or ids. A weight that is missing, unknown or of a different shape is an error.
         """
         fields, weights = families.load(source, changes)
@@ -412,7 +412,7 @@ def reference_of(policy):
 
 
 def trained(model):
-    """The parameters to optimise: all, or with LoRA the change and a head"""
+    """The parameters to optimise: all, or with LoRA only the changes and a head"""
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -421,7 +421,7 @@ def trained(model):
 
 def masked_mean(x, mask):
     """
-    sum(x mask) / sum(mask) -> 0-d; the mask may hold fractional weights, but not zeros only
+    sum(x mask) / sum(mask) -> 0-d; the mask may hold fractional weights, but not only zeros
 
     >>> masked_mean(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[1.0, 1.0, 0.0]]))
     tensor(1.5000)
@@ -438,11 +438,11 @@ def token_logprobs(policy, inputs, targets, mask, temperature=1.0, return_entrop
 
     pi is the softmax of logits / temperature over the whole vocabulary, the distribution that the
     sampler draws from, in fp32. Only masked columns go through the output head. If they make more
-    than LOGITS_AT_ONCE logits they go in parts, which the backward pass computes again. With
+    than LOGITS_AT_ONCE logits they go in parts, which the backward pass recomputes. With
     return_entropy also the entropy of pi in nats -> (B, T). Both carry gradients.
     """
     if temperature <= 0:
-        raise ValueError(f"got temperature {temperature}; log-probabilities take one above 0")
+        raise ValueError(f"got temperature {temperature}; log-probabilities need one above 0")
     in_response = mask > 0                                                   # (B, T)
     hidden = policy.transformer(inputs)[in_response]                         # (N, C)
     chosen = targets[in_response]                                            # (N,)

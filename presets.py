@@ -1,18 +1,18 @@
 """
 The settings of each --config, stage by stage.
 
-    small       film reviews, a built-in task: a model trained from nothing, on a CPU, in minutes
+    small       film reviews, a built-in task: a model trained from scratch, on a CPU, in minutes
     tiny        the same in seconds, to try an edit and for the tests; it learns next to nothing
     gpt2        GPT-2 124M on HH-RLHF, helpful and harmless (Bai et al. 2022), on one GPU
     imdb        GPT-2 continues film reviews, rewarded by a sentiment classifier, in the manner of
                 Ziegler et al. 2019 and of the DPO paper
     tldr        GPT-2 summarises posts, from OpenAI's comparisons (Stiennon et al. 2020)
     smollm2     SmolLM2-135M-Instruct, or with --init the 360M, on your --data and --reward, or on
-                HH-RLHF; no SFT, the policy starts as it is
+                HH-RLHF; no SFT: the policy starts as it is
     qwen        the same with Qwen2.5-0.5B-Instruct, or with --init Qwen3-0.6B
 
 A script's own defaults are those of small, so a preset lists only what differs. The values of "all"
-hold for every stage. A stage that a preset does not list cannot be run with it.
+apply to every stage. A stage that a preset does not list cannot be run with it.
 """
 
 SMALL = {
@@ -111,7 +111,7 @@ QWEN = {
     "all": SMOLLM2["all"],
     "sft": SMOLLM2["sft"] | dict(init="Qwen/Qwen2.5-0.5B-Instruct", accumulation=8, lr=1e-5),
     "reward_model": SMOLLM2["reward_model"] | dict(accumulation=16, lr=5e-6),
-    # Actor and critic, trained whole, would take 18 GB before the first activation
+    # Actor and critic, trained in full, would take 18 GB before the first activation
     "ppo": SMOLLM2["ppo"] | dict(accumulation=8, lora_rank=16, lr=3e-5, critic_lr=1e-4),
     "dpo": SMOLLM2["dpo"] | dict(accumulation=16, lr=5e-7),
     "grpo": SMOLLM2["grpo"] | dict(accumulation=8, lr=2e-6),

@@ -299,6 +299,9 @@ def score_by_classifier(classifier, its_tokenizer, rewarded, others, tokenizer,
     texts = [prompt + response for prompt, response in zip(prompts, responses)]
     rows = its_tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
     rows = [row or [its_tokenizer.unk_token_id or 0] for row in rows]        # an empty text
+    bos = its_tokenizer.bos_token_id
+    if bos is not None:                                  # a chat template has written one already
+        rows = [row[1:] if row[:2] == [bos, bos] else row for row in rows]
     if getattr(config, "reads_eos", False):
         finished = data.met_eos(targets, mask, tokenizer.end_tokens).tolist()
         ends = [[its_tokenizer.eos_token_id] if end else [] for end in finished]

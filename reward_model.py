@@ -34,6 +34,7 @@ import data
 import reviews
 import sft
 from lab import files, pretrained
+from lab.chat import jinja_of
 from lab.config import Common
 from lab.report import progress, table
 from lab.run import (Run, check_finite, ensure, launch, learning_rate, self_contained,
@@ -245,7 +246,7 @@ def export(folder, to):
     reward_model = sft.rebuild(ScalarGPT, saved, folder, "reward_model")
     with files.new_folder(to) as temporary:
         reward_model.save_pretrained(temporary, tokenizer.end_tokens)
-        export_tokenizer(tokenizer, temporary, pad=True)
+        export_tokenizer(tokenizer, temporary, pad=True, chat_template=jinja_of(tokenizer))
 
 
 def load_trunk(cfg, sft_policy, tokenizer):

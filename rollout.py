@@ -3,7 +3,7 @@ A fresh batch of responses, for every method that samples from the policy it tra
 
     roll_out            responses to prompts, by the current policy
     score_rollout       log pi and entropy of every token, by the training forward pass
-    check_first_ratio   exits if the policy is not the one that sampled before any step
+    check_first_ratio   exits if the policy, before any step, is not the one that sampled
     check_kl_ref        exits or warns if the KL to the reference cannot be right, or is large
 """
 
@@ -28,8 +28,8 @@ def score_rollout(policy, inputs, targets, mask, cfg):
     """
     log pi and the entropy of pi at every response token -> (B, T) x 2
 
-    Half precision rounds a product differently in a batch of a different shape, which alone can put
-    several percent of the ratios outside the clip range. So its batches have the update's size.
+    Half precision rounds differently for different batch shapes, which alone can put several
+    percent of the ratios outside the clip range. So its batches have the update's size.
     """
     size = len(mask)
     if cfg.dtype != "float32":
@@ -45,7 +45,7 @@ def check_first_ratio(logprobs, old_logprobs, mask, cfg, clip_eps_high=None):
     """
     Before the first gradient step every ratio is 1: exit if not.
 
-    -> the share of tokens with a ratio outside the clip range, 0 but for half precision's rounding
+    -> the share of tokens with a ratio outside the clip range, 0 up to half precision's rounding
     """
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()

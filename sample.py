@@ -10,20 +10,19 @@ Look at what a policy writes.
     python sample.py --config smollm2 --stage grpo --prompt "What is 17 + 25?"
     python sample.py --config smollm2 --stage grpo --talk   a dialogue: you type, it answers
 
-The one for gpt2 writes newlines the way bash does. If the run has a chat template, --prompt is a
-user's turn. All policies get the same prompts and the same
-uniforms, so they differ only by what they have learned. A stage of a different run is RUN/STAGE.
-One of a stage's several policies is STAGE/NAME, as in policy_gradient/clip or ppo/ema. Data,
-lengths, temperature and reward are those of the first of the stages, unless you say otherwise.
---tokens shows, for each response token,
+The line for gpt2 writes newlines as bash reads them. If the run has a chat template, --prompt is a
+user's turn. All policies get the same prompts and the same uniforms, so they differ only in what
+they have learned. Write a stage of a different run as RUN/STAGE, and one of a stage's several
+policies as STAGE/NAME: policy_gradient/clip, ppo/ema. Data, lengths, temperature and reward come
+from the first of the stages, unless you say otherwise. --tokens shows, for each response token,
 
     kl          log pi - log pi_ref, its part of the KL to the reference, in nats
     value       V, what the critic expected before the token was chosen
     advantage   A, how much better the token was than that, before whitening, with the beta of the
                 stage's last update and its gamma and lambda
 
-Positive numbers are blue, negative ones orange, the stronger the larger. Without colours the number
-follows the token.
+Positive numbers are blue, negative ones orange; larger ones are stronger. Without colours the
+number follows the token.
 """
 
 import contextlib
@@ -54,8 +53,8 @@ from sampler import generate
 class Config(Rewarded):
     stage: str = "sft,ppo"          # stages of this run, RUN/STAGE, or STAGE/NAME
     prompt: str = ""                # your own prompt; default: held-out ones
-    talk: bool = False              # a dialogue with the first of the stages, until an empty line
-    n: int = 4                      # how many prompts, or responses to your own one
+    talk: bool = False              # talk with the first of the stages; an empty line ends it
+    n: int = 4                      # number of prompts, or of responses to your own prompt
     temperature: float = 1.0        # sampling temperature; 0 takes the likeliest token
     score: bool = False             # show each response's reward
     tokens: Literal["", "kl", "value", "advantage"] = ""        # show this of each response token
@@ -201,7 +200,11 @@ def talk(cfg, name, policy, tokenizer):
             print("    (too long: the first two turns are forgotten)")
             turns = turns[2:]
             prompt = dialogue(turns, tokenizer)
-        data.check_room(cfg, len(prompt), config.block_size)
+        if len(prompt) + cfg.max_new_tokens > config.block_size:
+            print(f"    (this message has no room: {len(prompt)} tokens and --max_new_tokens "
+                  f"{cfg.max_new_tokens} exceed {config.block_size}; try a shorter one)")
+            turns.pop()
+            continue
         tokens, mask = generate(policy, [prompt], cfg.max_new_tokens, tokenizer.end_tokens,
                                 cfg.temperature, generator)
         text, finished = decode_response(tokenizer, data.responses_of(tokens, mask)[0])

@@ -3,8 +3,8 @@ The sampler: a KV cache, prompts of any lengths, stops at EOS.
 
     generate    responses to prompts, and the mask of their tokens
 
-It keeps model.py's one layout. The prompts are prefilled, padded on the right; each row's last real
-position is read; and every new token, with its keys and values, goes to the row's own next
+It keeps to model.py's one layout. The prompts are prefilled, padded on the right. Each row's last
+real position is read, and every new token, with its keys and values, goes to the row's own next
 position. Finished rows are dropped from the batch.
 """
 
@@ -22,16 +22,19 @@ def generate(policy, prompts, max_new_tokens, eos_id, temperature=1.0, generator
     """
     Sample a response to each prompt -> tokens (B, T+1), mask (B, T), aligned as in model.py
 
-    prompts are lists of token ids of any lengths; an empty one becomes [eos_id]. eos_id may be
-    several ids, of which the first is used there. A response ends with any of them, or without
-    after max_new_tokens. Only the temperature shapes the distribution, so it is the one that
+    prompts are lists of token ids of any lengths; an empty one becomes [eos_id]. If eos_id is a
+    list, that is its first id, and a response ends with any of them. After max_new_tokens it ends
+    without one. Only the temperature shapes the distribution, so it is the one that
     `token_logprobs` scores. Temperature 0 takes the likeliest token.
 
     Uniforms (B, max_new_tokens) are drawn once from `generator`, and tokens come by inverse CDF. So
     a row's sample depends neither on the other rows nor on when finished rows are dropped.
     """
     device = policy.transformer.wte.weight.device
-    eos_ids = torch.tensor([eos_id] if isinstance(eos_id, int) else eos_id, device=device)
+    eos_ids = torch.as_tensor(eos_id, device=device).reshape(-1)
+    if len(prompts) == 0 or len(eos_ids) == 0:
+        raise ValueError(f"got {len(prompts)} prompts and {len(eos_ids)} EOS ids; wanted at least "
+                         "one of each")
     prompts = [list(prompt) or [eos_ids[0].item()] for prompt in prompts]
     B = len(prompts)
     order = sorted(range(B), key=lambda i: len(prompts[i]))      # so groups have little padding

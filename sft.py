@@ -7,7 +7,7 @@ Stage 1: supervised fine-tuning.
     3. train        minimise  - mean over response tokens of log pi(y_t | x, y_<t)
                     prompt tokens carry no loss, EOS does
     4. held out     nats per response on texts of prompts never trained on, and samples. On the
-                    built-in task no model can be below the grammar's entropy E[- log p(y | x)]
+                    built-in task no model can get below the grammar's entropy E[- log p(y | x)]
 
 Departures from InstructGPT (Ouyang et al. 2022, section 3.5), whose SFT starts from GPT-3 and runs
 16 epochs: on the built-in task nothing is pretrained, and two to three epochs are enough. With
@@ -24,7 +24,6 @@ from typing import Literal
 import torch
 
 import data
-import reviews
 from lab import files, pretrained
 from lab.chat import jinja_of, set_chat
 from lab.config import COUNT_FROM_0, Common
@@ -41,7 +40,7 @@ from sampler import generate
 @dataclass
 class Config(Common):
     init: str = ""                  # folder, hub name or nanoGPT ckpt.pt to start from; else fresh
-    architecture: Literal["gpt2", "llama", "qwen3"] = "gpt2"        # of fresh weights
+    architecture: Literal["gpt2", "llama", "qwen3"] = "gpt2"        # family of fresh weights
     n_layer: int = 2                # transformer blocks, if the weights are fresh
     n_head: int = 4                 # attention heads, if the weights are fresh
     n_embd: int = 128               # width of the hidden states, if the weights are fresh
@@ -49,8 +48,8 @@ class Config(Common):
     dropout: float = 0.0            # in this stage only; later stages run without
     tokenizer: str = "trained"      # trained on the texts, gpt2, or a folder; --init brings its own
     vocab_size: int = 1024          # largest vocabulary of a trained tokenizer
-    chat: Literal["auto", "plain", "chatml", "llama3"] = "auto"     # auto: the tokenizer's
-    system: str = ""                # system turn of the dialogues that have none, with a template
+    chat: Literal["auto", "plain", "chatml", "llama3"] = "auto"     # template; auto: the model's
+    system: str = ""                # system turn for dialogues without one, with a template
     n_texts: int | None = 20000     # texts to train on; none: all of --data
     steps: int = 2500               # updates; 0 uses the weights of --init as they are
     batch_size: int = 16            # texts per update
@@ -77,7 +76,7 @@ def sft_loss(logprobs, mask):
 
 @torch.no_grad()
 def nats_per_response(policy, prompts, responses, device, batch_size=256):
-    """Mean over rows of - log pi(response | prompt), EOS included, of token lists"""
+    """Mean over rows (token lists) of - log pi(response | prompt), EOS included"""
     training = policy.training
     policy.eval()
     total = 0.0
@@ -92,7 +91,7 @@ def nats_per_response(policy, prompts, responses, device, batch_size=256):
 # --------------------------------------------------------------------------------------------------
 # A finished stage's policy
 
-# Errors of building a model or a tokenizer from a file that describes it wrongly
+# Raised by building a model or a tokenizer from a file that describes it wrongly
 MISFITS = (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, AssertionError,
            RuntimeError)
 
@@ -163,7 +162,7 @@ def pretrained_gpt(init, tokenizer, **changes):
 
 
 def tokenizer_of(source, chat="plain", system=""):
-    """GPT-2's tokenizer, or the one of a folder or of a name on the hub, with a chat template"""
+    """GPT-2's tokenizer, or the one in a folder or on the hub, with a chat template"""
     built_in = source == "gpt2" and not Path(source).is_dir()
     source = None if built_in else source
     try:
@@ -184,7 +183,7 @@ def choose_tokenizer(cfg):
 
 
 def check_init(init):
-    """Exit, before any work, unless --init names whole weights."""
+    """Exit, before any work, unless --init names complete weights."""
     try:
         pretrained.check(init)
     except ValueError as error:
@@ -197,12 +196,12 @@ def check(cfg):
     if cfg.init:
         check_init(cfg.init)
     if cfg.steps == 0 and not cfg.init:
-        stop("--steps 0 uses weights as they are, so it takes --init FOLDER")
+        stop("--steps 0 uses weights as they are, so it needs --init FOLDER")
     if cfg.chat in ("chatml", "llama3") and cfg.tokenizer == "trained" and not cfg.init:
         stop(f"--chat {cfg.chat} writes special tokens, which a tokenizer trained here lacks; give "
              "--init or --tokenizer FOLDER")
     if cfg.n_embd % cfg.n_head:
-        stop(f"--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}: every head takes "
+        stop(f"--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}: every head has "
              "the same number of dimensions")
     if cfg.vocab_size < 257:
         stop(f"--vocab_size got {cfg.vocab_size}; it takes 257 or more: one id for each byte, and "
@@ -254,7 +253,7 @@ def main(cfg):
     usual = 72 if built_in else cfg.max_prompt_tokens + cfg.max_new_tokens
     block_size = cfg.block_size or usual
     shape = dict(block_size=block_size, dropout=cfg.dropout, **cfg.compute_options())
-    # Before the texts, which can take long to read
+    # Before the texts, which may take long to read
     weights = pretrained_gpt(cfg.init, tokenizer, **shape) if cfg.init else None
     if cfg.steps == 0:
         return import_weights(run, cfg, weights, tokenizer)
@@ -262,8 +261,7 @@ def main(cfg):
     check_rows(cfg, train, held_out, block_size)
     held_prompts, held_responses = map(list, zip(*held_out))                 # lists of token lists
     if built_in:
-        held_out_texts = data.built_in_texts(cfg.n_texts, cfg.n_eval, cfg.seed)[1]
-        entropy = -sum(map(reviews.log_prob, *held_out_texts)) / cfg.n_eval  # nats per response
+        entropy = data.grammar_entropy(cfg)                                  # nats per response
         length = sum(len(response) for _, response in train) / len(train)
         print(f"{len(train)} reviews, {length:.1f} tokens a response, {tokenizer.n_vocab} token "
               f"ids; the grammar's entropy is {entropy:.2f} nats a response")
@@ -322,7 +320,7 @@ def main(cfg):
     results = {"held_out": nats, "held_out_per_token": per_token}
     then = "reward_model"
     if built_in:
-        good = sum(map(reviews.grammatical, held_out_texts[0], *zip(*samples))) / cfg.n_eval
+        good = data.share_grammatical(cfg, samples)
         lines += [f"the grammar's entropy  {entropy:6.2f} nats: {nats - entropy:.2f} above the "
                   "least possible",
                   f"grammatical samples    {good:6.1%}"]

@@ -15,19 +15,19 @@ A test's name is the claim it checks.
      311   data.py
      347   model.py
      952   model.py: Llama, Qwen2 and Qwen3, against transformers
-    1326   sft.py
-    1344   reward_model.py
-    1402   ppo.py
-    1731   dpo.py
-    1925   grpo.py
-    2340   policy_gradient.py
-    2412   frontier.py, compare.py
-    2655   evaluate.py
-    2685   What people copy
-    2854   The proof: a problem so small that every response can be listed
-    3824   The scripts, end to end at --config tiny
-    5612   The house: what holds for every file
-    5752   README.md and docs/
+    1349   sft.py
+    1367   reward_model.py
+    1425   ppo.py
+    1754   dpo.py
+    1948   grpo.py
+    2363   policy_gradient.py
+    2435   frontier.py, compare.py
+    2678   evaluate.py
+    2708   What people copy
+    2877   The proof: a problem so small that every response can be listed
+    3847   The scripts, end to end at --config tiny
+    5643   The house: what holds for every file
+    5783   README.md and docs/
 """
 
 import ast
@@ -475,7 +475,7 @@ def test_a_gpt2_loads_in_every_form_that_wrappers_and_old_versions_wrote(change,
 
 def test_where_two_files_of_weights_exist_safetensors_come_first(gpt2_folder, capsys):
     GPT.from_pretrained(gpt2_variant(gpt2_folder, edit=written("pytorch_model.bin", "")))
-    assert "model.safetensors is used, as transformers does" in capsys.readouterr().out
+    assert "model.safetensors is used, as in transformers" in capsys.readouterr().out
 
 
 def cut_to(share):
@@ -494,16 +494,16 @@ SAFETENSORS_CUT = "changed/model.safetensors cannot be read as weights"
 @pytest.mark.parametrize("change, message", [
     # its weights: one is missing, unknown or of a different shape
     (dict(weights=prefixed("foo.")),
-     "missing are h.0.attn.c_attn.bias, .* unknown are foo.transformer.h.0"),
-    (dict(weights=renamed("c_fc.b", "c_fc.x")), "missing are h.0.mlp.c_fc.bias, h.1"),
+     "missing: h.0.attn.c_attn.bias, .* unknown: foo.transformer.h.0"),
+    (dict(weights=renamed("c_fc.b", "c_fc.x")), "missing: h.0.mlp.c_fc.bias, h.1"),
     (dict(weights=lambda x: x | {"v_head.weight": torch.zeros(2)}),
-     "missing are none; unknown are v_head.weight"),
+     "missing: none; unknown: v_head.weight"),
     (dict(weights=lambda x: x | {MLP: torch.zeros(8, 31)}),
      r"h.1.mlp.c_fc.weight: got \(31, 8\) .*, wanted \(32, 8\)"),
     (dict(weights=lambda x: x | {WTE: torch.zeros(31, 8)}),
      r"wte.weight: got \(31, 8\) .*, wanted \(30, 8\)"),
     (dict(weights=lambda x: x | {MLP: torch.zeros(8, 32, dtype=torch.int8)}),
-     "h.1.mlp.c_fc.weight: got .* of torch.int8"),
+     "h.1.mlp.c_fc.weight is of torch.int8"),
     (dict(weights=lambda x: x | {"lm_head.weight": x[WTE] + 1e-3}),
      "lm_head.weight differs from wte.weight"),
     (dict(weights=lambda x: x | {"module." + WTE: x[WTE].clone()}), "transformer.wte.weight twice"),
@@ -517,12 +517,12 @@ SAFETENSORS_CUT = "changed/model.safetensors cannot be read as weights"
     (dict(layer_norm_epsilon=1e-6), "epsilon 1e-06"),
     (dict(add_cross_attention=True), "add_cross_attention"),
     (dict(quantization_config=QUANTIZED), "quantized weights .*gptq"),
-    (dict(n_layer=1), "unknown are h.1.attn"),
-    (dict(n_layer=3), "missing are h.2.attn"),
+    (dict(n_layer=1), "unknown: h.1.attn"),
+    (dict(n_layer=3), "missing: h.2.attn"),
     (dict(n_head=3), "n_embd 8 must be a multiple of n_head 3"),
-    (dict(n_head=0), "zero"),
+    (dict(n_head=0), "n_head 0, wanted a whole number above 0"),
     (dict(n_embd="8"), ""),
-    (dict(n_embd=-8), "negative"),
+    (dict(n_embd=-8), "n_embd -8, wanted a whole number above 0"),
     # its files
     (dict(edit=written("config.json", "{}")), "GPT-2 of 12 layers"),     # the sizes of GPT-2 itself
     (dict(edit=written("config.json", "{")), "config.json cannot be read"),
@@ -606,7 +606,7 @@ def test_checkpoints_that_are_not_nanogpts_are_refused(tmp_path):
     path = tmp_path / "x.pt"
     weights = nanogpt_weights(True)
     incomplete = {name: w for name, w in weights.items() if name != "h.1.ln_2.bias"}
-    assert_refused(save_nanogpt(path, incomplete), "missing are h.1.ln_2.bias")
+    assert_refused(save_nanogpt(path, incomplete), "missing: h.1.ln_2.bias")
     assert_refused(save_nanogpt(path, weights, n_kv_head=1), "variant of nanoGPT .*n_kv_head")
     assert_refused(save_nanogpt(path, weights, vocab_size=65),
                    r"wte.weight: got \(40, 8\) .*, wanted \(65, 8\)")
@@ -628,7 +628,7 @@ def test_weights_may_be_cut_to_fewer_positions_and_ids_but_not_stretched(tmp_pat
     ids = torch.randint(12, (2, 9), generator=seeded())
     assert (cut.config.block_size, cut.config.vocab_size) == (9, 12)
     torch.testing.assert_close(cut(ids), gpt(ids)[:, :, :12])
-    too_long = "block_size 17 is longer than the 16 positions that .* has weights for"
+    too_long = "block_size 17 .* is longer than the 16 positions that .* has weights for"
     assert_refused(tmp_path, too_long, block_size=17)
     assert_refused(tmp_path, "the tokenizer has 21 token ids, .* has weights for 20", vocab_size=21)
     assert_refused(tmp_path / "nowhere", "nowhere is not a folder here")
@@ -1122,7 +1122,7 @@ def test_a_response_ends_with_any_of_several_end_tokens(families):
 
 def test_embeddings_without_a_token_are_never_sampled_and_go_back_into_the_file(families, tmp_path):
     folder, ids, wanted = families["qwen3"]
-    cut = GPT.from_pretrained(folder, vocab_size=90).eval()
+    cut = GPT.from_pretrained(folder, vocab_size=90, block_size=220).eval()
     shown = ids.clamp(max=89)
     whole = GPT.from_pretrained(folder).eval()
     with torch.no_grad():
@@ -1132,6 +1132,7 @@ def test_embeddings_without_a_token_are_never_sampled_and_go_back_into_the_file(
     cut.save_pretrained(tmp_path, eos_id=5)
     stored, originals = (load_file(x / "model.safetensors") for x in (tmp_path, folder))
     assert all(torch.equal(stored[name], originals[name]) for name in originals)
+    assert json.loads((tmp_path / "config.json").read_text())["max_position_embeddings"] == 256
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "gpt2"])
@@ -1211,6 +1212,8 @@ EMBEDDING = "model.embed_tokens.weight"
     pytest.param("qwen2", None, dict(rope_theta=10000.0), ["rope_parameters"], id="old rope"),
     pytest.param("llama3", None, dict(rope_theta=10000.0, rope_scaling=OLD_ROPE),
                  ["rope_parameters"], id="old rope scaling"),
+    pytest.param("llama3", None, dict(rope_scaling=dict(LLAMA3, factor=4.0)), [],
+                 id="both names of rope, of which the older counts"),
     pytest.param("llama3", lambda x: x | {"lm_head.weight": x[EMBEDDING].clone()}, None, [],
                  id="a head that repeats the embedding"),
     pytest.param("qwen3", lambda x: {key.removeprefix("model."): w for key, w in x.items()}, None,
@@ -1243,38 +1246,58 @@ def test_sharded_and_bin_files_are_read(families, tmp_path):
 
 
 @pytest.mark.parametrize("name, config, message", [
-    ("llama", dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "rope of the type yarn"),
+    ("llama", dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "RoPE of the type yarn"),
     ("llama", dict(rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}),
-     "rope of the type dynamic"),
+     "RoPE of the type dynamic"),
     ("llama", dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}),
-     "rope of the type linear"),
+     "RoPE of the type linear"),
     ("llama", dict(attention_bias=True), "attention_bias True, wanted False"),
     ("llama", dict(mlp_bias=True), "mlp_bias True"),
     ("llama", dict(hidden_act="gelu"), "hidden_act 'gelu', wanted 'silu'"),
-    ("llama", dict(intermediate_size=None), "no number for intermediate_size"),
-    ("llama3", dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "llama3 rope has"),
+    ("llama", dict(intermediate_size=None), "has intermediate_size None, wanted a whole number"),
+    ("llama", dict(vocab_size=-4), "has vocab_size -4, wanted a whole number above 0"),
+    ("llama", dict(head_dim=[4]), r"has head_dim \[4\], wanted a whole number above 0"),
+    ("llama", dict(hidden_size=True), "has hidden_size True, wanted"),
+    ("llama", dict(rms_norm_eps="1e-06"), "has rms_norm_eps '1e-06', wanted a number above 0"),
+    ("llama", dict(rope_parameters="x"), "has rope_parameters 'x', wanted an object"),
+    ("llama", dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "RoPE of the type yarn"),
+    ("llama", dict(model_type=[]), "its model_type is ..,"),
+    ("llama3", dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "llama3 RoPE has"),
     ("qwen2", dict(use_sliding_window=True), "use_sliding_window True"),
-    ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "with sliding_attention"),
+    ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]),
+     "'sliding_attention'.; model.py"),
+    ("qwen3", dict(layer_types=4), "it has layer_types 4"),
     ("llama", dict(model_type="smollm3"), "every fourth layer has no positions"),
     ("llama", dict(model_type="gemma2"), "gemma2 .scaled embeddings"),
     ("llama", dict(model_type="mistral"), "mistral .sliding windows"),
     ("qwen3", dict(model_type="qwen3_moe"), "qwen3_moe .a mixture of experts"),
     ("llama", dict(model_type="deepseek_v3"), "deepseek_v3, which model.py does not compute"),
     ("llama", dict(quantization_config={"quant_method": "gptq"}), "quantized weights"),
-    ("qwen3", dict(tie_word_embeddings=False), "missing are lm_head.weight"),
+    ("qwen3", dict(tie_word_embeddings=False), "missing: lm_head.weight"),
     ("llama", dict(tie_word_embeddings=True), "lm_head.weight differs from embed_tokens.weight"),
     ("llama", dict(num_key_value_heads=4), r"k_proj.weight: got \(16, 32\), wanted 32 rows"),
     ("llama", dict(hidden_size=40, head_dim=8), "wte.weight: got .97, 32. of .*, wanted .97, 40."),
-    ("llama", dict(num_hidden_layers=3), "not those of a Llama of 3 layers: missing are layers.2")])
+    ("llama", dict(num_hidden_layers=3), "do not fit a Llama of 3 layers: missing: layers.2")])
 def test_what_is_not_computed_is_refused_by_name(name, config, message, families, tmp_path):
     with pytest.raises(ValueError, match=message):
         GPT.from_pretrained(edited(families, name, tmp_path, config=config))
 
 
+@pytest.mark.parametrize("change, message", [
+    (lambda x: x | {"norm.weight": torch.ones(32)}, "it has the weight norm.weight twice, once as"),
+    (lambda x: x | {"model.norm.weight": torch.full((32,), math.inf)}, "not finite; copy the weig"),
+    (lambda x: x | {"model.norm.weight": torch.ones(32, dtype=torch.int32)}, "of torch.int32, wan"),
+    (lambda x: x | {"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)}, "of torch.float8")
+], ids=["twice", "inf", "int", "float8"])
+def test_weights_that_cannot_be_right_are_refused(change, message, families, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(edited(families, "llama", tmp_path, change))
+
+
 def test_a_weight_too_many_and_a_file_cut_short_are_refused(families, tmp_path):
     folder = edited(families, "llama", tmp_path,
                     lambda x: x | {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)})
-    with pytest.raises(ValueError, match="unknown are layers.0.self_attn.q_norm.weight"):
+    with pytest.raises(ValueError, match="unknown: layers.0.self_attn.q_norm.weight"):
         GPT.from_pretrained(folder)
     whole = (families["llama"][0] / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:len(whole) // 2])
@@ -4732,7 +4755,7 @@ REFUSED = [
      ".*tiny/ppo"),
     (sample, dict(stage="ppo/emma"), "has no such policy; its policies: ppo"),
     (sample, dict(stage="ppo", prompt="a long prompt " * 30),
-     "shorten the prompts, or train a model that reads more")]
+     "shorten the prompts, or make the SFT stage again")]
 
 
 @pytest.mark.parametrize("script, changes, message", REFUSED, ids=option_id)
@@ -4930,20 +4953,20 @@ def test_every_stage_is_exported_for_transformers_with_its_tokenizer(stage, user
 
 @pytest.mark.parametrize("script, changes, message", [
     (sft, dict(init="gpt2", block_size=97),
-     "block_size 97 is longer than the 96 positions that gpt2 has weights for; lower it to that"),
+     "block_size 97 .* longer than the 96 positions that gpt2 has weights for; lower it to that"),
     (sft, dict(init="nowhere"),
      "no tokenizer in nowhere: nowhere is not a folder here and could not be fetched from the hub "
      ".OSError.; check the spelling and the network"),
     (sft, dict(tokenizer="nowhere"), "no tokenizer in nowhere"),
     (sft, dict(n_texts=None, data="reviews"), "--n_texts none takes all"),
     (sft, dict(init="gpt2", tokenizer="other"),
-     "the tokenizer has .* token ids, gpt2 has weights for .*; they do not belong together"),
+     "the tokenizer has .* token ids, but gpt2 has weights for .*; they do not belong together"),
     (sft, dict(batch_size=500, n_texts=None),
      "there are .* texts to train on, less than one batch; lower --batch_size 500"),
     (sft, dict(block_size=45),
      "prompts of up to 40 tokens and --max_new_tokens 12 exceed the model's block_size 45"),
     (sft, dict(init="gpt2", max_prompt_tokens=90),
-     "block_size 102 is longer than the 96 positions"),
+     "block_size 102 .* longer than the 96 positions"),
     (sft, dict(lora_rank=2), "fresh weights must all be trained. Give --init"),
     (reward_model, dict(base="own", n_prompts=None, batch_size=400),
      "there are 1.. comparisons to train on, less than one batch; lower --batch_size"),
@@ -5492,9 +5515,11 @@ def test_rl_starts_at_once_on_an_instruct_model_and_gives_one_back(instruct, mon
         logits = back(torch.tensor([ids])).logits[..., :tokenizer.n_vocab]
         torch.testing.assert_close(logits, trained(torch.tensor([ids])), atol=1e-5, rtol=1e-5)
 
-    with pytest.raises(Stopped, match="made with --init model, this is --init other; give a diff"):
+    with pytest.raises(Stopped, match="made with --init model, but this is --init other; give"):
         ppo.main(ppo.Config(**CHATTY | dict(init="other"), data="prompts.jsonl",
                             reward="short.py:short", minibatch_size=8))
+    other_data = ppo.Config(**CHATTY, data="pairs.jsonl", minibatch_size=8)
+    assert runs.ensure(other_data, sft, init="./model").name == "sft"    # it has trained on no data
     typed = iter(["What is 10 + 11?", "And 12?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     sample.main(sample.Config(config="smollm2", device="cpu", dtype="float32", stage="grpo",
@@ -5525,6 +5550,12 @@ def test_every_stage_trains_on_dialogues(script, changes, instruct, monkeypatch,
     assert tokenizer.decode(response) == "It is 9.<|im_end|>"
 
 
+def test_reviews_are_no_dialogues_whatever_the_models_template(instruct, monkeypatch):
+    monkeypatch.chdir(instruct)
+    assert sft.choose_tokenizer(tiny_config(sft, init="model")).chat == "plain"
+    assert sft.choose_tokenizer(tiny_config(sft, init="model", data="hh")).chat == "chatml"
+
+
 def test_a_dialogue_that_is_too_long_is_left_out_and_said(instruct, monkeypatch, capsys):
     monkeypatch.chdir(instruct)
     rows = [{"prompt": f"What is {i} + 1? " * (21 if i % 5 == 0 else 1), "completion": "It is 2."}
@@ -5537,12 +5568,12 @@ def test_a_dialogue_that_is_too_long_is_left_out_and_said(instruct, monkeypatch,
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(steps=0), "--steps 0 uses weights as they are, so it takes --init FOLDER"),
+    (dict(steps=0), "--steps 0 uses weights as they are, so it needs --init FOLDER"),
     (dict(chat="chatml"), "--chat chatml writes special tokens, which a tokenizer trained here"),
     (dict(init="nobody/nothing"), "nobody/nothing is not a folder here and could not be fetched"),
     (dict(init="empty"), "--init empty: empty has no weights"),
-    (dict(init="model", steps=0, block_size=300), "block_size 300 is longer than the 200 posit"),
-    (dict(init="model", tokenizer="other"), "has 610 token ids, model has weights for 30")])
+    (dict(init="model", steps=0, block_size=300), "block_size 300 .* is longer than the 200 posit"),
+    (dict(init="model", tokenizer="other"), "has 610 token ids, but model has weights for 30")])
 def test_instruct_models_that_do_not_fit_are_refused(changes, message, instruct, monkeypatch):
     monkeypatch.chdir(instruct)
     (instruct / "empty").mkdir(exist_ok=True)

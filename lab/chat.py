@@ -3,15 +3,16 @@ Dialogues as text: HH-RLHF's, and the templates of instruct models.
 
     written         [(role, text), ..] -> text, with the cue for the assistant's turn
     answer          the text of the assistant's turn after it
-    set_chat        a tokenizer that writes dialogues by a template and ends a turn as it does
+    set_chat        make a tokenizer write dialogues by a template and end a turn as it does
     template_of     the template in a folder's files, for --chat auto
-    jinja_of        a tokenizer's template for the files of an export
+    jinja_of        a tokenizer's template as Jinja, for an export
 
 A special token that a template writes has a MARK before it. Text from users has none, so it never
 becomes a special token.
 """
 
 import json
+import re
 from pathlib import Path
 
 from lab import pretrained
@@ -51,9 +52,9 @@ def llama3(turns):
 
 def written(turns, chat="plain", system="", unfinished=False):
     """
-    A dialogue as the prompt of an answer -> text; system: the first turn of those that have none
+    A dialogue as the prompt for an answer -> text; system: a first turn for those that have none
 
-    unfinished: its last turn is the assistant's, which the answer continues.
+    unfinished: its last turn is the assistant's, and the answer continues it.
     """
     turns = [(role, clean(text)) for role, text in turns]
     if system and (not turns or turns[0][0] != "system"):
@@ -80,21 +81,19 @@ def set_chat(tokenizer, chat, system, source):
     """
     The tokenizer with the template that --chat names; auto: the one in the source's files, if any
 
-    The EOS becomes the token that ends a turn. Raises a ValueError if it lacks a token.
+    The EOS becomes the token that ends a turn. Raises a ValueError if a token is missing.
     """
     if chat == "plain":
         return tokenizer
     template = template_of(source) if source else None
     if chat == "auto":
-        chat = "plain"
-        if template:
-            known = [name for name, tokens in TOKENS.items() if tokens[0] in template]
-            if not known:
-                raise ValueError(f"{source} has a chat template that is neither chatml nor llama3; "
-                                 "give --chat plain, or the one of them that you want")
-            chat = known[0]
-    if chat == "plain":
-        return tokenizer
+        if not template:
+            return tokenizer
+        known = [name for name, tokens in TOKENS.items() if tokens[0] in template]
+        if not known or not same_tokens(template, tokenizer, known[0]):
+            raise ValueError(f"{source} has a chat template that is neither chatml nor llama3; "
+                             "give --chat plain, or whichever of the two fits")
+        chat = known[0]
     special = tokenizer._special_tokens
     written_by_it = TOKENS[chat]
     missing = [token for token in written_by_it if token not in special]
@@ -106,7 +105,7 @@ def set_chat(tokenizer, chat, system, source):
     options["ends"] = tuple(dict.fromkeys((special[written_by_it[-1]], *tokenizer.end_tokens)))
     tokenizer.set_up(**options)
     if template:
-        note_differences(template, tokenizer)
+        compare_with(template, tokenizer)
     return tokenizer
 
 
@@ -122,8 +121,11 @@ def template_of(source):
         return None
     template = pretrained.read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):                       # several, by name
-        template = {one.get("name"): one.get("template") for one in template}.get("default")
-    return template
+        template = {one.get("name"): one.get("template") for one in template
+                    if isinstance(one, dict)}
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else None
 
 
 JINJA = """\
@@ -144,7 +146,7 @@ def jinja_of(tokenizer):
                  "AFTER": "<|end_header_id|>\n\n", "END": "<|eot_id|>"}
     template = JINJA.replace("TRIM", " | trim" if tokenizer.chat == "llama3" else "")
     for name, text in (parts | {"SYSTEM": tokenizer.system}).items():
-        template = template.replace(name, json.dumps(text))
+        template = template.replace(name, json.dumps(text, ensure_ascii=False))
     return template
 
 
@@ -155,7 +157,7 @@ DIALOGUES = [[("user", "Hi")], [("system", "Be brief."), ("user", "Hi")],
 
 
 def rendered(template, turns, tokenizer):
-    """A dialogue by a Jinja template, as transformers renders it"""
+    """A dialogue written by a Jinja template, as transformers renders it"""
     from transformers.utils.chat_template_utils import render_jinja_template
     names = {i: token for token, i in tokenizer._special_tokens.items()}
     eos = names[tokenizer.eot_token]
@@ -166,7 +168,18 @@ def rendered(template, turns, tokenizer):
     return texts[0]
 
 
-def note_differences(template, tokenizer):
+def same_tokens(template, tokenizer, chat):
+    """Whether the model's template writes the special tokens that ours does, in the same order"""
+    names = "|".join(map(re.escape, tokenizer._special_tokens))
+    turns = DIALOGUES[1]
+    try:
+        theirs = rendered(template, turns, tokenizer)
+    except Exception:                                    # no jinja2, or a template that fails
+        return True
+    return re.findall(names, theirs) == re.findall(names, written(turns, chat).replace(MARK, ""))
+
+
+def compare_with(template, tokenizer):
     """Say where the model's own template writes a dialogue differently."""
     try:
         for turns in DIALOGUES:
@@ -176,6 +189,6 @@ def note_differences(template, tokenizer):
                 print(f"note: the model's own chat template writes {theirs!r} where --chat "
                       f"{tokenizer.chat} writes {ours!r}; --system TEXT adds a system turn")
                 return
-    except Exception as error:                           # jinja2 is missing, or a strange template
+    except Exception as error:                           # no jinja2, or a strange template
         print(f"note: the model's chat template could not be compared with --chat "
               f"{tokenizer.chat} ({type(error).__name__})")

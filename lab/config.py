@@ -32,7 +32,7 @@ class Presets(type):
         name = given.get("config", cls.config)
         if cls.presets and isinstance(name, str) and name not in cls.presets:
             known = ", ".join(cls.presets)
-            stop(f"unknown --config {name}{nearest(name, cls.presets)}; there are: {known}")
+            stop(f"unknown --config {name}{nearest(name, cls.presets)}; it takes one of: {known}")
         values = cls.presets.get(name, {}) if isinstance(name, str) else {}
         return super().__call__(**(values | given))
 
@@ -144,7 +144,7 @@ def nearest(word, known):
 
 
 def comments_of(Config):
-    """{field: the comment behind it in the source}, which is its help text"""
+    """{field: the comment after it in the source}, which is its help text"""
     comments = {}
     for cls in reversed(Config.__mro__[:-1]):
         try:
@@ -189,7 +189,7 @@ def next_command(cfg, stage):
 # --------------------------------------------------------------------------------------------------
 # Where a run is stored
 
-RESERVED_NAMES = ("tokens", "downloads")                 # folders of ours in out/
+RESERVED_NAMES = ("tokens", "downloads")                 # our own folders in out/
 
 
 def run_name(cfg):
@@ -212,7 +212,7 @@ COUNT_FROM_0 = ("a whole number, 0 or more", lambda x: x >= 0)
 FROM_0 = ("a number, 0 or more", lambda x: x >= 0)           # floats, unless RANGES says otherwise
 ABOVE_0 = ("a number above 0", lambda x: x > 0)
 SHARE = ("a number from 0 to 1", lambda x: 0 <= x <= 1)
-BELOW_1 = ("a number from 0 up to, but not, 1", lambda x: 0 <= x < 1)
+BELOW_1 = ("a number, 0 or more but below 1", lambda x: 0 <= x < 1)
 ANY = ("a finite number", lambda x: True)
 
 RANGES = {

@@ -54,7 +54,7 @@ TLDR_FILES = [f"batch{n}.json" for n in range(3, 11)]    # the ones its README n
 # A source -> its files
 
 def check_source(source, flag="--data"):
-    """Exit unless this can be a source. Whether the hub has it shows later."""
+    """Exit unless this can be a source. Whether the hub has it is seen later."""
     if source in ("hh", "tldr") or source.startswith("hf:"):
         return
     path = Path(source)
@@ -190,7 +190,7 @@ def records(source):
                 yield name, place, record, wrong
         except (OSError, EOFError, zlib.error) as error:
             stop(f"{path} cannot be read past {place} ({type(error).__name__}: {error}); check "
-                 "that the file is whole and that you may read it")
+                 "that the file is complete and that you may read it")
 
 
 def open_text(path, errors):
@@ -203,7 +203,7 @@ def open_text(path, errors):
 
 
 def json_records(path):
-    """-> place, record, None of each line or array item; or None and the reason, if it is bad"""
+    """-> place, record, None for each line or array item; or None and the reason, if it is bad"""
     not_json = "not JSON"
     with open_text(path, "backslashreplace") as lines:   # a bad byte as \x.. is not JSON either
         start = lines.read(1)
@@ -346,8 +346,8 @@ def rows_of(cfg, tokenizer, block_size):
     """The rows of --data: tokenised now, or loaded if nothing has changed since the last time"""
     if cfg.max_prompt_tokens >= block_size:
         stop(f"--max_prompt_tokens {cfg.max_prompt_tokens} leaves no room for a response in the "
-             f"model's block_size {block_size}; lower it, or train a model that reads more "
-             "(sft.py --block_size)")
+             f"model's block_size {block_size}; lower it, or make the SFT stage again "
+             "with a larger --block_size")
     if cfg.data.startswith("hf:"):
         version = (cfg.data, hub_data_set(cfg.data[3:])._fingerprint)
     else:
@@ -362,8 +362,8 @@ def rows_of(cfg, tokenizer, block_size):
         except MemoryError:
             raise
         except Exception as error:                       # numpy raises many kinds
-            print(f"{path}, which stores these rows, is damaged ({first_line(error)}); making it "
-                  "again")
+            print(f"{path}, which stores these rows, is damaged ({first_line(error)}); making "
+                  "them again")
     tokenise(cfg, tokenizer, block_size, path)
     return load_rows(cfg.data, path)
 

@@ -1,5 +1,5 @@
 """
-The models of transformers that model.py computes: their settings, and the names of their weights.
+The transformers models that model.py computes: their settings and the names of their weights.
 
     load            a folder, a name on the hub or nanoGPT's ckpt.pt -> fields of model.py's
                     GPTConfig, weights by model.py's names
@@ -9,8 +9,8 @@ The models of transformers that model.py computes: their settings, and the names
     to_ours, to_theirs          the names of weights
 
 The families: GPT-2 (and nanoGPT, which has its names), Llama (and SmolLM2), Qwen2 (and Qwen2.5),
-Qwen3. model.py stacks the matrices of queries, keys and values into one, and those of gate and up.
-Whatever model.py would compute differently is a ValueError that names the setting.
+Qwen3. model.py stacks the query, key and value matrices into one, and the gate and up matrices.
+Whatever model.py would compute differently raises a ValueError that names the setting.
 """
 
 import re
@@ -48,11 +48,12 @@ def load(source, changes):
     fields = stored | changes
     longest, n_ids = stored["block_size"], stored["vocab_size"]
     if fields["block_size"] > longest:
-        raise ValueError(f"block_size {fields['block_size']} is longer than the {longest} "
+        raise ValueError(f"block_size {fields['block_size']} (if not given, --max_prompt_tokens "
+                         f"and --max_new_tokens together) is longer than the {longest} "
                          f"positions that {source} has weights for; lower it to that or less")
     if fields["vocab_size"] > n_ids:
-        raise ValueError(f"the tokenizer has {fields['vocab_size']} token ids, {source} has "
-                         f"weights for {n_ids}; they do not belong together")
+        raise ValueError(f"the tokenizer has {fields['vocab_size']} token ids, but {source} "
+                         f"has weights for {n_ids}; they do not belong together")
     nanogpt = config.get("model_type") == "nanogpt"
     if nanogpt and not config.get("bias", True):         # biases of zero do the same
         zeros = {name.replace(".weight", ".bias"): x.new_zeros(len(x))
@@ -73,6 +74,9 @@ def assign(model, weights):
         if found.shape != wanted.shape or not found.is_floating_point():
             raise ValueError(f"{name}: got {tuple(found.shape)} of {found.dtype}, wanted "
                              f"{tuple(wanted.shape)} of floats")
+        if not torch.isfinite(found).all():
+            raise ValueError(f"{name} holds numbers that are not finite; copy the weights again "
+                             "from where they came from")
     weights = {name: x.to(torch.float32, copy=True).contiguous() for name, x in weights.items()}
     model.load_state_dict(weights, assign=True)
 
@@ -81,8 +85,8 @@ def save(folder, fields, weights, eos_id=None, score=None, constant=0.0):
     """
     Write config.json and model.safetensors of a language model, or with `score` of a classifier.
 
-    score is the (1, C) head of one label. The classifier reads it before the first pad token, which
-    is the first id beyond the vocabulary. constant is what its scores lack, for config.json.
+    score is the (1, C) head of one label. The classifier reads it just before the first pad token,
+    whose id is the first beyond the vocabulary. constant is what its scores lack, for config.json.
     """
     trunk = {name.removeprefix("transformer."): x for name, x in weights.items()
              if name.startswith("transformer.")}
@@ -111,7 +115,7 @@ def save(folder, fields, weights, eos_id=None, score=None, constant=0.0):
 
 def fields_of(config):
     """A config.json, or nanoGPT's model_args -> fields of GPTConfig, as a dict"""
-    kind = config.get("model_type", "gpt2")
+    kind = str(config.get("model_type", "gpt2"))
     if kind == "nanogpt":
         return nanogpt_fields(config)
     if kind not in CLASSES:
@@ -121,8 +125,28 @@ def fields_of(config):
     return gpt2_fields(config) if kind == "gpt2" else llama_fields(config, kind)
 
 
+def number(config, key, usual=None, whole=False):
+    """A number above 0 of a config.json; usual if it has none"""
+    value = config.get(key)
+    value = usual if value is None else value
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(f"its config.json has {key} {value!r}, wanted {kind} above 0; copy it "
+                         "again from where the weights came from")
+    return value
+
+
+def part_of(config, key):
+    """A part of a config.json, {} if it has none"""
+    part = config.get(key) or {}
+    if not isinstance(part, dict):
+        raise ValueError(f"its config.json has {key} {part!r}, wanted an object")
+    return part
+
+
 def check_computed(config, computed):
-    """Raise if a setting is not one of those that model.py computes; the first is the default."""
+    """Raise unless model.py computes every setting; the first value of each list is the default."""
     for key, values in computed.items():
         value = config.get(key)
         if (values[0] if value is None else value) not in values:
@@ -132,8 +156,9 @@ def check_computed(config, computed):
 
 
 def gpt2_fields(config):
-    """Keys that old files lack are as in GPT-2."""
-    sizes = {GPT2_SIZES[key]: value for key, value in config.items() if key in GPT2_SIZES}
+    """Keys that old files lack have GPT-2's values."""
+    sizes = {GPT2_SIZES[key]: number(config, key, whole=True)
+             for key in config if key in GPT2_SIZES}
     check_computed(config, {
         "activation_function": ["gelu_new", *GELUS], "n_inner": [4 * sizes.get("n_embd", 768)],
         "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
@@ -153,38 +178,42 @@ def nanogpt_fields(config):
 
 
 def llama_fields(config, kind):
-    missing = [key for key in LLAMA_SIZES if not isinstance(config.get(key), int)]
-    if missing:
-        raise ValueError(f"its config.json has no number for {', '.join(missing)}, which "
-                         f"{CLASSES[kind]}'s has; copy it again from where the weights came from")
-    fields = {ours: config[theirs] for theirs, ours in LLAMA_SIZES.items()}
+    fields = {ours: number(config, theirs, whole=True) for theirs, ours in LLAMA_SIZES.items()}
     check_computed(config, {
         "hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False],
         "use_sliding_window": [False], "partial_rotary_factor": [1.0]})
-    layers = set(config.get("layer_types") or []) - {"full_attention"}
-    if layers:
-        raise ValueError(f"it has layers with {', '.join(sorted(layers))}; model.py computes full "
-                         "attention only")
-    rope = {"rope_theta": config.get("rope_theta")} | (config.get("rope_scaling") or {})
-    rope |= config.get("rope_parameters") or {}          # the name since transformers 5
-    kind_of_rope = rope.get("rope_type") or rope.get("type") or "default"
-    if kind_of_rope not in ("default", "llama3"):
-        raise ValueError(f"it has rope of the type {kind_of_rope}; model.py computes default and "
-                         "llama3")
-    scaling = None
-    if kind_of_rope == "llama3":
-        if not all(key in rope for key in LLAMA3):
-            raise ValueError(f"its llama3 rope has {', '.join(sorted(rope))}; wanted "
-                             f"{', '.join(LLAMA3)}")
-        scaling = [float(rope[key]) for key in LLAMA3]
-    head_dim = config.get("head_dim") or (128 if kind == "qwen3" else None)
+    layers = config.get("layer_types") or []
+    if not isinstance(layers, list) or set(map(str, layers)) - {"full_attention"}:
+        raise ValueError(f"it has layer_types {str(layers)[:80]}; model.py computes full_attention "
+                         "only")
+    theta, scaling = rope_of(config)
+    usual_dim = 128 if kind == "qwen3" else max(1, fields["n_embd"] // fields["n_head"])
     return fields | {
-        "norm": "rmsnorm", "norm_eps": config.get("rms_norm_eps", 1e-6), "activation": "swiglu",
-        "positions": "rope", "rope_theta": float(rope["rope_theta"] or 10000.0),
-        "rope_scaling": scaling, "n_kv_head": config.get("num_key_value_heads") or fields["n_head"],
-        "head_dim": head_dim or fields["n_embd"] // fields["n_head"], "bias": False,
+        "norm": "rmsnorm", "norm_eps": number(config, "rms_norm_eps", 1e-6),
+        "activation": "swiglu", "positions": "rope", "rope_theta": theta, "rope_scaling": scaling,
+        "n_kv_head": number(config, "num_key_value_heads", fields["n_head"], whole=True),
+        "head_dim": number(config, "head_dim", usual_dim, whole=True), "bias": False,
         "qkv_bias": kind == "qwen2", "qk_norm": kind == "qwen3",
         "tied_head": bool(config.get("tie_word_embeddings", False))}
+
+
+def rope_of(config):
+    """theta and, with Llama 3's scaling, its four numbers"""
+    parameters = part_of(config, "rope_parameters")      # the name since transformers 5
+    scaling = part_of(config, "rope_scaling")            # if there are both, transformers takes it
+    kinds = [part.get(key) for part in (scaling, parameters) for key in ("rope_type", "type")]
+    kind = next((kind for kind in kinds if kind), "default")
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"it has RoPE of the type {kind}; model.py computes default and llama3")
+    rope = {key: config[key] for key in ("rope_theta", LLAMA3[-1]) if key in config}
+    rope |= parameters | scaling
+    theta = float(number(rope, "rope_theta", 10000.0))
+    if kind == "default":
+        return theta, None
+    if not all(key in rope for key in LLAMA3):
+        raise ValueError(f"its llama3 RoPE has {', '.join(sorted(rope))}; wanted "
+                         f"{', '.join(LLAMA3)}")
+    return theta, [float(number(rope, key)) for key in LLAMA3]
 
 
 def family_of(fields):
@@ -225,7 +254,7 @@ def config_of(fields, task="CausalLM"):
 # Names of weights
 
 def layout(fields):
-    """{our name: [(their name, its rows)]} without prefixes. Several are stacked; None: all rows"""
+    """{our name: [(their name, its rows)]} without prefixes; several are stacked, None: all rows"""
     gpt2 = fields["norm"] == "layernorm"
     names = {"wte.weight": [("wte.weight" if gpt2 else "embed_tokens.weight", None)]}
     if gpt2:
@@ -263,7 +292,7 @@ def llama_block(fields):
     return names
 
 
-# Tables that old files hold beside the weights: causal masks, rotary frequencies
+# Tables that old files store with the weights: causal masks, rotary frequencies
 TABLES = re.compile(r"h\.\d+\.attn\.(masked_)?bias|layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
@@ -274,7 +303,16 @@ def to_ours(weights, fields, nanogpt=False):
     Its head is lm_head.weight, unless it is the token embedding. A weight that is missing or
     unknown is an error.
     """
-    found = {re.sub(r"^(transformer|model)\.", "", name): x for name, x in weights.items()}
+    found = {}
+    for name, x in weights.items():
+        short = re.sub(r"^(transformer|model)\.", "", name)
+        if short in found:
+            raise ValueError(f"it has the weight {short} twice, once as {name}; wanted one of them")
+        is_number = x.is_floating_point() and x.element_size() >= 2      # float8 is quantized
+        if not (is_number or TABLES.fullmatch(short)):
+            raise ValueError(f"{name} is of {x.dtype}, wanted float32, bfloat16 or float16; give "
+                             "the folder with the original weights")
+        found[short] = x
     found = {name: x for name, x in found.items() if not TABLES.fullmatch(name)}
     head = found.pop("lm_head.weight", None)
     names = layout(fields)
@@ -290,8 +328,8 @@ def to_ours(weights, fields, nanogpt=False):
         missing.append("lm_head.weight")
     if missing or unknown:
         family = CLASSES[family_of(fields)].replace("GPT2", "GPT-2")
-        raise ValueError(f"the weights are not those of a {family} of {fields['n_layer']} layers: "
-                         f"missing are {', '.join(missing[:5]) or 'none'}; unknown are "
+        raise ValueError(f"the weights do not fit a {family} of {fields['n_layer']} layers: "
+                         f"missing: {', '.join(missing[:5]) or 'none'}; unknown: "
                          f"{', '.join(unknown[:5]) or 'none'}")
     ours = {}
     for name, parts in names.items():
@@ -324,7 +362,7 @@ def to_theirs(weights, fields):
 
 
 def transposed(weights):
-    """Our matrices to those of transformers' GPT-2 (Conv1D), stored the other way, and back"""
+    """Our matrices to transformers' GPT-2's (Conv1D), which are stored transposed, and back"""
     conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     return {name: x.T if name.endswith(conv1d) and x.dim() == 2 else x
             for name, x in weights.items()}

@@ -53,7 +53,7 @@ def first_line(error):
 
 
 def out_of_memory(error):
-    """Whether memory ran out. torch has an exception for that on CUDA only; the words must do."""
+    """Whether memory ran out. torch has an exception for it on CUDA only, so the words must do."""
     words = ("out of memory", "can't allocate memory", "cudaErrorMemoryAllocation")
     return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
             or isinstance(error, RuntimeError) and any(word in str(error) for word in words))
@@ -64,7 +64,7 @@ def out_of_memory(error):
 
 @contextlib.contextmanager
 def writing(path):
-    """Inside this block an error of the disk becomes one clear message."""
+    """Inside this block a disk error becomes one clear message."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -203,7 +203,7 @@ def read_json(path):
 
 
 def read_lines(path):
-    """The objects of a log, up to the first line that is not whole; [] if there is no file"""
+    """The objects of a log, up to the first incomplete line; [] if there is no file"""
     found = []
     with contextlib.suppress(FileNotFoundError, ValueError, TypeError, RecursionError):
         for line in Path(path).read_bytes().splitlines():

@@ -19,12 +19,12 @@ A record has the first of these forms whose fields it has. A field that is null 
 
 Any text may also be a list of messages, which is written out as HH-RLHF writes dialogues, or by
 the model's chat template. With a template, a prompt that is a text is a user's turn, or HH-RLHF's
-turns if it has them; a text without a prompt stays as it is. The
-messages of a response continue those of the prompt, which they may repeat. If the prompt ends with
-an assistant's message, the response continues that message. In a comparison, messages that end
-with a user's are the prompt. A "system" text comes first. If a "label" (or "kto_tag") is false, 0
-or undesirable, the response is left out, and the prompt still serves RL. In a record with a text
-and no prompt, a label is a class and is not used.
+turns if it has them; a text without a prompt stays as it is. The messages of a response continue
+those of the prompt, which they may repeat. If the prompt ends with an assistant's message, the
+response continues that message. In a comparison, messages that end with a user's message are the
+prompt. A "system" text comes first. If a "label" (or "kto_tag") is false, 0 or undesirable, the
+response is left out, and the prompt still serves RL. In a record with a text and no prompt, a label
+is a class and is not used.
 """
 
 import os
@@ -48,9 +48,9 @@ def read_record(record, remarks=None, chat="plain", system=""):
     """
     A record -> prompt, responses ([better, worse], [response] or []), as texts
 
-    chat names the template of dialogues, system is the turn before those that have none. Anything
-    else to say about it is added to remarks, as (kind, text). Raises a ValueError with the
-    reason if it cannot be read.
+    chat names the template of dialogues; system is the system turn for those that have none.
+    Anything worth reporting is added to remarks, as (kind, text). Raises a ValueError with the
+    reason if the record cannot be read.
     """
     remarks = [] if remarks is None else remarks
     if not isinstance(record, dict):
@@ -85,8 +85,11 @@ def read_record(record, remarks=None, chat="plain", system=""):
         remarks.append((KEPT, "with control characters"))
     remarks += [(UNUSED, name) for name in fields]
     if chat != "plain" and prompt and MARK not in prompt:        # a text, not messages
-        prompt = written(dialogue_in(prompt), **style)
-        responses = [answer(text.strip(), chat) for text in responses]
+        turns = dialogue_in(prompt)
+        unfinished = turns[-1][0] == "assistant"         # the response continues this turn
+        prompt = written(turns, **style, unfinished=unfinished)
+        if not unfinished:
+            responses = [answer(text.strip(), chat) for text in responses]
     return prompt, responses
 
 
@@ -127,7 +130,7 @@ def take_form(fields):
 
 
 def move_dialogue_to_prompt(fields):
-    """In a comparison without a prompt, messages or conversations that end with a user's are it."""
+    """In a comparison without a prompt, messages that end with a user's become the prompt."""
     chosen = fields["chosen"]
     holds_prompt = isinstance(chosen, str) and TURN in chosen
     for name in ("conversations", "messages"):
@@ -190,16 +193,15 @@ def texts_of(system, prompt, responses, style):
 
 def dialogue_in(text):
     """A prompt as a text -> its turns: HH-RLHF's if it has them, or else one of the user"""
-    start, *rest = re.split(r"\n\n(Human|Assistant|System):", text)
-    turns = [("system", start.strip())] if start.strip() else []
-    turns += [(ROLES[name.lower()], said.strip()) for name, said in zip(rest[::2], rest[1::2])]
-    if not rest:
+    start, *rest = re.split(r"(?:^|\n\n)(Human|Assistant|System):", text)
+    if start.strip() or "Human" not in rest[::2]:
         return [("user", text)]
+    turns = [(ROLES[name.lower()], said.strip()) for name, said in zip(rest[::2], rest[1::2])]
     return turns[:-1] if turns[-1] == ("assistant", "") else turns
 
 
 def repeats(prompt, response):
-    """Whether a response is the prompt, not cut within a word, and more"""
+    """Whether a response is the prompt, not cut within a word, with more text after it"""
     rest = response[len(prompt):]
     mid_word = prompt[-1:].isalnum() and rest[:1].isalnum()
     return bool(prompt.strip() and rest.strip()) and response.startswith(prompt) and not mid_word

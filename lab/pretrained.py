@@ -1,5 +1,5 @@
 """
-Weights and settings of other projects, as plain names and tensors; families.py maps them to ours.
+Weights and settings from other projects; families.py maps their names to ours.
 
     check          whether there is anything to read, before any long work
     read           a folder saved by transformers, its name on the hub, or nanoGPT's ckpt.pt
@@ -52,7 +52,7 @@ def read(source):
 
 
 def check(source):
-    """Raise what is wrong with a file or folder, as far as it shows without reading weights."""
+    """Raise if a file or folder is wrong, as far as that shows without reading its weights."""
     if nanogpt(source):
         read(source)                                     # only names: weights stay on the disk
     elif Path(source).is_dir():
@@ -90,7 +90,7 @@ def read_json(path):
 
 
 def read_config(folder):
-    """config.json, if the weights beside it are complete and plain numbers"""
+    """config.json, if the weights beside it are neither an adapter nor quantized"""
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds an adapter (LoRA), a change of other weights; merge it "
                          "into them first, with peft's merge_and_unload, and save the result")
@@ -119,7 +119,7 @@ def read_weights(folder):
     """{name: tensor} of a folder's one file of weights, or of all the parts that an index lists"""
     found = weight_files(folder)
     if len(found) > 1:
-        print(f"note: {folder} has {' and '.join(found)}; {found[0]} is used, as transformers does")
+        print(f"note: {folder} has {' and '.join(found)}; {found[0]} is used, as in transformers")
     path = folder / found[0]
     if path.suffix != ".json":
         return read_tensors(path)
@@ -137,7 +137,8 @@ def read_tensors(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # Mapped, only the tensors in use are read: not nanoGPT's optimizer. Old files cannot be
+        # Mapped into memory, so only tensors in use are read, not nanoGPT's optimizer; old files
+        # cannot be mapped
         mmap = zipfile.is_zipfile(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
     except MemoryError:
@@ -146,7 +147,7 @@ def read_tensors(path):
         reason = f"{type(error).__name__}: {first_line(error)[:100]}"
         if "Weights only" in reason:
             reason = "it holds more than tensors and plain values, which may run code"
-        raise ValueError(f"{path} cannot be read as weights ({reason}); wanted a whole file "
+        raise ValueError(f"{path} cannot be read as weights ({reason}); wanted a complete file "
                          "written by save_pretrained or torch.save, with only tensors") from error
 
 
@@ -165,8 +166,7 @@ def unwrapped(weights, source):
 
 
 def write(folder, config, weights, eos_id=None, note=""):
-    """config.json, generation_config.json, model.safetensors, a note as README.md; eos_id: one or
-    several"""
+    """Write a folder that transformers reads, with a note as README.md; eos_id: one or several"""
     ids = {} if eos_id is None else {"eos_token_id": eos_id}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

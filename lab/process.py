@@ -3,7 +3,7 @@ The process around a run: random states, output, device, versions.
 
     random_states, set_random_states    of torch, Python, numpy and the GPU
     safe_output                         nothing that is printed can end a run
-    process_state                       remember all that a main changes, to put it back
+    process_state                       remember everything that a main changes, to put it back
     pick_device, environment            where and with which versions a run computes
 """
 
@@ -207,7 +207,7 @@ def environment(device):
 
 def ask_git(folder, *command):
     """What git says about a folder, or nothing"""
-    # Not about a project above it that it was copied into. A clone may belong to a different user
+    # Not about a project that it was copied into. A clone may belong to a different user
     ceiling = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
     try:
         return subprocess.run(["git", "-c", "safe.directory=*", *command], cwd=folder, env=ceiling,

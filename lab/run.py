@@ -54,7 +54,7 @@ def launch(main, Config, doc):
         raise SystemExit(str(error))
     except KeyboardInterrupt:
         raise SystemExit("\nstopped; what was saved is intact, "
-                         "--resume continues an unfinished stage")
+                         "and --resume continues an unfinished stage")
     except BrokenPipeError:                              # by  | head, outside of any training loop
         raise SystemExit("stopped: the output was closed; what was saved is intact")
     except (RuntimeError, MemoryError) as error:
@@ -109,7 +109,7 @@ def ensure(cfg, script, **given):
     The folder of a finished earlier stage, in this run or in --base
 
     If it is missing or unfinished in this run, its script's main makes it first. given are settings
-    that it must have; empty ones do not matter.
+    that it must have; empty ones are ignored.
     """
     given = {name: value for name, value in given.items() if value}
     stage = script.__name__
@@ -120,10 +120,9 @@ def ensure(cfg, script, **given):
     if (folder / "report.txt").exists():
         made_by = stored_config(folder)
         if made_by["config"] != cfg.config:
-            stop(f"{folder} was made with --config {made_by['config']}, this is --config "
+            stop(f"{folder} was made with --config {made_by['config']}, but this is --config "
                  f"{cfg.config}; give a different --out, or a --base of the same config")
-        if folder == here:
-            check_data(cfg, here, made_by, given)
+        check_data(cfg, folder, made_by, given, same_run=folder == here)
         source = made_by.get("data", "reviews")
         told = "" if source == "reviews" else f", data {source}"
         print(f"using {folder} (seed {made_by['seed']}{told})")
@@ -153,16 +152,18 @@ def ensure(cfg, script, **given):
     return here
 
 
-def check_data(cfg, folder, made_by, given):
-    """Exit if an earlier stage of the same run has different data or different given settings."""
+def check_data(cfg, folder, made_by, given, same_run=True):
+    """Exit if an earlier stage has different given settings, or in the same run different data."""
     wanted = dict(given)
-    if made_by.get("steps") != 0:                        # otherwise it has trained on no data
+    if same_run and made_by.get("steps") != 0:           # with 0 it has trained on no data
         wanted |= {"data": cfg.data, "text_prompt": cfg.text_prompt}
     for name, ours in wanted.items():
         theirs = made_by.get(name, getattr(config.Common, name, None))
-        if theirs != ours:
-            stop(f"{folder} was made with --{name} {theirs}, this is --{name} {ours}; give a "
-                 f"different --out, and --base {folder.parent.name} to use that stage anyway")
+        paths = [value for value in (theirs, ours) if os.path.exists(str(value))]
+        same_path = len(paths) == 2 and os.path.samefile(*paths)
+        if theirs != ours and not same_path:
+            stop(f"{folder} was made with --{name} {theirs}, but this is --{name} {ours}; give "
+                 f"a different --out, and --base {folder.parent.name} to use that stage anyway")
 
 
 def stored_config(folder):
@@ -182,7 +183,7 @@ class Run:
         run = Run(cfg, "sft", export)           # looks at the folder, writes nothing
         if run.finished:
             return run.show()
-        ...                                     # whatever may stop for bad input
+        ...                                     # anything that may stop on bad input
         run.begin()                             # from here on there are files and random numbers
         sources = run.sources(tokenizer, data=train)
         first = run.restore(policy=policy, optimizer=optimizer, **sources)
@@ -240,7 +241,7 @@ class Run:
         if differ:
             theirs = ", ".join(f"{name} {stored[name]}" for name in differ)
             wanted = ", ".join(f"{name} {ours[name]}" for name in differ)
-            stop(f"{self.folder} holds a run with {theirs}, this one has {wanted}; --out NAME "
+            stop(f"{self.folder} holds a run with {theirs}, but this one has {wanted}; --out NAME "
                  "keeps both, --overwrite replaces that one")
 
     def holder(self):
@@ -342,7 +343,7 @@ class Run:
         lines = files.read_lines(log)[:saved["step"]]
         if [line.get("step") for line in lines] != list(range(saved["step"])):
             stop(f"{log} does not have the updates 0 to {saved['step'] - 1} that come before the "
-                 "checkpoint: it was changed since. Restore it, or start again with --overwrite")
+                 "checkpoint: it has been changed. Restore it, or start again with --overwrite")
         files.write_lines(log, lines)                    # later lines will be written again
         print(f"resuming at update {saved['step']}")
         return saved["step"]
@@ -413,7 +414,7 @@ class Run:
         Clip the gradients, take a step with each optimizer, zero -> {name: gradient norm}
 
         No optimizer takes its step unless every norm is finite. hint says what to try then. Where
-        float16 has overflowed the step is left out, and later losses are scaled less.
+        float16 has overflowed the step is skipped, and later losses are scaled less.
         """
         norms = {}
         for name, optimizer in optimizers.items():
@@ -481,7 +482,7 @@ class Run:
         print(f"{step:6d}" + "".join(cells) + f"{left:>8} s", flush=True)
 
     def checkpoint(self, done):
-        """After `done` updates: save if it is time to, or at Ctrl-C, and then leave."""
+        """After `done` updates: save if it is time to; after Ctrl-C save and leave."""
         if done % self.cfg.save_every == 0 or done == self.last or self.interrupted:
             self.save(done)
         if self.interrupted:
@@ -495,7 +496,7 @@ class Run:
     @staticmethod
     def drop_interrupted_update():
         """
-        Leave the run that is interrupted, if there is one, as it was at the start of this update.
+        Leave the interrupted run, if there is one, as it was at the start of this update.
 
         Called before and after each call of a function of the user's. Its child processes get
         Ctrl-C too, so its result must not be trained on. No gradient step has been taken by then.
@@ -551,7 +552,7 @@ class Run:
             print(f"exported    {self.cfg.export}")
 
     def made_by(self):
-        """The command that makes this result again, and the versions it was made with"""
+        """The command that reproduces this result, and the versions it was made with"""
         starts = self.starts()
         last = starts[-1]
         packages = ", ".join(f"{name} {last[name]}" for name in ("python", *process.PACKAGES))
@@ -562,7 +563,7 @@ class Run:
 
     def show(self):
         """Print again what a finished stage printed at its end -> its results"""
-        print("This stage finished earlier; later changes to the code do not show. --overwrite "
+        print("This stage finished earlier; later edits to the code do not affect it. --overwrite "
               "runs it again, --out NAME keeps this result and makes a new run.\n")
         print((self.folder / "report.txt").read_text(encoding="utf-8"))
         self.export_if_asked()
@@ -593,7 +594,7 @@ def check_export(cfg, export):
 
 
 def is_same(saved, ours):
-    """Whether a plain value of a checkpoint is ours; of a dict only the fields that it has"""
+    """Whether a plain value of a checkpoint equals ours; of a dict, in the fields that it has"""
     if not (isinstance(saved, dict) and isinstance(ours, dict)):
         return saved == ours
     return all(ours.get(name) == value for name, value in saved.items()
@@ -604,4 +605,4 @@ def check_finite(x, what):
     """Exit if a number is not finite."""
     if not torch.isfinite(x).all():
         stop(f"{what} is {x[~torch.isfinite(x)][0].item()}; only finite numbers can be learned "
-             "from or measured by. What was saved before is intact")
+             "from or measured. What was saved before is intact")

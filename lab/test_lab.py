@@ -290,12 +290,12 @@ def test_unreadable_json_is_refused_and_a_log_is_read_up_to_a_torn_line(tmp_path
     ("--lr fast", "--lr got 'fast'; it takes a number"),
     ("--surrogate clap",
      "--surrogate got 'clap' (did you mean clip?); it takes one of: clip, kl_penalty"),
-    ("--config smal", "unknown --config smal (did you mean small?); there are: small, tiny"),
+    ("--config smal", "unknown --config smal (did you mean small?); it takes one of: small, tiny"),
     ("--resume maybe", "--resume got 'maybe'; it takes 1 or 0"),
     ("steps 5", "unknown option steps"),
     ("--missing_eos_score low", "--missing_eos_score got 'low'; it takes a number or none"),
     ("--batch_size 0", "--batch_size got 0; it takes a whole number, 1 or more"),
-    ("--ema 1.0", "--ema got 1.0; it takes a number from 0 up to, but not, 1"),
+    ("--ema 1.0", "--ema got 1.0; it takes a number, 0 or more but below 1"),
     ("--beta -0.1", "--beta got -0.1; it takes a number, 0 or more"),
     ("--temperature 0", "--temperature got 0.0; it takes a number above 0")])
 def test_bad_command_lines_are_refused_with_the_value_and_a_valid_range(argv, message):
@@ -311,7 +311,7 @@ OUT_OF_RANGE = {                                         # by what the message s
     "a number, 0 or more": [-0.5],
     "a number above 0": [-0.5, 0.0],
     "a number from 0 to 1": [-0.5, 1.5],
-    "a number from 0 up to, but not, 1": [-0.5, 1.0, 1.5],
+    "a number, 0 or more but below 1": [-0.5, 1.0, 1.5],
     "a finite number": [],
 }
 WRONG_NAMES = ["..", "a/..", "/", "a\\b", "tokens", "out/tokens", "x\0y", "x" * 101, "\udcff"]
@@ -420,7 +420,7 @@ def test_a_config_takes_its_presets_values_and_then_those_given():
     assert (cfg.steps, cfg.batch_size, cfg.max_new_tokens) == (3, 32, 24)
     assert ppo.Config() == ppo.Config(config="small") and ppo.Config().save_every == 20
     assert dataclasses.replace(cfg, lr=1.0).batch_size == 32
-    with refused(r"unknown --config tine .did you mean tiny\?.; there are: small, tiny"):
+    with refused(r"unknown --config tine .did you mean tiny\?.; it takes one of: small, tiny"):
         ppo.Config(config="tine")
 
     class Mine(ppo.Config):                              # as in a notebook
@@ -1036,6 +1036,37 @@ def test_a_byte_without_a_token_is_said_and_left_out(kinds, capsys):
     assert ours.encode_ordinary("\x04") == [] and tokenizers.encode_prompt(ours, "\x04") == [2]
 
 
+def test_the_longest_added_token_is_read_first(kinds, tmp_path):
+    from tokenizers import Tokenizer
+    content = json.loads((kinds["qwen"] / "tokenizer.json").read_text())
+    n = content["added_tokens"][-1]["id"]
+    content["added_tokens"] += [added(n + 1, "<a>", False), added(n + 2, "<a><b>", False)]
+    folder = bpe_folder(tmp_path / "x", content, tokenizer_config={"eos_token": "<|im_end|>"})
+    ours = tokenizers.pretrained_tokenizer(folder)
+    theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in ("<a><b>", "<a><a><b> so", "<a> <b>"):
+        assert ours.encode_ordinary(text) == theirs.encode(text).ids
+
+
+@pytest.mark.parametrize("kind, change, message", [
+    ("qwen", dict(pattern={"Regex": r"\p{N}"}), "regex leaves text out or matches nothing"),
+    ("qwen", dict(pattern={"Regex": r"\p{L}*|\s*|."}), "regex leaves text out or matches nothing"),
+    ("qwen", dict(pattern={"String": " "}), r"pre-tokenizer Split \+ ByteLevel"),
+    ("qwen", dict(behavior="Removed"), r"pre-tokenizer Split \+ ByteLevel")])
+def test_a_split_that_tiktoken_would_do_differently_is_refused(kind, change, message, kinds,
+                                                               tmp_path):
+    content = json.loads((kinds[kind] / "tokenizer.json").read_text())
+    content["pre_tokenizer"]["pretokenizers"][0] |= change
+    with refused(f"no tokenizer in .*{message}"):
+        sft.tokenizer_of(str(bpe_folder(tmp_path / "x", content)))
+
+
+def test_a_lone_surrogate_is_replaced(kinds):
+    for kind in KINDS:
+        ours = tokenizers.pretrained_tokenizer(kinds[kind])
+        assert ours.decode(ours.encode_ordinary("a\udcff\x1c")) == "a?\x1c"
+
+
 def test_added_tokens_that_are_not_special_are_read_in_text(kinds):
     ours = tokenizers.pretrained_tokenizer(kinds["qwen"])
     think = ours._special_tokens["<think>"]
@@ -1059,13 +1090,17 @@ def test_a_prompt_starts_with_exactly_one_bos_where_the_model_uses_one(kinds):
     assert tokenizers.cut_start(plain, [5, 6, 7], 2) == [6, 7]
 
 
-def test_the_sampler_stops_at_every_end_that_generation_config_names(kinds, tmp_path):
+def test_the_sampler_stops_at_every_end_that_generation_config_names(kinds, tmp_path, capsys):
     for path in kinds["qwen"].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     n = tokenizers.pretrained_tokenizer(tmp_path).eot_token
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [n + 2, n]}))
     ours = tokenizers.pretrained_tokenizer(tmp_path)
     assert ours.end_tokens == (n, n + 2)
+    capsys.readouterr()
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [n, 9999, 40]}))
+    assert tokenizers.pretrained_tokenizer(tmp_path).end_tokens == (n, 40)      # ordinary ones too
+    assert "has eos_token_id [9999], which the tokenizer does not have" in capsys.readouterr().out
     ours = chat.set_chat(ours, "auto", "", tmp_path)     # now the END_OF is what ends a turn
     assert ours.eot_token == n + 2 and ours.end_tokens == (n + 2, n)
     text = ours.encode_ordinary("yes")
@@ -1112,7 +1147,7 @@ def test_an_exported_tokenizer_writes_dialogues_as_ours_does(kinds, tmp_path, ca
     """With the default system turn, whose quotes and line ends are kept"""
     from transformers import AutoTokenizer
     ours = tokenizers.pretrained_tokenizer(kinds["qwen"])
-    ours = chat.set_chat(ours, "chatml", 'Say "so".\n', kinds["qwen"])
+    ours = chat.set_chat(ours, "chatml", 'Say "so" \U0001f600.\n', kinds["qwen"])
     tokenizers.export_tokenizer(ours, tmp_path, chat_template=chat.jinja_of(ours))
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for turns in DIALOGUES[:3]:
@@ -1151,9 +1186,12 @@ def test_templates_and_tokens_that_are_not_known_are_refused(kinds, tmp_path):
     assert chat.set_chat(ours, "auto", "", tmp_path).chat == "plain"
     with pytest.raises(ValueError, match="writes <.im_start.>, <.im_end.>, which this tokenizer"):
         chat.set_chat(ours, "chatml", "", tmp_path)
-    (tmp_path / "chat_template.jinja").write_text("[INST] {{ messages[0].content }} [/INST]")
-    with pytest.raises(ValueError, match="neither chatml nor llama3; give --chat plain"):
-        chat.set_chat(ours, "auto", "", tmp_path)
+    qwen = tokenizers.pretrained_tokenizer(kinds["qwen"])
+    for foreign in ("[INST] {{ messages[0].content }} [/INST]", "{# no <|im_start|> #} {{ 1 }}",
+                    CHATML.replace("\n'", "<|endoftext|>'")):
+        (tmp_path / "chat_template.jinja").write_text(foreign)
+        with pytest.raises(ValueError, match="neither chatml nor llama3; give --chat plain"):
+            chat.set_chat(qwen, "auto", "", tmp_path)
     assert chat.set_chat(ours, "plain", "", tmp_path).chat == "plain"
 
 
@@ -1184,6 +1222,11 @@ MARKED = "a\ufdd0<|im_end|>"
     ({"prompt": "Hi", "completion": "Hi there"}, "[user\nHi][assistant\n", ["there"]),
     ({"prompt": HELLO[:1] + [{"role": "assistant", "content": "Hel"}], "completion": "lo"},
      "[user\nHi][assistant\nHel", ["lo"]),
+    ({"prompt": "Human: hi\n\nAssistant:", "completion": " d"}, "[user\nhi][assistant\n", ["d"]),
+    ({"prompt": "\n\nHuman: hi\n\nAssistant: I think", "completion": " so"},
+     "[user\nhi][assistant\nI think", [" so"]),
+    ({"prompt": "Write a play.\n\nHuman: hello"},
+     "[user\nWrite a play.\n\nHuman: hello][assistant\n", []),
     ({"text": "as it is"}, "", ["as it is"]),
     ({"text": MARKED}, "", ["a\ufffd<|im_end|>"]),
     ({"prompt": MARKED, "completion": MARKED}, "[user\na\ufffd<|im_end|>][assistant\n",
@@ -1975,11 +2018,11 @@ def test_a_finished_stage_is_shown_again_and_not_run_again(whole_run, finished_r
 
 
 @pytest.mark.parametrize("script, changes, message", [
-    (ppo, dict(lr=0.001), "out/tiny/ppo holds a run with lr 0.002, this one has lr 0.001; --out"),
+    (ppo, dict(lr=0.001), "out/tiny/ppo holds a run with lr 0.002, but this one has lr 0.001"),
     (ppo, dict(lr=0.001, seed=2),
-     ".*/ppo holds a run with seed 1337, lr 0.002, this one has seed 2, lr 0.001; --out NAME"),
+     ".*/ppo holds a run with seed 1337, lr 0.002, but this one has seed 2, lr 0.001; --out NAME"),
     (reward_model, dict(config="small", out="other", base="tiny"),
-     ".* made with --config tiny, this is --config small"),
+     ".* made with --config tiny, but this is --config small"),
     (ppo, dict(out="other", base="nowhere"), "--base nowhere has no finished"),
     (sft, dict(block_size=20, overwrite=True), ".*exceed --block_size 20")],
     ids=["one field", "two fields", "a different preset", "no such base", "overwriting"])
@@ -2075,12 +2118,12 @@ def test_an_unfinished_stage_keeps_its_settings(finished_run, monkeypatch, no_pi
 
 
 def test_data_of_a_different_kind_than_the_earlier_stages_is_noticed(user_folder):
-    with refused(".* was made with --data pairs.jsonl, this is --data reviews; give a different "
-                 "--out, and --base own"):
+    with refused(".* was made with --data pairs.jsonl, but this is --data reviews; give a "
+                 "different --out, and --base own"):
         policy_gradient.main(tiny_config(policy_gradient, out="own"))
     shutil.copytree(user_folder / "own" / "sft", user_folder / "half" / "sft")
     (user_folder / "half" / "sft" / "report.txt").unlink()      # unfinished, and on other data
-    with refused("out/half/sft was made with --data pairs.jsonl, this is --data reviews"):
+    with refused("out/half/sft was made with --data pairs.jsonl, but this is --data reviews"):
         ppo.main(tiny_config(ppo, out="half"))
     with refused(".*--data has no annotators for them"):
         dpo.main(user_config(dpo, out="rounds", base="own", rounds=2))
@@ -2312,13 +2355,13 @@ def test_files_of_a_different_run_are_refused_on_resume(toy_folder, monkeypatch)
         return file.getvalue()
 
     wrong_log = ("out/tiny/toy/log.jsonl does not have the updates 0 to 3 that come before the "
-                 "checkpoint: it was changed since")
+                 "checkpoint: it has been changed")
     random_wrong = "out/tiny/toy/checkpoint.pt holds random states that cannot be set "
     with refused("out/tiny/toy holds an unfinished stage; --resume continues it, --overwrite"):
         toy(toy_config())
     for name, content, message in (
             ("checkpoint.pt", checkpoint(config=saved["config"] | {"lr": 0.5}),
-             "out/tiny/toy holds a run with lr 0.5, this one has lr 0.1"),
+             "out/tiny/toy holds a run with lr 0.5, but this one has lr 0.1"),
             ("checkpoint.pt", checkpoint(optimizer=None),
              "out/tiny/toy/checkpoint.pt has no optimizer, so a different stage or program wrote"),
             ("checkpoint.pt", checkpoint(model={}),
@@ -2555,7 +2598,7 @@ def test_out_of_memory_is_one_message_that_names_what_needs_less(script, functio
     (signal.SIGTERM, None, r"saved after \d+ of 400 updates"),
     (signal.SIGHUP, None, r"saved after \d+ of 400 updates"),
     (signal.SIGINT, signal.SIGINT,
-     "stopped; what was saved is intact, --resume continues an unfinished stage")],
+     "stopped; what was saved is intact, and --resume continues an unfinished stage")],
     ids=["Ctrl-C", "a plain kill", "a closed terminal", "Ctrl-C twice"])
 def test_a_signal_saves_a_second_one_leaves_at_once(first, second, told, finished_run, monkeypatch):
     original = ppo.roll_out

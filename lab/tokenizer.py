@@ -26,11 +26,11 @@ from lab import files, pretrained
 EOS = "<|endoftext|>"
 # How GPT-2 cuts text into words. Bytes are merged within a word only
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same after every digit was cut off alone, as SmolLM2 and StarCoder do: spaces before a digit
-# are then at the end of a piece
+# The same after every digit was split off, as SmolLM2 and StarCoder do: spaces before a digit then
+# end a piece
 DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 USUAL = {"bos": None, "nfc": False, "in_text": [], "chat": "plain", "system": ""}
-MARK = "\ufdd0"        # before a special token that a chat template writes; it is no character
+MARK = "\ufdd0"        # before a special token that a chat template writes; it is not a character
 
 
 def train_tokenizer(texts, vocab_size=1024):
@@ -90,10 +90,14 @@ def pretrained_tokenizer(source=None):
     options["bos"] = special.get(bos)
     options["in_text"] = [token["content"] for token in added
                           if not token.get("special") and token["id"] not in ends]
+    if options["nfc"] and not "".join(options["in_text"]).isascii():
+        raise ValueError(f"{folder} has NFC and added tokens that are not ASCII, "
+                         f"{', '.join(options['in_text'])[:100]}: which comes first is not "
+                         "implemented here")
     made = make_encoding("gpt2", ordinary, special, ends, **options)
     if made.absent:
         print(f"note: the tokenizer in {folder} has no token for {len(made.absent)} of the 256 "
-              f"bytes ({first_bytes(made.absent)}); a text that has one is read without it")
+              f"bytes ({first_bytes(made.absent)}); they are dropped from texts")
     return made
 
 
@@ -111,8 +115,8 @@ def check_merges(folder, ordinary, merges, ignore_merges):
     """
     Raise unless the ids alone give the order of merging, which is how tiktoken merges.
 
-    Then the ids grow in the order of the merges, and each token's last merge, by the ids, is one of
-    them. A token that no merges reach is only right if whole words are looked up first.
+    They do if they grow in the order of the merges, and each token's last merge, by the ids, is one
+    of them. A token that no merges reach is allowed only if whole words are looked up first.
     """
     reached = merges_of(ordinary)
     n_long = sum(len(token) > 1 for token in ordinary)
@@ -140,7 +144,7 @@ def read_bpe(folder):
         content = pretrained.read_json(path)
         model = content.get("model", {})
         if model.get("type", "BPE") != "BPE" or "merges" not in model:
-            raise ValueError(f"{path} does not hold a byte-level BPE, as GPT-2 has")
+            raise ValueError(f"{path} does not hold a byte-level BPE like GPT-2's")
         refused += read_options(content, options)
         vocab, merges, added = model["vocab"], model["merges"], content.get("added_tokens") or []
     else:
@@ -163,7 +167,7 @@ def read_bpe(folder):
         if flags:
             refused.append(f"the added token {token['content']!r} ({', '.join(flags)})")
     if refused:
-        raise ValueError(f"{folder} asks for what this project's tokenizers do not do: "
+        raise ValueError(f"{folder} asks for things that are not implemented here: "
                          f"{', '.join(refused[:5])}; wanted byte-level BPE as in GPT-2, Llama 3 or "
                          "Qwen")
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
@@ -210,15 +214,27 @@ def read_options(content, options):
         options["pattern"] = DIGITS
     elif kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True) and is_cut(cuts[0]):
         options["pattern"] = cuts[0]["pattern"]["Regex"]
+        if not covers_all_text(options["pattern"]):
+            found.append("a Split whose regex leaves text out or matches nothing")
     else:
         found.append(f"the pre-tokenizer {' + '.join(kinds) or 'null'}, with these settings")
     return found
 
 
+def covers_all_text(pattern):
+    """Whether a regex matches any character alone and never nothing, as tiktoken needs"""
+    try:
+        compiled = regex.compile(pattern)
+    except regex.error:
+        return False
+    probes = [chr(i) for i in (*range(0x3000), 0x4e00, 0xac00, 0xe000, 0xfffd, 0x1f600, 0x10ffff)]
+    return not compiled.match("") and all(compiled.fullmatch(probe) for probe in probes)
+
+
 def is_cut(split):
     """Whether a Split cuts text into the matches of its regex"""
     how = (split.get("behavior"), bool(split.get("invert")))
-    return "Regex" in split["pattern"] and how in (("Isolated", False), ("Removed", True))
+    return "Regex" in split.get("pattern", {}) and how in (("Isolated", False), ("Removed", True))
 
 
 def steps(part):
@@ -272,7 +288,16 @@ def special_tokens(folder, vocab, merges, added):
     if others:
         print(f"note: the tokenizer in {folder} ends a text with {eos} (id {special[eos]}), "
               f"{' and '.join(others)}; the tokenizer's is used")
-    ends = [special[eos]] + [i for i in end_ids["generation_config.json"] if i in token_of]
+    known = {*vocab.values(), *special.values()}
+    more = [i for i in end_ids["generation_config.json"] if i is not None]
+    if not all(isinstance(i, int) for i in more):
+        raise ValueError(f"{folder}/generation_config.json has eos_token_id {more}, wanted ids of "
+                         "tokens; correct it")
+    nameless = [i for i in more if i not in known]
+    if nameless:
+        print(f"note: {folder}/generation_config.json has eos_token_id {nameless}, which the "
+              "tokenizer does not have; not used")
+    ends = [special[eos], *(i for i in more if i in known)]
     return special, tuple(dict.fromkeys(ends))
 
 
@@ -289,7 +314,7 @@ class Encoding(tiktoken.Encoding):
     nfc         whether text is normalised first (Unicode's NFC)
     in_text     added tokens that text may become, such as <think>
     absent      the bytes that have no token; text is read without them
-    chat, system    the template of dialogues, and the system turn of those that have none
+    chat, system    the template of dialogues, and the system turn for those that have none
     """
 
     eot_token = None                                     # a property in tiktoken
@@ -304,7 +329,8 @@ class Encoding(tiktoken.Encoding):
         self.system = system
         self.absent = [x for x in range(256) if bytes([x]) not in self._mergeable_ranks]
         marked = [MARK + token for token in self._special_tokens] if chat != "plain" else []
-        tokens = "|".join(map(re.escape, marked + self.in_text))
+        longest_first = sorted(marked + self.in_text, key=len, reverse=True)
+        tokens = "|".join(map(re.escape, longest_first))
         self.tokens_in_text = re.compile(f"({tokens})") if tokens else None
         return self
 
@@ -326,18 +352,19 @@ class Encoding(tiktoken.Encoding):
         return ids
 
     def encode_words(self, text):
+        text = text.encode(errors="replace").decode()      # a lone surrogate is no text
         if not (self.absent and set(self.absent) & set(text.encode())):
             return super().encode_ordinary(text)
         ids = []
-        for word in regex.findall(self._pat_str, text):
-            piece = word.encode().translate(None, bytes(self.absent))
-            if piece:                                    # tiktoken ends the program on an empty one
+        for word in regex.finditer(self._pat_str, text):
+            piece = word.group().encode().translate(None, bytes(self.absent))
+            if piece:                                    # tiktoken crashes on an empty one
                 ids += self._encode_single_piece(piece)
         return ids
 
 
 def encoding(name, pattern, ranks, special, ends, **options):
-    """{token bytes: id} -> Encoding. If two tokens had one id, tiktoken would end the program."""
+    """{token bytes: id} -> Encoding. If two tokens had one id, tiktoken would crash."""
     if len({*ranks.values(), *special.values()}) < len(ranks) + len(special):
         raise ValueError("the vocabulary has two tokens with one id")
     made = Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
@@ -397,7 +424,7 @@ def tokenizer_id(tokenizer):
     """A digest of everything that decides how text becomes ids and ids become text"""
     ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
     content = (tokenizer._pat_str, ranks, tokenizer.eot_token)
-    if tokenizer._special_tokens != {EOS: tokenizer.eot_token}:  # otherwise as earlier versions had
+    if tokenizer._special_tokens != {EOS: tokenizer.eot_token}:  # otherwise as in earlier versions
         content += (sorted(tokenizer._special_tokens.items()),)
     options = tokenizer.options()
     content += tuple((name, options[name]) for name, usual in USUAL.items()
@@ -409,7 +436,7 @@ def check_vocabulary(wanted, tokenizer, folder):
     """Exit unless this tokenizer's id is the one that a checkpoint stores."""
     if wanted != tokenizer_id(tokenizer):
         files.stop(f"{folder}/checkpoint.pt was trained with a different vocabulary; use stages of "
-                   "one run, or make this one again")
+                   "one run, or run this one again")
 
 
 def save_tokenizer(tokenizer, folder):
@@ -424,9 +451,9 @@ def load_tokenizer(folder):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         ranks = {base64.b64decode(token): i for token, i in content["ranks"].items()}
-        special = content.get("special", {EOS: content["eos"]})  # earlier versions had this alone
+        special = content.get("special", {EOS: content["eos"]})  # earlier versions had only this
         options = content.get("options", {"ends": [content["eos"]]})
-        if not set(options["ends"]) <= set(special.values()):
+        if options["ends"][0] not in special.values():
             raise ValueError("the EOS is not a special token")
         return encoding(content["name"], content["pattern"], ranks, special, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
