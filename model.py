@@ -397,11 +397,7 @@ def merged(weights):
 
 
 def reference_of(policy):
-    """
-    A frozen copy of a policy
-
-    With LoRA the base weights never change, so the reference shares them and costs no memory.
-    """
+    """A frozen copy of a policy; with LoRA it shares the base weights, which never change"""
     weights = policy.state_dict()
     frozen = any("lora_a" in name for name in weights)
     with torch.device("meta"):                           # no memory, no random numbers
