@@ -26,8 +26,8 @@ A test's name is the claim it checks.
     2708   What people copy
     2877   The proof: a problem so small that every response can be listed
     3847   The scripts, end to end at --config tiny
-    5643   The house: what holds for every file
-    5783   README.md and docs/
+    5645   The house: what holds for every file
+    5785   README.md and docs/
 """
 
 import ast
@@ -5558,8 +5558,10 @@ def test_reviews_are_no_dialogues_whatever_the_models_template(instruct, monkeyp
 
 def test_a_dialogue_that_is_too_long_is_left_out_and_said(instruct, monkeypatch, capsys):
     monkeypatch.chdir(instruct)
-    rows = [{"prompt": f"What is {i} + 1? " * (21 if i % 5 == 0 else 1), "completion": "It is 2."}
-            for i in range(40)]
+    rows = []
+    for i in range(40):
+        repeats = 21 if i % 5 == 0 else 1
+        rows.append({"prompt": f"What is {i} + 1? " * repeats, "completion": "It is 2."})
     write_rows(instruct / "long.jsonl", rows)
     tokenizer = sft.tokenizer_of("model", "auto")
     cfg = sft.Config(config="smollm2", data="long.jsonl", max_prompt_tokens=60, max_new_tokens=10)

@@ -13,10 +13,8 @@ becomes a special token.
 
 import json
 import re
-from pathlib import Path
 
-from lab import pretrained
-from lab.tokenizer import MARK
+from lab.tokenizer import MARK, read_optional, tokenizer_folder
 
 TURN = "\n\nAssistant:"
 SPEAKER = {"user": "\n\nHuman:", "assistant": TURN, "system": "\n\nSystem:"}
@@ -111,15 +109,10 @@ def set_chat(tokenizer, chat, system, source):
 
 def template_of(source):
     """The chat template in the files of a folder, or None"""
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = folder.parent if folder.is_file() else pretrained.from_hub(
-            source, ["*.json", "*.jinja", "merges.txt"])
+    folder = tokenizer_folder(source)
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    template = pretrained.read_json(folder / "tokenizer_config.json").get("chat_template")
+    template = read_optional(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):                       # several, by name
         template = {one.get("name"): one.get("template") for one in template
                     if isinstance(one, dict)}

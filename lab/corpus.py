@@ -35,7 +35,7 @@ import numpy as np
 
 from lab import files
 from lab.config import nearest
-from lab.files import first_line, stop
+from lab.files import first_few, first_line, stop
 from lab.forms import CHANGED, KEPT, LEFT_OUT, UNUSED, read_record
 from lab.tokenizer import cut_start, start_of, tokenizer_id, with_start
 
@@ -516,8 +516,3 @@ def report_of(cfg, block_size, bounds, n_held_out, n_shared, counts, notes):
     if unused:
         lines.append(f"{UNUSED} {first_few(unused, 20)}")
     return "\n".join(lines)
-
-
-def first_few(names, n):
-    """The first n names, for a message"""
-    return ", ".join(names[:n]) + (", .." if len(names) > n else "")

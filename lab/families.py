@@ -71,7 +71,7 @@ def assign(model, weights):
     """Give a model these weights, in float32. Every shape must match."""
     for name, wanted in model.state_dict().items():
         found = weights[name]
-        if found.shape != wanted.shape or not found.is_floating_point():
+        if found.shape != wanted.shape:
             raise ValueError(f"{name}: got {tuple(found.shape)} of {found.dtype}, wanted "
                              f"{tuple(wanted.shape)} of floats")
         if not torch.isfinite(found).all():

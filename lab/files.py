@@ -52,6 +52,11 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def first_few(names, n):
+    """The first n names, for a message"""
+    return ", ".join(names[:n]) + (", .." if len(names) > n else "")
+
+
 def out_of_memory(error):
     """Whether memory ran out. torch has an exception for it on CUDA only, so the words must do."""
     words = ("out of memory", "can't allocate memory", "cudaErrorMemoryAllocation")

@@ -421,9 +421,9 @@ class Run:
             self.scaler.unscale_(optimizer)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             norms[name] = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
-        finite = all(torch.isfinite(norm) for norm in norms.values())
         can_scale_less = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        if not finite and can_scale_less:
+        # In float32 the norms are looked at once, by must_be_finite
+        if can_scale_less and not all(torch.isfinite(norm) for norm in norms.values()):
             norms = {"steps_skipped": 1.0}
         else:
             self.must_be_finite(hint, **norms)

@@ -63,11 +63,7 @@ def pretrained_tokenizer(source=None):
             raise ValueError("tiktoken could not fetch GPT-2's vocabulary, which needs the network "
                              "once; give a folder that holds GPT-2's vocab.json and merges.txt "
                              f"instead ({type(error).__name__}: {error})") from error
-    folder = Path(source)
-    if folder.is_file():                                 # tokenizer.json itself, or ckpt.pt
-        folder = folder.parent
-    if not folder.is_dir():
-        folder = pretrained.from_hub(source, ["*.json", "*.jinja", "merges.txt"])
+    folder = tokenizer_folder(source)
     has_files = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     if not has_files and pretrained.nanogpt(source):
         n_ids = pretrained.read(source)[0].get("vocab_size", 0)
@@ -97,18 +93,25 @@ def pretrained_tokenizer(source=None):
     made = make_encoding("gpt2", ordinary, special, ends, **options)
     if made.absent:
         print(f"note: the tokenizer in {folder} has no token for {len(made.absent)} of the 256 "
-              f"bytes ({first_bytes(made.absent)}); they are dropped from texts")
+              f"bytes ({files.first_few(list(map(str, made.absent)), 5)}); they are dropped from "
+              "texts")
     return made
+
+
+def tokenizer_folder(source):
+    """The folder with a tokenizer's files: of a file, a folder, or a name on the hub"""
+    folder = Path(source)
+    if folder.is_file():                                 # tokenizer.json itself, or ckpt.pt
+        folder = folder.parent
+    if not folder.is_dir():
+        folder = pretrained.from_hub(source, ["*.json", "*.jinja", "merges.txt"])
+    return folder
 
 
 def tiktoken_gpt2():
     """The arguments of `encoding` for tiktoken's copy of GPT-2's"""
     made = tiktoken.get_encoding("gpt2")
     return "gpt2", made._pat_str, made._mergeable_ranks, made._special_tokens, (made.eot_token,)
-
-
-def first_bytes(absent):
-    return ", ".join(map(str, absent[:5])) + (", .." if len(absent) > 5 else "")
 
 
 def check_merges(folder, ordinary, merges, ignore_merges):
